@@ -1,0 +1,251 @@
+"""Adapters applied from outside: choose targets, attach, walk, check, save and merge."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Literal, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.method.gate import Gate
+from pipeline.method.linear import Block, DoRALinear, LoRALinear
+from pipeline.method.lowrank import LowRank
+
+AdapterKind = Literal["lora", "dora"]
+Targets = Mapping[str, tuple[nn.Module, str]]
+FORMS: dict[str, type[Block]] = {"lora": LoRALinear, "dora": DoRALinear}
+
+
+class GateState(TypedDict):
+    """State of one block; `score` is None for a block without gate, which is always open."""
+
+    score: float | None
+    open: bool
+
+
+def select_targets(
+    names: Sequence[str],
+    towers: Iterable[str] = ("image", "text"),
+    projections: Iterable[str] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "out_proj",
+        "fc1",
+        "fc2",
+    ),
+    globs: Iterable[str] | None = None,
+) -> list[str]:
+    """The chosen target names, in the order of `names`.
+
+    globs (fnmatch patterns over "tower.layer.projection") replace towers x projections. A tower, projection or pattern
+    that matches nothing is a ValueError that shows the nearest names.
+    """
+    if globs is not None:
+        chosen = {name for glob in globs for name in _matching(names, glob, "targets")}
+    else:
+        by_tower = {name for tower in towers for name in _matching(names, f"{tower}.*", "towers")}
+        by_kind = {name for kind in projections for name in _matching(names, f"*.{kind}", "projections")}
+        chosen = by_tower & by_kind
+    return [name for name in names if name in chosen]
+
+
+def _matching(names: Sequence[str], glob: str, option: str) -> list[str]:
+    found = [name for name in names if fnmatchcase(name, glob)]
+    if not found:
+        near = get_close_matches(glob, names, n=4, cutoff=0.3) or list(names[:4])
+        raise ValueError(f"{option}: {glob!r} matches none of the {len(names)} targets; near names: {', '.join(near)}")
+    return found
+
+
+def random_targets(names: Sequence[str], k: int, seed: int) -> list[str]:
+    """`k` names drawn without repetition (the random-block baseline), in the order of `names`."""
+    if not 1 <= k <= len(names):
+        raise ValueError(f"random_k={k}: must lie between 1 and the {len(names)} targets")
+    drawn = set(random.Random(seed).sample(list(names), k))
+    return [name for name in names if name in drawn]
+
+
+def attach_adapter(
+    targets: Targets,
+    *,
+    rank: int,
+    kind: AdapterKind = "lora",
+    alpha: float | None = None,
+    gated: bool = True,
+    gate_init: float = 0.15,
+    threshold: float = 0.1,
+    seed: int = 0,
+    select: Iterable[str] | None = None,
+) -> list[str]:
+    """Put a block in the place of each chosen linear and freeze that linear. Returns the names, in target order.
+
+    targets: name -> (parent module, attribute that holds an nn.Linear). select: names to take, None for all.
+    lora_A depends on (seed, name) only, so the same block starts the same whatever else is attached.
+    """
+    if kind not in FORMS:
+        raise ValueError(f"adapter kind={kind!r}: expected one of {', '.join(FORMS)}")
+    wanted = set(targets) if select is None else set(select)
+    for name in sorted(wanted - set(targets)):
+        _matching(list(targets), name, "targets")
+    names = [name for name in targets if name in wanted]
+    for name in names:
+        parent, attribute = targets[name]
+        base = parent.get_submodule(attribute)
+        if not isinstance(base, nn.Linear):
+            raise ValueError(f"target {name!r} is a {type(base).__name__}, not nn.Linear: already adapted?")  # noqa: TRY004
+        lowrank = LowRank(base.in_features, base.out_features, rank, alpha, _generator(seed, name))
+        gate = Gate(gate_init, threshold) if gated else None
+        block = FORMS[kind](base, lowrank, gate, name)
+        setattr(parent, attribute, block.train(base.training))
+    return names
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def blocks(model: nn.Module) -> dict[str, Block]:
+    """Target name -> block, in module order."""
+    return {module.target: module for module in model.modules() if isinstance(module, Block)}
+
+
+def gate_scores(model: nn.Module) -> list[nn.Parameter]:
+    """The score of every gated block, in block order: the input of the penalty and a parameter group of its own."""
+    return [block.gate.score for block in blocks(model).values() if block.gate is not None]
+
+
+def gate_map(model: nn.Module) -> dict[str, GateState]:
+    """Target name -> {"score", "open"}; one device synchronisation for all blocks."""
+    found = blocks(model)
+    scores = [score.detach().float().reshape(()) for score in gate_scores(model)]
+    values = iter(torch.stack(scores).tolist() if scores else [])
+    out: dict[str, GateState] = {}
+    for name, block in found.items():
+        if block.gate is None:
+            out[name] = {"score": None, "open": True}
+        else:
+            score = next(values)
+            out[name] = {"score": score, "open": _is_open(score, block.gate.threshold)}
+    return out
+
+
+def _is_open(score: float, threshold: float) -> bool:
+    """The comparison of `Gate.is_open`, in fp32: 0.1 as fp32 is a little more than 0.1."""
+    return bool(torch.tensor(score, dtype=torch.float32) >= threshold)
+
+
+def active_blocks(model: nn.Module) -> list[str]:
+    """Names of the blocks that act: gate open, or no gate."""
+    return [name for name, state in gate_map(model).items() if state["open"]]
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """State-dict name -> trainable parameter of every block: lora_A, lora_B, magnitude, score."""
+    own = {
+        id(parameter)
+        for block in blocks(model).values()
+        for name, parameter in block.named_parameters()
+        if not name.startswith("base.")
+    }
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in own}
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """State-dict name -> tensor of all blocks, without the base; detached, sharing memory with the model."""
+    return {name: parameter.detach() for name, parameter in adapter_parameters(model).items()}
+
+
+@torch.no_grad()
+def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy `state` into the blocks. Missing, unknown or misshapen entries are a ValueError; nothing is copied then."""
+    own = adapter_parameters(model)
+    faults = [f"missing {name}" for name in own if name not in state]
+    faults += [f"unknown {name}" for name in state if name not in own]
+    faults += [
+        f"{name} has shape {tuple(state[name].shape)}, expected {tuple(parameter.shape)}"
+        for name, parameter in own.items()
+        if name in state and state[name].shape != parameter.shape
+    ]
+    if faults:
+        raise ValueError(f"adapter state does not fit the model ({len(faults)} faults): " + "; ".join(faults[:8]))
+    for name, parameter in own.items():
+        parameter.copy_(state[name])
+
+
+@torch.no_grad()
+def merge_adapter(model: nn.Module) -> nn.Module:
+    """Replace every block by its plain nn.Linear, in place: the base itself if closed, else with the delta folded in.
+
+    The folding is done in fp32, the dtype of the base is kept. Returns `model`.
+    """
+    for parent in list(model.modules()):
+        for attribute, child in list(parent.named_children()):
+            if isinstance(child, Block):
+                if child.is_open():
+                    child.base.weight.copy_(child.merged_weight())
+                setattr(parent, attribute, child.base)
+    return model
+
+
+class GradientWatch:
+    """Sees which adapter parameters get a gradient. Make it before the first backward, `check()` after it.
+
+    Hooks, because DeepSpeed ZeRO takes `.grad` away in the backward itself.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._blocks = blocks(model)
+        self._seen: dict[int, Tensor] = {}
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(self._note)
+            for parameter in adapter_parameters(model).values()
+            if parameter.requires_grad
+        ]
+
+    def _note(self, parameter: Tensor) -> None:
+        grad = parameter.grad
+        if grad is not None:
+            self._seen[id(parameter)] = grad.detach().ne(0).any()
+
+    def check(self) -> None:
+        """Raise ValueError naming the blocks without gradient; removes the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        _raise_for_missing(self._blocks, self._seen)
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Raise ValueError naming every block that got no gradient; call after the first backward, where `.grad` remains.
+
+    At the first step B = 0, so the gradients of A and of the score are exactly zero: a block counts as reached when its
+    score (if trained) and B have a gradient, and when that of B is not all zero in an open block.
+    """
+    seen = {
+        id(parameter): parameter.grad.ne(0).any()
+        for parameter in adapter_parameters(model).values()
+        if parameter.grad is not None
+    }
+    _raise_for_missing(blocks(model), seen)
+
+
+def _raise_for_missing(found: Mapping[str, Block], seen: Mapping[int, Tensor]) -> None:
+    missing = []
+    for name, block in found.items():
+        lora_b = block.lowrank.lora_B
+        reached = not lora_b.requires_grad or id(lora_b) in seen
+        if block.gate is not None and block.gate.score.requires_grad:
+            reached = reached and id(block.gate.score) in seen
+        if reached and lora_b.requires_grad and block.is_open():
+            reached = bool(seen[id(lora_b)])
+        if not reached:
+            missing.append(name)
+    if missing:
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        raise ValueError(f"{len(missing)} of {len(found)} blocks got no gradient: {', '.join(missing[:8])}{more}")

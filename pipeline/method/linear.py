@@ -1,0 +1,110 @@
+"""Blocks: a frozen `nn.Linear` with a gated low-rank change, in the LoRA and the DoRA form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.method.gate import Gate, gated_add
+from pipeline.method.lowrank import LowRank
+
+
+class Block(nn.Module):
+    """What both forms share: `y = base(x) + I(score) * delta_out`, or always on where `gate` is None.
+
+    `base` is the untouched linear and is frozen here. `target` is the block's name, as in "image.3.q_proj".
+    The adapter takes the dtype and device of the base weight; the score is fp32 whatever happens.
+    """
+
+    def __init__(self, base: nn.Linear, lowrank: LowRank, gate: Gate | None, target: str) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.lowrank = lowrank.to(device=base.weight.device, dtype=base.weight.dtype)
+        self.gate = None if gate is None else gate.to(base.weight.device)
+        self.target = target
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight: open_clip reads `mlp.c_fc.weight.dtype` to choose its input dtype."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        base_out = self.base(x)
+        if self.gate is None:
+            return base_out + self.delta_out(x, base_out)
+        # The indicator is read on the host only outside training; there a closed block costs nothing.
+        if not self.training and not torch.is_grad_enabled() and not bool(self.gate.is_open()):
+            return base_out
+        return gated_add(base_out, self.delta_out(x, base_out), self.gate)
+
+    def delta_out(self, x: Tensor, base_out: Tensor) -> Tensor:
+        """What an open block adds to `base_out = base(x)`."""
+        raise NotImplementedError
+
+    def open_weight(self) -> Tensor:
+        """(out, in) weight of the open block, in at least fp32."""
+        raise NotImplementedError
+
+    def is_open(self) -> bool:
+        """Whether the block acts. Reads the device; an ungated block is always open."""
+        return self.gate is None or bool(self.gate.is_open())
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """(out, in) in the dtype of the base: the base weight itself when closed, else base and delta in one."""
+        return self.open_weight().to(self.base.weight.dtype) if self.is_open() else self.base.weight
+
+
+class LoRALinear(Block):
+    """`W = W0 + I * s B A` (LoRA, arXiv 2106.09685; the gate: paper eq. 2)."""
+
+    def delta_out(self, x: Tensor, base_out: Tensor) -> Tensor:
+        return self.lowrank(x)
+
+    def open_weight(self) -> Tensor:
+        delta = self.lowrank.delta()
+        return self.base.weight.to(delta.dtype) + delta
+
+
+class DoRALinear(Block):
+    """`W = W0 + I * (m V / ||V|| - W0)` with `V = W0 + s B A` (DoRA, arXiv 2402.09353, sections 4.1 and 4.3).
+
+    `magnitude` m (out,) starts at the row norms of W0; the norm is a constant in the backward. Gating the difference
+    rather than BA makes a closed block W0 itself even after m has been trained.
+    """
+
+    def __init__(self, base: nn.Linear, lowrank: LowRank, gate: Gate | None, target: str) -> None:
+        super().__init__(base, lowrank, gate, target)
+        self.magnitude = nn.Parameter(self.row_norm().to(base.weight.dtype))
+
+    @torch.no_grad()
+    def row_norm(self) -> Tensor:
+        """||V|| per output row, (out,), in at least fp32, without forming BA:
+
+        ||W0 + s BA||^2 = ||W0||^2 + 2 s <W0 A^T, B> + s^2 (B (A A^T) B^T)_ii, all sums over a row.
+        """
+        a, b, scaling = self.lowrank.lora_A, self.lowrank.lora_B, self.lowrank.scaling
+        with torch.autocast(a.device.type, enabled=False):
+            wide = torch.promote_types(a.dtype, torch.float32)
+            w, a, b = self.base.weight.to(wide), a.to(wide), b.to(wide)
+            squared = w.square().sum(1)
+            squared += 2 * scaling * ((w @ a.T) * b).sum(1)
+            squared += scaling**2 * ((b @ (a @ a.T)) * b).sum(1)
+            # cancellation can leave -1e-12; a zero row has m = 0 and must give 0, not 0 / 0
+            return squared.clamp_min(torch.finfo(wide).tiny).sqrt()
+
+    def delta_out(self, x: Tensor, base_out: Tensor) -> Tensor:
+        """(m/n - 1) (y0 - b) + (m/n) s B A x, with y0 = `base_out`: the second product with W0 is saved."""
+        ratio = self.magnitude / self.row_norm()
+        linear_out = base_out if self.base.bias is None else base_out - self.base.bias.to(base_out.dtype)
+        return (ratio - 1).to(base_out.dtype) * linear_out + ratio.to(base_out.dtype) * self.lowrank(x)
+
+    def open_weight(self) -> Tensor:
+        delta = self.lowrank.delta()
+        ratio = self.magnitude.to(delta.dtype) / self.row_norm().to(delta.dtype)
+        return ratio[:, None] * (self.base.weight.to(delta.dtype) + delta)

@@ -1,0 +1,1 @@
+"""CLIP models: loading, splitting and naming. The only row that imports open_clip."""

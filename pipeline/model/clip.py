@@ -1,0 +1,187 @@
+"""Build, load and save CLIP models through open_clip."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import ConfigError
+from pipeline.method.adapter import blocks
+from pipeline.model.towers import SplitAttention, split_attention
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
+SCALARS = ("logit_scale", "logit_bias")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A model in fp32 on the CPU, with everything needed to feed it and to save it.
+
+    model: open_clip's module, attention split, logit_scale of shape (1,). tokenizer: list of N captions -> LongTensor
+    (N, context). preprocess_cfg: size, mean, std, interpolation, resize_mode, .. as open_clip names them. model_cfg:
+    open_clip's architecture, activation included. digest: sha256 of the untouched weights in open_clip's own layout.
+    """
+
+    model: nn.Module
+    tokenizer: Callable[[list[str]], Tensor]
+    preprocess_cfg: dict[str, Any]
+    model_cfg: dict[str, Any]
+    digest: str
+    name: str
+    pretrained: str | None
+
+
+def load_clip(name: str, pretrained: str | None = None, *, seed: int = 0) -> Clip:
+    """Load or build a CLIP.
+
+    name: an open_clip architecture, "local-dir:PATH" (open_clip_config.json, weights optional) or "hf-hub:ORG/NAME".
+    pretrained: a tag of the architecture or a weight file; None takes the weights of the directory or hub entry, and
+    without such weights a random start from `seed`. Wrong names, tags, files and activations raise ConfigError.
+    """
+    import open_clip
+
+    model_cfg = _model_config(name)
+    weight_file = _separate_weight_file(name, pretrained)
+    quick = _quick_gelu(name, pretrained, model_cfg)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = open_clip.create_model(
+                name,
+                pretrained=None if weight_file else pretrained,
+                load_weights=weight_file is None,
+                force_quick_gelu=quick,
+                nonscalar_logit_scale=True,
+            )
+        if weight_file is not None:
+            open_clip.load_checkpoint(model, weight_file)
+        tokenizer = open_clip.get_tokenizer(name)
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        raise ConfigError(f"model.name={name!r}, model.pretrained={pretrained!r}: {error}") from error
+    if quick:
+        model_cfg["quick_gelu"] = True
+    preprocess_cfg = deepcopy(open_clip.get_model_preprocess_cfg(model))
+    digest = weights_digest(_stock_scalars(model.state_dict()))
+    return Clip(
+        split_attention(model),
+        tokenizer,
+        preprocess_cfg,
+        model_cfg,
+        digest,
+        name,
+        pretrained,
+    )
+
+
+def _model_config(name: str) -> dict[str, Any]:
+    """The architecture as open_clip resolves it, or a ConfigError with near names."""
+    from difflib import get_close_matches
+
+    import open_clip
+
+    if name.startswith("local-dir:") and not (Path(name.removeprefix("local-dir:")) / CONFIG_FILE).is_file():
+        raise ConfigError(f"model.name={name!r}: no {CONFIG_FILE} in that directory")
+    try:
+        config = open_clip.get_model_config(name)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"model.name={name!r}: {error}") from error
+    if config is None:
+        near = get_close_matches(name, open_clip.list_models(), n=4) or [
+            "ViT-B-16-quickgelu",
+            "ViT-B-16",
+        ]
+        raise ConfigError(f"model.name={name!r} is no open_clip architecture; near: {', '.join(near)}")
+    return deepcopy(config)
+
+
+def _separate_weight_file(name: str, pretrained: str | None) -> str | None:
+    """open_clip ignores `pretrained` beside local-dir: and hf-hub:; there a file is loaded in a second step."""
+    if pretrained is None or not name.startswith(("local-dir:", "hf-hub:")):
+        return None
+    if not Path(pretrained).is_file():
+        raise ConfigError(f"model.pretrained={pretrained!r}: beside {name!r} it must be a weight file, and is none")
+    return pretrained
+
+
+def _quick_gelu(name: str, pretrained: str | None, model_cfg: Mapping[str, Any]) -> bool:
+    """Whether QuickGELU must be forced: the weights of a tag know which activation they were trained with."""
+    import open_clip
+
+    tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
+    if not tag:
+        return False
+    wanted, present = (
+        bool(tag.get("quick_gelu", False)),
+        bool(model_cfg.get("quick_gelu", False)),
+    )
+    if present and not wanted:
+        plain = name.removesuffix("-quickgelu")
+        raise ConfigError(
+            f"model.pretrained={pretrained!r} was trained with GELU, not QuickGELU: use model.name={plain}"
+        )
+    return wanted and not present
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes, in the order of the names."""
+    sha = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def _stock_scalars(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """0-dim logit scale and bias, as every open_clip checkpoint has them."""
+    return {name: t.reshape(()) if name in SCALARS else t for name, t in state.items()}
+
+
+def to_open_clip_state(model: nn.Module) -> dict[str, Tensor]:
+    """The weights under open_clip's own names: q, k, v in one in_proj, 0-dim logit scale. Needs a merged model."""
+    if left := list(blocks(model)):
+        raise ValueError(f"{len(left)} blocks are not merged ({left[0]}, ..): call merge_adapter first")
+    state = _stock_scalars({name: tensor.detach() for name, tensor in model.state_dict().items()})
+    for path, module in model.named_modules():
+        if isinstance(module, SplitAttention):
+            for part in ("weight", "bias"):
+                names = [f"{path}.{projection}.{part}" for projection in ("q_proj", "k_proj", "v_proj")]
+                if names[0] in state:
+                    state[f"{path}.in_proj_{part}"] = torch.cat([state.pop(name) for name in names])
+    return state
+
+
+def save_open_clip(
+    model: nn.Module,
+    model_cfg: Mapping[str, Any],
+    preprocess_cfg: Mapping[str, Any],
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write a merged model so that open_clip itself loads it by "local-dir:DIRECTORY". Returns the directory.
+
+    dtype: floating weights are stored in it (None: as they are); open_clip casts back to fp32 when it loads.
+    """
+    from safetensors.torch import save_file
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    state = to_open_clip_state(model)
+    if dtype is not None:
+        state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+    partial = directory / f"{WEIGHTS_FILE}.partial"
+    save_file({name: t.cpu().contiguous() for name, t in state.items()}, partial)
+    partial.replace(directory / WEIGHTS_FILE)
+    config = {"model_cfg": dict(model_cfg), "preprocess_cfg": dict(preprocess_cfg)}
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return directory
