@@ -1,0 +1,1 @@
+"""selora: selective low-rank adaptation of CLIP, as a distributed pipeline."""
