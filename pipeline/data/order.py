@@ -1,0 +1,171 @@
+"""The order of training samples as a pure function of (seed, position); nothing here reads a file or keeps state.
+
+A *position* p counts samples since the first step: step g with global batch B covers p in [g*B, (g+1)*B), epoch e covers
+[e*N, (e+1)*N). Stream c holds the positions with p % S == c. In each epoch the samples in seeded shard order are cut into
+S contiguous runs, one a stream, and a stream reads its run through a seeded permutation inside windows.
+
+So every sample comes once an epoch, every rank has as many steps as the others, a resume needs the step number only, and
+the global batches are the same on any number of ranks that divides S.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config import ConfigError
+
+Ints = NDArray[np.int64]
+
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def stable_hash(*parts: int | str) -> int:
+    """63 bits of ``parts``, equal in every process, on every machine and in every Python version."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def seeded_permutation(n: int, seed: int) -> Ints:
+    """A permutation of 0..n-1 by sorting SplitMix64 values: integers only, so it can never change with a library."""
+    with np.errstate(over="ignore"):
+        z = np.uint64(seed) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.argsort(z ^ (z >> np.uint64(31)), kind="stable").astype(np.int64)
+
+
+def draw_without_repetition(choices: int, seed: int, sample_id: str, epoch: int) -> int:
+    """Which of ``choices`` captions a sample has in ``epoch``: each comes once in ``choices`` epochs, then anew."""
+    if choices == 1:
+        return 0
+    turn, place = divmod(epoch, choices)
+    return int(seeded_permutation(choices, stable_hash("caption", seed, sample_id, turn))[place])
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the sample of a position lies: the epoch, the shard's number in the index, the sample's number in the shard."""
+
+    epoch: int
+    shard: int
+    sample: int
+
+
+class Order:
+    """Positions to places, for shards of ``shard_sizes`` samples cut into ``streams``."""
+
+    def __init__(self, shard_sizes: Sequence[int], *, seed: int, streams: int, window: int) -> None:
+        if streams < 1 or window < 1:
+            raise ConfigError(f"data.streams ({streams}) and data.shuffle_window ({window}) must be at least 1")
+        self.sizes: Ints = np.asarray(shard_sizes, dtype=np.int64)
+        self.samples = int(self.sizes.sum())
+        if self.samples < 1 or int(self.sizes.min()) < 0:
+            raise ConfigError("the shards hold no sample")
+        self.seed, self.streams, self.window = seed, streams, window
+        self._epochs: OrderedDict[int, tuple[Ints, Ints]] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int, int], Ints] = OrderedDict()
+
+    def locate(self, position: int) -> Place:
+        """The sample at ``position``."""
+        epoch, start, run_start, count, offset = self._in_run(position)
+        number, inside = divmod(offset, self.window)
+        size = min(self.window, count - number * self.window)
+        stream = position % self.streams
+        rank_in_order = run_start + number * self.window + int(self._window(epoch, stream, number, size)[inside])
+        shards, ends = self._shard_order(epoch)
+        at = int(np.searchsorted(ends, rank_in_order, side="right"))
+        before = int(ends[at - 1]) if at else 0
+        return Place(epoch, int(shards[at]), rank_in_order - before)
+
+    def epoch_places(self, epoch: int) -> tuple[Ints, Ints]:
+        """Shard and sample numbers of the whole epoch in the order of positions: two arrays (N,). For checks and reports."""
+        start = epoch * self.samples
+        positions = np.arange(start, start + self.samples, dtype=np.int64)
+        in_order = np.empty(self.samples, dtype=np.int64)
+        run_start = 0
+        for stream in range(self.streams):
+            mine = np.nonzero(positions % self.streams == stream)[0]
+            for number in range(-(-len(mine) // self.window)):
+                part = mine[number * self.window : (number + 1) * self.window]
+                first = run_start + number * self.window
+                in_order[part] = first + self._window(epoch, stream, number, len(part))
+            run_start += len(mine)
+        shards, ends = self._shard_order(epoch)
+        at = np.searchsorted(ends, in_order, side="right")
+        starts = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]])
+        return shards[at], in_order - starts[at]
+
+    def _in_run(self, position: int) -> tuple[int, int, int, int, int]:
+        """(epoch, its first position, where the stream's run starts in the shard order, the run's length, the offset)."""
+        epoch, start = position // self.samples, position // self.samples * self.samples
+        stream = position % self.streams
+        # Stream c's first position is start + (c - start) % S, so streams differ in length by at most one; the long
+        # ones are the first N % S residues counted from start % S on.
+        whole, extra = divmod(self.samples, self.streams)
+        shift = start % self.streams
+        rank = (stream - shift) % self.streams
+        count = whole + (rank < extra)
+        longer_before = _count_wrapped(shift, extra, self.streams, stream)
+        run_start = stream * whole + longer_before
+        return epoch, start, run_start, count, (position - start - rank) // self.streams
+
+    def _shard_order(self, epoch: int) -> tuple[Ints, Ints]:
+        """The epoch's shards in reading order, and the running total of their samples."""
+        known = self._epochs.get(epoch)
+        if known is None:
+            shards = seeded_permutation(len(self.sizes), stable_hash("shards", self.seed, epoch))
+            known = shards, np.cumsum(self.sizes[shards])
+            self._epochs[epoch] = known
+            if len(self._epochs) > 4:
+                self._epochs.popitem(last=False)
+        return known
+
+    def _window(self, epoch: int, stream: int, number: int, size: int) -> Ints:
+        key = (epoch, stream, number)
+        known = self._windows.get(key)
+        if known is None:
+            known = seeded_permutation(size, stable_hash("window", self.seed, epoch, stream, number))
+            self._windows[key] = known
+            if len(self._windows) > 2 * self.streams:
+                self._windows.popitem(last=False)
+        return known
+
+
+def _count_wrapped(first: int, length: int, modulus: int, below: int) -> int:
+    """How many of the residues first, first+1, .. (``length`` of them, modulo ``modulus``) are smaller than ``below``."""
+    end = first + length
+    straight = max(0, min(below, end) - first)
+    wrapped = max(0, min(below, end - modulus))
+    return straight + wrapped
+
+
+def check_split(global_batch: int, streams: int, world: int) -> None:
+    """Raises ConfigError unless ranks can share out streams and every batch takes as many samples from each."""
+    if global_batch < 1 or global_batch % streams:
+        near = max(streams, round(global_batch / streams) * streams)
+        raise ConfigError(
+            f"train.global_batch_size {global_batch} is no multiple of data.streams {streams}; "
+            f"take {near}, or data.streams={_largest_common(global_batch, streams, world)}"
+        )
+    if streams % world:
+        raise ConfigError(
+            f"data.streams {streams} is no multiple of the number of ranks {world}; take a rank count that divides it"
+        )
+
+
+def _largest_common(global_batch: int, streams: int, world: int) -> int:
+    """The largest stream count up to ``streams`` that fits batch and ranks; the rank count when none does."""
+    fitting = [s for s in range(1, streams + 1) if global_batch >= 1 and global_batch % s == 0 and s % world == 0]
+    return max(fitting, default=world)
+
+
+def rank_positions(step: int, global_batch: int, streams: int, rank: int, world: int) -> list[int]:
+    """The positions of ``rank`` in ``step``, rising; the ranks' lists are disjoint and make up the global batch."""
+    start = step * global_batch
+    return [start + j for j in range(global_batch) if (j % streams) * world // streams == rank]

@@ -1,0 +1,138 @@
+"""Random access to the samples of one tar, from a scan of its headers.
+
+Python's tarfile takes a damaged header for the end of the archive, so the samples behind it would vanish without a word.
+This scan knows three ends only: the end marker, the end of the file where a member ends, and an error that names the byte.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+BLOCK = tarfile.BLOCKSIZE
+
+
+class TarError(Exception):
+    """The tar is damaged or not what its index says. The message names the file and, where known, the byte."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where the bytes of one file lie in the tar."""
+
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class TarSample:
+    """The files of one sample: adjacent members with one key."""
+
+    key: str
+    members: dict[str, Member]
+
+
+class TarIndex:
+    """The samples of a tar and their bytes. The file is opened at the first read; close() gives the handle back."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._fd: int | None = None
+        self._pid = -1
+        self.samples = self._scan()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(self, sample: int, ext: str) -> bytes:
+        """The bytes of a sample's member; KeyError when it has none of that extension, TarError when the file ends early."""
+        member = self.samples[sample].members[ext]
+        data = os.pread(self._handle(), member.size, member.offset)
+        if len(data) != member.size:
+            raise TarError(
+                f"{self.path}: {self.samples[sample].key}.{ext} ends after {len(data)} of {member.size} bytes"
+            )
+        return data
+
+    def close(self) -> None:
+        if self._fd is not None and self._pid == os.getpid():
+            os.close(self._fd)
+        self._fd = None
+
+    def _handle(self) -> int:
+        # pread shares no file position, yet a handle opened before a fork is reopened: closing is then each process's own.
+        if self._fd is None or self._pid != os.getpid():
+            self._fd, self._pid = os.open(self.path, os.O_RDONLY), os.getpid()
+        return self._fd
+
+    def _scan(self) -> list[TarSample]:
+        samples: list[TarSample] = []
+        try:
+            fd = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise TarError(f"{self.path}: cannot be opened: {error.strerror}") from error
+        try:
+            for name, member in _members(fd, self.path):
+                key, ext = split_name(name)
+                if key.rsplit("/", 1)[-1].startswith("__"):
+                    continue  # webdataset keeps remarks about the archive under such names
+                if not samples or samples[-1].key != key:
+                    samples.append(TarSample(key, {}))
+                samples[-1].members[ext] = member
+        finally:
+            os.close(fd)
+        return samples
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and extension of a member as webdataset splits them: at the first dot of the last path part, lower case."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, ext = base.partition(".")
+    return folder + slash + stem, ext.lower()
+
+
+def _members(fd: int, path: Path):
+    """Yields (name, Member) of the regular files. Understands ustar, GNU long names and pax path and size."""
+    total, at = os.fstat(fd).st_size, 0
+    if total == 0:
+        raise TarError(f"{path}: the file is empty")
+    long_name: str | None = None
+    pax: dict[str, str] = {}
+    while at < total:
+        header = os.pread(fd, BLOCK, at)
+        try:
+            info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except tarfile.EOFHeaderError:
+            return
+        except tarfile.HeaderError as error:
+            raise TarError(
+                f"{path}: damaged header at byte {at} ({error}); the samples behind it cannot be found"
+            ) from error
+        size = int(pax.get("size", info.size))
+        data, end = at + BLOCK, at + BLOCK + size
+        if end > total:
+            raise TarError(f"{path}: cut off inside {info.name!r}: {total} bytes there, {end} needed")
+        at = data + -(-size // BLOCK) * BLOCK
+        if info.type == tarfile.GNUTYPE_LONGNAME:
+            long_name = os.pread(fd, size, data).rstrip(b"\0").decode("utf-8", "surrogateescape")
+        elif info.type == tarfile.XHDTYPE:
+            pax = _pax_records(os.pread(fd, size, data))
+        elif info.type == tarfile.XGLTYPE:
+            continue
+        else:
+            if info.isreg():
+                yield long_name or pax.get("path", info.name), Member(data, size)
+            long_name, pax = None, {}
+
+
+def _pax_records(data: bytes) -> dict[str, str]:
+    """The ``LENGTH KEY=VALUE\\n`` records of a pax header."""
+    records: dict[str, str] = {}
+    while data.strip(b"\0"):
+        length = int(data.split(b" ", 1)[0])
+        key, _, value = data[:length].split(b" ", 1)[1].rstrip(b"\n").partition(b"=")
+        records[key.decode()] = value.decode("utf-8", "surrogateescape")
+        data = data[length:]
+    return records

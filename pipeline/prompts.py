@@ -1,0 +1,167 @@
+"""Class names and caption templates, as data.
+
+A template is a sentence with the placeholder ``{c}``; a caption is the sentence with a readable class name in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pipeline.config import ConfigError
+
+PLACEHOLDER = "{c}"
+
+# "openai" are the 80 ImageNet sentences of CLIP's authors, which FLYP trains on; "openai7" their best seven.
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "name": ("{c}",),
+    "simple": ("a photo of a {c}.",),
+    "openai7": (
+        "itap of a {c}.",
+        "a bad photo of the {c}.",
+        "a origami {c}.",
+        "a photo of the large {c}.",
+        "a {c} in a video game.",
+        "art of the {c}.",
+        "a photo of the small {c}.",
+    ),
+    "openai": (
+        "a bad photo of a {c}.",
+        "a photo of many {c}.",
+        "a sculpture of a {c}.",
+        "a photo of the hard to see {c}.",
+        "a low resolution photo of the {c}.",
+        "a rendering of a {c}.",
+        "graffiti of a {c}.",
+        "a bad photo of the {c}.",
+        "a cropped photo of the {c}.",
+        "a tattoo of a {c}.",
+        "the embroidered {c}.",
+        "a photo of a hard to see {c}.",
+        "a bright photo of a {c}.",
+        "a photo of a clean {c}.",
+        "a photo of a dirty {c}.",
+        "a dark photo of the {c}.",
+        "a drawing of a {c}.",
+        "a photo of my {c}.",
+        "the plastic {c}.",
+        "a photo of the cool {c}.",
+        "a close-up photo of a {c}.",
+        "a black and white photo of the {c}.",
+        "a painting of the {c}.",
+        "a painting of a {c}.",
+        "a pixelated photo of the {c}.",
+        "a sculpture of the {c}.",
+        "a bright photo of the {c}.",
+        "a cropped photo of a {c}.",
+        "a plastic {c}.",
+        "a photo of the dirty {c}.",
+        "a jpeg corrupted photo of a {c}.",
+        "a blurry photo of the {c}.",
+        "a photo of the {c}.",
+        "a good photo of the {c}.",
+        "a rendering of the {c}.",
+        "a {c} in a video game.",
+        "a photo of one {c}.",
+        "a doodle of a {c}.",
+        "a close-up photo of the {c}.",
+        "a photo of a {c}.",
+        "the origami {c}.",
+        "the {c} in a video game.",
+        "a sketch of a {c}.",
+        "a doodle of the {c}.",
+        "a origami {c}.",
+        "a low resolution photo of a {c}.",
+        "the toy {c}.",
+        "a rendition of the {c}.",
+        "a photo of the clean {c}.",
+        "a photo of a large {c}.",
+        "a rendition of a {c}.",
+        "a photo of a nice {c}.",
+        "a photo of a weird {c}.",
+        "a blurry photo of a {c}.",
+        "a cartoon {c}.",
+        "art of a {c}.",
+        "a sketch of the {c}.",
+        "a embroidered {c}.",
+        "a pixelated photo of a {c}.",
+        "itap of the {c}.",
+        "a jpeg corrupted photo of the {c}.",
+        "a good photo of a {c}.",
+        "a plushie {c}.",
+        "a photo of the nice {c}.",
+        "a photo of the small {c}.",
+        "a photo of the weird {c}.",
+        "the cartoon {c}.",
+        "art of the {c}.",
+        "a drawing of the {c}.",
+        "a photo of the large {c}.",
+        "a black and white photo of a {c}.",
+        "the plushie {c}.",
+        "a dark photo of a {c}.",
+        "itap of a {c}.",
+        "graffiti of the {c}.",
+        "a toy {c}.",
+        "itap of my {c}.",
+        "a photo of a cool {c}.",
+        "a photo of a small {c}.",
+        "a tattoo of the {c}.",
+    ),
+}
+
+
+def resolve_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
+    """The sentences behind a name of ``TEMPLATES``, or the checked sentences themselves.
+
+    Raises ConfigError for an unknown name, an empty list or a sentence without ``{c}``.
+    """
+    if isinstance(templates, str):
+        if templates not in TEMPLATES:
+            raise ConfigError(f"templates: no set is called {templates!r}; there are {', '.join(sorted(TEMPLATES))}")
+        return TEMPLATES[templates]
+    if not templates:
+        raise ConfigError("templates: the list is empty; give at least one sentence with {c}")
+    for sentence in templates:
+        if PLACEHOLDER not in sentence:
+            raise ConfigError(f"templates: {sentence!r} has no {{c}} for the class name")
+    return tuple(templates)
+
+
+def caption(template: str, classname: str) -> str:
+    """The template's sentence about one class. ``{c}`` is replaced as text: other braces stay as they are."""
+    return template.replace(PLACEHOLDER, classname)
+
+
+def readable_name(folder: str) -> str:
+    """What a caption calls a class folder: ``ankle_boot`` -> ``ankle boot``; a hyphen belongs to the word and stays."""
+    return " ".join(folder.replace("_", " ").split())
+
+
+def read_classnames(path: str | Path, folders: Sequence[str]) -> list[str]:
+    """Readable names of ``folders`` from a text file; one line a class.
+
+    A line is either ``folder<TAB>name`` (any order, every folder named) or just ``name`` (in the order of ``folders``).
+    Raises ConfigError when a folder has no name or the number of lines does not fit.
+    """
+    text = Path(path).read_text(encoding="utf-8-sig")
+    lines = [line.strip("\r\n") for line in text.splitlines() if line.strip()]
+    if any("\t" in line for line in lines):
+        return _names_by_folder(path, lines, folders)
+    if len(lines) != len(folders):
+        raise ConfigError(f"{path}: {len(lines)} class names for {len(folders)} classes")
+    return [line.strip() for line in lines]
+
+
+def _names_by_folder(path: str | Path, lines: Iterable[str], folders: Sequence[str]) -> list[str]:
+    names: dict[str, str] = {}
+    for line in lines:
+        folder, tab, name = line.partition("\t")
+        if not tab or not name.strip():
+            raise ConfigError(f"{path}: line {line!r} is not 'folder<TAB>name' as the other lines are")
+        names[folder.strip()] = name.strip()
+    missing = [folder for folder in folders if folder not in names]
+    if missing:
+        raise ConfigError(
+            f"{path}: no name for {len(missing)} of {len(folders)} classes, first: {', '.join(missing[:5])}"
+        )
+    return [names[folder] for folder in folders]
