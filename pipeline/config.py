@@ -6,7 +6,6 @@ that follow from others (number of steps, scale of a block) are computed where t
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -14,8 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
+from pipeline.config_faults import at, did_you_mean, faults_of
 from pipeline.config_file import ConfigError, Raw, dump_yaml, read_chain, read_overrides
 
 __all__ = [
@@ -297,10 +296,10 @@ def _resolve(raw: Mapping[str, Raw], faults: list[str]) -> Config:
         if key in known:
             values[key] = value
         elif key not in sections:
-            faults.append(f"{key}: unknown option{_did_you_mean(key, list(known))}{_at(origin)}")
+            faults.append(f"{key}: unknown option{did_you_mean(key, list(known))}{at(origin)}")
         elif value not in (None, {}):  # an empty section is no mistake
             faults.append(
-                f"{key}: is a section with options such as {key}.{_first(key, known)}, got {value!r}{_at(origin)}"
+                f"{key}: is a section with options such as {key}.{_first(key, known)}, got {value!r}{at(origin)}"
             )
     config, wrong = _validate(values, raw)
     faults += wrong
@@ -313,7 +312,7 @@ def _validate(values: dict[str, Any], raw: Mapping[str, Raw]) -> tuple[Config | 
     try:
         return Config.model_validate(_nest(values)), []
     except ValidationError as error:
-        found = [_fault(detail, raw) for detail in error.errors(include_url=False) if not _other_branch(detail)]
+        found = faults_of(error, describe(), raw)
     wrong = {key for key, _ in found if key}
     if wrong:  # what the sound values say about each other: they are reported in the same message
         found += _rules_without(values, wrong)
@@ -340,49 +339,5 @@ def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _fault(detail: ErrorDetails, raw: Mapping[str, Raw]) -> tuple[str, str]:
-    """(dotted key or "", message) of one fault as pydantic tells it."""
-    parts = [str(part) for part in detail["loc"]]
-    if not parts:
-        return "", str(detail["msg"]).removeprefix("Value error, ")
-    known = describe()
-    depth = next((size for size in (2, 1) if ".".join(parts[:size]) in known), len(parts))
-    key = ".".join(parts[:depth])
-    if detail["type"] == "missing" and len(parts) == depth:
-        return key, f"{key}: is required, and not given ({known[key]})"
-    message = str(detail["msg"]).replace("Input should", "should", 1)
-    place = "".join(f"[{part}]" for part in parts[depth:] if part.isdigit())
-    hint = "; put it in quotes" if detail["type"] == "string_type" and detail["input"] is not None else ""
-    origin = raw[key].origin if key in raw else ""
-    return key, f"{key}{place}: {message}, got {detail['input']!r}{hint}{_at(origin)}"
-
-
-def _other_branch(detail: ErrorDetails) -> bool:
-    """Of `str | list of str`, what pydantic says about the branch that was not written."""
-    return "str" in detail["loc"] and isinstance(detail["input"], list | tuple)
-
-
-def _did_you_mean(key: str, known: list[str]) -> str:
-    """The option most likely meant: the same name in another section, a near miss, else what the section has."""
-    last = key.rpartition(".")[2]
-    by_name: dict[str, list[str]] = {}
-    for each in known:
-        by_name.setdefault(each.rpartition(".")[2], []).append(each)
-    section = [each for each in known if each.rpartition(".")[0] == key.rpartition(".")[0]]
-    near = (
-        difflib.get_close_matches(key, section, 1, 0.75)
-        or by_name.get(last)
-        or difflib.get_close_matches(key, known, 1, 0.75)
-        or by_name.get("".join(difflib.get_close_matches(last, by_name, 1, 0.7)))
-    )
-    if near:
-        return f", did you mean {' or '.join(near)}?"
-    return f"; its section has {', '.join(each.rpartition('.')[2] for each in section)}" if section else ""
-
-
 def _first(section: str, known: Mapping[str, str]) -> str:
     return next(key for key in known if key.startswith(f"{section}.")).removeprefix(f"{section}.")
-
-
-def _at(origin: str) -> str:
-    return f" ({origin})" if origin else ""
