@@ -67,7 +67,7 @@ def random_targets(names: Sequence[str], k: int, seed: int) -> list[str]:
     """`k` names drawn without repetition (the random-block baseline), in the order of `names`."""
     if not 1 <= k <= len(names):
         raise ValueError(f"random_k={k}: must lie between 1 and the {len(names)} targets")
-    drawn = set(random.Random(seed).sample(list(names), k))
+    drawn = set(random.Random(seed).sample(list(names), k))  # noqa: S311 - a draw, no secret
     return [name for name in names if name in drawn]
 
 
@@ -98,7 +98,7 @@ def attach_adapter(
         parent, attribute = targets[name]
         base = parent.get_submodule(attribute)
         if not isinstance(base, nn.Linear):
-            raise ValueError(f"target {name!r} is a {type(base).__name__}, not nn.Linear: already adapted?")  # noqa: TRY004
+            raise ValueError(f"target {name!r} is a {type(base).__name__}, not nn.Linear: already adapted?")
         lowrank = LowRank(base.in_features, base.out_features, rank, alpha, _generator(seed, name))
         gate = Gate(gate_init, threshold) if gated else None
         block = FORMS[kind](base, lowrank, gate, name)

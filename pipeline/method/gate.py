@@ -60,7 +60,7 @@ class _GatedAdd(torch.autograd.Function):
     def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         (grad,) = grad_outputs
         delta, is_open = ctx.saved_tensors
-        grad_delta = torch.where(is_open, grad, torch.zeros_like(grad)) if ctx.needs_input_grad[1] else None
+        grad_delta = torch.where(is_open, grad, 0.0) if ctx.needs_input_grad[1] else None
         grad_score = None
         if ctx.needs_input_grad[2]:
             wide = torch.promote_types(grad.dtype, torch.float32)

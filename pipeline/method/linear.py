@@ -63,7 +63,7 @@ class Block(nn.Module):
 class LoRALinear(Block):
     """`W = W0 + I * s B A` (LoRA, arXiv 2106.09685; the gate: paper eq. 2)."""
 
-    def delta_out(self, x: Tensor, base_out: Tensor) -> Tensor:
+    def delta_out(self, x: Tensor, base_out: Tensor) -> Tensor:  # noqa: ARG002 - DoRA's needs it
         return self.lowrank(x)
 
     def open_weight(self) -> Tensor:

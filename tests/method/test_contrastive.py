@@ -1,0 +1,59 @@
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from open_clip import ClipLoss
+from torch.nn import functional as F
+
+from pipeline.method.contrastive import flyp_loss
+
+WORKER = Path(__file__).with_name("flyp_rank.py")
+
+
+def features(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (F.normalize(torch.randn(9, 5, generator=generator), dim=-1).to(dtype) for _ in range(2))
+    return a.requires_grad_(), b.requires_grad_()
+
+
+def test_one_rank_equals_open_clip_loss_in_value_and_gradient() -> None:
+    image, text = features()
+    scale = torch.tensor([20.0], requires_grad=True)
+    ours = torch.autograd.grad(flyp_loss(image, text, scale), (image, text, scale))
+    theirs = torch.autograd.grad(ClipLoss()(image, text, scale), (image, text, scale))
+    torch.testing.assert_close(flyp_loss(image, text, scale), ClipLoss()(image, text, scale), rtol=0, atol=1e-6)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_a_scalar_logit_scale_works_too() -> None:
+    image, text = features()
+    assert torch.equal(flyp_loss(image, text, torch.tensor(7.0)), flyp_loss(image, text, torch.tensor([7.0])))
+
+
+def test_logits_are_fp32_for_bf16_features_and_under_autocast() -> None:
+    image, text = features(torch.bfloat16)
+    exact = flyp_loss(image.float(), text.float(), torch.tensor([30.0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = flyp_loss(image, text, torch.tensor([30.0]))
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, exact)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("world", [2, 4])
+def test_gradients_over_ranks_equal_the_one_rank_gradients(world: int, tmp_path: Path) -> None:
+    command = [sys.executable, str(WORKER)]
+    ranks = [subprocess.Popen([*command, str(rank), str(world), str(tmp_path)]) for rank in range(world)]
+    assert [rank.wait() for rank in ranks] == [0] * world
+    expected = runpy.run_path(str(WORKER))["gradients"](0, 1)
+    assert len(expected) == 1 + 2 * 3 + 2 * 4 + 1  # loss; A, B, score; with magnitude; logit scale
+    assert all(grad.any() for name, grad in expected.items() if "image.0." not in name or name.endswith("score"))
+    for rank in range(world):
+        got = torch.load(tmp_path / f"rank{rank}.pt")
+        assert got.keys() == expected.keys()
+        for name, grad in expected.items():
+            torch.testing.assert_close(got[name], grad, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
