@@ -1,0 +1,1 @@
+"""Zero-shot classification and retrieval over a table of datasets, exact over ranks."""

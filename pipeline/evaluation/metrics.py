@@ -1,0 +1,121 @@
+"""Counts that add up over ranks, and the metrics read off them.
+
+Definitions are those of CLIP_benchmark (`zeroshot_classification.evaluate`, `zeroshot_retrieval.evaluate`), so that the
+numbers can stand beside published ones: acc1 and acc5 from `topk` of the logits, mean per-class recall over the classes
+that have a sample, retrieval recall@k = share of queries with at least one own partner among the first k.
+Everything is kept as integer counts until the end: a sum over ranks is then exact, whatever their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TOP_K = 5
+RECALL_K = (1, 5, 10)
+MEAN_RECALL_K = (1, 5)
+
+
+@dataclass
+class ClassCounts:
+    """What a classification pass counts; `confusion` is (K, K) int64, row = true class, column = argmax."""
+
+    confusion: Tensor
+    top1: int = 0
+    top5: int = 0
+    n: int = 0
+
+    @staticmethod
+    def empty(classes: int) -> ClassCounts:
+        return ClassCounts(torch.zeros(classes, classes, dtype=torch.int64))
+
+    @staticmethod
+    def total(parts: Iterable[ClassCounts]) -> ClassCounts:
+        """Sum of the counts of all ranks."""
+        first, *others = parts
+        total = ClassCounts(first.confusion.clone(), first.top1, first.top5, first.n)
+        for part in others:
+            total.confusion += part.confusion
+            total.top1 += part.top1
+            total.top5 += part.top5
+            total.n += part.n
+        return total
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Count one batch: logits (B, K) fp32, labels (B,) int64 in [0, K)."""
+        classes = self.confusion.shape[0]
+        logits, labels = logits.cpu(), labels.cpu()
+        hits = logits.topk(min(TOP_K, classes), dim=1).indices == labels[:, None]
+        self.top1 += int(hits[:, 0].sum())
+        self.top5 += int(hits.sum())
+        self.n += len(labels)
+        cells = labels * classes + logits.argmax(dim=1)
+        self.confusion += torch.bincount(cells, minlength=classes * classes).view(classes, classes)
+
+    def metrics(self) -> dict[str, float | None]:
+        """acc5 is None with fewer than five classes, where CLIP_benchmark writes nan (which is no JSON)."""
+        recalls = [recall for recall in self.per_class_recall() if recall is not None]
+        return {
+            "acc1": self.top1 / self.n,
+            "acc5": self.top5 / self.n if self.confusion.shape[0] >= TOP_K else None,
+            "mean_per_class_recall": float(np.mean(recalls)),
+        }
+
+    def per_class_recall(self) -> list[float | None]:
+        """Recall of every class; None for a class without a sample, which the mean leaves out as sklearn's does."""
+        support = self.confusion.sum(dim=1).tolist()
+        hits = self.confusion.diagonal().tolist()
+        return [hit / count if count else None for hit, count in zip(hits, support, strict=True)]
+
+    def sparse_confusion(self) -> list[list[int]]:
+        """The non-zero cells as [true class, predicted class, count]."""
+        cells = self.confusion.nonzero()
+        counts = self.confusion[cells[:, 0], cells[:, 1]]
+        return [[*cell, count] for cell, count in zip(cells.tolist(), counts.tolist(), strict=True)]
+
+
+@dataclass
+class RecallCounts:
+    """Queries of one direction, and those with an own partner among the first k, for every k of `RECALL_K`."""
+
+    hits: tuple[int, ...] = (0,) * len(RECALL_K)
+    n: int = 0
+
+    @staticmethod
+    def total(parts: Iterable[RecallCounts]) -> RecallCounts:
+        parts = list(parts)
+        hits = tuple(sum(column) for column in zip(*(part.hits for part in parts), strict=True))
+        return RecallCounts(hits, sum(part.n for part in parts))
+
+    def recalls(self) -> dict[int, float]:
+        return {k: hit / self.n for k, hit in zip(RECALL_K, self.hits, strict=True)}
+
+
+def retrieval_metrics(image_to_text: RecallCounts, text_to_image: RecallCounts) -> dict[str, float]:
+    """CLIP_benchmark's names: `image_retrieval` retrieves an image for a text, `text_retrieval` a text for an image."""
+    images, texts = text_to_image.recalls(), image_to_text.recalls()
+    return {f"image_retrieval_recall@{k}": images[k] for k in RECALL_K} | {
+        f"text_retrieval_recall@{k}": texts[k] for k in RECALL_K
+    }
+
+
+def mean_recall(metrics: dict[str, float]) -> float:
+    """Mean of R@1 and R@5 in both directions, the retrieval column of the paper's tables 14 and 15."""
+    values = [metrics[f"{side}_retrieval_recall@{k}"] for side in ("image", "text") for k in MEAN_RECALL_K]
+    return sum(values) / len(values)
+
+
+def classification_chance(classes: int) -> float:
+    return 1 / classes
+
+
+def retrieval_chance(images: int) -> float:
+    """Chance of `mean_recall`: a random ranking finds the one image of a text among the first k with k/n.
+
+    For a text of an image the chance is the same to first order: c captions among c·n texts, k·c/(c·n).
+    """
+    return sum(min(1.0, k / images) for k in MEAN_RECALL_K) / len(MEAN_RECALL_K)

@@ -1,0 +1,127 @@
+"""The four groups of results: their means, the change against the untouched model, and what was forgotten."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import ConfigError
+from pipeline.evaluation.benchmark import GROUPS, Benchmark
+from pipeline.evaluation.results import Result
+
+Summary = dict[str, Any]
+SUMMARY_FILE = "summary.json"
+
+
+def summarise(
+    benchmark: Benchmark, results: Mapping[str, Result], model: Mapping[str, Any], baseline: Summary | None
+) -> Summary:
+    """Everything that tables and reports need, from the result files of one model.
+
+    `model` tells which (name, pretrained, model_digest, ..). `baseline` is the summary of the untouched model.
+    `change` = value - baseline; a group's mean and change run over its rows with `in_mean`. `forgetting` is the mean
+    drop over the groups other than id (positive = knowledge lost), None without a baseline.
+    """
+    old = {} if baseline is None else baseline["datasets"]
+    datasets = {
+        row.key: {
+            "group": row.group,
+            "in_mean": row.in_mean,
+            "metric": results[row.key]["metric"],
+            "value": results[row.key]["value"],
+            "chance": results[row.key]["chance"],
+            "n": results[row.key]["n"],
+        }
+        | _against(results[row.key], old.get(row.key))
+        for row in benchmark.rows
+        if row.key in results
+    }
+    groups = {}
+    for group in GROUPS:
+        rows = [row for row in benchmark.rows if row.group == group and row.in_mean]
+        if rows and any(row.key in datasets for row in rows):
+            groups[group] = _group([datasets[row.key] for row in rows if row.key in datasets])
+            groups[group]["missing"] = [row.key for row in rows if row.key not in datasets]
+    drops = [-groups[g]["change"] for g in groups if g != "id" and groups[g]["change"] is not None]
+    return {
+        **model,
+        "benchmark": benchmark.name,
+        "groups": groups,
+        "datasets": datasets,
+        "forgetting": sum(drops) / len(drops) if drops else None,
+    }
+
+
+def _against(result: Result, old: Mapping[str, Any] | None) -> dict[str, float | None]:
+    # A value of other images, or of a part of them, is no baseline.
+    if old is None or old["dataset_digest"] != result["dataset_digest"] or old["n"] != result["n"]:
+        return {"dataset_digest": result["dataset_digest"], "baseline": None, "change": None}
+    change = result["value"] - old["value"]
+    return {"dataset_digest": result["dataset_digest"], "baseline": old["value"], "change": change}
+
+
+def _group(members: list[dict[str, Any]]) -> dict[str, Any]:
+    changes = [member["change"] for member in members]
+    return {
+        "mean": _mean([member["value"] for member in members]),
+        "change": None if None in changes else _mean(changes),
+        "datasets": len(members),
+    }
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def read_summary(path: str | Path) -> Summary:
+    """A summary.json, or the one in a directory; ConfigError when it is none."""
+    path = Path(path)
+    file = path / SUMMARY_FILE if path.is_dir() else path
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        _ = summary["datasets"], summary["groups"]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} is no evaluation summary: {type(error).__name__} {error}") from error
+    return summary
+
+
+def format_summary(summary: Summary) -> str:
+    """A plain table for the terminal: every dataset by group, then the groups' means; percent and points."""
+    lines = [("group", "dataset", "metric", "value", "change", "chance", "n")]
+    for group in GROUPS:
+        members = {key: each for key, each in summary["datasets"].items() if each["group"] == group}
+        for key, each in members.items():
+            name = key if each["in_mean"] else f"{key} (not in mean)"
+            lines.append((group, name, each["metric"], *_numbers(each["value"], each["change"]),
+                          f"{100 * each['chance']:.2f}", str(each["n"])))  # fmt: skip
+        if len(members) > 1 and group in summary["groups"]:
+            mean = summary["groups"][group]
+            lines.append((group, "mean", "", *_numbers(mean["mean"], mean["change"]), "", ""))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    table = ["  ".join(_pad(cell, width, i) for i, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
+             for line in lines]  # fmt: skip
+    table.insert(1, "  ".join("-" * width for width in widths))
+    title = f"{summary['model']} · {summary['pretrained'] or 'no pretrained tag'} · benchmark {summary['benchmark']}"
+    return "\n".join([title, *table, *_closing_lines(summary)])
+
+
+def _closing_lines(summary: Summary) -> list[str]:
+    lines = []
+    if summary["limit"] is not None:
+        lines.append(f"(at most {summary['limit']} samples of each dataset)")
+    absent = [key for group in summary["groups"].values() for key in group["missing"]]
+    if absent:
+        lines.append(f"not evaluated: {', '.join(absent)}")
+    if summary["forgetting"] is not None:
+        lines.append(f"forgetting {100 * summary['forgetting']:.2f} points (mean drop over the groups other than id)")
+    return lines
+
+
+def _numbers(value: float, change: float | None) -> tuple[str, str]:
+    return f"{100 * value:.2f}", "" if change is None else f"{100 * change:+.2f}"
+
+
+def _pad(cell: str, width: int, column: int) -> str:
+    return cell.ljust(width) if column < 3 else cell.rjust(width)

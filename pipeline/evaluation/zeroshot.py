@@ -1,0 +1,65 @@
+"""Zero-shot classification: a classifier made of class names in templates, and one pass over the images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.evaluation.encode import Encoder
+from pipeline.evaluation.metrics import ClassCounts
+from pipeline.evaluation.ranks import Ranks
+
+TEXTS_PER_CHUNK = 512
+# CLIP_benchmark's constant. It changes no order, but it decides float ties, so it is kept.
+LOGIT_SCALE = 100.0
+
+
+def classifier_head(encoder: Encoder, classnames: Sequence[str], templates: Sequence[str], ranks: Ranks) -> Tensor:
+    """(K, D) unit vectors: for each class, the normalised mean of the normalised features of its prompts.
+
+    That order (normalise, mean, normalise) is the one of CLIP, FLYP, open_clip and CLIP_benchmark. The templates hold
+    `{c}` where the class name goes. Classes are encoded in chunks, shared by the ranks.
+    """
+    per_chunk = max(1, TEXTS_PER_CHUNK // len(templates))
+    starts = range(0, len(classnames), per_chunk)
+
+    def encode_share() -> dict[int, Tensor]:
+        return {
+            i: _class_vectors(encoder, classnames[starts[i] : starts[i] + per_chunk], templates).cpu()
+            for i in ranks.share(len(starts))
+        }
+
+    chunks: dict[int, Tensor] = {}
+    for part in ranks.gather(encode_share):
+        chunks |= part
+    return torch.cat([chunks[i] for i in range(len(starts))]).to(encoder.device)
+
+
+def _class_vectors(encoder: Encoder, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
+    prompts = [template.format(c=name) for name in classnames for template in templates]
+    features = encoder.texts(prompts).view(len(classnames), len(templates), -1).mean(dim=1)
+    return features / features.norm(dim=-1, keepdim=True)
+
+
+def apply_subset(logits: Tensor, subset: Sequence[int] | None) -> Tensor:
+    """Logits (B, K) of all classes -> (B, len(subset)) of those the dataset has, in label order.
+
+    ImageNet-A and -R hold images of 200 of the 1000 ImageNet classes; their label j is the j-th id of the subset.
+    """
+    return logits if subset is None else logits[:, list(subset)]
+
+
+def classify(
+    encoder: Encoder,
+    head: Tensor,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    subset: Sequence[int] | None = None,
+) -> ClassCounts:
+    """Counts of this rank's batches of (images (B, 3, H, W), labels (B,) int64)."""
+    counts = ClassCounts.empty(len(subset) if subset is not None else len(head))
+    for images, labels in batches:
+        logits = LOGIT_SCALE * encoder.images(images) @ head.T
+        counts.add(apply_subset(logits, subset), labels)
+    return counts

@@ -1,0 +1,141 @@
+"""A tiny random CLIP and small data sets in the clip-benchmark/wds_* layout, made from seeded noise."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from clip_benchmark.metrics import zeroshot_classification
+from PIL import Image
+
+# clip_benchmark 1.6 calls float() on an array of one element, which NumPy has refused since 2.4. Its arithmetic stays.
+zeroshot_classification.float = lambda value: value.item()  # pyright: ignore[reportAttributeAccessIssue]
+
+CLASSNAMES = ("apple", "bear", "cup", "door", "eagle", "fig", "goat", "hat", "ink", "jar", "kite", "leaf")
+TEMPLATES = ("a photo of a {c}.", "the {c}", "{c} in a drawing")
+
+
+def picture(seed: int, hue: int, extension: str) -> bytes:
+    """A smooth colour gradient with noise, not square, so that resize and crop both matter."""
+    draw = np.random.default_rng([seed, hue])
+    height, width = int(draw.integers(36, 60)), int(draw.integers(36, 60))
+    rows, columns = np.linspace(0, 1, height)[:, None, None], np.linspace(0, 1, width)[None, :, None]
+    colours = np.random.default_rng(hue).integers(0, 256, (3, 3))
+    pixels = colours[0] * (1 - rows) + colours[1] * rows * columns + colours[2] * rows * (1 - columns)
+    pixels = np.clip(pixels + draw.normal(0, 30, pixels.shape), 0, 255).astype("uint8")
+    out = io.BytesIO()
+    options = {"jpg": {"format": "JPEG", "quality": 90}, "png": {"format": "PNG"}}.get(
+        extension, {"format": "WEBP", "lossless": True}
+    )
+    Image.fromarray(pixels).save(out, **options)
+    return out.getvalue()
+
+
+def write_wds(
+    root: Path, samples: Sequence[dict[str, bytes]], shards: int, texts: dict[str, str], split: str = "test"
+) -> Path:
+    """A wds_* directory; each sample maps extension -> bytes."""
+    folder = root / split
+    folder.mkdir(parents=True)
+    for name, text in texts.items():
+        (root / name).write_text(text, encoding="utf-8")
+    (folder / "nshards.txt").write_text(f"{shards}\n")
+    parts = np.array_split(np.arange(len(samples)), shards)
+    for shard, indices in enumerate(parts):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for i in indices:
+                for extension, data in samples[i].items():
+                    member = tarfile.TarInfo(f"s{i:07d}.{extension}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    return root
+
+
+def write_classification(
+    root: Path,
+    *,
+    n: int = 57,
+    classnames: Sequence[str] = CLASSNAMES,
+    templates: Sequence[str] = TEMPLATES,
+    shards: int = 2,
+    seed: int = 0,
+) -> Path:
+    """n images in all three formats, classes drawn unevenly; one class may well have none."""
+    labels = np.random.default_rng(seed).integers(0, len(classnames), n)
+    samples = []
+    for i, label in enumerate(labels):
+        extension = ("webp", "png", "jpg")[i % 3]
+        samples.append({extension: picture(seed * 1000 + i, int(label), extension), "cls": str(label).encode()})
+    texts = {
+        "classnames.txt": "\n".join(classnames),
+        "zeroshot_classification_templates.txt": "\n".join(templates),
+    }
+    return write_wds(root, samples, shards, texts)
+
+
+def write_retrieval(root: Path, *, n: int = 31, seed: int = 7, shards: int = 2) -> Path:
+    """n images with one to six captions each."""
+    draw = np.random.default_rng(seed)
+    samples = []
+    for i in range(n):
+        words = [draw.choice(CLASSNAMES, size=int(draw.integers(2, 6))) for _ in range(int(draw.integers(1, 7)))]
+        captions = "\n".join(f"{' '.join(each)} number {i}" for each in words)
+        samples.append({"jpg": picture(seed * 1000 + i, i, "jpg"), "txt": captions.encode()})
+    return write_wds(root, samples, shards, {"dataset_type.txt": "retrieval"})
+
+
+@pytest.fixture(scope="session")
+def tiny_clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `local-dir:` model of 2 + 2 layers without weights: load_clip draws them from its seed."""
+    root = tmp_path_factory.mktemp("tiny_clip")
+    config = {
+        "model_cfg": {
+            "embed_dim": 32,
+            "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
+            "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+        },
+        "preprocess_cfg": {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic"},
+    }
+    (root / "open_clip_config.json").write_text(json.dumps(config))
+    return root
+
+
+@pytest.fixture(scope="session")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """wds_id, wds_shift (other images), wds_few (3 classes) and wds_pairs (retrieval) below one root."""
+    root = tmp_path_factory.mktemp("datasets")
+    write_classification(root / "wds_id", seed=1)
+    write_classification(root / "wds_shift", n=34, seed=2, shards=3)
+    write_classification(root / "wds_few", n=20, classnames=CLASSNAMES[:3], seed=3, shards=1)
+    write_retrieval(root / "wds_pairs")
+    return root
+
+
+@pytest.fixture(scope="session")
+def benchmark_file(datasets: Path) -> Path:
+    """All four sets as a benchmark."""
+    file = datasets / "benchmark.yaml"
+    file.write_text(
+        "name: tiny\n"
+        "datasets:\n"
+        "  - {key: ours, group: id, path: wds_id}\n"
+        "  - {key: moved, group: shift, path: wds_shift}\n"
+        "  - {key: few, group: zero-shot, path: wds_few}\n"
+        "  - {key: pairs, group: retrieval, path: wds_pairs}\n"
+    )
+    return file
+
+
+@pytest.fixture(scope="session")
+def make_classification() -> Callable[..., Path]:
+    return write_classification
+
+
+@pytest.fixture(scope="session")
+def make_retrieval() -> Callable[..., Path]:
+    return write_retrieval
