@@ -1,0 +1,1 @@
+"""What a run leaves behind: a journal on its own disk first, MLflow second."""

@@ -1,0 +1,75 @@
+"""Who a run is: run_dir/run.json, written once and read by every later attempt, shipment and sync."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline.config import ConfigError
+
+RUN_FILE = "run.json"
+_SECTION = "tracking"  # other parts of the product may keep their own keys in the same file
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """`run` is a uuid that MLflow's copy carries as the tag selora.run; `parent` is that of the run above, if any."""
+
+    run: str
+    name: str
+    experiment: str
+    uri: str | None = None  # without a password; None: never meant for a store
+    parent: str | None = None
+
+
+def read_identity(run_dir: Path) -> RunIdentity | None:
+    """The identity of the run in `run_dir`, None if it has none yet.
+
+    Raises:
+        ConfigError: run.json is not what this package writes.
+    """
+    section = _read(run_dir / RUN_FILE).get(_SECTION)
+    if section is None:
+        return None
+    try:
+        return RunIdentity(**section)
+    except TypeError as error:
+        raise ConfigError(f"{run_dir / RUN_FILE}: {error}") from None
+
+
+def settle_identity(run_dir: Path, name: str, experiment: str, uri: str | None, parent: str | None) -> RunIdentity:
+    """Keep the run's uuid if it has one, else draw one; the other fields are those given now."""
+    known = read_identity(run_dir)
+    run = known.run if known is not None else uuid.uuid4().hex
+    if parent is None and known is not None:
+        parent = known.parent
+    identity = RunIdentity(run, name, experiment, uri, parent)
+    if identity != known:
+        path = run_dir / RUN_FILE
+        replace_json(path, _read(path) | {_SECTION: asdict(identity)})
+    return identity
+
+
+def replace_json(path: Path, content: dict[str, object]) -> None:
+    """Write a JSON file so that a reader sees the old or the new content whole."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, object]:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected an object")
+    return content

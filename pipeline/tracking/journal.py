@@ -1,0 +1,240 @@
+"""The run's own journal: one JSON object per line, appended, never rewritten.
+
+    {"seq": 7, "time_ms": 1764000000000, "kind": "metrics", "step": 30, "values": {"loss": 0.71, "grad_norm": "nan"}}
+
+It is the truth about a run; a tracking store only ever holds a copy. Each record keeps the time of its writing, so a
+second delivery of it is equal to the first in every field and a store with a primary key takes it once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import ConfigError
+from pipeline.tracking.locks import Busy, FileLock
+
+JOURNAL = "journal.jsonl"
+JOURNAL_GLOB = "journal*.jsonl"  # the run's own, and one per node for what the machine does
+_LOCK_WAIT_SECONDS = 20.0  # a killed run may still be dying when the same command is given again
+_MEMORY_LIMIT = 100_000  # records kept while the disk is full
+
+logger = logging.getLogger("selora.tracking")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of a journal; `end` is the byte offset behind it."""
+
+    seq: int
+    time_ms: int
+    kind: str
+    data: dict[str, Any]
+    end: int
+
+
+@dataclass(frozen=True)
+class Corrupt:
+    """A complete line that is no record; `end` is the byte offset behind it."""
+
+    path: Path
+    line: int
+    end: int
+
+    def __str__(self) -> str:
+        return f"{self.path.name} line {self.line} cannot be read"
+
+
+class Journal:
+    """The only writer of one journal file.
+
+    Args:
+        run_dir: made if it is missing.
+        name: file name inside it.
+
+    Raises:
+        ConfigError: the directory cannot be written, or another process writes this journal.
+    """
+
+    def __init__(self, run_dir: Path, name: str = JOURNAL) -> None:
+        self.path = run_dir / name
+        self.replayed = 0  # values dropped because an earlier attempt of the run had already written them
+        self._mutex = threading.RLock()  # re-entrant: a signal handler may write while the loop is writing
+        self._waiting: list[bytes] = []
+        self._lost = 0
+        self._disk_error: str | None = None
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(lock_path(self.path), _LOCK_WAIT_SECONDS)
+        except Busy as busy:
+            raise ConfigError(
+                f"{run_dir}: this run is being written by {busy}; wait for it or choose another name"
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"{run_dir}: cannot write the run directory: {error.strerror}") from None
+        self._last_step: dict[str, int] = {}
+        self._seq, self._last_ms = 0, 0
+        self.status: str | None = None  # the last one written
+        try:
+            self._good = self._recover()
+            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            self._lock.release()
+            raise ConfigError(f"{self.path}: {error.strerror}") from None
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> int:
+        """Write the values whose key has no value at this step or a later one yet; returns how many were written.
+
+        A resumed run repeats the steps since its checkpoint; what the first attempt wrote stays.
+        """
+        with self._mutex:
+            fresh = {key: _encode(value) for key, value in values.items() if step > self._last_step.get(key, -1 << 62)}
+            self.replayed += len(values) - len(fresh)
+            if fresh:
+                self._last_step.update(dict.fromkeys(fresh, step))
+                self.write("metrics", step=step, values=fresh)
+            return len(fresh)
+
+    def write(self, kind: str, **data: Any) -> None:
+        """Append one record. A full disk is said once and never raised: the record waits in memory."""
+        with self._mutex:
+            self._seq += 1
+            self._last_ms = max(self._last_ms, time.time_ns() // 1_000_000)
+            record = {"seq": self._seq, "time_ms": self._last_ms, "kind": kind, **data}
+            line = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+            if kind == "status":
+                self.status = data["status"]
+            self._waiting.append(line.encode("utf-8", errors="replace"))
+            self._write_waiting()
+
+    def last_step(self) -> int:
+        """The largest step that any key has a value at; -1 before the first."""
+        return max(self._last_step.values(), default=-1)
+
+    def close(self) -> None:
+        """Release the journal; records that never found room on the disk are counted aloud."""
+        with self._mutex:
+            if self._fd < 0:
+                return
+            self._write_waiting()
+            if self._waiting or self._lost:
+                logger.warning(
+                    "%s: %d records are lost: %s", self.path, len(self._waiting) + self._lost, self._disk_error
+                )
+            os.close(self._fd)
+            self._fd = -1
+            self._lock.release()
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            try:
+                written = os.write(self._fd, self._waiting[0])
+                if written < len(self._waiting[0]):
+                    raise OSError(None, "no space left on device")
+            except OSError as error:
+                self._keep_in_memory(error)
+                return
+            self._good += written
+            del self._waiting[0]
+        if self._disk_error is not None:
+            logger.warning("%s: can be written again", self.path)
+            self._disk_error = None
+
+    def _keep_in_memory(self, error: OSError) -> None:
+        if self._disk_error is None:
+            self._disk_error = error.strerror or str(error)
+            logger.warning("%s: %s; records wait in memory and the run goes on", self.path, self._disk_error)
+        with suppress(OSError):  # else the next reader names the half line as unreadable
+            os.ftruncate(self._fd, self._good)
+        if len(self._waiting) > _MEMORY_LIMIT:
+            del self._waiting[0]
+            self._lost += 1
+
+    def _recover(self) -> int:
+        """Read what earlier attempts wrote, cut a torn last line off; returns the size of what is left, in bytes."""
+        if not self.path.exists():
+            return 0
+        end = 0
+        for record in read(self.path):
+            end = record.end
+            if isinstance(record, Corrupt):
+                logger.warning("%s; it is skipped", record)
+                continue
+            self._seq, self._last_ms = max(self._seq, record.seq), max(self._last_ms, record.time_ms)
+            if record.kind == "metrics":
+                self._last_step.update(dict.fromkeys(record.data["values"], record.data["step"]))
+            elif record.kind == "status":
+                self.status = record.data["status"]
+        torn = self.path.stat().st_size - end
+        if torn:
+            logger.warning("%s: dropped a torn last line of %d bytes", self.path, torn)
+            os.truncate(self.path, end)
+        return end
+
+
+def read(path: Path, offset: int = 0) -> Iterator[Record | Corrupt]:
+    """The complete lines of a journal from byte `offset` on; a last line without its end is not there yet."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        for raw in file:
+            if not raw.endswith(b"\n"):
+                return
+            offset += len(raw)
+            record = _parse(raw, offset)
+            yield record if record is not None else Corrupt(path, _line_number(path, offset), offset)
+
+
+def decode(value: float | str) -> float:
+    """A value of a metrics record as a number; nan and the infinities are kept as strings, since JSON has none."""
+    return float(value)
+
+
+def lock_path(journal: Path) -> Path:
+    """The lock that the writer of `journal` holds as long as it lives."""
+    return journal.with_name(f".{journal.stem}.lock")
+
+
+def journals(run_dir: Path) -> list[Path]:
+    """The run's journal files, its own first."""
+    return sorted(run_dir.glob(JOURNAL_GLOB), key=lambda path: (path.name != JOURNAL, path.name))
+
+
+def _encode(value: float) -> float | str:
+    number = float(value)
+    return number if math.isfinite(number) else str(number)
+
+
+def _parse(raw: bytes, end: int) -> Record | None:
+    try:
+        data = json.loads(raw)
+        record = Record(data.pop("seq"), data.pop("time_ms"), data.pop("kind"), data, end)
+        sound = isinstance(record.seq, int) and isinstance(record.time_ms, int)
+        if record.kind == "metrics":
+            sound = sound and isinstance(data["step"], int) and all(map(_is_number, data["values"].values()))
+        elif record.kind in ("params", "tags"):
+            sound = sound and all(isinstance(value, str) for value in data["values"].values())
+        elif record.kind == "artifact":
+            sound = sound and {"path", "sha256", "folder"} <= data.keys()
+        elif record.kind == "status":
+            sound = sound and isinstance(data["status"], str)
+        return record if sound else None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) or value in ("nan", "inf", "-inf")
+
+
+def _line_number(path: Path, end: int) -> int:
+    with path.open("rb") as file:
+        return file.read(end).count(b"\n")

@@ -1,0 +1,215 @@
+"""What a training knows of tracking: five calls that return at once and never fail because of a server."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Protocol, Self
+
+from pipeline.config import ConfigError
+from pipeline.tracking.delivery import file_digest, load_state, pending
+from pipeline.tracking.environment import environment_tags
+from pipeline.tracking.identity import read_identity, settle_identity
+from pipeline.tracking.journal import Journal
+from pipeline.tracking.shipper import LOG_FILE, Shipper
+from pipeline.tracking.uris import redact, resolve_uri, sqlite_path
+
+__all__ = ["NullTracker", "RunTracker", "Status", "Tracker", "environment_tags", "open_tracker"]
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+PARENT_ID_TAG = "mlflow.parentRunId"
+_WATCH_SECONDS = 15.0
+_SERVER_WAIT_SECONDS = 20.0
+_FILE_WAIT_SECONDS = 60.0  # a local SQLite file cannot be away, only slow: a busy machine makes it in 15 s
+
+logger = logging.getLogger("selora.tracking")
+
+
+class Tracker(Protocol):
+    """Where a run's numbers go."""
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Values at one step; a value of a step that the key has passed already is a replay and is dropped."""
+
+    def params(self, values: Mapping[str, object]) -> None:
+        """What the run was started with."""
+
+    def tags(self, values: Mapping[str, object]) -> None:
+        """Facts about the run; a later value replaces an earlier one."""
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """A file or a directory of files, uploaded as it is on disk when the store takes it."""
+
+    def finish(self, status: Status = "FINISHED") -> None:
+        """How the run ended; afterwards nothing may be written."""
+
+
+class NullTracker:
+    """For the ranks that do not write."""
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def params(self, values: Mapping[str, object]) -> None: ...
+
+    def tags(self, values: Mapping[str, object]) -> None: ...
+
+    def artifact(self, path: Path, folder: str = "") -> None: ...
+
+    def finish(self, status: Status = "FINISHED") -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class RunTracker:
+    """The journal, and the process beside it that ships the journal to MLflow."""
+
+    def __init__(self, run_dir: Path, journal: Journal, uri: str | None, shipper: Shipper | None) -> None:
+        self.run_dir = run_dir
+        self._journal, self._uri, self._shipper = journal, uri, shipper
+        self._watched_at = time.monotonic()
+        self._said: str | None = None
+        self._over = False
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self._journal.metrics(step, values)
+        self._watch()
+
+    def params(self, values: Mapping[str, object]) -> None:
+        self._journal.write("params", values=_texts(values))
+
+    def tags(self, values: Mapping[str, object]) -> None:
+        self._journal.write("tags", values=_texts(values))
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        path = Path(path).absolute()
+        if path.is_dir():
+            for child in sorted(path.iterdir()):
+                self.artifact(child, f"{folder}/{path.name}".lstrip("/"))
+            return
+        try:
+            digest = file_digest(path)
+        except OSError as error:
+            logger.warning("%s is not recorded: %s", path, error.strerror)
+            return
+        self._journal.write(
+            "artifact", path=os.path.relpath(path, self.run_dir), sha256=digest, folder=folder.strip("/")
+        )
+
+    def finish(self, status: Status = "FINISHED") -> None:
+        """Record the end and give the shipment a bounded time; what then is left is said in one line."""
+        if self._over:
+            return
+        self._over = True
+        self._journal.write("status", status=status)
+        if self._journal.replayed:
+            logger.info("%d values of repeated steps were already in the journal", self._journal.replayed)
+        self._journal.close()
+        if self._shipper is None:
+            return
+        wait_s = _SERVER_WAIT_SECONDS if self._uri is None or sqlite_path(self._uri) is None else _FILE_WAIT_SECONDS
+        done = self._shipper.finish(wait_s)
+        if self._uri is not None:
+            self._say_pending(self._uri, done)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        if kind is None:
+            self.finish("FINISHED")
+        else:
+            self.finish("FAILED" if issubclass(kind, Exception) else "KILLED")
+
+    def _watch(self) -> None:
+        """Say once when the store goes away and once when it is back; looks at a local file, never at the network."""
+        now = time.monotonic()
+        if self._uri is None or now - self._watched_at < _WATCH_SECONDS:
+            return
+        self._watched_at = now
+        error = load_state(self.run_dir, self._uri).error
+        if error is not None and self._said is None:
+            logger.warning("tracking: %s: %s; the journal keeps everything", redact(self._uri), error)
+        elif error is None and self._said is not None:
+            logger.warning("tracking: %s is back", redact(self._uri))
+        self._said = error
+
+    def _say_pending(self, uri: str, done: bool) -> None:
+        left = pending(self.run_dir, uri)
+        error = load_state(self.run_dir, uri).error
+        if done and left == 0 and error is None:
+            return
+        reason = error or f"it took too long, see {self.run_dir / LOG_FILE}"
+        logger.warning(
+            "tracking: %d values or files have not reached %s (%s); the journal has them: `selora track sync %s`",
+            left, redact(uri), reason, self.run_dir,
+        )  # fmt: skip
+
+
+def open_tracker(
+    run_dir: Path,
+    *,
+    run_name: str,
+    uri: str | None = None,
+    experiment: str = "selora",
+    parent_run_id: str | None = None,
+    parent_dir: Path | None = None,
+    enabled: bool = True,
+    extra_tags: Mapping[str, object] | None = None,
+    system_metrics: tuple[str, float] | None = None,
+) -> RunTracker:
+    """Start, or go on with, the tracking of the run in `run_dir`. One process per run: other ranks take a NullTracker.
+
+    Args:
+        run_name: the name shown in MLflow.
+        uri: the store; None: MLFLOW_TRACKING_URI, else sqlite:///<run_dir/..>/mlflow.db.
+        parent_run_id: MLflow id of the run above this one, if it is known to exist.
+        parent_dir: run directory of the run above this one; works while the server is away, too.
+        enabled: False: the journal only.
+        system_metrics: (node, seconds): sample this machine every so many seconds.
+
+    Raises:
+        ConfigError: a malformed address, or a run directory that cannot be written or is being written.
+    """
+    run_dir = run_dir.absolute()
+    address = resolve_uri(uri, run_dir.parent) if enabled else None
+    if address is not None and importlib.util.find_spec("mlflow") is None:
+        logger.warning("tracking: mlflow is not installed; %s has the journal only", run_dir)
+        address = None
+    parent = None if parent_dir is None else _parent_uuid(parent_dir)
+    journal = Journal(run_dir)
+    settle_identity(run_dir, run_name, experiment, None if address is None else redact(address), parent)
+    journal.write("status", status="RUNNING")
+    above = {} if parent_run_id is None else {PARENT_ID_TAG: parent_run_id}
+    tags = _texts({**(extra_tags or {}), **above})
+    if tags:
+        journal.write("tags", values=tags)
+    return RunTracker(run_dir, journal, address, _start_shipper(run_dir, address, system_metrics))
+
+
+def _start_shipper(run_dir: Path, uri: str | None, system: tuple[str, float] | None) -> Shipper | None:
+    if uri is None and system is None:
+        return None
+    try:
+        return Shipper(run_dir, uri, system)
+    except OSError as error:
+        logger.warning("tracking: %s; this run has its journal only until `selora track sync %s`", error, run_dir)
+        return None
+
+
+def _parent_uuid(parent_dir: Path) -> str:
+    identity = read_identity(parent_dir)
+    if identity is None:
+        raise ConfigError(f"{parent_dir}: not the directory of a tracked run, so it cannot be a parent")
+    return identity.run
+
+
+def _texts(values: Mapping[str, object]) -> dict[str, str]:
+    return {str(key): redact(str(value)) for key, value in values.items()}
