@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from pipeline.model.towers import SplitAttention, split_attention
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
+SCHEMAS = ("local-dir:", "hf-hub:")
 SCALARS = ("logit_scale", "logit_bias")
 
 
@@ -48,7 +50,10 @@ def load_clip(name: str, pretrained: str | None = None, *, seed: int = 0) -> Cli
     without such weights a random start from `seed`. Wrong names, tags, files and activations raise ConfigError.
     """
     import open_clip
+    from safetensors import SafetensorError
 
+    if not name.startswith(SCHEMAS):
+        name = name.replace("/", "-")  # "ViT-B/16", as the papers write it
     model_cfg = _model_config(name)
     weight_file = _separate_weight_file(name, pretrained)
     quick = _quick_gelu(name, pretrained, model_cfg)
@@ -63,9 +68,9 @@ def load_clip(name: str, pretrained: str | None = None, *, seed: int = 0) -> Cli
                 nonscalar_logit_scale=True,
             )
         if weight_file is not None:
-            open_clip.load_checkpoint(model, weight_file)
+            open_clip.load_checkpoint(model, weight_file)  # pyright: ignore[reportArgumentType]
         tokenizer = open_clip.get_tokenizer(name)
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
+    except (RuntimeError, ValueError, OSError, KeyError, SafetensorError, UnpicklingError) as error:
         raise ConfigError(f"model.name={name!r}, model.pretrained={pretrained!r}: {error}") from error
     if quick:
         model_cfg["quick_gelu"] = True
@@ -105,7 +110,7 @@ def _model_config(name: str) -> dict[str, Any]:
 
 def _separate_weight_file(name: str, pretrained: str | None) -> str | None:
     """open_clip ignores `pretrained` beside local-dir: and hf-hub:; there a file is loaded in a second step."""
-    if pretrained is None or not name.startswith(("local-dir:", "hf-hub:")):
+    if pretrained is None or not name.startswith(SCHEMAS):
         return None
     if not Path(pretrained).is_file():
         raise ConfigError(f"model.pretrained={pretrained!r}: beside {name!r} it must be a weight file, and is none")
@@ -124,9 +129,9 @@ def _quick_gelu(name: str, pretrained: str | None, model_cfg: Mapping[str, Any])
         bool(model_cfg.get("quick_gelu", False)),
     )
     if present and not wanted:
-        plain = name.removesuffix("-quickgelu")
         raise ConfigError(
-            f"model.pretrained={pretrained!r} was trained with GELU, not QuickGELU: use model.name={plain}"
+            f"model.pretrained={pretrained!r} was trained with GELU and model.name={name!r} has QuickGELU: "
+            "take the architecture without QuickGELU"
         )
     return wanted and not present
 
@@ -137,7 +142,7 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 

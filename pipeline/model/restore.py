@@ -1,0 +1,127 @@
+"""The fine-tuned model of a run directory: base, blocks and checkpoint put together and merged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config import ConfigError
+from pipeline.config_file import read_chain
+from pipeline.method.adapter import attach_adapter, merge_adapter
+from pipeline.model.clip import Clip, load_clip
+from pipeline.model.towers import adapter_targets, apply_trainable
+
+
+@dataclass(frozen=True)
+class RunSource:
+    """Where a run's weights come from: its newest (or a chosen) checkpoint and the base it was trained on."""
+
+    checkpoint: Path
+    state: dict[str, Any]
+    train_rest: str
+
+    @property
+    def base_digest(self) -> str:
+        return self.state["base_digest"]
+
+    @property
+    def label(self) -> str:
+        """ "run-name/step-00000123", for messages and result files."""
+        return f"{self.checkpoint.parent.parent.name}/{self.checkpoint.name}"
+
+
+def is_run(directory: str | Path) -> bool:
+    """Whether this is a run directory; it may still lack a checkpoint."""
+    return (Path(directory) / "config.yaml").is_file()
+
+
+def find_run(run_dir: str | Path, step: int | None = None) -> RunSource:
+    """The checkpoint of `step`, or the newest. ConfigError when there is none or its files are damaged."""
+    run_dir = Path(run_dir)
+    if not is_run(run_dir):
+        raise ConfigError(f"{run_dir} is no run directory: it has no config.yaml")
+    root = run_dir / "checkpoints"
+    present = sorted(path.name for path in root.glob("step-*"))
+    pointer = root / "latest"
+    if step is None and not pointer.is_file():
+        raise ConfigError(f"{run_dir} has no checkpoint yet: train it first")
+    name = pointer.read_text().strip() if step is None else f"step-{step:08d}"
+    if name not in present:
+        raise ConfigError(f"{run_dir} has no checkpoint {name}; there are: {', '.join(present) or 'none'}")
+    try:
+        state = json.loads((root / name / "state.json").read_text(encoding="utf-8"))
+        train_rest = read_chain(run_dir / "config.yaml")["train.train_rest"].value
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{root / name}: cannot be read: {type(error).__name__} {error}") from error
+    return RunSource(root / name, state, train_rest)
+
+
+def load_base(source: RunSource) -> Clip:
+    """The untouched model that the run started from; other weights under its name are a ConfigError."""
+    model = source.state["model"]
+    clip = load_clip(model["name"], model["pretrained"], seed=model["seed"])
+    if clip.digest != source.base_digest:
+        raise ConfigError(
+            f"{source.checkpoint}: was trained on base weights {source.base_digest[:12]}, but {clip.name!r} with "
+            f"pretrained={clip.pretrained!r} gives {clip.digest[:12]}: put the old weights back"
+        )
+    return clip
+
+
+def load_run(run_dir: str | Path, step: int | None = None) -> Clip:
+    """The fine-tuned CLIP of a run, merged into plain linears, in fp32 on the CPU and in eval mode.
+
+    `digest` stays that of the base. The checkpoint must hold exactly the parameters that the run trains: missing or
+    unknown names, wrong shapes and another base are ConfigErrors that name them.
+    """
+    source = find_run(run_dir, step)
+    clip = load_base(source)
+    adapter = source.state["adapter"]
+    if adapter["kind"] in ("lora", "dora"):
+        try:
+            attach_adapter(
+                adapter_targets(clip.model),
+                rank=adapter["rank"],
+                kind=adapter["kind"],
+                alpha=adapter["alpha"],
+                gated=adapter["gated"],
+                threshold=adapter["threshold"],
+                select=adapter["targets"],
+            )
+        except ValueError as error:
+            raise ConfigError(f"{source.checkpoint}: {error}") from error
+    trained = apply_trainable(clip.model, source.train_rest, adapter["kind"])
+    _copy_parameters(clip, trained, source.checkpoint)
+    merge_adapter(clip.model)
+    clip.model.requires_grad_(False).eval()
+    return clip
+
+
+def _copy_parameters(clip: Clip, names: list[str], checkpoint: Path) -> None:
+    """Fill the named parameters from the checkpoint; nothing is copied when a name or a shape does not fit."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = checkpoint / "trainable.safetensors"
+    try:
+        saved = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from error
+    own = {name: parameter for name, parameter in clip.model.named_parameters() if name in set(names)}
+    faults = [f"missing {name}" for name in sorted(own.keys() - saved.keys())]
+    faults += [f"unknown {name}" for name in sorted(saved.keys() - own.keys())]
+    faults += [
+        f"{name} has shape {tuple(saved[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in sorted(own.keys() & saved.keys())
+        if own[name].shape != saved[name].shape
+    ]
+    if faults:
+        more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
+        raise ConfigError(f"{file} does not fit the model ({len(faults)} faults): {'; '.join(faults[:8])}{more}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(saved[name])
