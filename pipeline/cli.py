@@ -1,8 +1,8 @@
 """The command line: one function per command, and a stage is imported only when its command is chosen.
 
-No option repeats a key of the config: what a run computes is said by its config file and key=value alone, ranks come
-from the launcher's environment. No option may be a prefix of one of torchrun's, which reads abbreviations over its whole
-line.
+No option repeats a key of the config: what a run computes is said by its config file and key=value alone, and ranks come
+from the launcher's environment. No option may be a prefix of one of torchrun's, which looks for abbreviations over its
+whole line.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ class Train(Section):
     steps: int | None = Field(default=None, ge=1, description="optimizer steps, instead of epochs")
     global_batch_size: int = Field(default=512, ge=2, description="images of one optimizer step over all ranks")
     grad_clip: float | None = Field(default=None, gt=0, description="largest norm of the gradient; null: no clipping")
-    zero_stage: Literal[0, 1, 2, 3] = Field(default=1, description="DeepSpeed ZeRO stage")
+    zero_stage: int = Field(default=1, ge=0, le=3, description="DeepSpeed ZeRO stage")
     log_every: int = Field(default=10, ge=1, description="steps between records of losses and speed")
     gates_every: int = Field(default=50, ge=1, description="steps between records of every gate")
     checkpoint_every: int = Field(

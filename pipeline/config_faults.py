@@ -42,20 +42,20 @@ def _other_branch(detail: ErrorDetails) -> bool:
 
 def did_you_mean(key: str, known: list[str]) -> str:
     """The option most likely meant: the same name in another section, a near miss, else what the section has."""
-    last = key.rpartition(".")[2]
+    section, _, last = key.rpartition(".")
     by_name: dict[str, list[str]] = {}
     for each in known:
         by_name.setdefault(each.rpartition(".")[2], []).append(each)
-    section = [each for each in known if each.rpartition(".")[0] == key.rpartition(".")[0]]
+    beside = [each.rpartition(".")[2] for each in known if each.rpartition(".")[0] == section]
     near = (
-        difflib.get_close_matches(key, section, 1, 0.75)
-        or by_name.get(last)
+        by_name.get(last)
+        or [f"{section}.{name}".lstrip(".") for name in difflib.get_close_matches(last, beside, 1, 0.65)]
         or difflib.get_close_matches(key, known, 1, 0.75)
         or by_name.get("".join(difflib.get_close_matches(last, by_name, 1, 0.7)))
     )
     if near:
         return f", did you mean {' or '.join(near)}?"
-    return f"; its section has {', '.join(each.rpartition('.')[2] for each in section)}" if section else ""
+    return f"; {section} has {', '.join(beside)}" if section and beside else ""
 
 
 def at(origin: str) -> str:

@@ -48,6 +48,13 @@ class _Loader(yaml.SafeLoader):
         text = node.value
         return int(text, 0) if text[:2] in ("0o", "0x") else int(text)  # "010" is ten in 1.2, not eight
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for position, (key, _) in enumerate(node.value):
+            if key.value in names[:position]:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
 
 class _Dumper(yaml.SafeDumper):
     """Quotes a string that either YAML version would read as something else."""
@@ -177,7 +184,7 @@ def _flatten_value(key: str, value: Any) -> dict[str, Raw]:
 def _short(path: Path) -> Path:
     """Relative to the working directory where that is no detour."""
     try:
-        return path.absolute().relative_to(Path.cwd())
+        return path.resolve().relative_to(Path.cwd().resolve())
     except ValueError:
         return path
 
