@@ -1,0 +1,179 @@
+"""DeepSpeed behind three functions: start the process group, wrap a model, read and write its full state.
+
+The only importer of deepspeed. DeepSpeed's JSON is generated here from the config and nowhere else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline.config import Config, ConfigError
+from pipeline.training.distributed import TIMEOUT, World
+
+# Parameters up to this many elements stay whole under ZeRO-3: scores, biases, norms. Gathering them costs more than keeping.
+PERSISTENT_ELEMENTS = 1_000
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def start_process_group(world: World) -> dist.ProcessGroup:
+    """Join the process group (nccl on cards, gloo on CPU) and return a gloo group for control messages."""
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    if not dist.is_initialized():
+        if world.world_size == 1:
+            # A world of one needs no port that another job on this host could hold; DeepSpeed still asks for the variable.
+            os.environ.setdefault("LOCAL_RANK", "0")
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+    return dist.new_group(backend="gloo", timeout=TIMEOUT)
+
+
+def deepspeed_config(config: Config, world: World) -> dict[str, Any]:
+    """The whole DeepSpeed configuration of a run.
+
+    Precision is not in it: bf16 is autocast over fp32 parameters in the model's forward, so that scores, which move
+    by 1e-5 a step, never pass through bf16.
+    """
+    if config.train.global_batch_size % world.world_size:
+        raise ConfigError(
+            f"train.global_batch_size: {config.train.global_batch_size} cannot be shared by {world.world_size} ranks"
+        )
+    settings: dict[str, Any] = {
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.train.global_batch_size // world.world_size,
+        "gradient_accumulation_steps": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": config.train.zero_stage},
+        "steps_per_print": 10**9,
+    }
+    if config.train.zero_stage == 3:
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = PERSISTENT_ELEMENTS
+    if config.train.grad_clip is not None:
+        settings["gradient_clipping"] = config.train.grad_clip
+    return settings
+
+
+def build_engine(model: nn.Module, groups: list[dict], config: Config, world: World) -> Any:
+    """Wrap `model` into a DeepSpeed engine that trains exactly the parameters of `groups` with AdamW."""
+    if world.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed import ops
+
+    # The shared-memory op serves inference only; building it takes a minute and leaks files in /dev/shm.
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    optimizer = torch.optim.AdamW(
+        [{key: value for key, value in group.items() if key != "names"} for group in groups],
+        lr=0.0,
+        betas=config.train.betas,
+        eps=config.train.eps,
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, world))
+    return engine
+
+
+def set_learning_rates(engine: Any, factor: float) -> None:
+    """Give every parameter group its peak rate times `factor` for the coming step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+def full_parameters(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
+    """Whole fp32 values of the given parameters on the CPU, whatever the ZeRO stage. Collective: all ranks call it."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    state = {}
+    for name, parameter in named:
+        value = safe_get_full_fp32_param(parameter)
+        # Stage 0 keeps plain parameters and answers None.
+        state[name] = (parameter if value is None else value).detach().to("cpu", torch.float32).clone()
+    return state
+
+
+def optimizer_state(engine: Any, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
+    """Both Adam moments of each parameter, whole, plus `step`; independent of ZeRO stage and world size. Collective."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    _link_moments(engine)
+    plain = engine.basic_optimizer.state
+    state: dict[str, Tensor] = {}
+    for name, parameter in named:
+        for moment in _MOMENTS:
+            if parameter in plain and moment in plain[parameter]:
+                value = plain[parameter][moment]
+            else:
+                value = safe_get_full_optimizer_state(parameter, moment)
+            state[f"{name}/{moment}"] = value.detach().to("cpu").clone()
+    state["step"] = torch.tensor([_step_count(engine)])
+    return state
+
+
+def restore_moments(engine: Any, named: Iterable[tuple[str, nn.Parameter]], moments: Mapping[str, Tensor]) -> None:
+    """Write whole Adam moments, as `optimizer_state` gave them, into an engine of any ZeRO stage and world size.
+
+    The parameters themselves are loaded into the model before the engine is built, so its fp32 masters start from them.
+    """
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    _create_moments(engine, float(moments["step"].item()))
+    stage = engine.zero_optimization_stage()
+    for name, parameter in named:
+        for moment in _MOMENTS:
+            value = moments[f"{name}/{moment}"].to(engine.device)
+            if stage == 0:
+                engine.basic_optimizer.state[parameter][moment].copy_(value)
+            elif stage < 3:
+                safe_set_full_optimizer_state(parameter, value, moment)
+            else:
+                # DeepSpeed's own whole-tensor setter slices past the end where ranks do not divide the size.
+                safe_set_local_optimizer_state(parameter, _partition(value, parameter), moment)
+
+
+def _partition(value: Tensor, parameter: Any) -> Tensor:
+    """This rank's slice of `value`, zero-padded as ZeRO-3 pads its partitions."""
+    size = parameter.ds_tensor.numel()
+    padded = value.new_zeros(size * dist.get_world_size())
+    padded[: value.numel()] = value.flatten()
+    return padded.narrow(0, size * dist.get_rank(), size)
+
+
+def _step_count(engine: Any) -> float:
+    counts = {float(entry["step"]) for entry in engine.basic_optimizer.state.values() if "step" in entry}
+    if len(counts) > 1:
+        raise RuntimeError(f"the optimizer counts different steps for different parameters: {sorted(counts)}")
+    return counts.pop() if counts else 0.0
+
+
+def _create_moments(engine: Any, step: float) -> None:
+    """AdamW makes its moments at its first step; a restored engine needs them before."""
+    optimizer, stage = engine.basic_optimizer, engine.zero_optimization_stage()
+    # ZeRO-3 empties the optimizer's groups between steps and keeps the flat partitions itself.
+    flat = engine.optimizer.fp32_partitioned_groups_flat if stage == 3 else None
+    for parameter in flat or [p for group in optimizer.param_groups for p in group["params"]]:
+        optimizer.state[parameter] = {
+            "step": torch.tensor(step, dtype=torch.float32),
+            **{moment: torch.zeros_like(parameter) for moment in _MOMENTS},
+        }
+    _link_moments(engine)
+
+
+def _link_moments(engine: Any) -> None:
+    """Link each parameter to its slice of the moments (stages 1 and 2).
+
+    DeepSpeed does it once, after the first group's first step, when the other groups have no moments yet.
+    """
+    if engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()

@@ -1,0 +1,168 @@
+"""What a run tells while it trains: metrics to the tracker, a line or a bar to the user, an early stop when it went wrong."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline.config import ConfigError
+from pipeline.training.distributed import World, gather_numbers
+
+
+class Sink(Protocol):
+    """Where metrics go; any tracker of pipeline.tracking is one."""
+
+    def metrics(self, step: int, values: dict[str, float]) -> None: ...
+
+
+class TrainingBatch(Protocol):
+    """What the monitor reads of a batch."""
+
+    step: int
+    captions: list[str]
+    keys: list[str]
+    bad: list[str]
+
+
+class TrainingFailed(ConfigError):
+    """Training cannot go on for a reason the user can act on: a loss that is not a number, too many bad samples."""
+
+
+@dataclass
+class Monitor:
+    """Collects every step, speaks every `log_every` steps.
+
+    Reading a loss waits for the device, so losses are kept as tensors and read together at the interval; a loss that is
+    not finite is still reported with its own step and shards.
+    """
+
+    world: World
+    control: dist.ProcessGroup
+    sink: Sink
+    gates: Callable[[], dict[str, float]]
+    total_steps: int
+    global_batch_size: int
+    log_every: int
+    gates_every: int
+    bad_limit: float
+    _window: list[tuple[int, dict[str, Tensor], list[str]]] = field(default_factory=list)
+    _bad: set[str] = field(default_factory=set)
+    _since: float = field(default_factory=time.perf_counter)
+    _open: dict[str, bool] = field(default_factory=dict)
+    _bar: tqdm | None = None
+
+    def after_step(self, batch: TrainingBatch, losses: dict[str, Tensor], factor: float, peak_lr: float) -> None:
+        """Take note of one finished step. Collective at every `log_every`-th step."""
+        shards = sorted({key.rpartition("/")[0] for key in batch.keys})
+        self._window.append((batch.step, losses, shards))
+        self._bad.update(batch.bad)
+        done = batch.step + 1
+        if done % self.log_every and done != self.total_steps:
+            return
+        values = self.check_finite()
+        values |= {
+            "train/lr": factor * peak_lr,
+            "train/images_per_s": len(self._window) * self.global_batch_size / (time.perf_counter() - self._since),
+            "train/effective_negatives": self._effective_negatives(batch.captions),
+            "train/epoch_samples_seen": float(done * self.global_batch_size),
+            "data/bad_samples": self._count_bad(),
+        }
+        values |= self._gate_values(done)
+        self._window.clear()
+        self._since = time.perf_counter()
+        self.sink.metrics(done, values)
+        self._show(done, values)
+
+    def close(self) -> None:
+        """Leave the progress bar's line."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def check_finite(self) -> dict[str, float]:
+        """Mean losses over all ranks and the steps since the last report. Collective.
+
+        Raises TrainingFailed naming the first step whose loss is not finite, and the shards this rank read for it.
+        """
+        if not self._window:
+            return {}
+        names = list(self._window[0][1])
+        local = torch.stack([torch.stack([losses[name].float() for name in names]) for _, losses, _ in self._window]).cpu()
+        mean = gather_numbers(local.flatten(), self.control).view(self.world.world_size, *local.shape).mean(0)
+        finite = torch.isfinite(mean).all(1)
+        if not finite.all():
+            step, _, shards = self._window[int((~finite).int().argmax())]
+            raise TrainingFailed(
+                f"step {step}: the loss is not finite (rank {self.world.rank} was reading {', '.join(shards)}). "
+                f"Lower train.lr, lengthen train.warmup_steps or use model.precision=fp32; "
+                f"the last checkpoint holds the state before it"
+            )
+        return {f"train/{'loss' if name == 'total' else name}": value for name, value in zip(names, mean.mean(0).tolist())}
+
+    def _effective_negatives(self, captions: list[str]) -> float:
+        """Mean number of captions in the global batch that differ from a sample's own: its true negatives."""
+        hashes = torch.tensor([hash_text(caption) for caption in captions], dtype=torch.int64)
+        counts = torch.unique(gather_numbers(hashes, self.control), return_counts=True)[1].double()
+        return float((counts * (counts.sum() - counts)).sum() / counts.sum())
+
+    def _count_bad(self) -> float:
+        total = float(gather_numbers(torch.tensor([len(self._bad)]), self.control).sum())
+        if total > self.bad_limit:
+            named = "\n  ".join(sorted(self._bad)[:10])
+            raise TrainingFailed(
+                f"{int(total)} bad samples, more than data.max_bad_share allows ({self.bad_limit:g}):\n  {named}\n"
+                f"run `selora verify` on the shards and repack them, or raise data.max_bad_share"
+            )
+        return total
+
+    def _gate_values(self, done: int) -> dict[str, float]:
+        scores = self.gates() if done % self.gates_every == 0 or done == self.total_steps or not self._open else None
+        if not scores:
+            return {}
+        now = {name: bool(value) for name, value in scores.items() if name.startswith("open/")}
+        toggles = sum(now[name] != before for name, before in self._open.items())
+        self._open = now
+        return {
+            **{name: value for name, value in scores.items() if not name.startswith("open/")},
+            "adapter/active_blocks": float(sum(now.values())),
+            "adapter/active_share": sum(now.values()) / len(now),
+            "adapter/toggles": float(toggles),
+        }
+
+    def _show(self, done: int, values: dict[str, float]) -> None:
+        if not self.world.is_main:
+            return
+        active = f" active {sum(self._open.values())}/{len(self._open)}" if self._open else ""
+        text = f"loss {values['train/loss']:.4f} lr {values['train/lr']:.2e}{active}"
+        if sys.stderr.isatty():
+            if self._bar is None:
+                self._bar = tqdm(total=self.total_steps, unit="step", dynamic_ncols=True)
+            self._bar.update(done - self._bar.n)
+            self._bar.set_postfix_str(text)
+        else:
+            rate = values["train/images_per_s"]
+            left = (self.total_steps - done) * self.global_batch_size / rate
+            print(f"step {done}/{self.total_steps} {text} {rate:.0f} img/s {_duration(left)} left", file=sys.stderr, flush=True)
+
+
+def hash_text(text: str) -> int:
+    """A 63-bit number for a caption, equal on every rank (Python's own hash is salted per process)."""
+    import hashlib
+
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,90 @@
+"""What one step minimises: the FLYP loss of a batch plus the gate penalty, as one module.
+
+It is a module so that ZeRO-3 gathers every parameter it touches, the scores of the penalty included.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.method.contrastive import flyp_loss
+from pipeline.method.penalty import gate_penalty
+
+# open_clip's and OpenAI's bound on the temperature: exp(logit_scale) <= 100.
+MAX_LOGIT_SCALE = 100.0
+
+
+@dataclass(frozen=True)
+class PenaltySettings:
+    """Form and weight of the gate penalty; `delay_steps` is counted from the first step."""
+
+    kind: str
+    reduction: str
+    lam: float
+    threshold: float
+    delay_steps: int
+
+
+class _CapScale(torch.autograd.Function):
+    """min(scale, 100) whose gradient vanishes only where it would push further up: at the cap it can still come down.
+
+    A plain clamp would hold OpenAI's weights, which start at the cap, there for ever.
+    """
+
+    @staticmethod
+    def forward(ctx, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return scale.clamp(max=MAX_LOGIT_SCALE)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> Tensor:
+        (scale,) = ctx.saved_tensors
+        (grad,) = grads
+        return torch.where((scale >= MAX_LOGIT_SCALE) & (grad < 0), torch.zeros_like(grad), grad)
+
+
+class Objective(nn.Module):
+    """CLIP under the FLYP loss (method notes 3.1) with the gate penalty (paper eq. 4)."""
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        scores: list[nn.Parameter],
+        penalty: PenaltySettings,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        precision: str,
+    ) -> None:
+        super().__init__()
+        self.clip = clip
+        self._scores = scores  # a plain list: their gates own them
+        self._penalty = penalty
+        self._precision = precision
+        self.register_buffer("_mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("_std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
+
+    def forward(self, images: Tensor, tokens: Tensor, step: int) -> dict[str, Tensor]:
+        """images (B, 3, H, W) uint8 and tokens (B, context) of this rank -> scalars: total, task, penalty, logit_scale."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self._precision == "bf16"):
+            pixels = (images.float() - self._mean) / self._std
+            image_features, text_features, scale = self.clip(pixels, tokens)
+        scale = _CapScale.apply(scale.float().squeeze())
+        task = flyp_loss(image_features.float(), text_features.float(), scale)
+        penalty = self._gate_penalty(step, task)
+        return {"total": task + penalty, "task": task.detach(), "penalty": penalty.detach(), "logit_scale": scale.detach()}
+
+    def _gate_penalty(self, step: int, like: Tensor) -> Tensor:
+        settings = self._penalty
+        if not self._scores or step < settings.delay_steps:
+            return torch.zeros_like(like)
+        return gate_penalty(self._scores, settings.kind, settings.lam, settings.reduction, settings.threshold)
+
+
+def capped_logit_scale(value: Tensor) -> Tensor:
+    """The stored parameter after training: never above the cap that the forward applied."""
+    return value.clamp(max=math.log(MAX_LOGIT_SCALE))

@@ -1,0 +1,327 @@
+"""From a config to a finished run: build every part, resume where a checkpoint lies, call the loop."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader
+
+from pipeline.config import Config, ConfigError, flatten, load_config, to_yaml
+from pipeline.data.shards import ShardIndex, load_index
+from pipeline.data.stream import Batch, TrainDataset, train_loader
+from pipeline.method.adapter import GradientWatch, attach_adapter, gate_map, gate_scores, random_targets, select_targets
+from pipeline.model.clip import Clip, load_clip
+from pipeline.model.towers import adapter_targets, apply_trainable, inside_layers
+from pipeline.tracking.tracker import Tracker, environment_tags, open_tracker
+from pipeline.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from pipeline.training.distributed import World, keep_heap, read_world, share_threads
+from pipeline.training.engine import build_engine, full_parameters, optimizer_state, restore_moments, start_process_group
+from pipeline.training.loop import StopRequest, train_steps
+from pipeline.training.monitor import Monitor
+from pipeline.training.objective import Objective, PenaltySettings
+from pipeline.training.optim import Rates, lr_factor, parameter_groups
+
+# Settings a run may change between two calls of the same command: they do not touch what is computed.
+FREE_SETTINGS = ("tracking.", "eval.", "data.workers", "train.zero_stage", "train.log_every", "train.gates_every",
+                 "train.checkpoint_every", "train.keep_last", "out", "name")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `train` did: the run's directory, steps done in all and whether the schedule is complete."""
+
+    run_dir: Path
+    step: int
+    total_steps: int
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.total_steps
+
+
+def train(config: Config) -> Outcome:
+    """Train until the schedule ends or a signal asks to stop; the same call again continues from the last checkpoint.
+
+    Raises ConfigError for every mistake of the user's, before the first step wherever it can be known.
+    """
+    world = read_world()
+    share_threads(world)
+    keep_heap(world)
+    run_dir = Path(config.out).absolute() / config.name
+    index = load_index(Path(config.data.train))
+    total = total_steps(config, index.samples)
+    _claim(run_dir, config, world)
+    checkpoint = latest_checkpoint(run_dir)
+    if checkpoint is not None and checkpoint.step >= total:
+        _say(world, f"{run_dir}: already trained for {total} steps")
+        return Outcome(run_dir, checkpoint.step, total)
+    control = start_process_group(world)
+    clip = build_model(config)
+    if checkpoint is not None:
+        load_trainable(clip, checkpoint)
+        _say(world, f"{run_dir}: continuing at step {checkpoint.step} of {total}")
+    with _tracked(config, run_dir, world, clip, index) as tracker:
+        step = _train(config, run_dir, world, control, clip, checkpoint, tracker, index, total)
+    return Outcome(run_dir, step, total)
+
+
+def total_steps(config: Config, samples: int) -> int:
+    """train.steps, or as many steps as show every sample train.epochs times."""
+    return config.train.steps or math.ceil(config.train.epochs * samples / config.train.global_batch_size)
+
+
+def build_model(config: Config) -> Clip:
+    """The pretrained CLIP with its blocks attached and only the chosen parameters trainable."""
+    clip = load_clip(config.model.name, config.model.pretrained, seed=config.seed)
+    adapter, gate = config.adapter, config.gate
+    if adapter.kind in ("lora", "dora"):
+        targets = adapter_targets(clip.model)
+        try:
+            names = select_targets(list(targets), adapter.towers, adapter.projections, adapter.targets)
+            if adapter.random_k is not None:
+                names = random_targets(names, adapter.random_k, config.seed)
+            attach_adapter(
+                targets,
+                rank=adapter.rank,
+                kind=adapter.kind,
+                alpha=adapter.alpha,
+                gated=gate.enabled and adapter.random_k is None,
+                gate_init=gate.init,
+                threshold=gate.threshold,
+                seed=config.seed,
+                select=names,
+            )
+        except ValueError as error:
+            raise ConfigError(f"adapter.{error}") from error
+    apply_trainable(clip.model, config.train.train_rest, adapter.kind)
+    return clip
+
+
+def load_trainable(clip: Clip, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's parameters into a freshly built model.
+
+    Raises ConfigError when the base weights differ from those it was trained on, or a parameter is missing or unknown.
+    """
+    digest = checkpoint.state["base_digest"]
+    if digest != clip.digest:
+        raise ConfigError(
+            f"{checkpoint.path}: was trained on base weights {digest[:12]}, but model.name={clip.name!r} "
+            f"model.pretrained={clip.pretrained!r} gives {clip.digest[:12]}: restore the old weights or start a run under another name"
+        )
+    saved, own = checkpoint.parameters(), dict(_trainable(clip.model))
+    faults = [f"missing {name}" for name in own.keys() - saved.keys()]
+    faults += [f"unknown {name}" for name in saved.keys() - own.keys()]
+    if faults:
+        raise ConfigError(f"{checkpoint.path} does not fit this config: {'; '.join(sorted(faults)[:8])}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(saved[name])
+
+
+def _train(
+    config: Config,
+    run_dir: Path,
+    world: World,
+    control: dist.ProcessGroup,
+    clip: Clip,
+    checkpoint: Checkpoint | None,
+    tracker: Tracker,
+    index: ShardIndex,
+    total: int,
+) -> int:
+    model, settings = clip.model, config.train
+    rates = Rates(settings.lr, settings.rest_lr or settings.lr, config.gate.lr or settings.lr)
+    groups = parameter_groups(_trainable(model), inside_layers, rates, settings.weight_decay)
+    gradients = GradientWatch(model)
+    engine = build_engine(_objective(config, clip), groups, config, world)
+    named = _trainable(model)
+    start = 0
+    if checkpoint is not None:
+        restore_moments(engine, named, checkpoint.moments())
+        start = checkpoint.step
+    monitor = Monitor(
+        world=world,
+        control=control,
+        sink=tracker,
+        gates=partial(_gate_values, model),
+        total_steps=total,
+        global_batch_size=settings.global_batch_size,
+        log_every=settings.log_every,
+        gates_every=config.train.gates_every,
+        bad_limit=config.data.max_bad_share * index.samples,
+    )
+    batches = _batches(config, clip, index, world, start, total)
+
+    def save(done: int) -> None:
+        parameters, moments = full_parameters(named), optimizer_state(engine, named)
+        if world.is_main:
+            state = _checkpoint_state(config, clip, done, world)
+            save_checkpoint(run_dir, parameters, moments, state, keep_last=settings.keep_last)
+        dist.barrier(control)
+
+    with StopRequest() as stop:
+        try:
+            done = train_steps(
+                engine,
+                batches,
+                tokenize=clip.tokenizer,
+                factor=lambda step: lr_factor(step, settings.warmup_steps, total),
+                peak_lr=settings.lr,
+                seed=config.seed,
+                gradients=gradients,
+                monitor=monitor,
+                save=save,
+                checkpoint_every=settings.checkpoint_every,
+                total_steps=total,
+                stop=stop,
+                control=control,
+            )
+        finally:
+            monitor.close()
+    if done < total:
+        _say(world, f"stopped by a signal at step {done} of {total}, saved; the same command continues")
+    return done
+
+
+def _batches(config: Config, clip: Clip, index: ShardIndex, world: World, start: int, total: int) -> DataLoader[Batch]:
+    data = config.data
+    dataset = TrainDataset(
+        index,
+        size=clip.preprocess_cfg["size"],
+        seed=config.seed,
+        streams=data.streams,
+        window=data.shuffle_window,
+        templates=data.templates,
+        crop_scale=data.crop_scale,
+        preprocessing=data.preprocessing,
+        max_pixels=data.max_pixels,
+    )
+    return train_loader(
+        dataset,
+        global_batch=config.train.global_batch_size,
+        start_step=start,
+        stop_step=total,
+        rank=world.rank,
+        world=world.world_size,
+        workers=data.workers,
+        pin=world.device.type == "cuda",
+    )
+
+
+def _objective(config: Config, clip: Clip) -> Objective:
+    gate = config.gate
+    return Objective(
+        clip.model,
+        gate_scores(clip.model),
+        PenaltySettings(gate.penalty, gate.reduction, gate.lam, gate.threshold, gate.delay_steps),
+        mean=clip.preprocess_cfg["mean"],
+        std=clip.preprocess_cfg["std"],
+        precision=config.model.precision,
+    )
+
+
+def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _gate_values(model: nn.Module) -> dict[str, float]:
+    """Scores and states of all gates, as the monitor reads them; empty without gates."""
+    values = {}
+    for target, gate in gate_map(model).items():
+        if gate["score"] is not None:
+            values[f"gate/{target}"] = gate["score"]
+            values[f"open/{target}"] = float(gate["open"])
+    return values
+
+
+def _checkpoint_state(config: Config, clip: Clip, step: int, world: World) -> dict[str, Any]:
+    gates = gate_map(clip.model)
+    return {
+        "format": "selora-checkpoint",
+        "version": 1,
+        "step": step,
+        "samples_seen": step * config.train.global_batch_size,
+        "base_digest": clip.digest,
+        "model": {"name": clip.name, "pretrained": clip.pretrained, "seed": config.seed},
+        "adapter": {
+            "kind": config.adapter.kind,
+            "rank": config.adapter.rank,
+            "alpha": config.adapter.alpha,
+            "targets": list(gates),
+            "gated": bool(gate_scores(clip.model)),
+            "threshold": config.gate.threshold,
+        },
+        "gate_map": gates,
+        "written_by": {"world_size": world.world_size, "zero_stage": config.train.zero_stage, "torch": torch.__version__},
+    }
+
+
+def _claim(run_dir: Path, config: Config, world: World) -> None:
+    """Write the resolved config into the run's directory, or refuse a directory that holds another run."""
+    path = run_dir / "config.yaml"
+    if path.exists():
+        old, new = flatten(load_config(path, [])), flatten(config)
+        changed = [
+            f"  {key}: {old.get(key)} -> {new.get(key)}"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key) and not key.startswith(FREE_SETTINGS)
+        ]
+        if changed:
+            raise ConfigError(
+                f"{run_dir} holds a run with other settings; choose another name=… or restore them:\n" + "\n".join(changed)
+            )
+    if world.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        partial_path = path.with_suffix(".partial")
+        partial_path.write_text(to_yaml(config))
+        partial_path.replace(path)
+
+
+@contextmanager
+def _tracked(config: Config, run_dir: Path, world: World, clip: Clip, index: ShardIndex) -> Iterator[Tracker]:
+    """A tracker on rank 0 that records how the run ended, whatever ends it."""
+    tracker = open_tracker(
+        run_dir,
+        run_name=config.name,
+        uri=config.tracking.uri,
+        experiment=config.tracking.experiment,
+        enabled=config.tracking.enabled and world.is_main,
+    )
+    tracker.params(flatten(config))
+    tracker.tags({"selora.base_digest": clip.digest, "selora.data_digest": index.digest, **environment_tags()})
+    status = "FAILED"
+    try:
+        yield tracker
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        if world.is_main:
+            _record_artifacts(tracker, run_dir)
+        tracker.finish(status)
+
+
+def _record_artifacts(tracker: Tracker, run_dir: Path) -> None:
+    tracker.artifact(run_dir / "config.yaml")
+    checkpoint = latest_checkpoint(run_dir)
+    if checkpoint is not None:
+        gates = run_dir / "gate_map.json"
+        gates.write_text(json.dumps(checkpoint.state["gate_map"], indent=1))
+        tracker.artifact(gates)
+
+
+def _say(world: World, text: str) -> None:
+    if world.is_main:
+        print(text, file=sys.stderr, flush=True)
