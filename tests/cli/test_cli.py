@@ -1,0 +1,175 @@
+"""The command line as a user meets it: exit codes, messages on the right stream, nothing heavy imported early."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli import build_parser, main
+
+CONFIG = "configs/own_data.yaml"
+COMMANDS = ("inspect", "pack", "verify", "train", "evaluate", "track", "config", "demo")
+
+
+def selora(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", *arguments],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_mistake_in_a_config_ends_in_2_with_a_message_and_no_traceback(repository):
+    done = selora("train", CONFIG, "adapter.rnak=4", "train.lr=abc", cwd=repository)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("selora train: ")
+    assert "adapter.rnak: unknown option, did you mean adapter.rank? (command line)" in done.stderr
+    assert "train.lr: should be a valid number, got 'abc' (command line)" in done.stderr
+
+
+def test_missing_shards_end_in_2_and_are_named(repository, tmp_path):
+    done = selora("train", CONFIG, f"data.train={tmp_path}/nowhere", f"out={tmp_path}", cwd=repository)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert f"{tmp_path}/nowhere" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["trian"], ["train"], ["pack", "only_source"], ["pack", "a", "b", "--samples-per-shard", "0"], ["--vers"]],
+)
+def test_wrong_usage_ends_in_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: selora" in capsys.readouterr().err
+
+
+def test_unknown_option_of_a_command_is_refused_even_if_abbreviated(capsys):
+    with pytest.raises(SystemExit):
+        main(["pack", "a", "b", "--forc"])
+    assert "--forc" in capsys.readouterr().err
+
+
+def test_other_ranks_say_who_they_are(repository):
+    done = selora("train", CONFIG, "sede=1", cwd=repository, RANK="3", LOCAL_RANK="3", WORLD_SIZE="4")
+    assert done.returncode == 2
+    assert done.stderr.startswith("[rank 3] selora train: sede: unknown option, did you mean seed?")
+
+
+def test_config_command_prints_values_with_origins_and_can_be_loaded_again(repository, tmp_path):
+    done = selora("config", CONFIG, "train.lr=3e-5", "adapter.targets=[image.*.q_proj]", cwd=repository)
+    assert done.returncode == 0
+    lines = {line.split(":")[0].strip(): line for line in done.stdout.splitlines()}
+    assert lines["targets"].split("  # ")[1] == "command line"
+    assert lines["reduction"].split("  # ")[1].startswith("configs/base.yaml:")
+    assert lines["zero_stage"].split("  # ")[1] == "default"
+    printed = [line for line in done.stdout.splitlines() if "  # " in line]
+    assert len({line.index("  # ") for line in printed}) == 1  # aligned
+    (tmp_path / "again.yaml").write_text(done.stdout)
+    again = selora("config", str(tmp_path / "again.yaml"), cwd=repository)
+    assert [line.split("  # ")[0] for line in again.stdout.splitlines()] == [
+        line.split("  # ")[0] for line in done.stdout.splitlines()
+    ]
+
+
+def test_overrides_may_come_without_any_and_local_rank_is_ignored(capsys, repository):
+    path = str(repository / CONFIG)
+    assert main(["--local_rank=1", "config", path]) == 0
+    first = capsys.readouterr().out
+    assert main(["config", "--local-rank=0", path]) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_closed_pipe_is_quiet(repository):
+    done = subprocess.run(
+        f"{sys.executable} -m pipeline config {CONFIG} | head -1",
+        shell=True,
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout.startswith("name: own_data")
+    assert done.stderr == ""
+
+
+def test_interrupt_ends_in_130_without_a_traceback(repository, tmp_path):
+    fifo = tmp_path / "never.yaml"
+    os.mkfifo(fifo)  # reading it waits for a writer, so the command is surely busy when the signal comes
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "train", str(fifo)], cwd=repository, stderr=subprocess.PIPE, text=True
+    )
+    writer = os.open(fifo, os.O_WRONLY)  # returns when the command has opened the other end
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    os.close(writer)
+    assert process.returncode == 130
+    assert stderr.strip() == "interrupted"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert f"selora {command}" in text.split("example:")[1]
+
+
+def test_help_and_config_import_no_stage_and_nothing_heavy(repository):
+    script = (
+        "import sys; from pipeline.cli import main, build_parser; build_parser().format_help();"
+        f"main(['config', '{CONFIG}']);"
+        "heavy = {'torch', 'numpy', 'ray', 'mlflow', 'deepspeed', 'webdataset', 'open_clip', 'matplotlib', 'rich'};"
+        "stages = {name for name in sys.modules if name.startswith('pipeline.') and name.count('.') > 1};"
+        "print(sorted(heavy & set(sys.modules)), sorted(stages), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=repository, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stderr.strip() == "[] []"
+
+
+def test_no_option_is_a_prefix_of_one_of_torchruns():
+    """torchrun reads abbreviations over the whole line, so `--log` of ours would be its --log-dir."""
+    from torch.distributed.run import get_args_parser
+
+    theirs = [text for action in get_args_parser()._actions for text in action.option_strings]
+    parser = build_parser()
+    commands = next(action for action in parser._actions if action.dest == "command")
+    for name in ("train", "evaluate"):
+        ours = [text for action in commands.choices[name]._actions for text in action.option_strings]
+        for text in set(ours) - {"-h", "--help"}:
+            assert text.startswith("--"), f"{name} {text}"
+            assert not [other for other in theirs if other.startswith(text)], f"{name} {text}"
+
+
+def test_torchrun_starts_the_same_entry(repository):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *f"--nproc-per-node 1 -m pipeline config {CONFIG} gate.lam=0.25".split(),
+        ],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "lam: 0.25" in done.stdout
