@@ -80,6 +80,7 @@ class Delivery:
         self.corrupt: list[str] = []
         self._params: dict[str, str] = {}
         self._checked = False
+        self._saved: dict[str, Any] | None = None
         if full:
             self._start_over()
 
@@ -92,12 +93,12 @@ class Delivery:
         try:
             self._deliver(last)
             self.state.error = None
-        except (Refused, Gone) as error:
-            raise self._failed(str(error)) from error
-        except Away as error:
-            raise self._failed(str(error)) from error
+        except (Refused, Gone, Away) as error:
+            self._checked = False  # the run itself may be gone: look it up again next time
+            self.state.error = str(error)
+            raise Away(str(error)) from error
         finally:
-            save_state(self.run_dir, self.uri, self.state)
+            self._save()
 
     def _deliver(self, last: bool) -> None:
         run_id = self._run_id()
@@ -111,9 +112,11 @@ class Delivery:
         if failure is not None:
             raise failure
 
-    def _failed(self, reason: str) -> Away:
-        self.state.error = reason
-        return Away(reason)
+    def _save(self) -> None:
+        content = asdict(self.state)
+        if content != self._saved:
+            save_state(self.run_dir, self.uri, self.state)
+            self._saved = content
 
     def _run_id(self) -> str:
         """The MLflow run of this journal: the remembered one, else found by its tag, else made."""
@@ -135,7 +138,7 @@ class Delivery:
         self.state.run_id = run.info.run_id
         self._params = dict(run.data.params)
         self._checked = True
-        save_state(self.run_dir, self.uri, self.state)
+        self._save()
         return run.info.run_id
 
     def _start_over(self) -> None:
@@ -167,14 +170,14 @@ class Delivery:
 
     def _send_records(self, run_id: str, batch: list[Record], name: str, end: int) -> None:
         metrics: list[Metric] = []
-        params: dict[str, str] = {}
+        params: list[tuple[str, str]] = []
         tags: dict[str, str] = {}
         for record in batch:
             data = record.data
             if record.kind == "metrics":
                 metrics += [(key, decode(v), record.time_ms, data["step"]) for key, v in data["values"].items()]
             elif record.kind == "params":
-                params |= data["values"]
+                params += data["values"].items()
             elif record.kind == "tags":
                 tags |= data["values"]
             elif record.kind == "artifact":
@@ -186,7 +189,7 @@ class Delivery:
         self._send_tags(run_id, tags)
         self.state.offsets[name] = end
         self._count(sum(count(record) for record in batch))
-        save_state(self.run_dir, self.uri, self.state)
+        self._save()
 
     def _count(self, number: int) -> None:
         self.sent += number
@@ -209,15 +212,15 @@ class Delivery:
             self._send_metrics_or_halves(run_id, metrics[:middle])
             self._send_metrics_or_halves(run_id, metrics[middle:])
 
-    def _send_params(self, run_id: str, params: dict[str, str], tags: dict[str, str]) -> None:
+    def _send_params(self, run_id: str, params: Sequence[tuple[str, str]], tags: dict[str, str]) -> None:
         """Params of MLflow never change: the first value stays, a later one is noted as a tag (added to `tags`)."""
         fresh: dict[str, str] = {}
-        for name, value in params.items():
-            name, value = legal_param(name, value)
-            if name not in self._params:
+        for name, value in (legal_param(*pair) for pair in params):
+            first = (self._params | fresh).setdefault(name, value)
+            if first != value:
+                tags[f"param_changed.{name}"] = f"{value} (was {first})"
+            elif name not in self._params:
                 fresh[name] = value
-            elif self._params[name] != value:
-                tags[f"param_changed.{name}"] = f"{value} (was {self._params[name]})"
         for pairs in _chunks(fresh):
             self._send_pairs(run_id, "param", pairs)
             self._params |= pairs
@@ -266,7 +269,7 @@ class Delivery:
                     return Away(f"file {name}: {error}")
                 self._count(1)
             wish["sent"] = wish["sha256"]
-            save_state(self.run_dir, self.uri, self.state)
+            self._save()
         return None
 
     def _link_parent(self, run_id: str) -> None:
@@ -280,10 +283,11 @@ class Delivery:
             self.state.parent_linked = True
 
     def _send_status(self, run_id: str, last: bool) -> None:
-        status, time_ms = self.state.status or ["RUNNING", self._start_ms()]
-        if last and status == "RUNNING" and not is_held(lock_path(self.run_dir / JOURNAL)):
-            status, time_ms = "KILLED", self._last_ms()  # nobody is left to say how it ended
-        if status != self.state.status_sent:
+        status, time_ms = self.state.status or [None, 0]
+        if last and status in (None, "RUNNING") and not is_held(lock_path(self.run_dir / JOURNAL)):
+            # nobody is left to say how it ended; without any word on a status there was nothing to end
+            status, time_ms = "FINISHED" if status is None else "KILLED", self._last_ms()
+        if status is not None and status != self.state.status_sent:
             self.store.set_status(run_id, status, time_ms)
             self.state.status_sent = status
 

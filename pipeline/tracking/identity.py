@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import ConfigError
 
@@ -31,13 +33,14 @@ def read_identity(run_dir: Path) -> RunIdentity | None:
     Raises:
         ConfigError: run.json is not what this package writes.
     """
-    section = _read(run_dir / RUN_FILE).get(_SECTION)
+    path = run_dir / RUN_FILE
+    section = _read(path).get(_SECTION)
     if section is None:
         return None
-    try:
-        return RunIdentity(**section)
-    except TypeError as error:
-        raise ConfigError(f"{run_dir / RUN_FILE}: {error}") from None
+    names = {one.name for one in fields(RunIdentity)}
+    if not isinstance(section, dict) or set(section) != names or not isinstance(section["run"], str):
+        raise ConfigError(f"{path}: its section {_SECTION!r} must hold {', '.join(sorted(names))}")
+    return RunIdentity(**section)
 
 
 def settle_identity(run_dir: Path, name: str, experiment: str, uri: str | None, parent: str | None) -> RunIdentity:
@@ -53,7 +56,7 @@ def settle_identity(run_dir: Path, name: str, experiment: str, uri: str | None, 
     return identity
 
 
-def replace_json(path: Path, content: dict[str, object]) -> None:
+def replace_json(path: Path, content: Mapping[str, object]) -> None:
     """Write a JSON file so that a reader sees the old or the new content whole."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -63,7 +66,7 @@ def replace_json(path: Path, content: dict[str, object]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> dict[str, object]:
+def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:

@@ -101,7 +101,7 @@ class Journal:
             self.replayed += len(values) - len(fresh)
             if fresh:
                 self._last_step.update(dict.fromkeys(fresh, step))
-                self.write("metrics", step=step, values=fresh)
+                self.write("metrics", step=int(step), values=fresh)
             return len(fresh)
 
     def write(self, kind: str, **data: Any) -> None:

@@ -110,7 +110,7 @@ class _Trainer:
         self.killed = False
 
     def ended(self, wait_s: float) -> bool:
-        """Wait for at most `wait_s` seconds for the end. Forked workers may hold the pipe open: look at the parent too."""
+        """Wait at most `wait_s` seconds for the end. Forked workers may hold the pipe open: look at the parent too."""
         deadline = time.monotonic() + wait_s
         while not (self._said or self.killed):
             left = deadline - time.monotonic()

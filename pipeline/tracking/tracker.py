@@ -19,12 +19,13 @@ from pipeline.tracking.journal import Journal
 from pipeline.tracking.shipper import LOG_FILE, Shipper
 from pipeline.tracking.uris import redact, resolve_uri, sqlite_path
 
-__all__ = ["NullTracker", "RunTracker", "Status", "Tracker", "environment_tags", "open_tracker"]
+__all__ = ["NullTracker", "RunTracker", "Status", "Tracker", "environment_tags", "open_tracker", "watch_machine"]
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 PARENT_ID_TAG = "mlflow.parentRunId"
 _WATCH_SECONDS = 15.0
 _SERVER_WAIT_SECONDS = 20.0
+_AWAY_WAIT_SECONDS = 6.0  # one last short attempt at a server that was away
 _FILE_WAIT_SECONDS = 60.0  # a local SQLite file cannot be away, only slow: a busy machine makes it in 15 s
 
 logger = logging.getLogger("selora.tracking")
@@ -71,8 +72,11 @@ class NullTracker:
 class RunTracker:
     """The journal, and the process beside it that ships the journal to MLflow."""
 
-    def __init__(self, run_dir: Path, journal: Journal, uri: str | None, shipper: Shipper | None) -> None:
+    def __init__(
+        self, run_dir: Path, journal: Journal, uri: str | None, shipper: Shipper | None, *, owns_status: bool = True
+    ) -> None:
         self.run_dir = run_dir
+        self._owns_status = owns_status
         self._journal, self._uri, self._shipper = journal, uri, shipper
         self._watched_at = time.monotonic()
         self._said: str | None = None
@@ -108,14 +112,14 @@ class RunTracker:
         if self._over:
             return
         self._over = True
-        self._journal.write("status", status=status)
+        if self._owns_status:
+            self._journal.write("status", status=status)
         if self._journal.replayed:
             logger.info("%d values of repeated steps were already in the journal", self._journal.replayed)
         self._journal.close()
         if self._shipper is None:
             return
-        wait_s = _SERVER_WAIT_SECONDS if self._uri is None or sqlite_path(self._uri) is None else _FILE_WAIT_SECONDS
-        done = self._shipper.finish(wait_s)
+        done = self._shipper.finish(self._patience())
         if self._uri is not None:
             self._say_pending(self._uri, done)
 
@@ -127,6 +131,14 @@ class RunTracker:
             self.finish("FINISHED")
         else:
             self.finish("FAILED" if issubclass(kind, Exception) else "KILLED")
+
+    def _patience(self) -> float:
+        """Seconds to wait for the shipment's end."""
+        if self._uri is None:
+            return _SERVER_WAIT_SECONDS
+        if sqlite_path(self._uri) is not None:
+            return _FILE_WAIT_SECONDS
+        return _SERVER_WAIT_SECONDS if load_state(self.run_dir, self._uri).error is None else _AWAY_WAIT_SECONDS
 
     def _watch(self) -> None:
         """Say once when the store goes away and once when it is back; looks at a local file, never at the network."""
@@ -164,6 +176,7 @@ def open_tracker(
     enabled: bool = True,
     extra_tags: Mapping[str, object] | None = None,
     system_metrics: tuple[str, float] | None = None,
+    owns_status: bool = True,
 ) -> RunTracker:
     """Start, or go on with, the tracking of the run in `run_dir`. One process per run: other ranks take a NullTracker.
 
@@ -174,6 +187,7 @@ def open_tracker(
         parent_dir: run directory of the run above this one; works while the server is away, too.
         enabled: False: the journal only.
         system_metrics: (node, seconds): sample this machine every so many seconds.
+        owns_status: False for a later stage (an evaluation) that adds to a run and must not change how it ended.
 
     Raises:
         ConfigError: a malformed address, or a run directory that cannot be written or is being written.
@@ -185,13 +199,24 @@ def open_tracker(
         address = None
     parent = None if parent_dir is None else _parent_uuid(parent_dir)
     journal = Journal(run_dir)
-    settle_identity(run_dir, run_name, experiment, None if address is None else redact(address), parent)
-    journal.write("status", status="RUNNING")
+    try:
+        settle_identity(run_dir, run_name, experiment, None if address is None else redact(address), parent)
+    except OSError as error:
+        journal.close()
+        raise ConfigError(f"{run_dir}: cannot write the run directory: {error.strerror}") from None
+    if owns_status:
+        journal.write("status", status="RUNNING")
     above = {} if parent_run_id is None else {PARENT_ID_TAG: parent_run_id}
     tags = _texts({**(extra_tags or {}), **above})
     if tags:
         journal.write("tags", values=tags)
-    return RunTracker(run_dir, journal, address, _start_shipper(run_dir, address, system_metrics))
+    shipper = _start_shipper(run_dir, address, system_metrics)
+    return RunTracker(run_dir, journal, address, shipper, owns_status=owns_status)
+
+
+def watch_machine(run_dir: Path, node: str, seconds: float) -> Shipper:
+    """Sample the machine of another node into the run's directory; `finish(wait_s)` of the result ends it."""
+    return Shipper(run_dir.absolute(), None, (node, seconds))
 
 
 def _start_shipper(run_dir: Path, uri: str | None, system: tuple[str, float] | None) -> Shipper | None:

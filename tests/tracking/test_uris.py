@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import ConfigError
+from pipeline.tracking.tracker import open_tracker
+from pipeline.tracking.uris import artifact_root, redact, resolve_uri
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("mlruns", "no longer keeps runs in plain directories"),
+        ("file:///tmp/mlruns", "no longer keeps runs in plain directories"),
+        ("file:mlruns", "no longer keeps runs in plain directories"),
+        ("http://", "names no host"),
+        ("http://host:many", "Port could not be cast"),
+        ("http://ho st:5000", "names no host"),
+        ("sqlite://", "name a file"),
+        ("sqlite:///", "name a file"),
+        ("sqlite:///:memory:", "name a file"),
+        ("postgresql+nosuchdriver://host/db", "nosuchdriver"),
+        ("htp://host", "unknown scheme 'htp'"),
+    ],
+)
+def test_malformed_address_is_refused_before_anything_is_written(tmp_path: Path, uri: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        open_tracker(tmp_path / "run", run_name="run", uri=uri)
+    assert not (tmp_path / "run").exists()
+
+
+def test_password_never_shows_in_the_message(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_uri("htp://me:secret@host", tmp_path)
+    assert "secret" not in str(caught.value)
+    assert redact("at postgresql://me:s3cret@db/x and http://h") == "at postgresql://me:***@db/x and http://h"
+
+
+def test_server_that_does_not_answer_is_no_config_error(tmp_path: Path) -> None:
+    assert resolve_uri("http://127.0.0.1:9/", tmp_path) == "http://127.0.0.1:9"
+
+
+def test_default_store_lies_beside_the_runs_and_the_environment_goes_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    uri = resolve_uri(None, Path("runs"))
+    assert uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert artifact_root(uri) == f"{tmp_path}/runs/mlartifacts"
+    assert resolve_uri("sqlite:///near.db", Path("runs")) == f"sqlite:///{tmp_path}/near.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example.org")
+    assert resolve_uri(None, Path("runs")) == "https://mlflow.example.org"
+    assert artifact_root("https://mlflow.example.org") is None
