@@ -23,7 +23,7 @@ from pipeline.data.stream import Batch, TrainDataset, train_loader
 from pipeline.method.adapter import GradientWatch, attach_adapter, gate_map, gate_scores, random_targets, select_targets
 from pipeline.model.clip import Clip, load_clip
 from pipeline.model.towers import adapter_targets, apply_trainable, inside_layers
-from pipeline.tracking.tracker import Tracker, environment_tags, open_tracker
+from pipeline.tracking.tracker import NullTracker, Tracker, environment_tags, open_tracker
 from pipeline.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from pipeline.training.distributed import World, keep_heap, read_world, share_threads
 from pipeline.training.engine import build_engine, full_parameters, optimizer_state, restore_moments, start_process_group
@@ -291,13 +291,15 @@ def _claim(run_dir: Path, config: Config, world: World) -> None:
 @contextmanager
 def _tracked(config: Config, run_dir: Path, world: World, clip: Clip, index: ShardIndex) -> Iterator[Tracker]:
     """A tracker on rank 0 that records how the run ended, whatever ends it."""
-    tracker = open_tracker(
-        run_dir,
-        run_name=config.name,
-        uri=config.tracking.uri,
-        experiment=config.tracking.experiment,
-        enabled=config.tracking.enabled and world.is_main,
-    )
+    tracker: Tracker = NullTracker()
+    if world.is_main:
+        tracker = open_tracker(
+            run_dir,
+            run_name=config.name,
+            uri=config.tracking.uri,
+            experiment=config.tracking.experiment,
+            enabled=config.tracking.enabled,
+        )
     tracker.params(flatten(config))
     tracker.tags({"selora.base_digest": clip.digest, "selora.data_digest": index.digest, **environment_tags()})
     status = "FAILED"
