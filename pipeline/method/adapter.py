@@ -123,22 +123,14 @@ def gate_scores(model: nn.Module) -> list[nn.Parameter]:
 
 def gate_map(model: nn.Module) -> dict[str, GateState]:
     """Target name -> {"score", "open"}; one device synchronisation for all blocks."""
-    found = blocks(model)
-    scores = [score.detach().float().reshape(()) for score in gate_scores(model)]
-    values = iter(torch.stack(scores).tolist() if scores else [])
-    out: dict[str, GateState] = {}
-    for name, block in found.items():
-        if block.gate is None:
-            out[name] = {"score": None, "open": True}
-        else:
-            score = next(values)
-            out[name] = {"score": score, "open": _is_open(score, block.gate.threshold)}
-    return out
-
-
-def _is_open(score: float, threshold: float) -> bool:
-    """The comparison of `Gate.is_open`, in fp32: 0.1 as fp32 is a little more than 0.1."""
-    return bool(torch.tensor(score, dtype=torch.float32) >= threshold)
+    gates = {name: block.gate for name, block in blocks(model).items()}
+    rows = [torch.stack([g.score.detach().squeeze(), g.is_open().to(g.score.dtype)]) for g in gates.values() if g]
+    values = iter(torch.stack(rows).tolist() if rows else [])
+    states: dict[str, GateState] = {}
+    for name, gate in gates.items():
+        score, is_open = (None, True) if gate is None else next(values)
+        states[name] = {"score": score, "open": bool(is_open)}
+    return states
 
 
 def active_blocks(model: nn.Module) -> list[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,46 +47,70 @@ class Clip:
 def load_clip(name: str, pretrained: str | None = None, *, seed: int = 0) -> Clip:
     """Load or build a CLIP.
 
-    name: an open_clip architecture, "local-dir:PATH" (open_clip_config.json, weights optional) or "hf-hub:ORG/NAME".
-    pretrained: a tag of the architecture or a weight file; None takes the weights of the directory or hub entry, and
-    without such weights a random start from `seed`. Wrong names, tags, files and activations raise ConfigError.
+    name: an open_clip architecture, a directory with open_clip_config.json ("local-dir:PATH" or the path alone; weights
+    optional) or "hf-hub:ORG/NAME". pretrained: a tag of the architecture, a weight file or a directory that holds
+    open_clip_model.safetensors; None takes the weights of the named directory or hub entry, and where an architecture
+    or a directory comes without weights a random start from `seed`. Wrong names, tags, files and activations raise
+    ConfigError.
     """
     import open_clip
     from safetensors import SafetensorError
 
-    if not name.startswith(SCHEMAS):
-        name = name.replace("/", "-")  # "ViT-B/16", as the papers write it
+    name = _full_name(name)
     model_cfg = _model_config(name)
-    weight_file = _separate_weight_file(name, pretrained)
+    weight_file = _weight_file(name, pretrained)
     quick = _quick_gelu(name, pretrained, model_cfg)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = open_clip.create_model(
-                name,
-                pretrained=None if weight_file else pretrained,
-                load_weights=weight_file is None,
-                force_quick_gelu=quick,
-                nonscalar_logit_scale=True,
-            )
-        if weight_file is not None:
-            open_clip.load_checkpoint(model, weight_file)  # pyright: ignore[reportArgumentType]
+        model = _create(name, pretrained, weight_file, quick, seed)
         tokenizer = open_clip.get_tokenizer(name)
-    except (RuntimeError, ValueError, OSError, KeyError, SafetensorError, UnpicklingError) as error:
+    except (RuntimeError, ValueError, TypeError, OSError, KeyError, SafetensorError, UnpicklingError) as error:
         raise ConfigError(f"model.name={name!r}, model.pretrained={pretrained!r}: {error}") from error
     if quick:
         model_cfg["quick_gelu"] = True
     preprocess_cfg = deepcopy(open_clip.get_model_preprocess_cfg(model))
     digest = weights_digest(_stock_scalars(model.state_dict()))
-    return Clip(
-        split_attention(model),
-        tokenizer,
-        preprocess_cfg,
-        model_cfg,
-        digest,
-        name,
-        pretrained,
-    )
+    return Clip(split_attention(model), tokenizer, preprocess_cfg, model_cfg, digest, name, pretrained)
+
+
+def _create(name: str, pretrained: str | None, weight_file: str | None, quick_gelu: bool, seed: int) -> Any:
+    """open_clip's module, by open_clip's own loading code; the global random generator is left as it was."""
+    import open_clip
+
+    # beside local-dir: and hf-hub: open_clip ignores `pretrained`, so a file is loaded there in a second step
+    second_step = weight_file is not None and name.startswith(SCHEMAS)
+    with torch.random.fork_rng(devices=[]), _open_clip_silent(second_step):
+        torch.manual_seed(seed)
+        model = open_clip.create_model(
+            name,
+            pretrained=None if second_step else weight_file or pretrained,
+            load_weights=not second_step,
+            force_quick_gelu=quick_gelu,
+            nonscalar_logit_scale=True,
+            # a hub entry whose weights do not arrive would otherwise become a random model with a warning
+            require_pretrained=name.startswith("hf-hub:") and not second_step,
+        )
+    if second_step:
+        open_clip.load_checkpoint(model, str(weight_file))  # pyright: ignore[reportArgumentType]
+    return model
+
+
+@contextmanager
+def _open_clip_silent(silent: bool) -> Iterator[None]:
+    """Hide open_clip's "initialized randomly", which is not true where the weights come right after."""
+    before = logging.root.manager.disable
+    if silent:
+        logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _full_name(name: str) -> str:
+    """A path becomes "local-dir:PATH"; "ViT-B/16", as the papers write it, becomes "ViT-B-16"."""
+    if name.startswith(SCHEMAS):
+        return name
+    return f"local-dir:{name}" if (Path(name) / CONFIG_FILE).is_file() else name.replace("/", "-")
 
 
 def _model_config(name: str) -> dict[str, Any]:
@@ -100,21 +126,22 @@ def _model_config(name: str) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise ConfigError(f"model.name={name!r}: {error}") from error
     if config is None:
-        near = get_close_matches(name, open_clip.list_models(), n=4) or [
-            "ViT-B-16-quickgelu",
-            "ViT-B-16",
-        ]
+        near = get_close_matches(name, open_clip.list_models(), n=4) or ["ViT-B-16-quickgelu", "ViT-B-16"]
         raise ConfigError(f"model.name={name!r} is no open_clip architecture; near: {', '.join(near)}")
     return deepcopy(config)
 
 
-def _separate_weight_file(name: str, pretrained: str | None) -> str | None:
-    """open_clip ignores `pretrained` beside local-dir: and hf-hub:; there a file is loaded in a second step."""
-    if pretrained is None or not name.startswith(SCHEMAS):
+def _weight_file(name: str, pretrained: str | None) -> str | None:
+    """The weight file that `pretrained` names, or None when it is a tag or absent."""
+    if pretrained is None:
         return None
-    if not Path(pretrained).is_file():
-        raise ConfigError(f"model.pretrained={pretrained!r}: beside {name!r} it must be a weight file, and is none")
-    return pretrained
+    path = Path(pretrained)
+    file = path / WEIGHTS_FILE if path.is_dir() else path
+    if file.is_file():
+        return str(file)
+    if path.is_dir() or name.startswith(SCHEMAS):
+        raise ConfigError(f"model.pretrained={pretrained!r}: with model.name={name!r}, {file} must be a weight file")
+    return None
 
 
 def _quick_gelu(name: str, pretrained: str | None, model_cfg: Mapping[str, Any]) -> bool:
@@ -171,15 +198,22 @@ def save_open_clip(
     preprocess_cfg: Mapping[str, Any],
     directory: str | Path,
     *,
+    tokenizer: Any = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Write a merged model so that open_clip itself loads it by "local-dir:DIRECTORY". Returns the directory.
 
-    dtype: floating weights are stored in it (None: as they are); open_clip casts back to fp32 when it loads.
+    tokenizer: needed (ValueError) where model_cfg names a Hugging Face tokenizer, which open_clip then reads from the
+    directory. dtype: floating weights are stored in it (None: as they are); open_clip casts to fp32 when it loads.
     """
+    from open_clip.tokenizer import HFTokenizer
     from safetensors.torch import save_file
 
     directory = Path(directory)
+    if needed := model_cfg["text_cfg"].get("hf_tokenizer_name"):
+        if not isinstance(tokenizer, HFTokenizer):
+            raise ValueError(f"tokenizer={tokenizer!r}: the model has {needed!r}, which must be saved with it")
+        tokenizer.save_pretrained(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = to_open_clip_state(model)
     if dtype is not None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -108,12 +109,47 @@ def test_digest_sees_a_single_bit_and_no_order(clip_dir: MakeDir) -> None:
     assert weights_digest(state) != digest
 
 
-def test_a_weight_file_goes_with_a_config_directory(clip_dir: MakeDir, config_dir: MakeDir, tmp_path: Path) -> None:
+def test_a_weight_file_goes_with_a_config_directory(
+    clip_dir: MakeDir, config_dir: MakeDir, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     weights = clip_dir() / "open_clip_model.safetensors"
     expected = load_clip(f"local-dir:{weights.parent}").digest
-    assert load_clip(f"local-dir:{config_dir()}", str(weights)).digest == expected
     torch.save({"state_dict": {f"module.{k}": v for k, v in load_file(weights).items()}}, tmp_path / "epoch_1.pt")
-    assert load_clip(f"local-dir:{config_dir()}", str(tmp_path / "epoch_1.pt")).digest == expected
+    config = config_dir()
+    caplog.clear()
+    for pretrained in (weights, weights.parent, tmp_path / "epoch_1.pt"):
+        assert load_clip(f"local-dir:{config}", str(pretrained)).digest == expected
+    assert "randomly" not in caplog.text
+    assert load_clip(f"local-dir:{config}").digest != expected
+    assert "randomly" in caplog.text
+
+
+def test_a_weight_file_goes_with_an_architecture_name(tmp_path: Path) -> None:
+    clip = load_clip("ViT-S-32", seed=1)
+    save_open_clip(clip.model, clip.model_cfg, clip.preprocess_cfg, tmp_path)
+    assert load_clip("ViT-S-32", str(tmp_path / "open_clip_model.safetensors"), seed=2).digest == clip.digest
+    assert load_clip("ViT-S/32", str(tmp_path), seed=2).digest == clip.digest
+
+
+def test_a_path_alone_means_local_dir(clip_dir: MakeDir) -> None:
+    directory = clip_dir()
+    clip = load_clip(str(directory))
+    assert clip.name == f"local-dir:{directory}"
+    assert clip.digest == load_clip(f"local-dir:{directory}").digest
+
+
+def test_a_hugging_face_tokenizer_is_saved_with_the_model(clip_dir: MakeDir, tmp_path: Path) -> None:
+    text_cfg = {"context_length": 8, "vocab_size": 60, "width": 32, "heads": 2, "layers": 1}
+    source = clip_dir("flat", text_cfg=text_cfg | {"hf_tokenizer_name": "some/tokenizer"})
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer.from_pretrained(tmp_path).save_pretrained(source)
+    clip = load_clip(str(source))
+    with pytest.raises(ValueError, match="some/tokenizer"):
+        save_open_clip(clip.model, clip.model_cfg, clip.preprocess_cfg, tmp_path / "out")
+    save_open_clip(clip.model, clip.model_cfg, clip.preprocess_cfg, tmp_path / "out", tokenizer=clip.tokenizer)
+    tokens = load_clip(str(tmp_path / "out")).tokenizer(["a dog"])
+    assert tokens.tolist() == [[2, 5, 6, 3, 0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +168,7 @@ def test_wrong_names_are_config_errors(name: str, pretrained: str | None, messag
 
 def test_wrong_weight_files_are_config_errors(clip_dir: MakeDir, config_dir: MakeDir, tmp_path: Path) -> None:
     directory = config_dir()
-    with pytest.raises(ConfigError, match="must be a weight file, and is none"):
+    with pytest.raises(ConfigError, match="must be a weight file"):
         load_clip(f"local-dir:{directory}", "openai")
     (tmp_path / "torn.safetensors").write_bytes(b"\x10\x00\x00")
     with pytest.raises(ConfigError, match=r"torn\.safetensors"):
@@ -143,6 +179,9 @@ def test_wrong_weight_files_are_config_errors(clip_dir: MakeDir, config_dir: Mak
     other = clip_dir("flat", embed_dim=24) / "open_clip_model.safetensors"
     with pytest.raises(ConfigError, match="size mismatch"):
         load_clip(f"local-dir:{directory}", str(other))
+    typo = config_dir("flat", vision_cfg={"image_size": 16, "layer": 2})
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'layer'"):
+        load_clip(str(typo))
     (directory / "open_clip_config.json").write_text(json.dumps({"embed_dim": 16}))
     with pytest.raises(ConfigError, match="model_cfg"):
         load_clip(f"local-dir:{directory}")

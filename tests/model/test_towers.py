@@ -151,3 +151,18 @@ def test_model_runs_in_bf16(architecture: str, clip_dir: MakeDir, batch: Batch) 
     for a, b in zip(low, exact, strict=True):
         assert a.dtype == torch.bfloat16
         torch.testing.assert_close(a.float(), b, rtol=0.05, atol=0.05)
+
+
+def test_gradient_checkpointing_changes_no_gradient(clip_dir: MakeDir, batch: Batch) -> None:
+    model = load_clip(f"local-dir:{clip_dir()}").model
+    attach_adapter(adapter_targets(model), rank=2, kind="dora")
+    gradients = []
+    for enabled in (False, True):
+        model.set_grad_checkpointing(enabled)  # pyright: ignore[reportCallIssue]
+        model.zero_grad()
+        image, text, scale = model(*batch)
+        (scale * image @ text.T).diagonal().sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, grad in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], grad, rtol=0, atol=1e-6, msg=name)
