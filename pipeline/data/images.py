@@ -1,35 +1,37 @@
 """Image bytes to pixels: decoding, the training crop and the evaluation resize, each in a fast and a reference form.
 
-"reference" is Pillow throughout, in open_clip's order. "fast" decodes with torchvision and resizes uint8 tensors
-(antialiased bicubic), about twice as fast and within two levels of the reference. Both give uint8 (3, H, W); the device
-normalises (`normalize`). What torchvision cannot decode as Pillow does (CMYK, palettes, alpha, 16 bit, TIFF ..) goes
-through Pillow in both forms, so the two never disagree on which images are bad.
+"reference" is Pillow throughout, in open_clip's order. "fast" decodes JPEG and WebP with torchvision and resizes uint8
+tensors (antialiased), about twice as fast and within two levels of the reference. Both give uint8 (3, H, W), and
+`normalize` makes floats of them on the device.
 
-Modes: alpha is dropped and palettes are expanded as Pillow's convert("RGB") does, which is what open_clip does; 16-bit
-grey is scaled to 8 bit, where convert would clip it to white; an EXIF orientation is applied.
+Odd images: alpha is dropped and a palette is expanded as Pillow's convert("RGB") does, which is what open_clip does;
+16-bit grey is scaled to 8 bit, where convert would clip it to white; an EXIF orientation is applied.
 """
 
 from __future__ import annotations
 
 import io
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg, decode_png
+from torchvision.io import ImageReadMode, decode_jpeg, decode_webp
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
-from torchvision.transforms import functional as pil_functional
-from torchvision.transforms.v2 import functional as fast_functional
+from torchvision.transforms.v2 import functional as annotated_functional
+
+from pipeline.config import ConfigError
 
 Preprocessing = Literal["fast", "reference"]
+Pixels = Tensor | Image.Image
+# These functions take Pillow images as well as tensors; their annotations say tensors only.
+functional: Any = annotated_functional
 
-# File extensions that hold an image, and the one each is stored under in a shard. webdataset splits a name at its first
-# dot and its readers, like clip_benchmark's, know these few.
+# File extensions that hold an image, and the one each is stored under in a shard.
 IMAGE_EXTENSIONS = {
     "jpg": "jpg",
     "jpeg": "jpg",
@@ -42,110 +44,180 @@ IMAGE_EXTENSIONS = {
     "tif": "tif",
     "tiff": "tif",
 }
-STORED_EXTENSIONS = tuple(dict.fromkeys(IMAGE_EXTENSIONS.values()))
+# All spellings, for shards that others wrote.
+STORED_EXTENSIONS = tuple(IMAGE_EXTENSIONS)
 
+MAX_PIXELS = 2**28
 _ORIENTATION = 0x0112
 _DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
+# Pillow's own limit is one number for the whole process and lies below ours. Ours is an argument of `decode`, looked at
+# before a pixel is decoded, so Pillow's is lifted.
+Image.MAX_IMAGE_PIXELS = None
 
-class BadImage(Exception):
-    """This image cannot be used; the message says why, without its name."""
+
+class BadImageError(Exception):
+    """This image cannot be used; the message says why, and the caller knows its name."""
 
 
-def decode(data: bytes, *, form: Preprocessing = "fast", max_pixels: int = 2**28) -> Tensor | Image.Image:
+def decode(
+    data: bytes, *, form: Preprocessing = "fast", max_pixels: int = MAX_PIXELS, as_stored: bool = False
+) -> Pixels:
     """An upright RGB image: a uint8 tensor (3, H, W) in the fast form, a Pillow image in the reference form.
 
-    Raises BadImage for what is no image, is cut off, or has more than ``max_pixels`` pixels.
+    ``as_stored`` is plain convert("RGB"), for published numbers: other readers look neither at the orientation nor at
+    the depth. Raises BadImageError for what is no image, is cut off, or has more than ``max_pixels`` pixels.
     """
     try:
-        with _quiet_pillow(), Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > max_pixels:
-                raise BadImage(f"{image.width} x {image.height} pixels are more than max_pixels={max_pixels}")
-            if form == "fast" and (fast := _decode_fast(image, data)) is not None:
-                return fast
-            upright = _to_rgb(image)
-    except BadImage:
-        raise
+                raise BadImageError(f"{image.width} x {image.height} pixels, more than max_pixels={max_pixels}")
+            fast = _decode_fast(image, data) if form == "fast" else None
+            if fast is not None:
+                return fast if as_stored else _upright(fast, _orientation(image))
+            rgb = image.convert("RGB") if as_stored else _to_rgb(image)
     except UnidentifiedImageError as error:
-        raise BadImage("not an image" if data else "no bytes") from error
-    except (OSError, SyntaxError, ValueError, RuntimeError, EOFError, IndexError, TypeError) as error:
-        # Pillow's plugins and torchvision raise these for damaged files; anything else is a bug and shall be seen.
-        raise BadImage(
-            f"cannot be decoded: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        raise BadImageError("not an image" if data else "no bytes") from error
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, OverflowError) as error:
+        # What Pillow's plugins raise for damaged files; anything else is a mistake of ours and shall be seen.
+        raise BadImageError(
+            f"cannot be decoded ({str(error).partition(chr(10))[0] or type(error).__name__})"
         ) from error
-    return upright if form == "reference" else pil_functional.pil_to_tensor(upright)
+    return functional.pil_to_tensor(rgb) if form == "fast" else rgb
 
 
-def train_crop(
-    image: Tensor | Image.Image, size: int | tuple[int, int], *, scale: tuple[float, float], seed: int
-) -> Tensor:
-    """The random crop of training, resized bicubically: uint8 (3, H, W). Equal seeds and sizes give equal crops."""
+def stored_extension(path: Path) -> str:
+    """The extension to store an image file under: by its name, else by its content. BadImageError when there is none."""
+    by_name = IMAGE_EXTENSIONS.get(path.suffix[1:].lower())
+    if by_name is not None:
+        return by_name
+    try:
+        with Image.open(path) as image:
+            kind = (image.format or "").lower().replace("mpo", "jpeg")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadImageError("not an image") from error
+    if kind not in IMAGE_EXTENSIONS:
+        raise BadImageError(f"{kind} images are not stored; convert it to jpg, png or webp")
+    return IMAGE_EXTENSIONS[kind]
+
+
+def looks_the_same_to_all(data: bytes) -> bool:
+    """Whether a reader that ignores orientation and depth sees what `decode` shows. Raises BadImageError."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.mode not in (*_DEEP_MODES, "F") and _orientation(image) == 1
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadImageError("not an image" if data else "no bytes") from error
+
+
+def train_crop(image: Pixels, size: int | Sequence[int], *, scale: tuple[float, float], seed: int) -> Tensor:
+    """The random crop of training, resized bicubically: uint8 (3, H, W). Equal seed and image size give equal crops."""
     with _torch_seed(seed):
-        box = RandomResizedCrop.get_params(image, scale=list(scale), ratio=[3.0 / 4.0, 4.0 / 3.0])  # type: ignore[arg-type]
-    height_width = _pair(size)
-    if isinstance(image, Tensor):
-        return fast_functional.resized_crop(image, *box, list(height_width), InterpolationMode.BICUBIC, antialias=True)
-    cropped = pil_functional.resized_crop(image, *box, list(height_width), InterpolationMode.BICUBIC)  # type: ignore[arg-type]
-    return pil_functional.pil_to_tensor(cropped)
+        box = RandomResizedCrop.get_params(cast(Tensor, image), scale=list(scale), ratio=[3 / 4, 4 / 3])
+    return _tensor(functional.resized_crop(image, *box, list(_pair(size)), InterpolationMode.BICUBIC, antialias=True))
+
+
+def eval_resize(image: Pixels, cfg: Mapping[str, Any]) -> Tensor:
+    """The resize of open_clip's `image_transform(is_train=False)`: uint8 (3, H, W).
+
+    ``cfg`` is open_clip's preprocessing: size (int or (H, W)), interpolation, resize_mode shortest | longest | squash.
+    """
+    height, width = _pair(cfg["size"])
+    how = InterpolationMode(cfg.get("interpolation", "bicubic"))
+    if how not in (InterpolationMode.BICUBIC, InterpolationMode.BILINEAR):
+        raise ConfigError(f"preprocessing: interpolation {how.value!r} is neither bicubic nor bilinear")
+    mode = cfg.get("resize_mode", "shortest")
+    if mode == "squash":
+        return _tensor(functional.resize(image, [height, width], how, antialias=True))
+    if mode == "longest":
+        resized = _resize_keeping_ratio(image, height, width, max, how)
+        return _tensor(_center_crop_or_pad(resized, height, width, int(cfg.get("fill_color", 0))))
+    if mode != "shortest":
+        raise ConfigError(f"preprocessing: resize_mode {mode!r} is none of shortest, longest, squash")
+    if height == width:
+        resized = functional.resize(image, [height], how, antialias=True)
+    else:
+        # open_clip does not hand its interpolation on here.
+        resized = _resize_keeping_ratio(image, height, width, min, InterpolationMode.BICUBIC)
+    return _tensor(functional.center_crop(resized, [height, width]))
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 (B, 3, H, W) to float32, equal to ToTensor and Normalize, on the device the images are on."""
-    shape = (1, -1, 1, 1)
-    mean_ = torch.tensor(mean, dtype=torch.float32, device=images.device).view(shape)
-    std_ = torch.tensor(std, dtype=torch.float32, device=images.device).view(shape)
+    """uint8 (B, 3, H, W) to float32, bit for bit ToTensor and Normalize, on the device the images are on."""
+    mean_, std_ = (torch.tensor(v, dtype=torch.float32, device=images.device).view(1, -1, 1, 1) for v in (mean, std))
     return images.to(torch.float32).div_(255).sub_(mean_).div_(std_)
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    if isinstance(size, int):
-        return size, size
-    return int(size[0]), int(size[1])
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _tensor(image: Pixels) -> Tensor:
+    return image if isinstance(image, Tensor) else functional.pil_to_tensor(image)
 
 
 def _decode_fast(image: Image.Image, data: bytes) -> Tensor | None:
-    """torchvision's pixels where they are Pillow's; None for the rest."""
-    if image.mode not in ("RGB", "L") or "transparency" in image.info:
+    """torchvision's pixels where they are Pillow's; None for the rest. PNG is not among them: torchvision 0.29 ends the
+    process with a segmentation fault on a PNG whose compressed data are damaged."""
+    # A read-only buffer is enough for the decoders, but frombuffer warns about one.
+    if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
+        decoder = decode_jpeg
+    elif image.format == "WEBP" and image.mode == "RGB" and image.info.get("loop") is None:
+        decoder = decode_webp
+    else:
         return None
-    raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    if image.format in ("JPEG", "MPO"):
-        return decode_jpeg(raw, mode=ImageReadMode.RGB, apply_exif_orientation=True)  # type: ignore[return-value]
-    if image.format == "PNG" and "exif" not in image.info:
-        return decode_png(raw, mode=ImageReadMode.RGB)
-    return None
+    try:
+        return cast(Tensor, decoder(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB))
+    except RuntimeError:
+        return None  # Pillow has the last word on whether the image is bad, and a better message
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8 as EXIF (or XMP) says, 1 where nothing or nonsense is said."""
+    if not {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"} & image.info.keys():
+        return 1
+    value = image.getexif().get(_ORIENTATION, 1)
+    return value if value in range(1, 9) else 1
+
+
+def _upright(image: Tensor, orientation: int) -> Tensor:
+    """(3, H, W) turned as Pillow's exif_transpose turns it."""
+    if orientation >= 5:
+        image = image.transpose(1, 2)
+    # After the transposition 5..8 differ from upright by the same flips as 1, 2, 4 and 3, in this order.
+    flips = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}.get(orientation)
+    return (image.flip(flips) if flips else image).contiguous()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
-    if image.mode in _DEEP_MODES:
-        deep = np.asarray(image).astype(np.float64)
-        top = 65535 if image.mode != "I" or deep.max(initial=0) > 255 else 255
-        image_8bit = Image.fromarray(np.clip(np.rint(deep * (255 / top)), 0, 255).astype(np.uint8), "L")
-        orientation = image.getexif().get(_ORIENTATION)
-        if orientation:
-            image_8bit.getexif()[_ORIENTATION] = orientation
-        return ImageOps.exif_transpose(image_8bit).convert("RGB")
     if image.mode == "F":
-        raise BadImage("floating point pixels have no agreed range; save it with 8 or 16 bit")
-    return ImageOps.exif_transpose(image).convert("RGB")
+        raise BadImageError("floating point pixels have no agreed range; save it with 8 or 16 bit")
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode in _DEEP_MODES:
+        deep = np.asarray(upright).astype(np.float64)
+        top = 255 if upright.mode == "I" and deep.max(initial=0) <= 255 else 65535
+        upright = Image.fromarray(np.clip(np.rint(deep * (255 / top)), 0, 255).astype(np.uint8))
+    return upright.convert("RGB")
 
 
-@contextmanager
-def _quiet_pillow() -> Iterator[None]:
-    """Without Pillow's own size limit (ours is max_pixels) and its warnings on odd metadata."""
-    limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+def _resize_keeping_ratio(image: Pixels, height: int, width: int, pick: Any, how: InterpolationMode) -> Pixels:
+    _, h, w = functional.get_dimensions(image)
+    ratio = pick(h / height, w / width)
+    return functional.resize(image, [round(h / ratio), round(w / ratio)], how, antialias=True)
+
+
+def _center_crop_or_pad(image: Pixels, height: int, width: int, fill: int) -> Pixels:
+    _, h, w = functional.get_dimensions(image)
+    more_h, more_w = max(0, height - h), max(0, width - w)
+    if more_h or more_w:
+        image = functional.pad(image, [more_w // 2, more_h // 2, (more_w + 1) // 2, (more_h + 1) // 2], fill=fill)
+    return functional.center_crop(image, [height, width])
 
 
 @contextmanager
 def _torch_seed(seed: int) -> Iterator[None]:
-    """torch's CPU generator at ``seed``; its state comes back afterwards. (torch.manual_seed would touch CUDA's too.)"""
+    """torch's CPU generator at ``seed``, and as it was afterwards. torch.manual_seed would touch CUDA's too."""
     generator = torch.default_generator
     state = generator.get_state()
     generator.manual_seed(seed)

@@ -1,11 +1,11 @@
 """The order of training samples as a pure function of (seed, position); nothing here reads a file or keeps state.
 
-A *position* p counts samples since the first step: step g with global batch B covers p in [g*B, (g+1)*B), epoch e covers
-[e*N, (e+1)*N). Stream c holds the positions with p % S == c. In each epoch the samples in seeded shard order are cut into
-S contiguous runs, one a stream, and a stream reads its run through a seeded permutation inside windows.
+A *position* p counts samples since the first step: step g with global batch B covers p in [g*B, (g+1)*B), epoch e
+covers [e*N, (e+1)*N). Stream c holds the positions with p % S == c. In each epoch the samples in seeded shard order are
+cut into S contiguous runs, one a stream, and a stream reads its run through a seeded permutation inside windows.
 
-So every sample comes once an epoch, every rank has as many steps as the others, a resume needs the step number only, and
-the global batches are the same on any number of ranks that divides S.
+So every sample comes once an epoch, every rank has as many steps as the others, a resume needs the step number only,
+and the global batches are the same on any number of ranks that divides S.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def draw_without_repetition(choices: int, seed: int, sample_id: str, epoch: int)
 
 @dataclass(frozen=True)
 class Place:
-    """Where the sample of a position lies: the epoch, the shard's number in the index, the sample's number in the shard."""
+    """Where the sample of a position lies: epoch, shard (its number in the index), sample (its number in the shard)."""
 
     epoch: int
     shard: int
@@ -73,7 +73,7 @@ class Order:
 
     def locate(self, position: int) -> Place:
         """The sample at ``position``."""
-        epoch, start, run_start, count, offset = self._in_run(position)
+        epoch, run_start, count, offset = self._in_run(position)
         number, inside = divmod(offset, self.window)
         size = min(self.window, count - number * self.window)
         stream = position % self.streams
@@ -84,7 +84,7 @@ class Order:
         return Place(epoch, int(shards[at]), rank_in_order - before)
 
     def epoch_places(self, epoch: int) -> tuple[Ints, Ints]:
-        """Shard and sample numbers of the whole epoch in the order of positions: two arrays (N,). For checks and reports."""
+        """Shard and sample numbers of a whole epoch in the order of positions: two arrays (N,)."""
         start = epoch * self.samples
         positions = np.arange(start, start + self.samples, dtype=np.int64)
         in_order = np.empty(self.samples, dtype=np.int64)
@@ -101,8 +101,8 @@ class Order:
         starts = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]])
         return shards[at], in_order - starts[at]
 
-    def _in_run(self, position: int) -> tuple[int, int, int, int, int]:
-        """(epoch, its first position, where the stream's run starts in the shard order, the run's length, the offset)."""
+    def _in_run(self, position: int) -> tuple[int, int, int, int]:
+        """(epoch, where the stream's run starts in the shard order, the run's length, the offset in the run)."""
         epoch, start = position // self.samples, position // self.samples * self.samples
         stream = position % self.streams
         # Stream c's first position is start + (c - start) % S, so streams differ in length by at most one; the long
@@ -113,7 +113,7 @@ class Order:
         count = whole + (rank < extra)
         longer_before = _count_wrapped(shift, extra, self.streams, stream)
         run_start = stream * whole + longer_before
-        return epoch, start, run_start, count, (position - start - rank) // self.streams
+        return epoch, run_start, count, (position - start - rank) // self.streams
 
     def _shard_order(self, epoch: int) -> tuple[Ints, Ints]:
         """The epoch's shards in reading order, and the running total of their samples."""
@@ -138,7 +138,7 @@ class Order:
 
 
 def _count_wrapped(first: int, length: int, modulus: int, below: int) -> int:
-    """How many of the residues first, first+1, .. (``length`` of them, modulo ``modulus``) are smaller than ``below``."""
+    """How many of the ``length`` residues first, first+1, .. (modulo ``modulus``) are smaller than ``below``."""
     end = first + length
     straight = max(0, min(below, end) - first)
     wrapped = max(0, min(below, end - modulus))
@@ -147,22 +147,17 @@ def _count_wrapped(first: int, length: int, modulus: int, below: int) -> int:
 
 def check_split(global_batch: int, streams: int, world: int) -> None:
     """Raises ConfigError unless ranks can share out streams and every batch takes as many samples from each."""
-    if global_batch < 1 or global_batch % streams:
-        near = max(streams, round(global_batch / streams) * streams)
-        raise ConfigError(
-            f"train.global_batch_size {global_batch} is no multiple of data.streams {streams}; "
-            f"take {near}, or data.streams={_largest_common(global_batch, streams, world)}"
-        )
     if streams % world:
+        near = streams // world * world or world
         raise ConfigError(
-            f"data.streams {streams} is no multiple of the number of ranks {world}; take a rank count that divides it"
+            f"data.streams: {streams} streams cannot be shared by {world} ranks; take a number of ranks that divides it, "
+            f"or data.streams={near} (which is another order of the samples)"
         )
-
-
-def _largest_common(global_batch: int, streams: int, world: int) -> int:
-    """The largest stream count up to ``streams`` that fits batch and ranks; the rank count when none does."""
-    fitting = [s for s in range(1, streams + 1) if global_batch >= 1 and global_batch % s == 0 and s % world == 0]
-    return max(fitting, default=world)
+    if global_batch < 1 or global_batch % streams:
+        near = max(1, round(global_batch / streams)) * streams
+        raise ConfigError(
+            f"train.global_batch_size: {global_batch} is no multiple of data.streams ({streams}); {near} would be"
+        )
 
 
 def rank_positions(step: int, global_batch: int, streams: int, rank: int, world: int) -> list[int]:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import webdataset
+from webdataset.writer import TarWriter
 
 from pipeline.config import ConfigError
 from pipeline.data.formats import Format, Sample, Source, read_source
-from pipeline.data.images import IMAGE_EXTENSIONS, BadImage, decode
+from pipeline.data.images import MAX_PIXELS, STORED_EXTENSIONS, BadImageError, decode, stored_extension
 from pipeline.data.order import seeded_permutation, stable_hash
+from pipeline.data.tar import TarError, TarIndex, split_name
 
 FORMAT_NAME, FORMAT_VERSION = "selora-shards", 1
 INDEX_NAME = "index.json"
@@ -60,37 +61,50 @@ def load_index(directory: str | Path) -> ShardIndex:
 
     Raises ConfigError that names the shard.
     """
-    folder = Path(directory)
+    index = _read_index(Path(directory))
+    for shard in index.shards:
+        fault = _size_fault(index.directory, shard)
+        if fault:
+            raise ConfigError(f"{index.directory / shard.name}: {fault}; copy it again or pack the source again")
+    return index
+
+
+def open_shard(index: ShardIndex, number: int) -> TarIndex:
+    """The samples of one shard, as many as the index says; TarError otherwise."""
+    shard = index.shards[number]
+    tar = TarIndex(index.directory / shard.name)
+    if len(tar) != shard.samples:
+        raise TarError(f"{tar.path}: {len(tar)} samples where its index has {shard.samples}; pack the source again")
+    return tar
+
+
+def _read_index(folder: Path) -> ShardIndex:
     file = folder / INDEX_NAME
     if not file.is_file():
         hint = "no such folder" if not folder.is_dir() else "no index.json in it; `selora pack SOURCE OUT` writes one"
         raise ConfigError(f"{folder}: {hint}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT_NAME or content["version"] != FORMAT_VERSION:
-            raise ConfigError(
-                f"{file}: format {content['format']!r} version {content['version']} is not {FORMAT_NAME} 1"
-            )
+        if (content["format"], content["version"]) != (FORMAT_NAME, FORMAT_VERSION):
+            raise ConfigError(f"{file}: {content['format']} {content['version']} is not {FORMAT_NAME} {FORMAT_VERSION}")
         shards = tuple(Shard(s["name"], s["samples"], s["bytes"], s["sha256"]) for s in content["shards"])
         classes = None if content["classes"] is None else tuple(content["classes"])
         index = ShardIndex(folder, shards, content["samples"], classes, content["digest"], content["source"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file}: damaged: {type(error).__name__} {error}; pack the source again") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file}: damaged ({type(error).__name__}: {error}); pack the source again") from error
     if index.digest != _digest(shards, classes) or index.samples != sum(index.sizes()):
-        raise ConfigError(f"{file}: digest and content disagree, so it was edited by hand; pack the source again")
-    for shard in shards:
-        _check_size(folder, shard)
+        raise ConfigError(f"{file}: digest and content disagree, so it was edited or is mixed; pack the source again")
     return index
 
 
-def _check_size(folder: Path, shard: Shard) -> None:
+def _size_fault(folder: Path, shard: Shard) -> str | None:
     path = folder / shard.name
     if not path.is_file():
-        raise ConfigError(f"{path}: missing shard ({shard.samples} samples); copy it again or pack the source again")
+        return f"missing, with {shard.samples} samples"
     size = path.stat().st_size
-    if size != shard.bytes:
-        verb = "shorter" if size < shard.bytes else "longer"
-        raise ConfigError(f"{path}: {verb} than its index: {size} bytes, {shard.bytes} recorded; copy or pack it again")
+    if size == shard.bytes:
+        return None
+    return f"{'shorter' if size < shard.bytes else 'longer'} than its index says: {size} bytes instead of {shard.bytes}"
 
 
 def pack(
@@ -107,14 +121,15 @@ def pack(
     force: bool = False,
     check: Literal["decode", "none"] = "decode",
     max_unreadable: float = 0.01,
-    max_pixels: int = 2**28,
+    max_pixels: int = MAX_PIXELS,
     workers: int = 4,
 ) -> PackReport:
-    """Writes ``source`` as shards of ``samples_per_shard`` (default: about 16 shards, 64 to 5000 samples each).
+    """Write ``source`` as shards of ``samples_per_shard`` (default: about 16 shards, 64 to 5000 samples each).
 
-    Samples are shuffled with ``seed`` since class folders come sorted; equal input gives equal bytes. Original image bytes
-    are kept. Each image is decoded once (``check``); unreadable or missing ones are left out and named in report and index,
-    and more than the share ``max_unreadable`` of them is an error. index.json comes last, so a broken pack is never valid.
+    Samples are shuffled with ``seed`` since class folders come sorted; equal input gives equal bytes. Image bytes are
+    kept as they are. Each image is decoded once (``check``); unreadable or missing ones are left out and named in
+    report and index, and more than the share ``max_unreadable`` of them is an error. index.json comes last, so what
+    was broken off is no shard folder.
     """
     data = (
         source
@@ -131,21 +146,39 @@ def pack(
     folder = Path(out)
     if folder.exists() and any(folder.iterdir()) and not force:
         raise ConfigError(f"{folder}: not empty; give --force to write over it, or another folder")
+    _check_keys(data)
     bad = _unreadable(data.samples, max_pixels, workers) if check == "decode" else {}
     left_out = [f"{name}: missing file or caption" for name in data.missing]
     left_out += [f"{sample.name}: {bad[sample.key]}" for sample in data.samples if sample.key in bad]
     good = [sample for sample in data.samples if sample.key not in bad]
-    total = len(data.samples) + len(data.missing)
-    if not good or len(left_out) > max_unreadable * total:
-        listed = "\n  ".join(left_out[:20])
-        raise ConfigError(
-            f"{data.path}: {len(left_out)} of {total} images are unreadable or missing, more than --max-unreadable "
-            f"{max_unreadable}:\n  {listed}"
-        )
+    _check_share(data, left_out, len(good), max_unreadable)
     order = seeded_permutation(len(good), stable_hash("pack", seed))
     per_shard = samples_per_shard or min(5000, max(64, -(-len(good) // 16)))
     described = {"format": data.format, "name": data.path.name, "seed": seed, "left_out": left_out}
     return PackReport(_write(folder, [good[i] for i in order], data.classes, per_shard, described), left_out)
+
+
+def _check_keys(data: Source) -> None:
+    """A key that comes twice, or that a reader would split, makes samples that run into each other."""
+    seen: dict[str, str] = {}
+    for sample in data.samples:
+        if split_name(f"{sample.key}.jpg")[0] != sample.key:
+            raise ConfigError(f"{sample.name}: its key {sample.key!r} has a dot in its last part, where readers split")
+        if sample.key in seen:
+            raise ConfigError(f"{sample.name} and {seen[sample.key]} have the same key {sample.key!r}")
+        seen[sample.key] = sample.name
+
+
+def _check_share(data: Source, left_out: list[str], good: int, max_unreadable: float) -> None:
+    total = len(data.samples) + len(data.missing)
+    if good and len(left_out) <= max_unreadable * total:
+        return
+    listed = "".join(f"\n  {line}" for line in left_out[:20])
+    more = f"\n  and {len(left_out) - 20} more" if len(left_out) > 20 else ""
+    raise ConfigError(
+        f"{data.path}: {len(left_out)} of {total} images are unreadable or missing; --max-unreadable allows a share of "
+        f"{max_unreadable:g}{listed}{more}"
+    )
 
 
 def _unreadable(samples: Sequence[Sample], max_pixels: int, workers: int) -> dict[str, str]:
@@ -153,8 +186,9 @@ def _unreadable(samples: Sequence[Sample], max_pixels: int, workers: int) -> dic
 
     def reason(sample: Sample) -> str | None:
         try:
+            stored_extension(sample.image)
             decode(sample.image.read_bytes(), max_pixels=max_pixels)
-        except (BadImage, OSError) as error:
+        except (BadImageError, OSError) as error:
             return str(error)
         return None
 
@@ -185,26 +219,29 @@ def _write(
     }
     temporary = folder / (INDEX_NAME + ".part")
     temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / INDEX_NAME)
+    temporary.replace(folder / INDEX_NAME)
     return load_index(folder)
 
 
-def write_tar(path: Path, samples: Sequence[Sample]) -> Shard:
+def write_tar(
+    path: Path, samples: Sequence[Sample], members: Callable[[Sample], dict[str, bytes]] | None = None
+) -> Shard:
     """One shard, under a temporary name until it is complete. Equal samples give equal bytes."""
+    files_of = members or sample_members
     temporary = path.with_name(path.name + ".part")
     with temporary.open("wb") as file:
-        with webdataset.TarWriter(file, user="", group="", mtime=0, encoder=False) as writer:
+        with TarWriter(file, user="", group="", mtime=0, encoder=False) as writer:
             for sample in samples:
-                writer.write({"__key__": sample.key, **sample_members(sample)})
+                writer.write({"__key__": sample.key, **files_of(sample)})
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
     return Shard(path.name, len(samples), path.stat().st_size, sha256_of(path))
 
 
 def sample_members(sample: Sample) -> dict[str, bytes]:
     """The files of one sample by extension: the image as it was, ``cls`` and ``txt`` where there is one."""
-    members = {IMAGE_EXTENSIONS[sample.image.suffix[1:].lower()]: sample.image.read_bytes()}
+    members = {stored_extension(sample.image): sample.image.read_bytes()}
     if sample.cls is not None:
         members["cls"] = str(sample.cls).encode()
     if sample.captions:
@@ -222,3 +259,112 @@ def _digest(shards: Sequence[Shard], classes: Sequence[str] | None) -> str:
     """Equal for equal shards and class names, whatever the folder is called."""
     content = [[shard.name, shard.samples, shard.sha256] for shard in shards], classes
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What verify found. ``faults`` has a line for each, by shard and key."""
+
+    directory: Path
+    shards: int
+    samples: int
+    faults: list[str]
+
+    @property
+    def ok(self) -> bool:
+        return not self.faults
+
+    def __str__(self) -> str:
+        lines = [f"{self.directory}: {self.samples} samples in {self.shards} shards"]
+        lines += [f"  fault: {fault}" for fault in self.faults] or ["  ok"]
+        return "\n".join(lines)
+
+
+def verify(
+    directory: str | Path, *, decode: bool = True, max_pixels: int = MAX_PIXELS, workers: int = 4
+) -> VerifyReport:
+    """Compare shards with their index: size, checksum, count, keys, members and, with ``decode``, every image.
+
+    Every fault is reported, none stops the check. Raises ConfigError when the index itself cannot be read.
+    """
+    index = _read_index(Path(directory))
+    known = {shard.name for shard in index.shards}
+    faults = [
+        f"{path.name}: not in the index" for path in sorted(index.directory.glob("*.tar")) if path.name not in known
+    ]
+    seen: dict[str, str] = {}
+    with ThreadPoolExecutor(workers) as pool:
+        for shard in index.shards:
+            found, tar = _shard_faults(index.directory, shard)
+            faults += found
+            if tar is None:
+                continue
+            check = _SampleCheck(tar, index.classes, max_pixels if decode else None)
+            for number, reasons in enumerate(pool.map(check, range(len(tar)))):
+                key = tar.samples[number].key
+                if key in seen:
+                    reasons.append(f"its key is also in {seen[key]}")
+                seen[key] = shard.name
+                faults += [f"{shard.name}/{key}: {reason}" for reason in reasons]
+            tar.close()
+    return VerifyReport(index.directory, len(index.shards), index.samples, faults)
+
+
+def _shard_faults(folder: Path, shard: Shard) -> tuple[list[str], TarIndex | None]:
+    faults = []
+    size_fault = _size_fault(folder, shard)
+    if size_fault:
+        faults.append(f"{shard.name}: {size_fault}")
+    path = folder / shard.name
+    if not path.is_file():
+        return faults, None
+    if not size_fault and sha256_of(path) != shard.sha256:
+        faults.append(f"{shard.name}: its content has changed since it was packed (sha256)")
+    try:
+        tar = TarIndex(path)
+    except TarError as error:
+        return [*faults, str(error)], None
+    if len(tar) != shard.samples:
+        faults.append(f"{shard.name}: {len(tar)} samples where its index has {shard.samples}")
+    return faults, tar
+
+
+@dataclass(frozen=True)
+class _SampleCheck:
+    """The faults of sample ``number`` of a tar. ``max_pixels`` None: without decoding."""
+
+    tar: TarIndex
+    classes: Sequence[str] | None
+    max_pixels: int | None
+
+    def __call__(self, number: int) -> list[str]:
+        members = self.tar.samples[number].members
+        images = [ext for ext in STORED_EXTENSIONS if ext in members]
+        reasons = [] if images else [f"no image among its members ({', '.join(sorted(members))})"]
+        try:
+            label, texts = sample_texts(self.tar, number, self.classes)
+            if not texts and (label < 0 or self.classes is None):
+                reasons.append(f"neither caption nor class among its members ({', '.join(sorted(members))})")
+        except BadImageError as error:
+            reasons.append(str(error))
+        if images and self.max_pixels is not None:
+            try:
+                decode(self.tar.read(number, images[0]), max_pixels=self.max_pixels)
+            except BadImageError as error:
+                reasons.append(str(error))
+        return reasons
+
+
+def sample_texts(tar: TarIndex, number: int, classes: Sequence[str] | None) -> tuple[int, list[str]]:
+    """The label of a sample (-1 without one) and its own captions. Raises BadImageError for a label without a class."""
+    members = tar.samples[number].members
+    label = -1
+    if "cls" in members:
+        raw = tar.read(number, "cls").strip()
+        if not raw.isdigit() or (classes is not None and int(raw) >= len(classes)):
+            raise BadImageError(f"its class {raw[:20].decode('utf-8', 'replace')!r} is not in the index")
+        label = int(raw)
+    if "txt" not in members:
+        return label, []
+    lines = tar.read(number, "txt").decode("utf-8", "replace").splitlines()
+    return label, [line.replace("\\n", "\n") for line in lines if line.strip()]

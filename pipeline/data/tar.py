@@ -1,20 +1,23 @@
 """Random access to the samples of one tar, from a scan of its headers.
 
-Python's tarfile takes a damaged header for the end of the archive, so the samples behind it would vanish without a word.
-This scan knows three ends only: the end marker, the end of the file where a member ends, and an error that names the byte.
+Python's tarfile takes a damaged header for the end of the archive, so the samples behind it would vanish without a
+word. This scan knows two ends only: the end marker, and an error that names the byte.
 """
 
 from __future__ import annotations
 
 import os
 import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from pipeline.config import ConfigError
 
 BLOCK = tarfile.BLOCKSIZE
 
 
-class TarError(Exception):
+class TarError(ConfigError):
     """The tar is damaged or not what its index says. The message names the file and, where known, the byte."""
 
 
@@ -47,7 +50,7 @@ class TarIndex:
         return len(self.samples)
 
     def read(self, sample: int, ext: str) -> bytes:
-        """The bytes of a sample's member; KeyError when it has none of that extension, TarError when the file ends early."""
+        """The bytes of a member; KeyError when the sample has no such member, TarError when the file ends early."""
         member = self.samples[sample].members[ext]
         data = os.pread(self._handle(), member.size, member.offset)
         if len(data) != member.size:
@@ -62,7 +65,7 @@ class TarIndex:
         self._fd = None
 
     def _handle(self) -> int:
-        # pread shares no file position, yet a handle opened before a fork is reopened: closing is then each process's own.
+        # pread shares no file position, but a handle from before a fork is left to the process that closes it.
         if self._fd is None or self._pid != os.getpid():
             self._fd, self._pid = os.open(self.path, os.O_RDONLY), os.getpid()
         return self._fd
@@ -93,38 +96,41 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, ext.lower()
 
 
-def _members(fd: int, path: Path):
-    """Yields (name, Member) of the regular files. Understands ustar, GNU long names and pax path and size."""
+def _members(fd: int, path: Path) -> Iterator[tuple[str, Member]]:
+    """Name and place of each regular file. Understands ustar, GNU long names, and pax path and size."""
     total, at = os.fstat(fd).st_size, 0
-    if total == 0:
-        raise TarError(f"{path}: the file is empty")
     long_name: str | None = None
     pax: dict[str, str] = {}
-    while at < total:
-        header = os.pread(fd, BLOCK, at)
-        try:
-            info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        except tarfile.EOFHeaderError:
+    while True:
+        info = _header(fd, path, at, total)
+        if info is None:
             return
-        except tarfile.HeaderError as error:
-            raise TarError(
-                f"{path}: damaged header at byte {at} ({error}); the samples behind it cannot be found"
-            ) from error
-        size = int(pax.get("size", info.size))
-        data, end = at + BLOCK, at + BLOCK + size
-        if end > total:
-            raise TarError(f"{path}: cut off inside {info.name!r}: {total} bytes there, {end} needed")
+        size, data = int(pax.get("size", info.size)), at + BLOCK
+        if data + size > total:
+            raise TarError(f"{path}: cut off inside {info.name!r}: {data + size} bytes needed, {total} there")
         at = data + -(-size // BLOCK) * BLOCK
         if info.type == tarfile.GNUTYPE_LONGNAME:
             long_name = os.pread(fd, size, data).rstrip(b"\0").decode("utf-8", "surrogateescape")
         elif info.type == tarfile.XHDTYPE:
             pax = _pax_records(os.pread(fd, size, data))
-        elif info.type == tarfile.XGLTYPE:
-            continue
-        else:
+        elif info.type != tarfile.XGLTYPE:
             if info.isreg():
                 yield long_name or pax.get("path", info.name), Member(data, size)
             long_name, pax = None, {}
+
+
+def _header(fd: int, path: Path, at: int, total: int) -> tarfile.TarInfo | None:
+    """The header at byte ``at``; None for the end marker, TarError for anything else."""
+    try:
+        return tarfile.TarInfo.frombuf(os.pread(fd, BLOCK, at), "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        # The classes that tell the end marker from damage are not public; the marker is a block of zeros.
+        block = os.pread(fd, BLOCK, at)
+        if len(block) == BLOCK and not block.strip(b"\0"):
+            return None
+        if not block:
+            raise TarError(f"{path}: cut off at byte {at} of {total}, before its end marker") from error
+        raise TarError(f"{path}: damaged header at byte {at}; the samples behind it cannot be found") from error
 
 
 def _pax_records(data: bytes) -> dict[str, str]:

@@ -1,0 +1,111 @@
+"""A list of positions in, batches out in that list's order, made by worker processes or none.
+
+The one place that knows torch's DataLoader. It is used with one "index" per batch, so that a worker makes whole batches
+and the result cannot depend on their number. Faults of the user's data come back as values, so that the user reads the
+message and not a worker's traceback.
+"""
+
+from __future__ import annotations
+
+import atexit
+import signal
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.config import ConfigError
+
+Made = TypeVar("Made", covariant=True)
+
+_running: weakref.WeakSet[Generator[Any]] = weakref.WeakSet()
+
+
+class Plan(Protocol):
+    """What each batch is made of, in order."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Sequence[int]]: ...
+
+
+class Batches(Generic[Made]):
+    """Iterable of ``make(positions)`` for the positions of ``plan``. Raises the ConfigError that ``make`` raised."""
+
+    def __init__(
+        self,
+        make: Callable[[Sequence[int]], Made],
+        plan: Plan,
+        *,
+        workers: int,
+        prefetch: int = 4,
+        pin: bool = False,
+        start_method: str | None = None,
+    ) -> None:
+        self._make, self._plan = make, plan
+        self._options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin}
+        if workers:
+            self._options |= {"prefetch_factor": prefetch, "multiprocessing_context": start_method}
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __iter__(self) -> Iterator[Made]:
+        stream = self._stream()
+        _running.add(stream)
+        return stream
+
+    def _stream(self) -> Generator[Made]:
+        loader = DataLoader(
+            _Maker(self._make),
+            sampler=self._plan,  # type: ignore[arg-type] # torch asks for Iterable and uses __len__
+            batch_size=None,
+            collate_fn=_as_it_is,
+            worker_init_fn=_calm_worker,
+            # Its own generator: the DataLoader draws a seed, which would move the trainer's random state at a resume.
+            generator=torch.Generator().manual_seed(0),
+            **self._options,
+        )
+        for made in loader:
+            if isinstance(made, ConfigError):
+                raise made
+            yield made
+
+
+class _Maker(Dataset[Any]):
+    """The dataset whose items are batches."""
+
+    def __init__(self, make: Callable[[Sequence[int]], Any]) -> None:
+        self._make = make
+
+    def __getitem__(self, positions: Sequence[int]) -> Any:
+        try:
+            return self._make(positions)
+        except ConfigError as error:
+            return error
+
+
+def _as_it_is(made: Any) -> Any:
+    return made
+
+
+def _calm_worker(_worker: int) -> None:
+    """A launcher signals every process of the job; workers must outlive it until the trainer has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # SIGTERM cannot be ignored for good, for it is also how a stuck worker is ended: a minute is the time to save.
+    signal.signal(signal.SIGTERM, _leave_in_a_minute)
+
+
+def _leave_in_a_minute(_number: int, _frame: object) -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(60)
+
+
+@atexit.register
+def _close_running() -> None:
+    """Ends the workers of streams that nobody read to the end. multiprocessing would end them by SIGTERM, and wait."""
+    for stream in list(_running):
+        stream.close()

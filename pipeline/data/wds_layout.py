@@ -1,0 +1,284 @@
+"""Evaluation sets in the layout of huggingface.co/clip-benchmark (`wds_*` folders): read, and written for own data.
+
+    NAME/classnames.txt                          one class a line, label = line; only for classification
+    NAME/zeroshot_classification_templates.txt   one sentence with {c} a line
+    NAME/dataset_type.txt                        "retrieval"; absent or "classification" otherwise
+    NAME/test/nshards.txt, 0.tar, 1.tar ..       members KEY.webp|png|jpg and KEY.cls or KEY.txt (a caption a line)
+
+Counts are exact: each sample goes to one rank, no batch is filled up, and a sample that cannot be read is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline.config import ConfigError
+from pipeline.data.batches import Batches
+from pipeline.data.formats import Sample
+from pipeline.data.images import (
+    MAX_PIXELS,
+    STORED_EXTENSIONS,
+    BadImageError,
+    Preprocessing,
+    decode,
+    eval_resize,
+    looks_the_same_to_all,
+    stored_extension,
+)
+from pipeline.data.shards import write_tar
+from pipeline.data.tar import TarIndex
+
+Kind = Literal["classification", "retrieval"]
+
+CLASSNAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
+# What clip_benchmark's reader decodes.
+WDS_EXTENSIONS = ("webp", "png", "jpg")
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """One opened evaluation set. Sample i lies in ``tars[places[i][0]]`` as number ``places[i][1]``.
+
+    ``labels`` holds the classes of a classification set, ``captions`` the sentences of a retrieval set; the other is
+    empty. ``digest`` covers names and sizes of all files, labels, captions, class names and templates.
+    """
+
+    name: str
+    kind: Kind
+    classnames: tuple[str, ...] | None
+    templates: tuple[str, ...] | None
+    labels: tuple[int, ...]
+    captions: tuple[tuple[str, ...], ...]
+    places: tuple[tuple[int, int], ...]
+    tars: tuple[TarIndex, ...]
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def key(self, i: int) -> str:
+        """The name of sample i for messages: "0.tar/s0000012"."""
+        tar, number = self.places[i]
+        return f"{self.tars[tar].path.name}/{self.tars[tar].samples[number].key}"
+
+
+@dataclass(frozen=True)
+class EvalBatch:
+    """images: uint8 (B, 3, H, W). labels: int64 (B,), empty for retrieval. captions: a tuple an image, empty for
+    classification. indices: int64 (B,), the numbers of the samples in the set."""
+
+    images: Tensor
+    labels: Tensor
+    captions: list[tuple[str, ...]]
+    indices: Tensor
+
+    def pin_memory(self) -> EvalBatch:
+        """Called by torch's DataLoader when it pins."""
+        return replace(self, images=self.images.pin_memory())
+
+
+def open_eval_set(directory: str | Path, *, split: str = "test") -> EvalSet:
+    """Scan the headers and read labels or captions of a set. Raises ConfigError that names the file at fault."""
+    folder = Path(directory)
+    kind = _kind(folder)
+    count_file = folder / split / "nshards.txt"
+    if not count_file.is_file():
+        hint = "no such folder" if not folder.is_dir() else f"no {split}/nshards.txt, so it is no clip-benchmark set"
+        raise ConfigError(f"{folder}: {hint}")
+    count = count_file.read_text(encoding="utf-8").strip()
+    if not count.isdecimal() or int(count) < 1:
+        raise ConfigError(f"{count_file}: {count!r} is no number of shards")
+    tars = tuple(TarIndex(folder / split / f"{number}.tar") for number in range(int(count)))
+    places = tuple((t, i) for t, tar in enumerate(tars) for i in range(len(tar)))
+    classnames, templates = _lines(folder / CLASSNAMES), _lines(folder / TEMPLATES)
+    if kind == "classification":
+        labels, captions = tuple(_label(tars[t], i, classnames) for t, i in places), ()
+    else:
+        labels, captions = (), tuple(_captions(tars[t], i) for t, i in places)
+    if not places:
+        raise ConfigError(f"{folder}: its {count} shards hold no sample")
+    content = kind, classnames, templates, labels, captions, [(tar.path.name, tar.samples) for tar in tars]
+    digest = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+    return EvalSet(folder.name, kind, classnames, templates, labels, captions, places, tars, digest)
+
+
+def eval_loader(
+    eval_set: EvalSet,
+    cfg: Mapping[str, Any],
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 2,
+    preprocessing: Preprocessing = "reference",
+    limit: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    pin: bool = False,
+) -> Batches[EvalBatch]:
+    """This rank's part of the set, a contiguous one: the ranks' parts after one another are the set in its order.
+
+    ``cfg`` is open_clip's preprocessing (see images.eval_resize); "reference" is its ``image_transform`` up to the
+    normalisation. ``limit`` takes that many samples, evenly spread. Raises ConfigError for an unreadable image.
+    """
+    total = len(eval_set) if limit is None else min(limit, len(eval_set))
+    mine = range(rank * total // world, (rank + 1) * total // world)
+    chosen = [i * len(eval_set) // total for i in mine]
+    plan = [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
+    return Batches(_MakeEvalBatch(eval_set, dict(cfg), preprocessing, max_pixels), plan, workers=workers, pin=pin)
+
+
+@dataclass(frozen=True)
+class _MakeEvalBatch:
+    eval_set: EvalSet
+    cfg: dict[str, Any]
+    preprocessing: Preprocessing
+    max_pixels: int
+
+    def __call__(self, indices: Sequence[int]) -> EvalBatch:
+        chosen = self.eval_set
+        return EvalBatch(
+            images=torch.stack([self._image(i) for i in indices]),
+            labels=torch.tensor([chosen.labels[i] for i in indices] if chosen.labels else [], dtype=torch.int64),
+            captions=[chosen.captions[i] for i in indices] if chosen.captions else [],
+            indices=torch.tensor(indices, dtype=torch.int64),
+        )
+
+    def _image(self, i: int) -> Tensor:
+        tar, number = self.eval_set.places[i]
+        index = self.eval_set.tars[tar]
+        ext = next((ext for ext in STORED_EXTENSIONS if ext in index.samples[number].members), None)
+        try:
+            if ext is None:
+                raise BadImageError("no image among its members")
+            data = index.read(number, ext)
+            return eval_resize(
+                decode(data, form=self.preprocessing, max_pixels=self.max_pixels, as_stored=True), self.cfg
+            )
+        except BadImageError as error:
+            raise ConfigError(f"{index.path}: {index.samples[number].key}: {error}") from error
+
+
+def write_wds_eval(
+    samples: Iterable[Sample],
+    out: str | Path,
+    *,
+    classnames: Sequence[str] | None = None,
+    templates: Sequence[str] | None = None,
+    kind: Kind = "classification",
+    split: str = "test",
+    samples_per_shard: int = 10_000,
+    force: bool = False,
+) -> EvalSet:
+    """Write an evaluation set that this module and clip_benchmark read alike; equal samples give equal bytes.
+
+    Image bytes are kept, but what clip_benchmark would see turned, clipped or not at all (an EXIF orientation, 16 bit,
+    gif, bmp, tiff) is stored as the upright 8-bit PNG that training sees. Raises ConfigError for unreadable images.
+    """
+    folder = Path(out)
+    if folder.exists() and any(folder.iterdir()) and not force:
+        raise ConfigError(f"{folder}: not empty; give --force to write over it, or another folder")
+    listed = list(samples)
+    _check_complete(folder, listed, kind, classnames, templates)
+    (folder / split).mkdir(parents=True, exist_ok=True)
+    count_file = folder / split / "nshards.txt"
+    count_file.unlink(missing_ok=True)
+    for old in (folder / split).glob("*.tar"):
+        old.unlink()
+    numbered = [replace(sample, key=f"s{number:07d}") for number, sample in enumerate(listed)]
+    starts = range(0, len(numbered), samples_per_shard)
+    for number, start in enumerate(starts):
+        write_tar(folder / split / f"{number}.tar", numbered[start : start + samples_per_shard], _members)
+    (folder / TYPE).write_text(kind + "\n", encoding="utf-8")
+    for name, lines in ((CLASSNAMES, classnames), (TEMPLATES, templates)):
+        if kind == "classification" and lines is not None:
+            (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    count_file.write_text(f"{len(starts)}\n", encoding="utf-8")
+    return open_eval_set(folder, split=split)
+
+
+def _check_complete(
+    folder: Path,
+    samples: Sequence[Sample],
+    kind: Kind,
+    classnames: Sequence[str] | None,
+    templates: Sequence[str] | None,
+) -> None:
+    if not samples:
+        raise ConfigError(f"{folder}: no sample to write")
+    if kind == "retrieval":
+        without = next((sample.name for sample in samples if not sample.captions), None)
+        if without is not None:
+            raise ConfigError(f"{without}: a retrieval set needs a caption for each image")
+        return
+    if classnames is None or templates is None:
+        raise ConfigError(f"{folder}: a classification set needs class names and templates")
+    for sample in samples:
+        if sample.cls is None or not 0 <= sample.cls < len(classnames):
+            raise ConfigError(f"{sample.name}: its class {sample.cls} is none of the {len(classnames)} class names")
+
+
+def _members(sample: Sample) -> dict[str, bytes]:
+    """Image and label or captions; both, where a sample has both, since readers take the one their kind asks for."""
+    data = sample.image.read_bytes()
+    try:
+        ext = stored_extension(sample.image)
+        image = decode(data, form="reference")
+        if ext not in WDS_EXTENSIONS or not looks_the_same_to_all(data):
+            assert isinstance(image, Image.Image)
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG")
+            ext, data = "png", buffer.getvalue()
+    except BadImageError as error:
+        raise ConfigError(f"{sample.name}: {error}; an evaluation set leaves nothing out") from error
+    members = {ext: data}
+    if sample.cls is not None:
+        members["cls"] = str(sample.cls).encode()
+    if sample.captions:
+        members["txt"] = "\n".join(text.replace("\n", "\\n") for text in sample.captions).encode()
+    return members
+
+
+def _kind(folder: Path) -> Kind:
+    file = folder / TYPE
+    said = file.read_text(encoding="utf-8").strip().lower() if file.is_file() else "classification"
+    if said == "classification" or said == "retrieval":
+        return said
+    raise ConfigError(f"{file}: {said!r} sets are not evaluated here, only classification and retrieval")
+
+
+def _lines(file: Path) -> tuple[str, ...] | None:
+    if not file.is_file():
+        return None
+    return tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+
+
+def _label(tar: TarIndex, number: int, classnames: Sequence[str] | None) -> int:
+    raw = _member(tar, number, "cls").strip()
+    if not raw.isdigit() or (classnames is not None and int(raw) >= len(classnames)):
+        said = raw[:20].decode("utf-8", "replace")
+        known = "" if classnames is None else f" of {len(classnames)}"
+        raise ConfigError(f"{tar.path}: {tar.samples[number].key}.cls says {said!r}, which is no class{known}")
+    return int(raw)
+
+
+def _captions(tar: TarIndex, number: int) -> tuple[str, ...]:
+    lines = tuple(_member(tar, number, "txt").decode("utf-8").splitlines())
+    if not lines:
+        raise ConfigError(f"{tar.path}: {tar.samples[number].key}.txt holds no caption")
+    return lines
+
+
+def _member(tar: TarIndex, number: int, ext: str) -> bytes:
+    if ext not in tar.samples[number].members:
+        there = ", ".join(sorted(tar.samples[number].members))
+        raise ConfigError(f"{tar.path}: {tar.samples[number].key} has no .{ext} member (it has {there})")
+    return tar.read(number, ext)
