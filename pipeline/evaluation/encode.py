@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 Precision = Literal["fp32", "bf16"]
 
@@ -17,7 +17,7 @@ Precision = Literal["fp32", "bf16"]
 class Encoder:
     """A merged CLIP in eval mode; `model` has `encode_image(images)` and `encode_text(tokens)`."""
 
-    model: nn.Module | Any
+    model: Any  # an nn.Module, whose typed attributes would be tensors or modules
     tokenizer: Callable[[list[str]], Tensor]
     device: torch.device
     precision: Precision = "fp32"

@@ -1,12 +1,14 @@
 """The ranks that share an evaluation: who does which part, and how the parts come together.
 
-Work is cut at places that do not depend on the number of ranks (batches of samples, chunks of classes, chunks of
-queries) and dealt out in turn. Every rank count so multiplies the same matrices, and the results are equal to the bit.
+Classes and queries are cut into chunks that do not depend on the number of ranks and are dealt out in turn, samples lie
+with the ranks in contiguous parts. What comes back is integer counts, or embeddings in the order of the dataset.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -44,16 +46,25 @@ class Ranks:
         An error on one rank is raised on all of them. Without that, the others would wait for it in the next
         collective until its time-out, and the message with the cause would be lost among theirs.
         """
+        return self._run(work, lambda result: result)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """This rank's own result of `work`, once it went well on all ranks."""
+        results: list[T] = []
+        self._run(lambda: results.append(work()), lambda _: None)
+        return results[0]
+
+    def _run(self, work: Callable[[], T], sent: Callable[[T], Any]) -> list[Any]:
         if self.size == 1:
-            return [work()]
-        result, error = None, None
+            return [sent(work())]
+        parcel, error = None, None
         try:
-            result = work()
+            parcel = sent(work())
         except Exception as caught:  # noqa: BLE001 (raised again below, on every rank)
             error = caught
-        described = None if error is None else (isinstance(error, ConfigError), f"{type(error).__name__}: {error}")
+        described = None if error is None else (isinstance(error, ConfigError), str(error) or type(error).__name__)
         gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, (result, described))
+        dist.all_gather_object(gathered, (parcel, described))
         if error is not None:
             raise error
         for rank, (_, failure) in enumerate(gathered):
@@ -61,3 +72,19 @@ class Ranks:
                 users_fault, message = failure
                 raise (ConfigError if users_fault else RuntimeError)(f"on rank {rank}: {message}")
         return [part for part, _ in gathered]
+
+
+@contextmanager
+def launched_ranks() -> Iterator[Ranks]:
+    """The ranks that torchrun, deepspeed or srun started, as a gloo group; one process without a launcher.
+
+    gloo also beside GPUs: only counts and embeddings travel, and they lie on the CPU. Two ranks may so share a GPU.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield Ranks.current()
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield Ranks.current()
+    finally:
+        dist.destroy_process_group()

@@ -10,11 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from clip_benchmark.metrics import zeroshot_classification
 from PIL import Image
 
+from pipeline.config import Config, override, to_yaml
+from pipeline.method.adapter import attach_adapter
+from pipeline.model.clip import Clip, load_clip
+from pipeline.model.towers import adapter_targets, apply_trainable
+from pipeline.training.checkpoint import save_checkpoint
+
 # clip_benchmark 1.6 calls float() on an array of one element, which NumPy has refused since 2.4. Its arithmetic stays.
-zeroshot_classification.float = lambda value: value.item()  # pyright: ignore[reportAttributeAccessIssue]
+zeroshot_classification.float = lambda value: float(value if isinstance(value, str) else value.item())  # pyright: ignore
 
 CLASSNAMES = ("apple", "bear", "cup", "door", "eagle", "fig", "goat", "hat", "ink", "jar", "kite", "leaf")
 TEMPLATES = ("a photo of a {c}.", "the {c}", "{c} in a drawing")
@@ -139,3 +146,87 @@ def make_classification() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def make_retrieval() -> Callable[..., Path]:
     return write_retrieval
+
+
+@pytest.fixture(scope="session")
+def make_run(tiny_clip_dir: Path, benchmark_file: Path) -> Callable[..., Path]:
+    """make_run(directory, kind=, train_rest=, steps=, score=) -> a run directory as `selora train` leaves it.
+
+    Its parameters are moved at random; expected.pt holds inputs and what the unmerged model makes of them.
+    """
+
+    def make(
+        directory: Path,
+        kind: str = "lora",
+        train_rest: str = "all",
+        steps: Sequence[int] = (20,),
+        score: float | None = None,
+    ) -> Path:
+        config = override(
+            Config.model_validate({"data": {"train": "shards"}}),
+            {
+                "name": directory.name,
+                "out": str(directory.parent),
+                "model.name": f"local-dir:{tiny_clip_dir}",
+                "adapter.kind": kind,
+                "adapter.rank": 4,
+                "train.train_rest": train_rest,
+                "eval.benchmark": str(benchmark_file),
+                "eval.workers": 0,
+            },
+        )
+        directory.mkdir(parents=True)
+        (directory / "config.yaml").write_text(to_yaml(config))
+        clip = load_clip(config.model.name, seed=config.seed)
+        targets = adapter_targets(clip.model)
+        names = attach_adapter(targets, rank=4, kind=kind) if kind in ("lora", "dora") else []
+        trained = apply_trainable(clip.model, train_rest, kind)
+        parameters = {name: p for name, p in clip.model.named_parameters() if name in set(trained)}
+        generator = torch.Generator().manual_seed(5)
+        for step in steps:
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    if name.endswith("gate.score"):
+                        parameter.fill_(draw_score(generator) if score is None else score)
+                    else:
+                        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+            state = {
+                "base_digest": clip.digest,
+                "step": step,
+                "model": {"name": clip.name, "pretrained": None, "seed": config.seed},
+                "adapter": {
+                    "kind": kind,
+                    "rank": 4,
+                    "alpha": None,
+                    "targets": names,
+                    "gated": bool(names),
+                    "threshold": 0.1,
+                },
+            }
+            tensors = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+            save_checkpoint(directory, tensors, {"moment": torch.zeros(1)}, state, keep_last=9)
+        _save_expected(directory / "expected.pt", clip, generator)
+        return directory
+
+    return make
+
+
+def draw_score(generator: torch.Generator) -> float:
+    """Half of the gates open, half closed."""
+    return 0.05 + 0.1 * float(torch.randint(2, (1,), generator=generator))
+
+
+def _save_expected(file: Path, clip: Clip, generator: torch.Generator) -> None:
+    model = clip.model.eval()
+    images = torch.randn(3, 3, 32, 32, generator=generator)
+    tokens = clip.tokenizer(["a red fox", "the sea"])
+    with torch.no_grad():
+        torch.save(
+            {
+                "images": images,
+                "tokens": tokens,
+                "image_features": model.encode_image(images),  # pyright: ignore[reportCallIssue]
+                "text_features": model.encode_text(tokens),  # pyright: ignore[reportCallIssue]
+            },
+            file,
+        )
