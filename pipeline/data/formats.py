@@ -6,12 +6,15 @@ import csv
 import json
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
+
+from PIL import Image
 
 from pipeline.config import ConfigError
 from pipeline.data.images import IMAGE_EXTENSIONS
@@ -38,7 +41,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Source:
-    """Everything a source holds. ``classes`` are readable names by label; ``missing`` names images that are not there."""
+    """Everything a source holds. ``classes``: readable names by label. ``missing``: names of images that are not there,
+    or have no caption in a COCO file. ``ignored``: how many files are no images."""
 
     format: str
     path: Path
@@ -87,7 +91,8 @@ def sniff(path: Path) -> Literal["imagefolder", "csv", "coco"]:
     folders = [entry for entry in sorted(path.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
     if folders and all(entry.name.lower() in SPLIT_NAMES for entry in folders):
         names = ", ".join(entry.name for entry in folders)
-        raise ConfigError(f"{path}: its folders look like splits ({names}), not classes; pack one: {folders[0]}")
+        one = next((entry for entry in folders if entry.name.lower().startswith("train")), folders[0])
+        raise ConfigError(f"{path}: its folders look like splits ({names}), not classes; take one: {one}")
     if not folders:
         raise ConfigError(
             f"{path}: no class folders in it; expected {path}/CLASS/IMAGE, or a csv with path and caption"
@@ -252,7 +257,7 @@ def _read_coco(path: Path) -> Source:
 
 
 def _coco_image(path: Path, name: str) -> Path | None:
-    """Beside the json, in its ``images`` folder, or where COCO's own layout has them (../train2017 for captions_train2017)."""
+    """Beside the json, in its ``images`` folder, or as COCO has it: ../train2017 for captions_train2017.json."""
     split = path.stem.rpartition("_")[2]
     for folder in (
         path.parent,
@@ -263,3 +268,84 @@ def _coco_image(path: Path, name: str) -> Path | None:
         if (folder / name).is_file():
             return folder / name
     return None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What inspect saw. As text: counts, classes, five samples, and the command and config lines that come next."""
+
+    source: Source
+    samples: list[str]
+    command: str
+    config: str
+
+    def __str__(self) -> str:
+        found = self.source
+        lines = [f"{found.path}: {found.format}, {len(found.samples)} images"]
+        if found.classes is not None:
+            counts = Counter(sample.cls for sample in found.samples)
+            sizes = sorted((counts[label], name) for label, name in enumerate(found.classes))
+            lines.append(
+                f"  {len(sizes)} classes, {sizes[0][0]} images ({sizes[0][1]}) to {sizes[-1][0]} ({sizes[-1][1]})"
+            )
+            lines.append(f"  classes: {_few(found.classes, 20)}")
+        own = [len(sample.captions) for sample in found.samples if sample.captions]
+        if own:
+            lines.append(f"  {sum(own)} captions of their own, {min(own)} to {max(own)} an image")
+        if found.missing:
+            lines.append(f"  {len(found.missing)} not usable (no such file, or no caption): {_few(found.missing, 5)}")
+        if found.ignored:
+            lines.append(f"  {found.ignored} files ignored, which are no images by their names")
+        lines += ["samples:", *(f"  {sample}" for sample in self.samples)]
+        lines += ["next:", f"  {self.command}", "config:", *(f"  {line}" for line in self.config.splitlines())]
+        return "\n".join(lines)
+
+
+def inspect(
+    source: str | Path,
+    format: Format = "auto",  # noqa: A002 - the word of the command line
+    *,
+    classnames: str | Path | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    class_column: str | None = None,
+) -> Inspection:
+    """Look at a source without writing anything. Raises ConfigError where read_source does."""
+    columns = {"image_column": image_column, "caption_column": caption_column, "class_column": class_column}
+    found = read_source(source, format, classnames=classnames, **columns)
+    if not found.samples:
+        raise ConfigError(
+            f"{found.path}: none of its {len(found.missing)} images can be used: {_few(found.missing, 5)}"
+        )
+    step = max(1, len(found.samples) // 5)
+    samples = [_describe(sample, found.classes) for sample in found.samples[::step][:5]]
+    shards = f"shards/{re.sub(r'[^A-Za-z0-9_-]+', '-', found.path.resolve().stem)}"
+    given = {"format": None if format == "auto" else format, "classnames": classnames, **columns}
+    options = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given.items() if value]
+    command = " ".join(["selora pack", shlex.quote(str(source)), *options, shlex.quote(shards)])
+    lines = ["data:", f"  train: {shards}"]
+    if any(not sample.captions for sample in found.samples):
+        lines.append("  templates: openai  # sentences about the class; or a list of your own with {c}")
+    if len(found.samples) < 5120:
+        batch = max(8, 2 ** ((len(found.samples) // 10).bit_length() - 1))
+        lines += [f"  streams: {min(64, batch)}", "train:", f"  global_batch_size: {batch}  # of few images"]
+    return Inspection(found, samples, command, "\n".join(lines))
+
+
+def _describe(sample: Sample, classes: Sequence[str] | None) -> str:
+    try:
+        with Image.open(sample.image) as image:
+            look = f"{image.format} {image.width} x {image.height} {image.mode}"
+    except (OSError, SyntaxError, ValueError):
+        look = "unreadable"
+    parts = [sample.name, look]
+    if sample.cls is not None and classes is not None:
+        parts.append(f"class {sample.cls} {classes[sample.cls]!r}")
+    if sample.captions:
+        parts.append(f"{sample.captions[0]!r}")
+    return " | ".join(parts)
+
+
+def _few(names: Sequence[str], count: int) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more

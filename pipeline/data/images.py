@@ -87,7 +87,7 @@ def decode(
 
 
 def stored_extension(path: Path) -> str:
-    """The extension to store an image file under: by its name, else by its content. BadImageError when there is none."""
+    """The extension to store an image file under: by name, else by content. BadImageError when there is none."""
     by_name = IMAGE_EXTENSIONS.get(path.suffix[1:].lower())
     if by_name is not None:
         return by_name

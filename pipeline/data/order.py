@@ -138,7 +138,7 @@ class Order:
 
 
 def _count_wrapped(first: int, length: int, modulus: int, below: int) -> int:
-    """How many of the ``length`` residues first, first+1, .. (modulo ``modulus``) are smaller than ``below``."""
+    """How many of the ``length`` residues first, first+1, .. (mod ``modulus``) are smaller than ``below``."""
     end = first + length
     straight = max(0, min(below, end) - first)
     wrapped = max(0, min(below, end - modulus))
@@ -150,8 +150,8 @@ def check_split(global_batch: int, streams: int, world: int) -> None:
     if streams % world:
         near = streams // world * world or world
         raise ConfigError(
-            f"data.streams: {streams} streams cannot be shared by {world} ranks; take a number of ranks that divides it, "
-            f"or data.streams={near} (which is another order of the samples)"
+            f"data.streams: {streams} streams cannot be shared by {world} ranks; take a number of ranks that divides "
+            f"it, or data.streams={near} (which is another order of the samples)"
         )
     if global_batch < 1 or global_batch % streams:
         near = max(1, round(global_batch / streams)) * streams
