@@ -1,8 +1,8 @@
 """The command line: one function per command, and a stage is imported only when its command is chosen.
 
-No option repeats a key of the config: what a run computes is said by its config file and key=value alone, and ranks come
-from the launcher's environment. No option may be a prefix of one of torchrun's, which looks for abbreviations over its
-whole line.
+No option repeats a key of the config where there is one: what a run computes is said by its config file and key=value,
+ranks come from the launcher's environment. No option may be a prefix of one of torchrun's, which accepts abbreviations
+over its whole line.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ def _add_pack(commands: Any) -> None:
         help="more than this share is an error (default: 0.01)",
     )
     parser.add_argument("--force", action="store_true", help="replace the shards that are there")
+    parser.add_argument("--workers", type=_count, default=4, metavar="N", help="decoding threads (default: 4)")
 
 
 def run_pack(arguments: argparse.Namespace) -> int:
@@ -118,6 +119,7 @@ def run_pack(arguments: argparse.Namespace) -> int:
         check=arguments.check,
         max_unreadable=arguments.max_unreadable,
         force=arguments.force,
+        workers=arguments.workers,
         **_source_options(arguments),
     )
     for left_out in report.left_out:
@@ -188,13 +190,40 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--pretrained", metavar="TAG", help="open_clip tag or weights file of a plain model")
     parser.add_argument("--benchmark", type=Path, metavar="FILE", help="YAML list of datasets (default: the run's own)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="results (default: RUN/eval, or eval/MODEL)")
+    parser.add_argument("--datasets", nargs="+", metavar="KEY", help="only these rows of the benchmark")
+    parser.add_argument("--limit", type=_count, metavar="N", help="only the first N images of each dataset")
+    parser.add_argument(
+        "--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: this rank's GPU if there is one)"
+    )
+    parser.add_argument("--batch-size", type=_count, metavar="N", help="images per rank (default: the run's, or 64)")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="decoding processes per rank (default: the run's, or 2)"
+    )
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the model (default: fp32)")
+    parser.add_argument(
+        "--preprocessing",
+        choices=("reference", "fast"),
+        default="reference",
+        help="reference: PIL, for published numbers (default)",
+    )
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
     from pipeline.evaluation.run import evaluate_command
 
-    evaluate_command(arguments.model, pretrained=arguments.pretrained, benchmark=arguments.benchmark, out=arguments.out)
-    return OK
+    return evaluate_command(
+        arguments.model,
+        benchmark=arguments.benchmark,
+        out=arguments.out,
+        datasets=arguments.datasets,
+        limit=arguments.limit,
+        device=arguments.device,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        pretrained=arguments.pretrained,
+        precision=arguments.precision,
+        preprocessing=arguments.preprocessing,
+    )
 
 
 def _add_track(commands: Any) -> None:
@@ -202,20 +231,23 @@ def _add_track(commands: Any) -> None:
         commands,
         "track",
         run_track,
-        "send to MLflow what the journal of a run holds and the server has not got",
+        "send to MLflow what the journals of runs hold and the server has not got",
         "selora track sync runs/my_run",
+        "selora track sync runs --uri http://tracking:5000",
     )
-    parser.add_argument("action", choices=("sync",), help="sync: replay the journal; nothing is sent twice")
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="directory of a run")
-    parser.add_argument("--uri", help="MLflow tracking server (default: the run's own)")
+    parser.add_argument("action", choices=("sync",), help="sync: replay the journals; nothing is sent twice")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="directory of a run, or of many")
+    parser.add_argument("--uri", help="MLflow tracking server or database (default: each run's own)")
+    parser.add_argument("--full", action="store_true", help="deliver everything again, to a store that lost data")
 
 
 def run_track(arguments: argparse.Namespace) -> int:
-    from pipeline.tracking.mlflow_tracker import sync
+    from pipeline.tracking.mlflow_tracker import sync_all
 
-    report = sync(arguments.run_dir, arguments.uri)
-    print(report)
-    return FAILED if report.error else OK
+    reports = sync_all(arguments.runs, arguments.uri, full=arguments.full)
+    for report in reports:
+        print(report)
+    return OK if all(report.complete for report in reports) else FAILED
 
 
 def _add_config(commands: Any) -> None:

@@ -23,7 +23,7 @@ def selora(*arguments: str, cwd: Path, **environment: str) -> subprocess.Complet
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         check=False,
     )
 
@@ -168,7 +168,7 @@ def test_torchrun_starts_the_same_entry(repository):
         cwd=repository,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stderr
