@@ -303,9 +303,8 @@ class Delivery:
                 self.store.delete_run(run.info.run_id)
 
 
-def pending(run_dir: Path, uri: str) -> int:
-    """How many values and files of a run the store has not taken yet."""
-    state = load_state(run_dir, uri)
+def pending(run_dir: Path, state: StoreState) -> int:
+    """How many values and files of a run a store in this state has not taken yet."""
     number = sum(wish["sent"] != wish["sha256"] for wish in state.files.values())
     for path in journals(run_dir):
         for record in read(path, state.offsets.get(path.name, 0)):

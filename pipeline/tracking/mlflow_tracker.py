@@ -63,7 +63,7 @@ def sync(run_dir: Path, uri: str | None = None, *, full: bool = False) -> SyncRe
     except Busy as busy:
         state = load_state(run_dir, uri)
         error = f"{busy} is delivering this run right now"
-        return SyncReport(run_dir, redact(uri), state.run_id, 0, state.delivered, pending(run_dir, uri), error=error)
+        return SyncReport(run_dir, redact(uri), state.run_id, 0, state.delivered, pending(run_dir, state), error=error)
 
 
 def _sync_locked(run_dir: Path, uri: str, identity: RunIdentity, full: bool) -> SyncReport:
@@ -74,8 +74,8 @@ def _sync_locked(run_dir: Path, uri: str, identity: RunIdentity, full: bool) -> 
         delivery.deliver(last=True)
     except Away as away:
         error = str(away)
-    left = pending(run_dir, uri)
     state = delivery.state
+    left = pending(run_dir, state)
     if state.delivered < already:  # the store had lost the run, so it was delivered anew
         already = 0
     return SyncReport(

@@ -150,7 +150,7 @@ def _take_lock(run_dir: Path, trainer: _Trainer) -> FileLock | None:
     while True:
         ended = trainer.ended(0.0)
         try:
-            return FileLock(run_dir / SHIPPING_LOCK, wait_s=_LAST_SECONDS if ended else 1.0)
+            return FileLock(run_dir / SHIPPING_LOCK, wait_s=_ORPHAN_SECONDS if ended else 1.0)
         except Busy as busy:
             logger.warning("%s is delivering this run", busy)
             if ended:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ class SystemSampler:
         self._run_dir, self._seconds = run_dir, seconds
         self._node = re.sub(r"[^A-Za-z0-9_-]", "_", node)
         self._over = threading.Event()
+        self._parent = os.getppid()
         self._thread = threading.Thread(target=self._run, name="system-sampler", daemon=True)
         self._thread.start()
 
@@ -44,7 +46,8 @@ class SystemSampler:
         step = journal.last_step() + 1
         network = psutil.net_io_counters()
         psutil.cpu_percent()  # the first call only sets the mark for the second
-        while not self._over.wait(self._seconds):
+        # a run that is started anew needs this journal at once: let go of it when the trainer above is killed
+        while not self._over.wait(self._seconds) and os.getppid() == self._parent:
             values = sample_machine(self._run_dir) | sample_gpus()
             received, sent = psutil.net_io_counters().bytes_recv, psutil.net_io_counters().bytes_sent
             values["network_receive_megabytes"] = (received - network.bytes_recv) / 1e6

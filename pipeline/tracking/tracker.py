@@ -119,9 +119,9 @@ class RunTracker:
         self._journal.close()
         if self._shipper is None:
             return
-        done = self._shipper.finish(self._patience())
+        self._shipper.finish(self._patience())
         if self._uri is not None:
-            self._say_pending(self._uri, done)
+            self._say_pending(self._uri, status)
 
     def __enter__(self) -> Self:
         return self
@@ -153,12 +153,12 @@ class RunTracker:
             logger.warning("tracking: %s is back", redact(self._uri))
         self._said = error
 
-    def _say_pending(self, uri: str, done: bool) -> None:
-        left = pending(self.run_dir, uri)
-        error = load_state(self.run_dir, uri).error
-        if done and left == 0 and error is None:
+    def _say_pending(self, uri: str, status: Status) -> None:
+        state = load_state(self.run_dir, uri)
+        left = pending(self.run_dir, state)
+        if left == 0 and state.error is None and (state.status_sent == status or not self._owns_status):
             return
-        reason = error or f"it took too long, see {self.run_dir / LOG_FILE}"
+        reason = state.error or f"it took too long, see {self.run_dir / LOG_FILE}"
         logger.warning(
             "tracking: %d values or files have not reached %s (%s); the journal has them: `selora track sync %s`",
             left, redact(uri), reason, self.run_dir,
