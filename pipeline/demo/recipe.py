@@ -2,8 +2,8 @@
 
     python -m pipeline.demo.recipe SOURCES OUT
 
-SOURCES holds the unpacked sets named in LICENCES.md. Images are 64 x 64 and stored as WebP, so that everything, the tiny
-CLIP included, fits in 40 MB. Who wants to see each choice that went into the demo reads this file.
+SOURCES holds the unpacked sets named in LICENCES.md. Images are 64 x 64 and stored as WebP, so that everything, the
+tiny CLIP included, fits in 40 MB. Who wants to see each choice that went into the demo reads this file.
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ def pretraining(root: Path) -> Iterator[tuple[Picture, tuple[str, ...]]]:
     for picture in clothing(root, "train"):
         if stable_hash("clothing", picture.path.name, picture.kind) % 1000 < 1000 * PRETRAIN_SHARE_OF_CLOTHING:
             yield picture, captions(picture, TEMPLATES["clothing"])
-    by_draw = sorted(fashion(root, "train"), key=lambda p: stable_hash("fashion", p.path.as_posix().split("/train/")[1]))
+    by_draw = sorted(
+        fashion(root, "train"), key=lambda p: stable_hash("fashion", p.path.as_posix().split("/train/")[1])
+    )
     for picture in by_draw[:PRETRAIN_FASHION]:
         yield picture, captions(picture, TEMPLATES["fashion"])
 

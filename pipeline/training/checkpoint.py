@@ -80,8 +80,8 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         if _is_disk_full(error):
             raise ConfigError(
-                f"no space for the checkpoint of step {state['step']} in {root}: {error}. Earlier checkpoints are intact; "
-                f"free space, or lower train.keep_last, and run the same command to continue"
+                f"no space for the checkpoint of step {state['step']} in {root}: {error}. "
+                f"Earlier checkpoints are intact; free space (train.keep_last=1 needs least) and run the same command again"
             ) from error
         raise
     _drop_old(root, keep_last)

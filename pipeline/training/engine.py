@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pipeline.config import Config, ConfigError
 from pipeline.training.distributed import TIMEOUT, World
 
-# Parameters up to this many elements stay whole under ZeRO-3: scores, biases, norms. Gathering them costs more than keeping.
+# Parameters up to this size stay whole under ZeRO-3: scores, biases and norms cost more to gather than to keep.
 PERSISTENT_ELEMENTS = 1_000
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -29,7 +29,7 @@ def start_process_group(world: World) -> dist.ProcessGroup:
         torch.cuda.set_device(world.device)
     if not dist.is_initialized():
         if world.world_size == 1:
-            # A world of one needs no port that another job on this host could hold; DeepSpeed still asks for the variable.
+            # A world of one needs no port that another job could hold; DeepSpeed still asks for the variable.
             os.environ.setdefault("LOCAL_RANK", "0")
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:

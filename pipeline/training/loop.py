@@ -19,7 +19,7 @@ from pipeline.training.monitor import Monitor
 
 
 class StopRequest:
-    """Becomes true at the first SIGTERM, SIGUSR1 or Ctrl-C, so that the loop can save and leave at the end of a step."""
+    """True after the first SIGTERM, SIGUSR1 or Ctrl-C: the loop then saves and leaves at the end of its step."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -34,7 +34,7 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int, _frame: FrameType | None) -> None:
         self.requested = True
         # A second signal of the same kind acts at once: a user who presses Ctrl-C twice means it.
         signal.signal(number, self._previous[number])

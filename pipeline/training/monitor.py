@@ -1,7 +1,8 @@
-"""What a run tells while it trains: metrics to the tracker, a line or a bar to the user, an early stop when it went wrong."""
+"""What a run tells while it trains: metrics to the tracker, a line or a bar to the user, a stop when it went wrong."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 import time
@@ -95,7 +96,9 @@ class Monitor:
         if not self._window:
             return {}
         names = list(self._window[0][1])
-        local = torch.stack([torch.stack([losses[name].float() for name in names]) for _, losses, _ in self._window]).cpu()
+        local = torch.stack(
+            [torch.stack([losses[name].float() for name in names]) for _, losses, _ in self._window]
+        ).cpu()
         mean = gather_numbers(local.flatten(), self.control).view(self.world.world_size, *local.shape).mean(0)
         finite = torch.isfinite(mean).all(1)
         if not finite.all():
@@ -105,7 +108,10 @@ class Monitor:
                 f"Lower train.lr, lengthen train.warmup_steps or use model.precision=fp32; "
                 f"the last checkpoint holds the state before it"
             )
-        return {f"train/{'loss' if name == 'total' else name}": value for name, value in zip(names, mean.mean(0).tolist())}
+        return {
+            f"train/{'loss' if name == 'total' else name}": value
+            for name, value in zip(names, mean.mean(0).tolist(), strict=True)
+        }
 
     def _effective_negatives(self, captions: list[str]) -> float:
         """Mean number of captions in the global batch that differ from a sample's own: its true negatives."""
@@ -150,13 +156,11 @@ class Monitor:
         else:
             rate = values["train/images_per_s"]
             left = (self.total_steps - done) * self.global_batch_size / rate
-            print(f"step {done}/{self.total_steps} {text} {rate:.0f} img/s {_duration(left)} left", file=sys.stderr, flush=True)
+            sys.stderr.write(f"step {done}/{self.total_steps} {text} {rate:.0f} img/s {_duration(left)} left\n")
 
 
 def hash_text(text: str) -> int:
     """A 63-bit number for a caption, equal on every rank (Python's own hash is salted per process)."""
-    import hashlib
-
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 

@@ -69,14 +69,15 @@ class Objective(nn.Module):
         self.register_buffer("_std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
 
     def forward(self, images: Tensor, tokens: Tensor, step: int) -> dict[str, Tensor]:
-        """images (B, 3, H, W) uint8 and tokens (B, context) of this rank -> scalars: total, task, penalty, logit_scale."""
+        """images (B, 3, H, W) uint8, tokens (B, context) of this rank -> scalars total, task, penalty, logit_scale."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self._precision == "bf16"):
             pixels = (images.float() - self._mean) / self._std
             image_features, text_features, scale = self.clip(pixels, tokens)
         scale = _CapScale.apply(scale.float().squeeze())
         task = flyp_loss(image_features.float(), text_features.float(), scale)
         penalty = self._gate_penalty(step, task)
-        return {"total": task + penalty, "task": task.detach(), "penalty": penalty.detach(), "logit_scale": scale.detach()}
+        parts = {"task": task, "penalty": penalty, "logit_scale": scale}
+        return {"total": task + penalty, **{name: value.detach() for name, value in parts.items()}}
 
     def _gate_penalty(self, step: int, like: Tensor) -> Tensor:
         settings = self._penalty

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-# Weight decay must not shrink these: the penalty alone moves scores (method notes 1.4), magnitudes are norms, not weights.
+# Weight decay must not shrink these: the penalty alone shall move scores, and magnitudes are norms, not weights.
 _NO_DECAY = ("gate.score", "magnitude", "logit_scale")
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Peak learning rates: `base` for adapters and layers, `rest` for what lies outside the layers, `gate` for scores."""
+    """Peak learning rates: `base` for adapters and layers, `rest` outside the layers, `gate` for scores."""
 
     base: float
     rest: float

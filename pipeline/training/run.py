@@ -10,31 +10,45 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import nn
 from torch.utils.data import DataLoader
 
 from pipeline.config import Config, ConfigError, flatten, load_config, to_yaml
 from pipeline.data.shards import ShardIndex, load_index
 from pipeline.data.stream import Batch, TrainDataset, train_loader
-from pipeline.method.adapter import GradientWatch, attach_adapter, gate_map, gate_scores, random_targets, select_targets
-from pipeline.model.clip import Clip, load_clip
-from pipeline.model.towers import adapter_targets, apply_trainable, inside_layers
+from pipeline.method.adapter import GradientWatch, gate_scores
+from pipeline.model.clip import Clip
+from pipeline.model.towers import inside_layers
 from pipeline.tracking.tracker import NullTracker, Tracker, environment_tags, open_tracker
 from pipeline.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from pipeline.training.distributed import World, keep_heap, read_world, share_threads
-from pipeline.training.engine import build_engine, full_parameters, optimizer_state, restore_moments, start_process_group
+from pipeline.training.engine import (
+    build_engine,
+    full_parameters,
+    optimizer_state,
+    restore_moments,
+    start_process_group,
+)
 from pipeline.training.loop import StopRequest, train_steps
+from pipeline.training.model import build_model, checkpoint_state, gate_values, load_trainable, trainable
 from pipeline.training.monitor import Monitor
 from pipeline.training.objective import Objective, PenaltySettings
 from pipeline.training.optim import Rates, lr_factor, parameter_groups
 
 # Settings a run may change between two calls of the same command: they do not touch what is computed.
-FREE_SETTINGS = ("tracking.", "eval.", "data.workers", "train.zero_stage", "train.log_every", "train.gates_every",
-                 "train.checkpoint_every", "train.keep_last", "out", "name")
+FREE_SETTINGS = (
+    "tracking.",
+    "eval.",
+    "data.workers",
+    "train.zero_stage",
+    "train.log_every",
+    "train.gates_every",
+    "train.checkpoint_every",
+    "train.keep_last",
+    "out",
+    "name",
+)
 
 
 @dataclass(frozen=True)
@@ -81,54 +95,6 @@ def total_steps(config: Config, samples: int) -> int:
     return config.train.steps or math.ceil(config.train.epochs * samples / config.train.global_batch_size)
 
 
-def build_model(config: Config) -> Clip:
-    """The pretrained CLIP with its blocks attached and only the chosen parameters trainable."""
-    clip = load_clip(config.model.name, config.model.pretrained, seed=config.seed)
-    adapter, gate = config.adapter, config.gate
-    if adapter.kind in ("lora", "dora"):
-        targets = adapter_targets(clip.model)
-        try:
-            names = select_targets(list(targets), adapter.towers, adapter.projections, adapter.targets)
-            if adapter.random_k is not None:
-                names = random_targets(names, adapter.random_k, config.seed)
-            attach_adapter(
-                targets,
-                rank=adapter.rank,
-                kind=adapter.kind,
-                alpha=adapter.alpha,
-                gated=gate.enabled and adapter.random_k is None,
-                gate_init=gate.init,
-                threshold=gate.threshold,
-                seed=config.seed,
-                select=names,
-            )
-        except ValueError as error:
-            raise ConfigError(f"adapter.{error}") from error
-    apply_trainable(clip.model, config.train.train_rest, adapter.kind)
-    return clip
-
-
-def load_trainable(clip: Clip, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's parameters into a freshly built model.
-
-    Raises ConfigError when the base weights differ from those it was trained on, or a parameter is missing or unknown.
-    """
-    digest = checkpoint.state["base_digest"]
-    if digest != clip.digest:
-        raise ConfigError(
-            f"{checkpoint.path}: was trained on base weights {digest[:12]}, but model.name={clip.name!r} "
-            f"model.pretrained={clip.pretrained!r} gives {clip.digest[:12]}: restore the old weights or start a run under another name"
-        )
-    saved, own = checkpoint.parameters(), dict(_trainable(clip.model))
-    faults = [f"missing {name}" for name in own.keys() - saved.keys()]
-    faults += [f"unknown {name}" for name in saved.keys() - own.keys()]
-    if faults:
-        raise ConfigError(f"{checkpoint.path} does not fit this config: {'; '.join(sorted(faults)[:8])}")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(saved[name])
-
-
 def _train(
     config: Config,
     run_dir: Path,
@@ -142,10 +108,10 @@ def _train(
 ) -> int:
     model, settings = clip.model, config.train
     rates = Rates(settings.lr, settings.rest_lr or settings.lr, config.gate.lr or settings.lr)
-    groups = parameter_groups(_trainable(model), inside_layers, rates, settings.weight_decay)
+    groups = parameter_groups(trainable(model), inside_layers, rates, settings.weight_decay)
     gradients = GradientWatch(model)
     engine = build_engine(_objective(config, clip), groups, config, world)
-    named = _trainable(model)
+    named = trainable(model)
     start = 0
     if checkpoint is not None:
         restore_moments(engine, named, checkpoint.moments())
@@ -154,7 +120,7 @@ def _train(
         world=world,
         control=control,
         sink=tracker,
-        gates=partial(_gate_values, model),
+        gates=partial(gate_values, model),
         total_steps=total,
         global_batch_size=settings.global_batch_size,
         log_every=settings.log_every,
@@ -166,7 +132,7 @@ def _train(
     def save(done: int) -> None:
         parameters, moments = full_parameters(named), optimizer_state(engine, named)
         if world.is_main:
-            state = _checkpoint_state(config, clip, done, world)
+            state = checkpoint_state(config, clip, done, world)
             save_checkpoint(run_dir, parameters, moments, state, keep_last=settings.keep_last)
         dist.barrier(control)
 
@@ -231,42 +197,6 @@ def _objective(config: Config, clip: Clip) -> Objective:
     )
 
 
-def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def _gate_values(model: nn.Module) -> dict[str, float]:
-    """Scores and states of all gates, as the monitor reads them; empty without gates."""
-    values = {}
-    for target, gate in gate_map(model).items():
-        if gate["score"] is not None:
-            values[f"gate/{target}"] = gate["score"]
-            values[f"open/{target}"] = float(gate["open"])
-    return values
-
-
-def _checkpoint_state(config: Config, clip: Clip, step: int, world: World) -> dict[str, Any]:
-    gates = gate_map(clip.model)
-    return {
-        "format": "selora-checkpoint",
-        "version": 1,
-        "step": step,
-        "samples_seen": step * config.train.global_batch_size,
-        "base_digest": clip.digest,
-        "model": {"name": clip.name, "pretrained": clip.pretrained, "seed": config.seed},
-        "adapter": {
-            "kind": config.adapter.kind,
-            "rank": config.adapter.rank,
-            "alpha": config.adapter.alpha,
-            "targets": list(gates),
-            "gated": bool(gate_scores(clip.model)),
-            "threshold": config.gate.threshold,
-        },
-        "gate_map": gates,
-        "written_by": {"world_size": world.world_size, "zero_stage": config.train.zero_stage, "torch": torch.__version__},
-    }
-
-
 def _claim(run_dir: Path, config: Config, world: World) -> None:
     """Write the resolved config into the run's directory, or refuse a directory that holds another run."""
     path = run_dir / "config.yaml"
@@ -279,7 +209,8 @@ def _claim(run_dir: Path, config: Config, world: World) -> None:
         ]
         if changed:
             raise ConfigError(
-                f"{run_dir} holds a run with other settings; choose another name=… or restore them:\n" + "\n".join(changed)
+                f"{run_dir} holds a run with other settings; choose another name=… or restore them:\n"
+                + "\n".join(changed)
             )
     if world.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -326,4 +257,4 @@ def _record_artifacts(tracker: Tracker, run_dir: Path) -> None:
 
 def _say(world: World, text: str) -> None:
     if world.is_main:
-        print(text, file=sys.stderr, flush=True)
+        sys.stderr.write(text + "\n")

@@ -1,0 +1,31 @@
+"""The files that the demo ships with: unpacked once into a working folder."""
+
+from __future__ import annotations
+
+import tarfile
+from importlib import resources
+from pathlib import Path
+
+# Archives in assets/ and what each unpacks to; tar's padding of small files is why they are compressed at all.
+ARCHIVES = {"pretrain.tar.gz": "pretrain", "clothing_train.tar.gz": "clothing_train", "eval.tar.gz": "eval"}
+MODEL, BENCHMARK = "clip", "benchmark.yaml"
+
+
+def asset(name: str) -> Path:
+    """A file or folder of the package's assets."""
+    return Path(str(resources.files("pipeline.demo"))) / "assets" / name
+
+
+def unpack(folder: Path, *names: str) -> Path:
+    """Unpack the named archives (all without names) into `folder`, unless they are there. Returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for archive in names or tuple(ARCHIVES):
+        target = folder / ARCHIVES[archive]
+        if target.exists():
+            continue
+        partial = folder / f".{target.name}.partial"
+        with tarfile.open(asset(archive)) as tar:
+            tar.extractall(partial, filter="data")
+        (partial / target.name).rename(target)
+        partial.rmdir()
+    return folder

@@ -1,0 +1,106 @@
+"""The model of a run: CLIP with its blocks, what trains in it, and what a checkpoint says about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.config import Config, ConfigError
+from pipeline.method.adapter import attach_adapter, gate_map, gate_scores, random_targets, select_targets
+from pipeline.model.clip import Clip, load_clip
+from pipeline.model.towers import adapter_targets, apply_trainable
+from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.distributed import World
+
+
+def build_model(config: Config) -> Clip:
+    """The pretrained CLIP with its blocks attached and only the chosen parameters trainable."""
+    clip = load_clip(config.model.name, config.model.pretrained, seed=config.seed)
+    adapter, gate = config.adapter, config.gate
+    if adapter.kind in ("lora", "dora"):
+        targets = adapter_targets(clip.model)
+        try:
+            names = select_targets(list(targets), adapter.towers, adapter.projections, adapter.targets)
+            if adapter.random_k is not None:
+                names = random_targets(names, adapter.random_k, config.seed)
+            attach_adapter(
+                targets,
+                rank=adapter.rank,
+                kind=adapter.kind,
+                alpha=adapter.alpha,
+                gated=gate.enabled and adapter.random_k is None,
+                gate_init=gate.init,
+                threshold=gate.threshold,
+                seed=config.seed,
+                select=names,
+            )
+        except ValueError as error:
+            raise ConfigError(f"adapter.{error}") from error
+    apply_trainable(clip.model, config.train.train_rest, adapter.kind)
+    return clip
+
+
+def loadtrainable(clip: Clip, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's parameters into a freshly built model.
+
+    Raises ConfigError when the base weights differ from those it was trained on, or a parameter is missing or unknown.
+    """
+    digest = checkpoint.state["base_digest"]
+    if digest != clip.digest:
+        raise ConfigError(
+            f"{checkpoint.path}: was trained on base weights {digest[:12]}, but model.name={clip.name!r} "
+            f"model.pretrained={clip.pretrained!r} gives {clip.digest[:12]}: restore the old weights, "
+            f"or start a run under another name"
+        )
+    saved, own = checkpoint.parameters(), dict(trainable(clip.model))
+    faults = [f"missing {name}" for name in own.keys() - saved.keys()]
+    faults += [f"unknown {name}" for name in saved.keys() - own.keys()]
+    if faults:
+        raise ConfigError(f"{checkpoint.path} does not fit this config: {'; '.join(sorted(faults)[:8])}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(saved[name])
+
+
+def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Name and parameter of everything that trains, in module order."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def gate_values(model: nn.Module) -> dict[str, float]:
+    """Scores and states of all gates, as the monitor reads them; empty without gates."""
+    values = {}
+    for target, gate in gate_map(model).items():
+        if gate["score"] is not None:
+            values[f"gate/{target}"] = gate["score"]
+            values[f"open/{target}"] = float(gate["open"])
+    return values
+
+
+def checkpoint_state(config: Config, clip: Clip, step: int, world: World) -> dict[str, Any]:
+    """What state.json says: enough to rebuild the model around the saved parameters, and the gates as they stand."""
+    gates = gate_map(clip.model)
+    return {
+        "format": "selora-checkpoint",
+        "version": 1,
+        "step": step,
+        "samples_seen": step * config.train.global_batch_size,
+        "base_digest": clip.digest,
+        "model": {"name": clip.name, "pretrained": clip.pretrained, "seed": config.seed},
+        "adapter": {
+            "kind": config.adapter.kind,
+            "rank": config.adapter.rank,
+            "alpha": config.adapter.alpha,
+            "targets": list(gates),
+            "gated": bool(gate_scores(clip.model)),
+            "threshold": config.gate.threshold,
+        },
+        "gate_map": gates,
+        "written_by": {
+            "world_size": world.world_size,
+            "zero_stage": config.train.zero_stage,
+            "torch": torch.__version__,
+        },
+    }
