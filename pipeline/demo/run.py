@@ -1,7 +1,7 @@
 """`selora demo`: the paper's Figure 1 in miniature, on embedded photos and an embedded CLIP.
 
-Each method is trained and evaluated by the code that a user's own run takes, one process a core. A second call continues:
-what is trained or evaluated is not done again.
+Each method is trained and evaluated by the code that a user's own run takes, one process a core. A second call
+continues: what is trained or evaluated is not done again.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def _settings() -> Any:
 
 def _evaluate(config: Config, out: Path) -> Mapping[str, Any]:
     from pipeline.evaluation.benchmark import load_benchmark
-    from pipeline.evaluation.run import evaluate_run, track_results
+    from pipeline.evaluation.record import track_results
+    from pipeline.evaluation.run import evaluate_run
 
     run_dir = _run_dir(config)
     with _log(config):
@@ -135,7 +136,9 @@ def _evaluate(config: Config, out: Path) -> Mapping[str, Any]:
             _settings(),
             baselines=out / "baselines",
         )
-        track_results(run_dir, config.tracking.uri, outcome)
+        track_results(
+            run_dir, config, int(json.loads(_state(config).read_text())["step"]), outcome.results, outcome.summary
+        )
     return outcome.summary
 
 

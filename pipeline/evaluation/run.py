@@ -19,6 +19,7 @@ from pipeline.evaluation.benchmark import Benchmark, load_benchmark
 from pipeline.evaluation.dataset import Pass, Settings, evaluate_dataset, identity, open_dataset
 from pipeline.evaluation.encode import Encoder, Precision
 from pipeline.evaluation.ranks import Ranks, launched_ranks
+from pipeline.evaluation.record import track_results
 from pipeline.evaluation.results import Result, finished_result, write_json
 from pipeline.evaluation.summary import SUMMARY_FILE, Summary, format_summary, summarise
 from pipeline.method.adapter import blocks
@@ -159,6 +160,8 @@ def evaluate_command(
             folder = Path(out) if out is not None else run / "eval"
             baselines = (Path(out) if out is not None else run.absolute().parent) / "baselines"
             outcome = evaluate_run(run, table, folder, settings, baselines=baselines, datasets=datasets, say=_progress)
+            if ranks.rank == 0 and config is not None and out is None and limit is None:
+                track_results(run, config, find_run(run).state["step"], outcome.results, outcome.summary)
         if ranks.rank == 0:
             sys.stdout.write(format_summary(outcome.summary) + f"\nresults in {folder}\n")
     return 0

@@ -81,7 +81,7 @@ def save_checkpoint(
         if _is_disk_full(error):
             raise ConfigError(
                 f"no space for the checkpoint of step {state['step']} in {root}: {error}. "
-                f"Earlier checkpoints are intact; free space (train.keep_last=1 needs least) and run the same command again"
+                f"Earlier checkpoints are intact: free space (train.keep_last=1 needs least) and run it again"
             ) from error
         raise
     _drop_old(root, keep_last)

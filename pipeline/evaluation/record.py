@@ -1,0 +1,36 @@
+"""The results of a run's model in the run's own record: journal first, MLflow second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.evaluation.results import Result
+from pipeline.evaluation.summary import Summary
+from pipeline.tracking.tracker import open_tracker
+
+
+def track_results(run_dir: Path, config: Config, step: int, results: dict[str, Result], summary: Summary) -> None:
+    """Add `eval/<dataset>/<metric>`, the groups' means and changes, and the result files, at `step`. Rank 0 only."""
+    values = {
+        f"eval/{key}/{metric.replace('@', '_at_')}": value
+        for key, result in results.items()
+        for metric, value in result["metrics"].items()
+    }
+    for group, found in summary["groups"].items():
+        values[f"eval/mean/{group}"] = found["mean"]
+        if found["change"] is not None:
+            values[f"eval/change/{group}"] = found["change"]
+    if summary["forgetting"] is not None:
+        values["eval/forgetting"] = summary["forgetting"]
+    tracker = open_tracker(
+        run_dir,
+        run_name=config.name,
+        uri=config.tracking.uri,
+        experiment=config.tracking.experiment,
+        enabled=config.tracking.enabled,
+        owns_status=False,
+    )
+    with tracker:
+        tracker.metrics(step, values)
+        tracker.artifact(run_dir / "eval")
