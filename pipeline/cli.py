@@ -291,12 +291,13 @@ def _add_demo(commands: Any) -> None:
         "selora demo",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the fine-tuning (default: 0)")
 
 
 def run_demo(arguments: argparse.Namespace) -> int:
     from pipeline.demo.run import demo
 
-    demo(arguments.out)
+    demo(arguments.out, arguments.seed)
     return OK
 
 
