@@ -42,7 +42,7 @@ def build_model(config: Config) -> Clip:
     return clip
 
 
-def loadtrainable(clip: Clip, checkpoint: Checkpoint) -> None:
+def load_trainable(clip: Clip, checkpoint: Checkpoint) -> None:
     """Put a checkpoint's parameters into a freshly built model.
 
     Raises ConfigError when the base weights differ from those it was trained on, or a parameter is missing or unknown.
