@@ -20,6 +20,7 @@ from pipeline.config import ConfigError
 
 Made = TypeVar("Made", covariant=True)
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _running: weakref.WeakSet[Generator[Any]] = weakref.WeakSet()
 
 
@@ -68,7 +69,13 @@ class Batches(Generic[Made]):
             generator=torch.Generator().manual_seed(0),
             **self._options,
         )
-        for made in loader:
+        # A worker is deaf to signals from its first moment on, and hears them again when it knows what to do.
+        heard = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            ready = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+        for made in ready:
             if isinstance(made, ConfigError):
                 raise made
             yield made
@@ -97,6 +104,7 @@ def _calm_worker(_worker: int) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # SIGTERM cannot be ignored for good, for it is also how a stuck worker is ended: a minute is the time to save.
     signal.signal(signal.SIGTERM, _leave_in_a_minute)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def _leave_in_a_minute(_number: int, _frame: object) -> None:

@@ -103,11 +103,11 @@ def sniff(path: Path) -> Literal["imagefolder", "csv", "coco"]:
 def sample_key(name: str) -> str:
     """A key for the tar that still reads like ``name``; other characters are replaced and a digest keeps it unique."""
     stem = name.rsplit(".", 1)[0] if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS else name
-    clean = re.sub(r"[^A-Za-z0-9_/-]+", "_", stem).strip("/")
-    # webdataset takes a base name in __double__ underscores for a remark, and ustar holds 100 bytes.
-    if clean == stem and len(clean) <= 80 and not clean.rpartition("/")[2].startswith("__") and clean:
+    # webdataset takes __double__ underscores for a remark about the archive, and ustar holds 100 bytes.
+    clean = re.sub(r"(^|/)__+", r"\1_", re.sub(r"[^A-Za-z0-9_/-]+", "_", stem)).strip("/")
+    if clean == stem and len(clean) <= 80:
         return clean
-    return f"{clean[-60:].strip('/_')}-{blake2b(name.encode(), digest_size=6).hexdigest()}"
+    return f"{clean[-60:].strip('/')}-{blake2b(name.encode(), digest_size=6).hexdigest()}"
 
 
 def _unique_keys(samples: Iterable[Sample]) -> list[Sample]:

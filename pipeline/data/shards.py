@@ -147,7 +147,8 @@ def pack(
     if folder.exists() and any(folder.iterdir()) and not force:
         raise ConfigError(f"{folder}: not empty; give --force to write over it, or another folder")
     _check_keys(data)
-    bad = _unreadable(data.samples, max_pixels, workers) if check == "decode" else {}
+    bad = {s.key: "neither caption nor class" for s in data.samples if s.cls is None and not s.captions}
+    bad |= _unreadable(data.samples, max_pixels, workers) if check == "decode" else {}
     left_out = [f"{name}: missing file or caption" for name in data.missing]
     left_out += [f"{sample.name}: {bad[sample.key]}" for sample in data.samples if sample.key in bad]
     good = [sample for sample in data.samples if sample.key not in bad]
@@ -207,14 +208,20 @@ def _write(
         write_tar(folder / f"shard-{number:05d}.tar", samples[start : start + per_shard])
         for number, start in enumerate(range(0, len(samples), per_shard))
     )
-    named = None if classes is None else tuple(classes)
+    return write_index(folder, shards, classes, source)
+
+
+def write_index(
+    folder: Path, shards: Sequence[Shard], classes: Sequence[str] | None, source: dict[str, Any]
+) -> ShardIndex:
+    """Make a folder of complete tars a shard folder. The index appears whole or not at all."""
     content = {
         "format": FORMAT_NAME,
         "version": FORMAT_VERSION,
-        "samples": len(samples),
-        "digest": _digest(shards, named),
+        "samples": sum(shard.samples for shard in shards),
+        "digest": _digest(shards, classes),
         "source": source,
-        "classes": classes,
+        "classes": None if classes is None else list(classes),
         "shards": [vars(shard) for shard in shards],
     }
     temporary = folder / (INDEX_NAME + ".part")
@@ -229,13 +236,18 @@ def write_tar(
     """One shard, under a temporary name until it is complete. Equal samples give equal bytes."""
     files_of = members or sample_members
     temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
-        with TarWriter(file, user="", group="", mtime=0, encoder=False) as writer:
-            for sample in samples:
-                writer.write({"__key__": sample.key, **files_of(sample)})
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            with TarWriter(file, user="", group="", mtime=0, encoder=False) as writer:
+                for sample in samples:
+                    writer.write({"__key__": sample.key, **files_of(sample)})
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        what = f"{error.filename or path}: {error.strerror}"
+        raise ConfigError(f"{what}; what is packed so far is not complete") from error
     return Shard(path.name, len(samples), path.stat().st_size, sha256_of(path))
 
 
@@ -257,7 +269,10 @@ def sha256_of(path: Path) -> str:
 
 def _digest(shards: Sequence[Shard], classes: Sequence[str] | None) -> str:
     """Equal for equal shards and class names, whatever the folder is called."""
-    content = [[shard.name, shard.samples, shard.sha256] for shard in shards], classes
+    content = (
+        [[shard.name, shard.samples, shard.sha256] for shard in shards],
+        None if classes is None else list(classes),
+    )
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
 
 

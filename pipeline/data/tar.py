@@ -7,6 +7,7 @@ word. This scan knows two ends only: the end marker, and an error that names the
 from __future__ import annotations
 
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from pathlib import Path
 from pipeline.config import ConfigError
 
 BLOCK = tarfile.BLOCKSIZE
+_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")
+_REMARK = re.compile(r"__[^/]*__($|/)")
 
 
 class TarError(ConfigError):
@@ -38,62 +41,69 @@ class TarSample:
 
 
 class TarIndex:
-    """The samples of a tar and their bytes. The file is opened at the first read; close() gives the handle back."""
+    """The samples of a tar and their bytes. The file stays open until close(), or until nobody holds the index."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._fd: int | None = None
-        self._pid = -1
+        self._pid, self._fd = -1, -1
         self.samples = self._scan()
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_pid": -1}  # a copy opens the file for itself
+
+    def __del__(self) -> None:
+        self.close()
 
     def read(self, sample: int, ext: str) -> bytes:
         """The bytes of a member; KeyError when the sample has no such member, TarError when the file ends early."""
         member = self.samples[sample].members[ext]
         data = os.pread(self._handle(), member.size, member.offset)
         if len(data) != member.size:
-            raise TarError(
-                f"{self.path}: {self.samples[sample].key}.{ext} ends after {len(data)} of {member.size} bytes"
-            )
+            key = self.samples[sample].key
+            raise TarError(f"{self.path}: {key}.{ext} ends after {len(data)} of {member.size} bytes")
         return data
 
     def close(self) -> None:
-        if self._fd is not None and self._pid == os.getpid():
+        """Give the file back; the next read opens it again."""
+        if self._pid == os.getpid():
             os.close(self._fd)
-        self._fd = None
+            self._pid = -1
 
     def _handle(self) -> int:
-        # pread shares no file position, but a handle from before a fork is left to the process that closes it.
-        if self._fd is None or self._pid != os.getpid():
-            self._fd, self._pid = os.open(self.path, os.O_RDONLY), os.getpid()
+        # Reads name their offset, so a handle from before a fork would do, but then nobody knew who closes it.
+        if self._pid != os.getpid():
+            try:
+                self._fd, self._pid = os.open(self.path, os.O_RDONLY), os.getpid()
+            except OSError as error:
+                raise TarError(f"{self.path}: cannot be opened ({error.strerror})") from error
         return self._fd
 
     def _scan(self) -> list[TarSample]:
         samples: list[TarSample] = []
-        try:
-            fd = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise TarError(f"{self.path}: cannot be opened: {error.strerror}") from error
-        try:
-            for name, member in _members(fd, self.path):
-                key, ext = split_name(name)
-                if key.rsplit("/", 1)[-1].startswith("__"):
-                    continue  # webdataset keeps remarks about the archive under such names
-                if not samples or samples[-1].key != key:
-                    samples.append(TarSample(key, {}))
-                samples[-1].members[ext] = member
-        finally:
-            os.close(fd)
+        for name, member in _members(self._handle(), self.path):
+            key, ext = split_name(name)
+            if not key:
+                continue
+            if not samples or samples[-1].key != key:
+                samples.append(TarSample(key, {}))
+            if ext in samples[-1].members:
+                raise TarError(f"{self.path}: {name} comes twice")
+            samples[-1].members[ext] = member
         return samples
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Key and extension of a member as webdataset splits them: at the first dot of the last path part, lower case."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, ext = base.partition(".")
-    return folder + slash + stem, ext.lower()
+    """Key and extension of a member as webdataset splits them: at the first dot of the last part, lower case.
+
+    Two empty strings for what webdataset skips: names without a dot, and remarks about the archive (``__meta__/..``).
+    """
+    match = _NAME.match(name)
+    if match is None or _REMARK.match(name):
+        return "", ""
+    return match.group(1), match.group(2).lower()
 
 
 def _members(fd: int, path: Path) -> Iterator[tuple[str, Member]]:
@@ -128,7 +138,7 @@ def _header(fd: int, path: Path, at: int, total: int) -> tarfile.TarInfo | None:
         block = os.pread(fd, BLOCK, at)
         if len(block) == BLOCK and not block.strip(b"\0"):
             return None
-        if not block:
+        if len(block) < BLOCK:
             raise TarError(f"{path}: cut off at byte {at} of {total}, before its end marker") from error
         raise TarError(f"{path}: damaged header at byte {at}; the samples behind it cannot be found") from error
 

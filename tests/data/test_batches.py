@@ -1,0 +1,81 @@
+"""The worker processes: they survive the launcher's signals, and leave with the trainer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import ConfigError
+from pipeline.data.batches import Batches
+
+SCRIPT = """
+import os, signal, sys, time
+import psutil
+from pipeline.data.batches import Batches
+
+def make(positions):
+    time.sleep(0.02)
+    return sum(positions)
+
+plan = [[i, i] for i in range(60)]
+stream = iter(Batches(make, plan, workers=2, prefetch=2))
+found = [next(stream)]
+workers = psutil.Process().children()
+assert len(workers) == 2, workers
+for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+    for worker in workers:
+        os.kill(worker.pid, number)
+found += stream
+assert found == [2 * i for i in range(60)], found
+unread = iter(Batches(make, plan, workers=2))
+next(unread)
+print(time.time(), *[child.pid for child in psutil.Process().children()])
+"""
+
+
+def test_workers_outlive_signals_and_end_with_a_trainer_that_stops_in_the_middle() -> None:
+    root = Path(__file__).parent.parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=root, capture_output=True, text=True, timeout=240, check=False
+    )
+    ended = time.time()
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    stopped, *pids = done.stdout.split()
+    assert len(pids) == 2
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+    # A worker that was told to leave by SIGTERM alone would take its minute.
+    assert ended - float(stopped) < 50
+
+
+def double(positions: Sequence[int]) -> list[int]:
+    if 7 in positions:
+        raise ConfigError("seven is damaged")
+    if 9 in positions:
+        raise ZeroDivisionError("a mistake of ours")
+    return [2 * position for position in positions]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_batches_come_in_the_order_of_the_plan_and_can_be_read_again(workers: int) -> None:
+    made = Batches(double, [[1], [2, 3], [], [4]], workers=workers)
+    assert len(made) == 4
+    assert list(made) == list(made) == [[2], [4, 6], [], [8]]
+    assert list(Batches(double, [], workers=workers)) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_faults_of_the_data_are_told_plainly_and_mistakes_of_ours_with_a_traceback(workers: int) -> None:
+    stream = iter(Batches(double, [[1], [7]], workers=workers))
+    assert next(stream) == [2]
+    with pytest.raises(ConfigError) as caught:
+        next(stream)
+    assert str(caught.value) == "seven is damaged"
+    with pytest.raises(ZeroDivisionError):
+        list(Batches(double, [[9]], workers=workers))
