@@ -11,17 +11,23 @@ from pipeline.tracking.tracker import open_tracker
 
 
 def track_results(run_dir: Path, config: Config, step: int, results: dict[str, Result], summary: Summary) -> None:
-    """Add `eval/<dataset>/<metric>`, the groups' means and changes, and the result files, at `step`. Rank 0 only."""
+    """Add `eval/<dataset>/<metric>`, the groups' means and changes, and the result files, at `step`. Rank 0 only.
+
+    A value recorded at a step stays, so the mean of a group waits until all of its datasets are evaluated.
+    """
     values = {
         f"eval/{key}/{metric.replace('@', '_at_')}": value
         for key, result in results.items()
         for metric, value in result["metrics"].items()
+        if value is not None
     }
-    for group, found in summary["groups"].items():
+    complete = {group for group, found in summary["groups"].items() if not found["missing"]}
+    for group in complete:
+        found = summary["groups"][group]
         values[f"eval/mean/{group}"] = found["mean"]
         if found["change"] is not None:
             values[f"eval/change/{group}"] = found["change"]
-    if summary["forgetting"] is not None:
+    if summary["forgetting"] is not None and complete == summary["groups"].keys():
         values["eval/forgetting"] = summary["forgetting"]
     tracker = open_tracker(
         run_dir,

@@ -160,10 +160,10 @@ def evaluate_command(
             folder = Path(out) if out is not None else run / "eval"
             baselines = (Path(out) if out is not None else run.absolute().parent) / "baselines"
             outcome = evaluate_run(run, table, folder, settings, baselines=baselines, datasets=datasets, say=_progress)
-            if ranks.rank == 0 and config is not None and out is None and limit is None:
-                track_results(run, config, find_run(run).state["step"], outcome.results, outcome.summary)
         if ranks.rank == 0:
             sys.stdout.write(format_summary(outcome.summary) + f"\nresults in {folder}\n")
+            if run is not None and config is not None and out is None and limit is None:
+                track_results(run, config, find_run(run).step, outcome.results, outcome.summary)
     return 0
 
 

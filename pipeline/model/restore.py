@@ -29,6 +29,10 @@ class RunSource:
         return self.state["base_digest"]
 
     @property
+    def step(self) -> int:
+        return self.state["step"]
+
+    @property
     def label(self) -> str:
         """ "run-name/step-00000123", for messages and result files."""
         return f"{self.checkpoint.parent.parent.name}/{self.checkpoint.name}"

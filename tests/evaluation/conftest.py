@@ -7,6 +7,7 @@ import json
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ from clip_benchmark.metrics import zeroshot_classification
 from PIL import Image
 
 from pipeline.config import Config, override, to_yaml
+from pipeline.data.images import normalize
+from pipeline.data.wds_layout import eval_loader, open_eval_set
 from pipeline.method.adapter import attach_adapter
-from pipeline.model.clip import Clip, load_clip
+from pipeline.model.clip import Clip, load_clip, save_open_clip
 from pipeline.model.towers import adapter_targets, apply_trainable
 from pipeline.training.checkpoint import save_checkpoint
 
@@ -124,6 +127,35 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def trained_clip_dir(tiny_clip_dir: Path, datasets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model after a few steps on half of the evaluation images, as a `local-dir:` with weights.
+
+    A random CLIP says the same class for every image, so numbers of it would agree whatever the code did.
+    """
+    clip = load_clip(f"local-dir:{tiny_clip_dir}", seed=11)
+    batches = []
+    for folder in ("wds_id", "wds_few", "wds_pairs"):
+        data = open_eval_set(datasets / folder)
+        for batch in eval_loader(data, clip.preprocess_cfg, batch_size=16, workers=0, limit=len(data) // 2):
+            names = [f"a photo of a {CLASSNAMES[label]}." for label in batch.labels.tolist()]
+            pixels = normalize(batch.images, clip.preprocess_cfg["mean"], clip.preprocess_cfg["std"])
+            batches.append((pixels, clip.tokenizer(names or [captions[0] for captions in batch.captions])))
+    clip.model.get_parameter("token_embedding.weight").requires_grad_(False)  # 3 of its 3.3 million parameters
+    optimizer = torch.optim.Adam([p for p in clip.model.parameters() if p.requires_grad], lr=3e-3)
+    model: Any = clip.model
+    for step in range(20):
+        pixels, tokens = batches[step % len(batches)]
+        images = torch.nn.functional.normalize(model.encode_image(pixels), dim=-1)
+        texts = torch.nn.functional.normalize(model.encode_text(tokens), dim=-1)
+        same = (tokens[:, None] == tokens[None]).all(dim=-1).float()
+        loss = torch.nn.functional.cross_entropy(10 * images @ texts.T, same / same.sum(dim=1, keepdim=True))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return save_open_clip(clip.model, clip.model_cfg, clip.preprocess_cfg, tmp_path_factory.mktemp("trained_clip"))
+
+
+@pytest.fixture(scope="session")
 def benchmark_file(datasets: Path) -> Path:
     """All four sets as a benchmark."""
     file = datasets / "benchmark.yaml"
@@ -173,6 +205,7 @@ def make_run(tiny_clip_dir: Path, benchmark_file: Path) -> Callable[..., Path]:
                 "train.train_rest": train_rest,
                 "eval.benchmark": str(benchmark_file),
                 "eval.workers": 0,
+                "tracking.enabled": False,
             },
         )
         directory.mkdir(parents=True)
@@ -230,3 +263,24 @@ def _save_expected(file: Path, clip: Clip, generator: torch.Generator) -> None:
             },
             file,
         )
+
+
+def write_broken(root: Path) -> Path:
+    """Sixteen images of which number 11 ends in the middle of its pixels."""
+    samples = [{"jpg": picture(i, i % 12, "jpg"), "cls": str(i % 12).encode()} for i in range(16)]
+    samples[11]["jpg"] = samples[11]["jpg"][:300]
+    texts = {
+        "classnames.txt": "\n".join(CLASSNAMES),
+        "zeroshot_classification_templates.txt": "\n".join(TEMPLATES),
+    }
+    return write_wds(root, samples, 2, texts)
+
+
+@pytest.fixture(scope="session")
+def make_broken() -> Callable[[Path], Path]:
+    return write_broken
+
+
+@pytest.fixture
+def broken_set(tmp_path: Path) -> Path:
+    return write_broken(tmp_path / "wds_broken")

@@ -22,8 +22,8 @@ BATCH = 8
 
 
 @pytest.fixture(scope="module")
-def clip(tiny_clip_dir: Path) -> Clip:
-    return load_clip(f"local-dir:{tiny_clip_dir}", seed=11)
+def clip(trained_clip_dir: Path) -> Clip:
+    return load_clip(f"local-dir:{trained_clip_dir}")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_classification_equals_clip_benchmark(
     # With fewer than five classes acc5 is nan there, which is no JSON, and null here.
     assert math.isnan(expected["acc5"]) == (key == "few")
     assert results[key]["metrics"] == {name: None if math.isnan(value) else value for name, value in expected.items()}
-    assert len({cell[1] for cell in results[key]["confusion"]}) > 1, "a model that always says one class shows nothing"
+    assert 1 / len(loader.dataset.classes) < expected["acc1"] < 1, "the model must be neither blind nor perfect"
 
 
 def test_retrieval_equals_clip_benchmark(clip: Clip, results: dict[str, Any], datasets: Path) -> None:
