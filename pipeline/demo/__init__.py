@@ -1,0 +1,1 @@
+"""The demo: embedded images, a tiny CLIP, and the comparison of fine-tuning methods on them."""

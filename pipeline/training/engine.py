@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,8 +70,9 @@ def build_engine(model: nn.Module, groups: list[dict], config: Config, world: Wo
     """Wrap `model` into a DeepSpeed engine that trains exactly the parameters of `groups` with AdamW."""
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    from deepspeed import ops
+    with _without_compiler_noise():
+        import deepspeed
+        from deepspeed import ops
 
     # The shared-memory op serves inference only; building it takes a minute and leaks files in /dev/shm.
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -82,6 +86,20 @@ def build_engine(model: nn.Module, groups: list[dict], config: Config, world: Wo
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, world))
     return engine
+
+
+@contextmanager
+def _without_compiler_noise() -> Iterator[None]:
+    """DeepSpeed tries at import which of its operators could be built; the linker's complaints help nobody here."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def set_learning_rates(engine: Any, factor: float) -> None:
