@@ -10,7 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.config import ConfigError
+
 Precision = Literal["fp32", "bf16"]
+
+# An image may have any number of captions: their number must not decide the memory of a forward.
+TEXTS_PER_FORWARD = 512
 
 
 @dataclass(frozen=True)
@@ -28,10 +33,16 @@ class Encoder:
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """B strings -> (B, D) fp32 unit vectors on the device."""
-        return self._features(self.model.encode_text, self.tokenizer(list(texts)))
+        chunks = range(0, len(texts), TEXTS_PER_FORWARD)
+        tokens = (self.tokenizer(list(texts[start : start + TEXTS_PER_FORWARD])) for start in chunks)
+        return torch.cat([self._features(self.model.encode_text, each) for each in tokens])
 
     def _features(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         # bf16 is autocast, as in training: the weights stay fp32, and so do the normalisation and the logits after it.
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
             features = encode(inputs.to(self.device))
-        return F.normalize(features.float(), dim=-1)
+        features = F.normalize(features.float(), dim=-1)
+        if not bool(features.isfinite().all()):
+            # argmax and topk take NaN for the largest number, so the accuracy of a diverged model would look like one.
+            raise ConfigError("the model gives features that are not finite: its training has diverged")
+        return features

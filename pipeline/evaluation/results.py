@@ -38,12 +38,21 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write so that a reader, or a crash, sees the old file or the new one and never a part."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
     try:
         with partial.open("w", encoding="utf-8") as out:
-            out.write(text + "\n")
+            out.write(_pretty(content) + "\n")
             out.flush()
             os.fsync(out.fileno())
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _pretty(content: dict[str, Any], margin: str = " ") -> str:
+    """JSON with a line per key, and per key of its dicts of dicts: a confusion of 1000 classes is still one line."""
+    lines = []
+    for key, value in content.items():
+        nested = isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values())
+        text = _pretty(value, margin + " ") if nested else json.dumps(value, allow_nan=False, ensure_ascii=False)
+        lines.append(f"{margin}{json.dumps(key, ensure_ascii=False)}: {text}")
+    return "{\n" + ",\n".join(lines) + f"\n{margin[1:]}}}"

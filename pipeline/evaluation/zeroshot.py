@@ -7,11 +7,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.encode import Encoder
+from pipeline.evaluation.encode import TEXTS_PER_FORWARD, Encoder
 from pipeline.evaluation.metrics import ClassCounts
 from pipeline.evaluation.ranks import Ranks
 
-TEXTS_PER_CHUNK = 512
 # CLIP_benchmark's constant. It changes no order, but it decides float ties, so it is kept.
 LOGIT_SCALE = 100.0
 
@@ -22,7 +21,7 @@ def classifier_head(encoder: Encoder, classnames: Sequence[str], templates: Sequ
     That order (normalise, mean, normalise) is the one of CLIP, FLYP, open_clip and CLIP_benchmark. The templates hold
     `{c}` where the class name goes. Classes are encoded in chunks, shared by the ranks.
     """
-    per_chunk = max(1, TEXTS_PER_CHUNK // len(templates))
+    per_chunk = max(1, TEXTS_PER_FORWARD // len(templates))
     starts = range(0, len(classnames), per_chunk)
 
     def encode_share() -> dict[int, Tensor]:

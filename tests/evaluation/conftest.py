@@ -18,10 +18,10 @@ from PIL import Image
 from pipeline.config import Config, override, to_yaml
 from pipeline.data.images import normalize
 from pipeline.data.wds_layout import eval_loader, open_eval_set
-from pipeline.method.adapter import attach_adapter
 from pipeline.model.clip import Clip, load_clip, save_open_clip
-from pipeline.model.towers import adapter_targets, apply_trainable
 from pipeline.training.checkpoint import save_checkpoint
+from pipeline.training.distributed import read_world
+from pipeline.training.model import build_model, checkpoint_state, trainable
 
 # clip_benchmark 1.6 calls float() on an array of one element, which NumPy has refused since 2.4. Its arithmetic stays.
 zeroshot_classification.float = lambda value: float(value if isinstance(value, str) else value.item())  # pyright: ignore
@@ -210,11 +210,8 @@ def make_run(tiny_clip_dir: Path, benchmark_file: Path) -> Callable[..., Path]:
         )
         directory.mkdir(parents=True)
         (directory / "config.yaml").write_text(to_yaml(config))
-        clip = load_clip(config.model.name, seed=config.seed)
-        targets = adapter_targets(clip.model)
-        names = attach_adapter(targets, rank=4, kind=kind) if kind in ("lora", "dora") else []
-        trained = apply_trainable(clip.model, train_rest, kind)
-        parameters = {name: p for name, p in clip.model.named_parameters() if name in set(trained)}
+        clip = build_model(config)
+        parameters = dict(trainable(clip.model))
         generator = torch.Generator().manual_seed(5)
         for step in steps:
             with torch.no_grad():
@@ -223,19 +220,7 @@ def make_run(tiny_clip_dir: Path, benchmark_file: Path) -> Callable[..., Path]:
                         parameter.fill_(draw_score(generator) if score is None else score)
                     else:
                         parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-            state = {
-                "base_digest": clip.digest,
-                "step": step,
-                "model": {"name": clip.name, "pretrained": None, "seed": config.seed},
-                "adapter": {
-                    "kind": kind,
-                    "rank": 4,
-                    "alpha": None,
-                    "targets": names,
-                    "gated": bool(names),
-                    "threshold": 0.1,
-                },
-            }
+            state = checkpoint_state(config, clip, step, read_world({}))
             tensors = {name: parameter.detach().clone() for name, parameter in parameters.items()}
             save_checkpoint(directory, tensors, {"moment": torch.zeros(1)}, state, keep_last=9)
         _save_expected(directory / "expected.pt", clip, generator)
