@@ -25,7 +25,7 @@ def active_text(row: Row) -> str:
 def table(rows: Sequence[Row]) -> str:
     """Accuracies in percent, gain in points, knowledge kept relative to the untouched model."""
     head = ("method", "active blocks", "id", "gained", "shift", "zero-shot", "retrieval", "kept")
-    lines = [head]
+    lines: list[tuple[str, ...]] = [head]
     for row in rows:
         gained = "" if row is rows[0] else f"{100 * (row.id - rows[0].id):+.1f}"
         numbers = [f"{100 * value:.1f}" for value in (row.shift, row.zero_shot, row.retrieval)]

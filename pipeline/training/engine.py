@@ -37,7 +37,9 @@ def start_process_group(world: World) -> dist.ProcessGroup:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
             dist.init_process_group(backend, timeout=TIMEOUT)
-    return dist.new_group(backend="gloo", timeout=TIMEOUT)
+    group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup)  # only a rank outside the group would get something else
+    return group
 
 
 def deepspeed_config(config: Config, world: World) -> dict[str, Any]:
@@ -130,12 +132,18 @@ def optimizer_state(engine: Any, named: Iterable[tuple[str, nn.Parameter]]) -> d
     for name, parameter in named:
         for moment in _MOMENTS:
             if parameter in plain and moment in plain[parameter]:
-                value = plain[parameter][moment]
+                value: Tensor = plain[parameter][moment]
             else:
-                value = safe_get_full_optimizer_state(parameter, moment)
+                value = _known(safe_get_full_optimizer_state(parameter, moment), name)
             state[f"{name}/{moment}"] = value.detach().to("cpu").clone()
     state["step"] = torch.tensor([_step_count(engine)])
     return state
+
+
+def _known(value: Tensor | None, name: str) -> Tensor:
+    if value is None:
+        raise RuntimeError(f"DeepSpeed holds no optimizer state for {name}")
+    return value
 
 
 def restore_moments(engine: Any, named: Iterable[tuple[str, nn.Parameter]], moments: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.method.contrastive import flyp_loss
-from pipeline.method.penalty import gate_penalty
+from pipeline.method.penalty import PenaltyKind, Reduction, gate_penalty
 
 # open_clip's and OpenAI's bound on the temperature: exp(logit_scale) <= 100.
 MAX_LOGIT_SCALE = 100.0
@@ -22,8 +22,8 @@ MAX_LOGIT_SCALE = 100.0
 class PenaltySettings:
     """Form and weight of the gate penalty; `delay_steps` is counted from the first step."""
 
-    kind: str
-    reduction: str
+    kind: PenaltyKind
+    reduction: Reduction
     lam: float
     threshold: float
     delay_steps: int
@@ -49,6 +49,9 @@ class _CapScale(torch.autograd.Function):
 
 class Objective(nn.Module):
     """CLIP under the FLYP loss (method notes 3.1) with the gate penalty (paper eq. 4)."""
+
+    _mean: Tensor
+    _std: Tensor
 
     def __init__(
         self,

@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
-from torch.utils.data import DataLoader
 
 from pipeline.config import Config, ConfigError, flatten, load_config, to_yaml
+from pipeline.data.batches import Batches
 from pipeline.data.shards import ShardIndex, load_index
 from pipeline.data.stream import Batch, TrainDataset, train_loader
 from pipeline.method.adapter import GradientWatch, gate_scores
@@ -80,6 +80,8 @@ def train(config: Config) -> Outcome:
     if checkpoint is not None and checkpoint.step >= total:
         _say(world, f"{run_dir}: already trained for {total} steps")
         return Outcome(run_dir, checkpoint.step, total)
+    for warning in warnings_of(config, total):
+        _say(world, f"warning: {warning}")
     control = start_process_group(world)
     clip = build_model(config)
     if checkpoint is not None:
@@ -93,6 +95,23 @@ def train(config: Config) -> Outcome:
 def total_steps(config: Config, samples: int) -> int:
     """train.steps, or as many steps as show every sample train.epochs times."""
     return config.train.steps or math.ceil(config.train.epochs * samples / config.train.global_batch_size)
+
+
+def warnings_of(config: Config, total: int) -> list[str]:
+    """Settings that are legal and yet cannot do what they say in a run of `total` steps."""
+    found = []
+    if config.train.warmup_steps >= total:
+        found.append(f"train.warmup_steps={config.train.warmup_steps} outlasts the run's {total} steps")
+    if config.gated:
+        rate, margin = config.gate.lr or config.train.lr, config.gate.init - config.gate.threshold
+        travel = rate * sum(lr_factor(step, config.train.warmup_steps, total) for step in range(total))
+        # Adam moves a score by at most its learning rate a step, whatever gate.lam is.
+        if travel < margin:
+            found.append(
+                f"no gate can close: a score can travel {travel:.3g} in {total} steps, but {margin:.3g} lie between "
+                f"gate.init and gate.threshold; raise gate.lr to about {2 * margin / travel * rate:.1g} or train longer"
+            )
+    return found
 
 
 def _train(
@@ -160,7 +179,7 @@ def _train(
     return done
 
 
-def _batches(config: Config, clip: Clip, index: ShardIndex, world: World, start: int, total: int) -> DataLoader[Batch]:
+def _batches(config: Config, clip: Clip, index: ShardIndex, world: World, start: int, total: int) -> Batches[Batch]:
     data = config.data
     dataset = TrainDataset(
         index,

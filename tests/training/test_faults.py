@@ -78,7 +78,7 @@ def test_a_missing_shard_and_a_short_one_are_named(launch, shards: Path, tmp_pat
             os.truncate(shard, shard.stat().st_size // 2)
         text = refused(launch(f"data.train={copy}", world=1))
         assert shard.name in text
-        assert ("missing shard" if fault == "missing" else "shorter than its index") in text
+        assert (f"{shard.name}: missing" if fault == "missing" else "shorter than its index") in text
 
 
 @pytest.fixture
