@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import tarfile
 from importlib import resources
 from pathlib import Path
 
 # Archives in assets/ and what each unpacks to; tar's padding of small files is why they are compressed at all.
 ARCHIVES = {"pretrain.tar.gz": "pretrain", "clothing_train.tar.gz": "clothing_train", "eval.tar.gz": "eval"}
-MODEL, BENCHMARK = "clip", "benchmark.yaml"
+MODEL, BENCHMARK, FINETUNE = "clip", "benchmark.yaml", "finetune.yaml"
 
 
 def asset(name: str) -> Path:
@@ -17,15 +18,17 @@ def asset(name: str) -> Path:
 
 
 def unpack(folder: Path, *names: str) -> Path:
-    """Unpack the named archives (all without names) into `folder`, unless they are there. Returns the folder."""
+    """Unpack the named archives (without names: all) into `folder`, unless they are there; the benchmark file, too."""
     folder.mkdir(parents=True, exist_ok=True)
     for archive in names or tuple(ARCHIVES):
         target = folder / ARCHIVES[archive]
         if target.exists():
             continue
         partial = folder / f".{target.name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
         with tarfile.open(asset(archive)) as tar:
             tar.extractall(partial, filter="data")
         (partial / target.name).rename(target)
         partial.rmdir()
+    shutil.copy(asset(BENCHMARK), folder)
     return folder

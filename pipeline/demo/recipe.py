@@ -1,6 +1,6 @@
 """How the embedded demo data came about: six public image sets in, shards and evaluation sets out.
 
-    python -m pipeline.demo.recipe SOURCES OUT
+    python -m pipeline.demo.recipe SOURCES OUT        # then OUT/*.tar.gz are the archives in assets/
 
 SOURCES holds the unpacked sets named in LICENCES.md. Images are 64 x 64 and stored as WebP, so that everything, the
 tiny CLIP included, fits in 40 MB. Who wants to see each choice that went into the demo reads this file.
@@ -9,8 +9,10 @@ tiny CLIP included, fits in 40 MB. Who wants to see each choice that went into t
 from __future__ import annotations
 
 import csv
+import gzip
 import re
 import sys
+import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from pipeline.data.formats import Sample, Source
 from pipeline.data.order import stable_hash
 from pipeline.data.shards import pack
 from pipeline.data.wds_layout import write_wds_eval
+from pipeline.demo.assets import ARCHIVES
 
 SIZE, QUALITY = 64, 75
 # The photos of clothes that pretraining may see: as CLIP saw the web's, so that the demo starts above chance there.
@@ -185,5 +188,21 @@ def _emoji_names(root: Path) -> Iterator[tuple[Picture, tuple[str, ...]]]:
             yield picture, (picture.name, f"an emoji of {picture.name}.")
 
 
+def archive(folder: Path, target: Path) -> None:
+    """A folder as tar.gz whose bytes depend on its content alone: what the package ships, see assets.py."""
+
+    def plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+        entry.mtime = entry.uid = entry.gid = 0
+        entry.uname = entry.gname = ""
+        return entry
+
+    with gzip.GzipFile(target, "wb", compresslevel=9, mtime=0) as file, tarfile.open(fileobj=file, mode="w") as tar:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                tar.add(path, f"{folder.name}/{path.relative_to(folder)}", filter=plain)
+
+
 if __name__ == "__main__":
     build(Path(sys.argv[1]), Path(sys.argv[2]))
+    for archive_name, folder_name in ARCHIVES.items():
+        archive(Path(sys.argv[2]) / folder_name, Path(sys.argv[2]) / archive_name)

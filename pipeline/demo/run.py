@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, load_config
-from pipeline.demo.assets import BENCHMARK, MODEL, asset, unpack
+from pipeline.demo.assets import BENCHMARK, FINETUNE, MODEL, asset, unpack
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _config(out: Path, method: Method, seed: int) -> Config:
         f"model.name=local-dir:{asset(MODEL)}",
         f"data.train={out / 'data' / 'clothing_train'}",
     ]
-    return load_config(asset("../finetune.yaml"), changes + list(method.settings))
+    return load_config(asset(FINETUNE), changes + list(method.settings))
 
 
 def _run_dir(config: Config) -> Path:
