@@ -188,6 +188,7 @@ class Delivery:
         self._send_params(run_id, params, tags)
         self._send_tags(run_id, tags)
         self.state.offsets[name] = end
+        self.state.error = None  # it answers again; what else is wrong shows at the end of this delivery
         self._count(sum(count(record) for record in batch))
         self._save()
 

@@ -46,7 +46,7 @@ class Shipper:
     """
 
     def __init__(self, run_dir: Path, uri: str | None, system: tuple[str, float] | None = None) -> None:
-        arguments = [sys.executable, "-m", __name__, str(run_dir)]
+        arguments = [sys.executable, "-m", __name__, str(run_dir), str(os.getpid())]
         if system is not None:
             arguments += ["--node", system[0], "--seconds", str(system[1])]
         environment = {**CLIENT_ENVIRONMENT, **os.environ, "OMP_NUM_THREADS": "1"}
@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run beside a trainer until it says so, or is gone."""
     parser = argparse.ArgumentParser(prog="pipeline.tracking.shipper", description=__doc__)
     parser.add_argument("run_dir", type=Path)
+    parser.add_argument("trainer", type=int)
     parser.add_argument("--node", default=None)
     parser.add_argument("--seconds", type=float, default=10.0)
     options = parser.parse_args(argv)
@@ -87,8 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
     os.nice(5)
-    trainer = _Trainer()
-    sampler = SystemSampler(options.run_dir, options.node, options.seconds) if options.node else None
+    trainer = _Trainer(options.trainer)
+    sampler = SystemSampler(options.run_dir, options.node, options.seconds, options.trainer) if options.node else None
     uri = os.environ.pop(_URI_VARIABLE, None)
     try:
         if uri is None:
@@ -104,8 +105,8 @@ def main(argv: list[str] | None = None) -> int:
 class _Trainer:
     """The parent process as seen from here: the word on the pipe, or its death."""
 
-    def __init__(self) -> None:
-        self._parent = os.getppid()
+    def __init__(self, pid: int) -> None:
+        self._pid = pid  # told, not asked for: the trainer may have died while this process was starting
         self._said = False
         self.killed = False
 
@@ -114,7 +115,7 @@ class _Trainer:
         deadline = time.monotonic() + wait_s
         while not (self._said or self.killed):
             left = deadline - time.monotonic()
-            if os.getppid() != self._parent:
+            if os.getppid() != self._pid:
                 self.killed = True
             elif select.select([sys.stdin.fileno()], [], [], max(0.0, min(left, 1.0)))[0]:
                 self._said = os.read(sys.stdin.fileno(), len(_FINISH)) == _FINISH

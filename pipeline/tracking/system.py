@@ -22,13 +22,16 @@ logger = logging.getLogger("selora.tracking")
 
 
 class SystemSampler:
-    """A thread that writes system/<node>/… every `seconds` into run_dir/journal-<node>.jsonl, in MLflow's own names."""
+    """A thread that writes system/<node>/… every `seconds` into run_dir/journal-<node>.jsonl, in MLflow's own names.
 
-    def __init__(self, run_dir: Path, node: str, seconds: float) -> None:
+    It ends by itself when the parent of this process is no longer `parent`, the process id of the trainer.
+    """
+
+    def __init__(self, run_dir: Path, node: str, seconds: float, parent: int) -> None:
         self._run_dir, self._seconds = run_dir, seconds
         self._node = re.sub(r"[^A-Za-z0-9_-]", "_", node)
         self._over = threading.Event()
-        self._parent = os.getppid()
+        self._parent = parent
         self._thread = threading.Thread(target=self._run, name="system-sampler", daemon=True)
         self._thread.start()
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def test_gpu_lines_become_values_and_unknown_fields_are_left_out() -> None:
 
 def test_samples_go_to_the_node_s_own_journal_and_steps_go_on_after_a_restart(tmp_path: Path) -> None:
     for _ in range(2):
-        sampler = SystemSampler(tmp_path, "node:1", 0.05)
+        sampler = SystemSampler(tmp_path, "node:1", 0.05, os.getppid())
         time.sleep(0.4)
         sampler.stop()
     records = [record for record in read(tmp_path / "journal-node_1.jsonl") if isinstance(record, Record)]
