@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,8 @@ from pipeline.config import ConfigError
 from pipeline.data.formats import Format, Sample, Source, read_source
 from pipeline.data.images import MAX_PIXELS, STORED_EXTENSIONS, BadImageError, decode, stored_extension
 from pipeline.data.order import seeded_permutation, stable_hash
-from pipeline.data.tar import TarError, TarIndex, split_name
+from pipeline.data.readable import usable_samples
+from pipeline.data.tar import TarError, TarIndex
 
 FORMAT_NAME, FORMAT_VERSION = "selora-shards", 1
 INDEX_NAME = "index.json"
@@ -131,79 +133,27 @@ def pack(
     report and index, and more than the share ``max_unreadable`` of them is an error. index.json comes last, so what
     was broken off is no shard folder.
     """
-    data = (
-        source
-        if isinstance(source, Source)
-        else read_source(
-            source,
-            format,
-            classnames=classnames,
-            image_column=image_column,
-            caption_column=caption_column,
-            class_column=class_column,
-        )
-    )
+    columns = {"image_column": image_column, "caption_column": caption_column, "class_column": class_column}
+    data = source if isinstance(source, Source) else read_source(source, format, classnames=classnames, **columns)
     folder = Path(out)
-    if folder.exists() and any(folder.iterdir()) and not force:
-        raise ConfigError(f"{folder}: not empty; give --force to write over it, or another folder")
-    _check_keys(data)
-    bad = {s.key: "neither caption nor class" for s in data.samples if s.cls is None and not s.captions}
-    bad |= _unreadable(data.samples, max_pixels, workers) if check == "decode" else {}
-    left_out = [f"{name}: missing file or caption" for name in data.missing]
-    left_out += [f"{sample.name}: {bad[sample.key]}" for sample in data.samples if sample.key in bad]
-    good = [sample for sample in data.samples if sample.key not in bad]
-    _check_share(data, left_out, len(good), max_unreadable)
+    check_empty(folder, force)
+    good, left_out = usable_samples(
+        data, decoded=check == "decode", max_unreadable=max_unreadable, max_pixels=max_pixels, workers=workers
+    )
     order = seeded_permutation(len(good), stable_hash("pack", seed))
     per_shard = samples_per_shard or min(5000, max(64, -(-len(good) // 16)))
     described = {"format": data.format, "name": data.path.name, "seed": seed, "left_out": left_out}
     return PackReport(_write(folder, [good[i] for i in order], data.classes, per_shard, described), left_out)
 
 
-def _check_keys(data: Source) -> None:
-    """A key that comes twice, or that a reader would split, makes samples that run into each other."""
-    seen: dict[str, str] = {}
-    for sample in data.samples:
-        if split_name(f"{sample.key}.jpg")[0] != sample.key:
-            raise ConfigError(f"{sample.name}: its key {sample.key!r} has a dot in its last part, where readers split")
-        if sample.key in seen:
-            raise ConfigError(f"{sample.name} and {seen[sample.key]} have the same key {sample.key!r}")
-        seen[sample.key] = sample.name
-
-
-def _check_share(data: Source, left_out: list[str], good: int, max_unreadable: float) -> None:
-    total = len(data.samples) + len(data.missing)
-    if good and len(left_out) <= max_unreadable * total:
-        return
-    listed = "".join(f"\n  {line}" for line in left_out[:20])
-    more = f"\n  and {len(left_out) - 20} more" if len(left_out) > 20 else ""
-    raise ConfigError(
-        f"{data.path}: {len(left_out)} of {total} images are unreadable or missing; --max-unreadable allows a share of "
-        f"{max_unreadable:g}{listed}{more}"
-    )
-
-
-def _unreadable(samples: Sequence[Sample], max_pixels: int, workers: int) -> dict[str, str]:
-    """Reason by key of the images that do not decode. Decoders release the interpreter lock, so threads help."""
-
-    def reason(sample: Sample) -> str | None:
-        try:
-            stored_extension(sample.image)
-            decode(sample.image.read_bytes(), max_pixels=max_pixels)
-        except (BadImageError, OSError) as error:
-            return str(error)
-        return None
-
-    with ThreadPoolExecutor(workers) as pool:
-        return {s.key: why for s, why in zip(samples, pool.map(reason, samples), strict=True) if why is not None}
-
-
 def _write(
     folder: Path, samples: list[Sample], classes: list[str] | None, per_shard: int, source: dict[str, Any]
 ) -> ShardIndex:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / INDEX_NAME).unlink(missing_ok=True)
-    for old in folder.glob("shard-*.tar"):
-        old.unlink()
+    with disk_faults_told(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / INDEX_NAME).unlink(missing_ok=True)
+        for old in folder.glob("shard-*.tar"):
+            old.unlink()
     shards = tuple(
         write_tar(folder / f"shard-{number:05d}.tar", samples[start : start + per_shard])
         for number, start in enumerate(range(0, len(samples), per_shard))
@@ -225,8 +175,9 @@ def write_index(
         "shards": [vars(shard) for shard in shards],
     }
     temporary = folder / (INDEX_NAME + ".part")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(folder / INDEX_NAME)
+    with disk_faults_told(folder / INDEX_NAME):
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(folder / INDEX_NAME)
     return load_index(folder)
 
 
@@ -236,7 +187,7 @@ def write_tar(
     """One shard, under a temporary name until it is complete. Equal samples give equal bytes."""
     files_of = members or sample_members
     temporary = path.with_name(path.name + ".part")
-    try:
+    with disk_faults_told(path):
         with temporary.open("wb") as file:
             with TarWriter(file, user="", group="", mtime=0, encoder=False) as writer:
                 for sample in samples:
@@ -244,11 +195,26 @@ def write_tar(
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    return Shard(path.name, len(samples), path.stat().st_size, sha256_of(path))
+
+
+@contextmanager
+def disk_faults_told(path: Path) -> Iterator[None]:
+    """A full disk, a folder that is not ours to write, a source that vanished: told by file, without a traceback."""
+    try:
+        yield
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        path.with_name(path.name + ".part").unlink(missing_ok=True)
         what = f"{error.filename or path}: {error.strerror}"
         raise ConfigError(f"{what}; what is packed so far is not complete") from error
-    return Shard(path.name, len(samples), path.stat().st_size, sha256_of(path))
+
+
+def check_empty(folder: Path, force: bool) -> None:
+    """ConfigError when something is in the folder and shall not be written over."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: a file; give a folder to write to")
+    if folder.exists() and any(folder.iterdir()) and not force:
+        raise ConfigError(f"{folder}: not empty; give --force to write over it, or another folder")
 
 
 def sample_members(sample: Sample) -> dict[str, bytes]:

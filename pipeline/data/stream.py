@@ -101,20 +101,22 @@ class TrainDataset:
         if ext is None:
             raise BadImageError(f"no image among its members ({', '.join(sorted(members))})")
         label, texts = sample_texts(tar, number, self.index.classes)
-        choices = texts or self._class_captions(label, members)
+        name = None if texts else self._classname(label, members)
+        choices = texts or self.templates
         image = decode(tar.read(number, ext), form=self.preprocessing, max_pixels=self.max_pixels)
         seed = stable_hash("crop", self.seed, epoch, key)
+        text = choices[draw_without_repetition(len(choices), self.seed, key, epoch)]
         return TrainSample(
             image=train_crop(image, self.size, scale=self.crop_scale, seed=seed),
-            caption=choices[draw_without_repetition(len(choices), self.seed, key, epoch)],
+            caption=text if name is None else caption(text, name),
             key=key,
             label=label,
         )
 
-    def _class_captions(self, label: int, members: Mapping[str, object]) -> list[str]:
+    def _classname(self, label: int, members: Mapping[str, object]) -> str:
         if label < 0 or self.index.classes is None:
             raise BadImageError(f"neither caption nor class among its members ({', '.join(sorted(members))})")
-        return [caption(template, self.index.classes[label]) for template in self.templates]
+        return self.index.classes[label]
 
     def _tar(self, shard: int) -> TarIndex:
         known = self._tars.get(shard)

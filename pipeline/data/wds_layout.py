@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pipeline.config import ConfigError
 from pipeline.data.batches import Batches
-from pipeline.data.formats import Sample
+from pipeline.data.formats import Format, Sample, read_source
 from pipeline.data.images import (
     MAX_PIXELS,
     STORED_EXTENSIONS,
@@ -34,8 +34,10 @@ from pipeline.data.images import (
     looks_the_same_to_all,
     stored_extension,
 )
-from pipeline.data.shards import write_tar
+from pipeline.data.readable import usable_samples
+from pipeline.data.shards import check_empty, disk_faults_told, write_tar
 from pipeline.data.tar import TarIndex
+from pipeline.prompts import resolve_templates
 
 Kind = Literal["classification", "retrieval"]
 
@@ -167,6 +169,47 @@ class _MakeEvalBatch:
             raise ConfigError(f"{index.path}: {index.samples[number].key}: {error}") from error
 
 
+@dataclass(frozen=True)
+class PackEvalReport:
+    """What pack_eval wrote and what it left out, by name and reason."""
+
+    eval_set: EvalSet
+    left_out: list[str]
+
+
+def pack_eval(
+    source: str | Path,
+    out: str | Path,
+    *,
+    format: Format = "auto",  # noqa: A002 - the word of the command line
+    templates: str | Sequence[str] = "openai",
+    classnames: str | Path | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    class_column: str | None = None,
+    split: str = "test",
+    force: bool = False,
+    max_unreadable: float = 0.01,
+    max_pixels: int = MAX_PIXELS,
+    workers: int = 4,
+) -> PackEvalReport:
+    """The user's own test images as an evaluation set: classification where there are classes, else retrieval.
+
+    Unreadable images are left out and named, and an error above the share ``max_unreadable``, as in shards.pack.
+    """
+    columns = {"image_column": image_column, "caption_column": caption_column, "class_column": class_column}
+    data = read_source(source, format, classnames=classnames, **columns)
+    check_empty(Path(out), force)
+    good, left_out = usable_samples(
+        data, decoded=True, max_unreadable=max_unreadable, max_pixels=max_pixels, workers=workers
+    )
+    if data.classes is None:
+        return PackEvalReport(write_wds_eval(good, out, kind="retrieval", split=split, force=force), left_out)
+    sentences = resolve_templates(templates)
+    written = write_wds_eval(good, out, classnames=data.classes, templates=sentences, split=split, force=force)
+    return PackEvalReport(written, left_out)
+
+
 def write_wds_eval(
     samples: Iterable[Sample],
     out: str | Path,
@@ -184,24 +227,25 @@ def write_wds_eval(
     gif, bmp, tiff) is stored as the upright 8-bit PNG that training sees. Raises ConfigError for unreadable images.
     """
     folder = Path(out)
-    if folder.exists() and any(folder.iterdir()) and not force:
-        raise ConfigError(f"{folder}: not empty; give --force to write over it, or another folder")
+    check_empty(folder, force)
     listed = list(samples)
     _check_complete(folder, listed, kind, classnames, templates)
-    (folder / split).mkdir(parents=True, exist_ok=True)
     count_file = folder / split / "nshards.txt"
-    count_file.unlink(missing_ok=True)
-    for old in (folder / split).glob("*.tar"):
-        old.unlink()
+    with disk_faults_told(count_file):
+        count_file.parent.mkdir(parents=True, exist_ok=True)
+        count_file.unlink(missing_ok=True)
+        for old in count_file.parent.glob("*.tar"):
+            old.unlink()
     numbered = [replace(sample, key=f"s{number:07d}") for number, sample in enumerate(listed)]
     starts = range(0, len(numbered), samples_per_shard)
     for number, start in enumerate(starts):
         write_tar(folder / split / f"{number}.tar", numbered[start : start + samples_per_shard], _members)
-    (folder / TYPE).write_text(kind + "\n", encoding="utf-8")
-    for name, lines in ((CLASSNAMES, classnames), (TEMPLATES, templates)):
-        if kind == "classification" and lines is not None:
-            (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    count_file.write_text(f"{len(starts)}\n", encoding="utf-8")
+    with disk_faults_told(count_file):
+        (folder / TYPE).write_text(kind + "\n", encoding="utf-8")
+        for name, lines in ((CLASSNAMES, classnames), (TEMPLATES, templates)):
+            if kind == "classification" and lines is not None:
+                (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        count_file.write_text(f"{len(starts)}\n", encoding="utf-8")
     return open_eval_set(folder, split=split)
 
 

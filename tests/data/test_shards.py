@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import json
 import os
+import resource
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -164,6 +165,17 @@ def test_what_was_broken_off_is_no_shard_folder(class_folders: Path, tmp_path: P
         pack(broken, out, force=True, check="none", samples_per_shard=20)
     with pytest.raises(ConfigError, match="no index.json in it"):
         load_index(out)
+
+
+def test_a_full_disk_is_told_and_leaves_no_shard_folder(class_folders: Path, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, hard))  # the disk takes no more than this of one file
+    try:
+        with pytest.raises(ConfigError, match=r"shard-00000.tar: File too large; what is packed so far"):
+            pack(class_folders, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_keys_that_would_run_into_each_other_are_refused(class_folders: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from pipeline.config import ConfigError
 from pipeline.data.formats import Sample, read_source
 from pipeline.data.images import normalize
-from pipeline.data.wds_layout import EvalBatch, EvalSet, eval_loader, open_eval_set, write_wds_eval
+from pipeline.data.wds_layout import EvalBatch, EvalSet, eval_loader, open_eval_set, pack_eval, write_wds_eval
 
 CFG = {"size": 32, "interpolation": "bicubic", "resize_mode": "shortest"}
 TEMPLATES = ["a photo of a {c}.", "the {c}"]
@@ -198,6 +198,23 @@ def test_an_image_that_cannot_be_read_stops_the_evaluation_by_name(eval_set: Eva
     for workers in (0, 2):
         with pytest.raises(ConfigError, match=r"test/1.tar: s0000023: not an image$"):
             all_batches(eval_set, workers=workers)
+
+
+def test_own_test_images_become_a_set_with_their_classes_or_their_captions(
+    class_folders: Path, photo: Callable[..., Image.Image], tmp_path: Path
+) -> None:
+    report = pack_eval(class_folders, tmp_path / "classes", templates="simple")
+    made = report.eval_set
+    assert (made.kind, len(made), report.left_out) == ("classification", 53, [])
+    assert (made.classnames, made.templates) == (("ankle boot", "hat", "t-shirt"), ("a photo of a {c}.",))
+    for name in ("a.jpg", "b.jpg"):
+        photo(1).save(tmp_path / name)
+    (tmp_path / "t.csv").write_text("path,caption\na.jpg,one\na.jpg,two\nb.jpg,three\ngone.jpg,four\n")
+    with pytest.raises(ConfigError, match="1 of 3 images are unreadable or missing"):
+        pack_eval(tmp_path / "t.csv", tmp_path / "pairs")
+    report = pack_eval(tmp_path / "t.csv", tmp_path / "pairs", max_unreadable=0.5)
+    assert report.left_out == ["gone.jpg: missing file or caption"]
+    assert (report.eval_set.kind, report.eval_set.captions) == ("retrieval", (("one", "two"), ("three",)))
 
 
 def test_samples_that_cannot_be_scored_are_not_written(odd_files: list[Sample], tmp_path: Path) -> None:
