@@ -86,6 +86,7 @@ def _add_pack(commands: Any) -> None:
         run_pack,
         "write images as WebDataset shards with an index.json beside them",
         "selora pack photos/ shards/train",
+        "selora pack photos_test/ eval_sets/photos --eval --templates simple",
     )
     _add_source(parser)
     parser.add_argument("out", type=Path, help="directory for the shards, new or empty")
@@ -105,9 +106,18 @@ def _add_pack(commands: Any) -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace the shards that are there")
     parser.add_argument("--workers", type=_count, default=4, metavar="N", help="decoding threads (default: 4)")
+    parser.add_argument("--eval", action="store_true", help="write an evaluation set for a benchmark file instead")
+    parser.add_argument(
+        "--templates",
+        default="openai",
+        metavar="NAME",
+        help="--eval: the sentences that ask for a class (openai, simple)",
+    )
 
 
 def run_pack(arguments: argparse.Namespace) -> int:
+    if arguments.eval:
+        return _pack_eval(arguments)
     from pipeline.data.shards import pack
 
     report = pack(
@@ -130,6 +140,25 @@ def run_pack(arguments: argparse.Namespace) -> int:
         f"{index.directory}: {index.samples} samples{classes} in {len(index.shards)} shards, "
         f"{len(report.left_out)} left out"
     )
+    return OK
+
+
+def _pack_eval(arguments: argparse.Namespace) -> int:
+    from pipeline.data.wds_layout import pack_eval
+
+    report = pack_eval(
+        arguments.source,
+        arguments.out,
+        format=arguments.format,
+        templates=arguments.templates,
+        max_unreadable=arguments.max_unreadable,
+        force=arguments.force,
+        workers=arguments.workers,
+        **_source_options(arguments),
+    )
+    for left_out in report.left_out:
+        print(f"left out: {left_out}", file=sys.stderr)
+    print(f"{arguments.out}: an evaluation set of {len(report.eval_set)} images, {len(report.left_out)} left out")
     return OK
 
 

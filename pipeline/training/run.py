@@ -87,7 +87,7 @@ def train(config: Config) -> Outcome:
     if checkpoint is not None:
         load_trainable(clip, checkpoint)
         _say(world, f"{run_dir}: continuing at step {checkpoint.step} of {total}")
-    with _tracked(config, run_dir, world, clip, index) as tracker:
+    with _tracked(config, run_dir, world, clip, index, total) as tracker:
         step = _train(config, run_dir, world, control, clip, checkpoint, tracker, index, total)
     return Outcome(run_dir, step, total)
 
@@ -239,7 +239,9 @@ def _claim(run_dir: Path, config: Config, world: World) -> None:
 
 
 @contextmanager
-def _tracked(config: Config, run_dir: Path, world: World, clip: Clip, index: ShardIndex) -> Iterator[Tracker]:
+def _tracked(
+    config: Config, run_dir: Path, world: World, clip: Clip, index: ShardIndex, total: int
+) -> Iterator[Tracker]:
     """A tracker on rank 0 that records how the run ended, whatever ends it."""
     tracker: Tracker = NullTracker()
     if world.is_main:
@@ -255,7 +257,8 @@ def _tracked(config: Config, run_dir: Path, world: World, clip: Clip, index: Sha
     status = "FAILED"
     try:
         yield tracker
-        status = "FINISHED"
+        reached = latest_checkpoint(run_dir)
+        status = "FINISHED" if reached is not None and reached.step >= total else "KILLED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
