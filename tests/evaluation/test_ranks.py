@@ -18,20 +18,27 @@ from pipeline.evaluation.dataset import Settings
 from pipeline.evaluation.run import evaluate
 from pipeline.model.clip import load_clip
 
-# Both ranks meet again after the fault, which they could not if one of them still waited for the other.
+# The first scene starts as a launcher starts it, the others inside a group of the caller's. After the fault both ranks
+# meet again, which they could not if one of them still waited for the other.
 PROGRAM = """
+import os
 import sys
 import torch.distributed as dist
 from pipeline.config import ConfigError
 from pipeline.evaluation.run import evaluate_command
-dist.init_process_group("gloo")
 model, root = sys.argv[1:]
-for name in ("all", "single", "broken"):
+def scene(name):
     print(f"== {name}", flush=True)
     try:
         evaluate_command(model, benchmark=f"{root}/{name}.yaml", out=f"{root}/{name}", batch_size=8, workers=0)
     except ConfigError as error:
         print(f"ConfigError: {error}", flush=True)
+scene("all")
+assert not dist.is_initialized()
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=world)
+scene("single")
+scene("broken")
 dist.barrier()
 dist.destroy_process_group()
 """
