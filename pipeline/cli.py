@@ -220,7 +220,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--benchmark", type=Path, metavar="FILE", help="YAML list of datasets (default: the run's own)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="results (default: RUN/eval, or eval/MODEL)")
     parser.add_argument("--datasets", nargs="+", metavar="KEY", help="only these rows of the benchmark")
-    parser.add_argument("--limit", type=_count, metavar="N", help="only the first N images of each dataset")
+    parser.add_argument("--limit", type=_count, metavar="N", help="only N images of each dataset, evenly spaced")
     parser.add_argument(
         "--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: this rank's GPU if there is one)"
     )

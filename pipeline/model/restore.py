@@ -68,12 +68,17 @@ def load_base(source: RunSource) -> Clip:
     """The untouched model that the run started from; other weights under its name are a ConfigError."""
     model = source.state["model"]
     clip = load_clip(model["name"], model["pretrained"], seed=model["seed"])
-    if clip.digest != source.base_digest:
-        raise ConfigError(
-            f"{source.checkpoint}: was trained on base weights {source.base_digest[:12]}, but {clip.name!r} with "
-            f"pretrained={clip.pretrained!r} gives {clip.digest[:12]}: put the old weights back"
-        )
+    check_base(clip, source.base_digest, source.checkpoint)
     return clip
+
+
+def check_base(clip: Clip, digest: str, checkpoint: Path) -> None:
+    """Raise ConfigError unless `clip` came from the weights of this digest, on which the checkpoint was trained."""
+    if clip.digest != digest:
+        raise ConfigError(
+            f"{checkpoint}: was trained on base weights {digest[:12]}, but model.name={clip.name!r} with "
+            f"model.pretrained={clip.pretrained!r} gives {clip.digest[:12]}: put the old weights back"
+        )
 
 
 def load_run(run_dir: str | Path, step: int | None = None) -> Clip:
@@ -99,13 +104,13 @@ def load_run(run_dir: str | Path, step: int | None = None) -> Clip:
         except ValueError as error:
             raise ConfigError(f"{source.checkpoint}: {error}") from error
     trained = apply_trainable(clip.model, source.train_rest, adapter["kind"])
-    _copy_parameters(clip, trained, source.checkpoint)
+    copy_parameters(clip, trained, source.checkpoint)
     merge_adapter(clip.model)
     clip.model.requires_grad_(False).eval()
     return clip
 
 
-def _copy_parameters(clip: Clip, names: list[str], checkpoint: Path) -> None:
+def copy_parameters(clip: Clip, names: list[str], checkpoint: Path) -> None:
     """Fill the named parameters from the checkpoint; nothing is copied when a name or a shape does not fit."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -38,9 +38,6 @@ class Checkpoint:
     def step(self) -> int:
         return int(self.state["step"])
 
-    def parameters(self) -> dict[str, Tensor]:
-        return load_file(self.path / "trainable.safetensors")
-
     def moments(self) -> dict[str, Tensor]:
         return load_file(self.path / "optimizer.safetensors")
 

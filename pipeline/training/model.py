@@ -10,6 +10,7 @@ from torch import nn
 from pipeline.config import Config, ConfigError
 from pipeline.method.adapter import attach_adapter, gate_map, gate_scores, random_targets, select_targets
 from pipeline.model.clip import Clip, load_clip
+from pipeline.model.restore import check_base, copy_parameters
 from pipeline.model.towers import adapter_targets, apply_trainable
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.distributed import World
@@ -47,21 +48,8 @@ def load_trainable(clip: Clip, checkpoint: Checkpoint) -> None:
 
     Raises ConfigError when the base weights differ from those it was trained on, or a parameter is missing or unknown.
     """
-    digest = checkpoint.state["base_digest"]
-    if digest != clip.digest:
-        raise ConfigError(
-            f"{checkpoint.path}: was trained on base weights {digest[:12]}, but model.name={clip.name!r} "
-            f"model.pretrained={clip.pretrained!r} gives {clip.digest[:12]}: restore the old weights, "
-            f"or start a run under another name"
-        )
-    saved, own = checkpoint.parameters(), dict(trainable(clip.model))
-    faults = [f"missing {name}" for name in own.keys() - saved.keys()]
-    faults += [f"unknown {name}" for name in saved.keys() - own.keys()]
-    if faults:
-        raise ConfigError(f"{checkpoint.path} does not fit this config: {'; '.join(sorted(faults)[:8])}")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(saved[name])
+    check_base(clip, checkpoint.state["base_digest"], checkpoint.path)
+    copy_parameters(clip, [name for name, _ in trainable(clip.model)], checkpoint.path)
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -90,7 +90,7 @@ def three_percent_corrupt(tmp_path: Path, image_folder: Callable[..., Path]) -> 
     shutil.copytree(image_folder(classes=4, each=25, size=64, seed=9), source)
     for path in sorted(source.rglob("*.jpg"))[5:80:30]:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
-        with pytest.raises(OSError, match="truncated"), Image.open(path) as image:
+        with pytest.raises(OSError, match="(?i)truncated"), Image.open(path) as image:
             image.load()
     pack(source, tmp_path / "packed", samples_per_shard=20, check="none")
     return tmp_path / "packed"
@@ -165,9 +165,10 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_so(launch, small_
     assert "no space for the checkpoint of step" in text
     kept = latest_checkpoint(run.directory)
     assert kept is not None
-    assert all(torch.isfinite(tensor).all() for tensor in kept.parameters().values())
+    step = kept.step
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(kept.path / "trainable.safetensors").values())
     assert not list((run.directory / "checkpoints").glob(".*partial"))
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
     resumed = launch(*common, world=1)
     assert resumed.wait() == [0], resumed.text()
-    assert f"continuing at step {kept.step} of 12" in resumed.text()
+    assert f"continuing at step {step} of 12" in resumed.text()

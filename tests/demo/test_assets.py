@@ -1,0 +1,84 @@
+"""What the package ships for the demo: complete, small enough, and what the recipe says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.data.shards import load_index, verify
+from pipeline.data.wds_layout import open_eval_set
+from pipeline.demo.assets import ARCHIVES, BENCHMARK, MODEL, asset, unpack
+from pipeline.demo.recipe import CLOTHING, Picture, archive, captions
+from pipeline.demo.run import METHODS, Row
+from pipeline.demo.show import draw, table
+from pipeline.evaluation.benchmark import load_benchmark
+from pipeline.model.clip import load_clip
+from pipeline.model.towers import adapter_targets
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return unpack(tmp_path_factory.mktemp("demo"))
+
+
+def test_the_assets_stay_below_40_megabytes() -> None:
+    files = [path for path in asset(".").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 40e6
+
+
+def test_the_training_shards_are_whole(data: Path) -> None:
+    for name, samples in (("clothing_train", 3068), ("pretrain", 12830)):
+        report = verify(data / name, decode=False)
+        assert report.ok, report.faults
+        assert load_index(data / name).samples == samples
+
+
+def test_the_benchmark_has_all_four_groups_and_counts(data: Path) -> None:
+    benchmark = load_benchmark(data / BENCHMARK)
+    assert [row.group for row in benchmark.rows] == ["id", "shift", *["zero-shot"] * 3, "retrieval"]
+    counts = {row.key: len(open_eval_set(row.path)) for row in benchmark.rows}
+    assert counts["clothing"] == 713
+    assert counts["grocery"] == 2485
+    assert open_eval_set(data / "eval" / "clothing").classnames == CLOTHING
+
+
+def test_the_shipped_clip_has_144_targets_and_the_committed_architecture(repository: Path) -> None:
+    clip = load_clip(f"local-dir:{asset(MODEL)}")
+    assert len(adapter_targets(clip.model)) == 144
+    recipe = json.loads((repository / "pipeline/demo/architecture/open_clip_config.json").read_text())
+    assert clip.model_cfg == recipe["model_cfg"]
+
+
+def test_unpacking_twice_changes_nothing(data: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in data.rglob("*.tar")}
+    unpack(data)
+    assert {path: path.stat().st_mtime_ns for path in data.rglob("*.tar")} == before
+    assert sorted(path.name for path in data.iterdir()) == sorted([*ARCHIVES.values(), BENCHMARK])
+
+
+def test_an_archive_depends_on_content_alone(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.txt").write_text("a")
+    archive(tmp_path / "set", tmp_path / "one.tar.gz")
+    (tmp_path / "set" / "a.txt").write_text("a")
+    archive(tmp_path / "set", tmp_path / "two.tar.gz")
+    assert (tmp_path / "one.tar.gz").read_bytes() == (tmp_path / "two.tar.gz").read_bytes()
+
+
+def test_captions_say_both_names_once() -> None:
+    found = captions(Picture(Path("x"), kind="apple", name="granny smith"), ("a photo of {c}.", "{c}"))
+    assert found == ("a photo of granny smith.", "a photo of apple.", "granny smith", "apple", "granny smith, apple")
+    assert captions(Picture(Path("x"), "hat", "hat"), ("{c}",)) == ("hat",)
+
+
+def test_table_and_figure_show_every_method(tmp_path: Path) -> None:
+    rows = [Row("untouched", 0.3, 0.7, 0.3, 0.1, 1.0, None)]
+    rows += [Row(method.label, 0.4, 0.6, 0.2, 0.05, 0.7, (12, 144)) for method in METHODS]
+    text = table(rows)
+    for row in rows:
+        assert row.label in text
+    assert "12/144 (8%)" in text
+    assert "+10.0" in text
+    assert draw(rows, tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
