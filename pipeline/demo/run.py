@@ -188,8 +188,10 @@ def _watch(jobs: Mapping[str, Future], configs: Mapping[str, Config]) -> None:
 def _progress(key: str, future: Future, configs: Mapping[str, Config]) -> str:
     if future.done():
         return "done"
-    if not future.running():
+    if key not in configs:
+        return "runs" if future.running() else "waits"
+    log = _run_dir(configs[key]) / "log.txt"
+    if not log.exists():  # the pool calls a job running as soon as it is next in line
         return "waits"
-    log = _run_dir(configs[key]) / "log.txt" if key in configs else None
-    lines = [line for line in log.read_text().splitlines() if line.startswith("step ")] if log and log.exists() else []
-    return lines[-1].split(" lr ")[0] if lines else "runs"
+    lines = [line for line in log.read_text().splitlines() if line.startswith("step ")]
+    return lines[-1].split(" lr ")[0] if lines else "starts"

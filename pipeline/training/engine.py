@@ -32,8 +32,8 @@ def start_process_group(world: World) -> dist.ProcessGroup:
         torch.cuda.set_device(world.device)
     if not dist.is_initialized():
         if world.world_size == 1:
-            # A world of one needs no port that another job could hold; DeepSpeed still asks for the variable.
-            os.environ.setdefault("LOCAL_RANK", "0")
+            # A world of one needs no port that another job could hold; DeepSpeed still asks for a launcher's variables.
+            os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
             dist.init_process_group(backend, timeout=TIMEOUT)
@@ -72,27 +72,28 @@ def build_engine(model: nn.Module, groups: list[dict], config: Config, world: Wo
     """Wrap `model` into a DeepSpeed engine that trains exactly the parameters of `groups` with AdamW."""
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with _without_compiler_noise():
-        import deepspeed
-        from deepspeed import ops
-
-    # The shared-memory op serves inference only; building it takes a minute and leaks files in /dev/shm.
-    ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     optimizer = torch.optim.AdamW(
         [{key: value for key, value in group.items() if key != "names"} for group in groups],
         lr=0.0,
         betas=config.train.betas,
         eps=config.train.eps,
     )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, world))
+    settings = deepspeed_config(config, world)
+    with _without_compiler_noise():
+        import deepspeed
+        from deepspeed import ops
+
+        # The shared-memory op serves inference only; building it takes a minute and leaks files in /dev/shm.
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
 
 
 @contextmanager
 def _without_compiler_noise() -> Iterator[None]:
-    """DeepSpeed tries at import which of its operators could be built; the linker's complaints help nobody here."""
+    """DeepSpeed tries at its start which operators could be built; the linker's complaints help nobody here."""
     sys.stderr.flush()
     kept = os.dup(2)
     with Path(os.devnull).open("w") as nowhere:
