@@ -90,9 +90,7 @@ def _add_pack(commands: Any) -> None:
     )
     _add_source(parser)
     parser.add_argument("out", type=Path, help="directory for the shards, new or empty")
-    parser.add_argument(
-        "--samples-per-shard", type=_count, metavar="N", help="default: about 16 shards, 64 to 5000 each"
-    )
+    parser.add_argument("--samples-per-shard", type=_count, metavar="N", help="default: 16 shards, 64 to 5000 each")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the order in the shards (default: 0)")
     parser.add_argument(
         "--check", choices=("decode", "none"), default="decode", help="decode every image once (default), or trust them"
@@ -221,9 +219,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="results (default: RUN/eval, or eval/MODEL)")
     parser.add_argument("--datasets", nargs="+", metavar="KEY", help="only these rows of the benchmark")
     parser.add_argument("--limit", type=_count, metavar="N", help="only N images of each dataset, evenly spaced")
-    parser.add_argument(
-        "--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: this rank's GPU if there is one)"
-    )
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: this rank's GPU, if any)")
     parser.add_argument("--batch-size", type=_count, metavar="N", help="images per rank (default: the run's, or 64)")
     parser.add_argument(
         "--workers", type=int, metavar="N", help="decoding processes per rank (default: the run's, or 2)"

@@ -20,6 +20,7 @@ from typing import Any
 
 from pipeline.config import Config, load_config
 from pipeline.demo.assets import BENCHMARK, FINETUNE, MODEL, asset, unpack
+from pipeline.demo.show import Row, draw, record, table
 
 
 @dataclass(frozen=True)
@@ -38,19 +39,6 @@ METHODS = (
     Method("gated_lora", "gated LoRA", ("adapter.kind=lora",)),
     Method("gated_dora", "gated DoRA", ("adapter.kind=dora",)),
 )
-
-
-@dataclass(frozen=True)
-class Row:
-    """The result of one method. Accuracies and shares in [0, 1]; `kept` relative to the untouched model."""
-
-    label: str
-    id: float
-    shift: float
-    zero_shot: float
-    retrieval: float
-    kept: float
-    active: tuple[int, int] | None
 
 
 def demo(out: Path, seed: int = 0) -> list[Row]:
@@ -75,8 +63,6 @@ def demo(out: Path, seed: int = 0) -> list[Row]:
         for method in METHODS:
             state = json.loads(_state(configs[method.key]).read_text())
             rows.append(_row(method.label, evaluated[method.key].result(), untouched, state))
-    from pipeline.demo.show import draw, record, table
-
     figure = draw(rows, out / "figure.png")
     record(rows, out, figure)
     print(table(rows))

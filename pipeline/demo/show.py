@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pipeline.demo.run import Row
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; grey is the untouched model.
 COLOURS = ("#8c8c8c", "#d55e00", "#e69f00", "#0072b2", "#009e73", "#cc79a7")
 GROUPS = (("id", "in-distribution\nclothes"), ("shift", "shift\ncatalogue"), ("zero_shot", "zero-shot\n3 sets"),
           ("retrieval", "retrieval\nemoji names"))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """The result of one method. Accuracies and shares in [0, 1]; `kept` relative to the untouched model."""
+
+    label: str
+    id: float
+    shift: float
+    zero_shot: float
+    retrieval: float
+    kept: float
+    active: tuple[int, int] | None
 
 
 def active_text(row: Row) -> str:

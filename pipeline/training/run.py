@@ -135,17 +135,7 @@ def _train(
     if checkpoint is not None:
         restore_moments(engine, named, checkpoint.moments())
         start = checkpoint.step
-    monitor = Monitor(
-        world=world,
-        control=control,
-        sink=tracker,
-        gates=partial(gate_values, model),
-        total_steps=total,
-        global_batch_size=settings.global_batch_size,
-        log_every=settings.log_every,
-        gates_every=config.train.gates_every,
-        bad_limit=config.data.max_bad_share * index.samples,
-    )
+    monitor = _monitor(config, clip, world, control, tracker, index, total)
     batches = _batches(config, clip, index, world, start, total)
 
     def save(done: int) -> None:
@@ -177,6 +167,28 @@ def _train(
     if done < total:
         _say(world, f"stopped by a signal at step {done} of {total}, saved; the same command continues")
     return done
+
+
+def _monitor(
+    config: Config,
+    clip: Clip,
+    world: World,
+    control: dist.ProcessGroup,
+    tracker: Tracker,
+    index: ShardIndex,
+    total: int,
+) -> Monitor:
+    return Monitor(
+        world=world,
+        control=control,
+        sink=tracker,
+        gates=partial(gate_values, clip.model),
+        total_steps=total,
+        global_batch_size=config.train.global_batch_size,
+        log_every=config.train.log_every,
+        gates_every=config.train.gates_every,
+        bad_limit=config.data.max_bad_share * index.samples,
+    )
 
 
 def _batches(config: Config, clip: Clip, index: ShardIndex, world: World, start: int, total: int) -> Batches[Batch]:

@@ -11,8 +11,8 @@ from pipeline.data.shards import load_index, verify
 from pipeline.data.wds_layout import open_eval_set
 from pipeline.demo.assets import ARCHIVES, BENCHMARK, MODEL, asset, unpack
 from pipeline.demo.recipe import CLOTHING, Picture, archive, captions
-from pipeline.demo.run import METHODS, Row
-from pipeline.demo.show import draw, table
+from pipeline.demo.run import METHODS
+from pipeline.demo.show import Row, draw, table
 from pipeline.evaluation.benchmark import load_benchmark
 from pipeline.model.clip import load_clip
 from pipeline.model.towers import adapter_targets
