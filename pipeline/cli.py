@@ -105,12 +105,7 @@ def _add_pack(commands: Any) -> None:
     parser.add_argument("--force", action="store_true", help="replace the shards that are there")
     parser.add_argument("--workers", type=_count, default=4, metavar="N", help="decoding threads (default: 4)")
     parser.add_argument("--eval", action="store_true", help="write an evaluation set for a benchmark file instead")
-    parser.add_argument(
-        "--templates",
-        default="openai",
-        metavar="NAME",
-        help="--eval: the sentences that ask for a class (openai, simple)",
-    )
+    parser.add_argument("--templates", default="openai", metavar="NAME", help="--eval: how to ask (openai, simple)")
 
 
 def run_pack(arguments: argparse.Namespace) -> int:
