@@ -54,10 +54,8 @@ def demo(out: Path, seed: int = 0) -> list[Row]:
     print(f"fine-tuning a small CLIP in {len(METHODS)} ways, {workers} at a time, in {out}", file=sys.stderr)
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         base = pool.submit(_evaluate_base, configs[METHODS[0].key], out)
-        trained = {key: pool.submit(_train, config) for key, config in configs.items()}
-        _watch({"untouched model": base, **trained}, configs)
-        evaluated = {key: pool.submit(_evaluate, config, out) for key, config in configs.items()}
-        _watch({f"evaluate {key}": future for key, future in evaluated.items()}, configs)
+        evaluated = {key: pool.submit(_train_and_evaluate, config, out) for key, config in configs.items()}
+        _watch({"untouched model": base, **evaluated}, configs)
         untouched = base.result()
         rows = [_row("untouched", untouched, untouched, {})]
         for method in METHODS:
@@ -91,13 +89,6 @@ def _state(config: Config) -> Path:
     return checkpoints / (checkpoints / "latest").read_text().strip() / "state.json"
 
 
-def _train(config: Config) -> None:
-    from pipeline.training.run import train
-
-    with _log(config):
-        train(config)
-
-
 def _log(config: Config) -> Any:
     _run_dir(config).mkdir(parents=True, exist_ok=True)
     return redirect_stderr((_run_dir(config) / "log.txt").open("a", buffering=1))
@@ -109,24 +100,18 @@ def _settings() -> Any:
     return Settings(batch_size=128, workers=0, preprocessing="fast")
 
 
-def _evaluate(config: Config, out: Path) -> Mapping[str, Any]:
+def _train_and_evaluate(config: Config, out: Path) -> Mapping[str, Any]:
     from pipeline.evaluation.benchmark import load_benchmark
     from pipeline.evaluation.record import track_results
     from pipeline.evaluation.run import evaluate_run
+    from pipeline.training.run import train
 
-    run_dir = _run_dir(config)
+    run_dir, benchmark = _run_dir(config), load_benchmark(out / "data" / BENCHMARK)
     with _log(config):
-        outcome = evaluate_run(
-            run_dir,
-            load_benchmark(out / "data" / BENCHMARK),
-            run_dir / "eval",
-            _settings(),
-            baselines=out / "baselines",
-        )
-        track_results(
-            run_dir, config, int(json.loads(_state(config).read_text())["step"]), outcome.results, outcome.summary
-        )
-    return outcome.summary
+        outcome = train(config)
+        found = evaluate_run(run_dir, benchmark, run_dir / "eval", _settings(), baselines=out / "baselines")
+        track_results(run_dir, config, outcome.step, found.results, found.summary)
+    return found.summary
 
 
 def _evaluate_base(config: Config, out: Path) -> Mapping[str, Any]:
