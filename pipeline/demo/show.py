@@ -61,7 +61,7 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
         drawn = bars.bar(places, heights, width * 0.92, color=colour, label=row.label)
         bars.bar_label(drawn, fmt="%.0f", fontsize=7, padding=1)
         trade.scatter(100 * row.kept, 100 * row.id, s=90, color=colour, edgecolor="black", linewidth=0.6, zorder=3)
-        text = row.label if row.active is None else f"{row.label}\n{row.active[0] / row.active[1]:.0%} of blocks active"
+        text = row.label if row.active is None else f"{row.label}, {row.active[0] / row.active[1]:.0%} of blocks"
         # Labels lean inwards, so that none leaves the axes.
         right = row.kept > 0.8
         trade.annotate(text, (100 * row.kept, 100 * row.id), xytext=(-9 if right else 9, 0), textcoords="offset points",
@@ -70,7 +70,7 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
     bars.set_ylabel("accuracy or mean recall (%)")
     bars.set_title("Accuracy by group of data sets", loc="left", fontsize=10)
     bars.legend(fontsize=8, frameon=False)
-    trade.set_xlabel("knowledge kept on the other three groups (% of the untouched model)")
+    trade.set_xlabel("knowledge kept (% of the untouched model,\nmean of the other three groups)")
     trade.set_ylabel("in-distribution accuracy (%)")
     trade.set_title("Learned against kept", loc="left", fontsize=10)
     trade.grid(alpha=0.3)
