@@ -11,7 +11,6 @@ import argparse
 import importlib.metadata
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,10 +26,16 @@ OK, FAILED, USER_MISTAKE, INTERRUPTED = 0, 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. 0: done; 1: it failed or found something wrong; 2: the user's mistake, told; 130: Ctrl-C."""
     arguments = build_parser().parse_args(_without_local_rank(sys.argv[1:] if argv is None else argv))
-    if arguments.text_only and hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `selora config … | head` ends without a word
     try:
-        return arguments.run(arguments)
+        code = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not arguments.text_only:
+            raise
+        # `selora config … | head` ends without a word, and Python's own flush at exit must not find the closed pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
     except ConfigError as error:
         print(f"{_rank()}selora {arguments.command}: {_message(error)}", file=sys.stderr)
         return USER_MISTAKE

@@ -67,7 +67,7 @@ def gate_values(model: nn.Module) -> dict[str, float]:
     return values
 
 
-def checkpoint_state(config: Config, clip: Clip, step: int, world: World) -> dict[str, Any]:
+def checkpoint_state(config: Config, clip: Clip, data_digest: str, step: int, world: World) -> dict[str, Any]:
     """What state.json says: enough to rebuild the model around the saved parameters, and the gates as they stand."""
     gates = gate_map(clip.model)
     return {
@@ -76,6 +76,7 @@ def checkpoint_state(config: Config, clip: Clip, step: int, world: World) -> dic
         "step": step,
         "samples_seen": step * config.train.global_batch_size,
         "base_digest": clip.digest,
+        "data_digest": data_digest,
         "model": {"name": clip.name, "pretrained": clip.pretrained, "seed": config.seed},
         "adapter": {
             "kind": config.adapter.kind,

@@ -74,7 +74,7 @@ class Monitor:
             "train/lr": factor * peak_lr,
             "train/images_per_s": len(self._window) * self.global_batch_size / (time.perf_counter() - self._since),
             "train/effective_negatives": self._effective_negatives(batch.captions),
-            "train/epoch_samples_seen": float(done * self.global_batch_size),
+            "train/samples_seen": float(done * self.global_batch_size),
             "data/bad_samples": self._count_bad(),
         }
         values |= self._gate_values(done)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -85,11 +86,22 @@ def train(config: Config) -> Outcome:
     control = start_process_group(world)
     clip = build_model(config)
     if checkpoint is not None:
+        _check_data(checkpoint, index)
         load_trainable(clip, checkpoint)
         _say(world, f"{run_dir}: continuing at step {checkpoint.step} of {total}")
     with _tracked(config, run_dir, world, clip, index, total) as tracker:
         step = _train(config, run_dir, world, control, clip, checkpoint, tracker, index, total)
     return Outcome(run_dir, step, total)
+
+
+def _check_data(checkpoint: Checkpoint, index: ShardIndex) -> None:
+    """The position of a run is a number; it means the same samples only in the same shards."""
+    trained = checkpoint.state["data_digest"]
+    if trained != index.digest:
+        raise ConfigError(
+            f"{checkpoint.path}: was trained on shards {trained[:12]}, but data.train={index.directory} now holds "
+            f"{index.digest[:12]}: put the old shards back, or start a run under another name"
+        )
 
 
 def total_steps(config: Config, samples: int) -> int:
@@ -141,7 +153,7 @@ def _train(
     def save(done: int) -> None:
         parameters, moments = full_parameters(named), optimizer_state(engine, named)
         if world.is_main:
-            state = checkpoint_state(config, clip, done, world)
+            state = checkpoint_state(config, clip, index.digest, done, world)
             save_checkpoint(run_dir, parameters, moments, state, keep_last=settings.keep_last)
         dist.barrier(control)
 
@@ -229,7 +241,12 @@ def _objective(config: Config, clip: Clip) -> Objective:
 
 
 def _claim(run_dir: Path, config: Config, world: World) -> None:
-    """Write the resolved config into the run's directory, or refuse a directory that holds another run."""
+    """Write the resolved config into the run's directory, or refuse a directory that holds another run.
+
+    Rank 0 alone looks and writes; when it refuses, the launcher ends the others.
+    """
+    if not world.is_main:
+        return
     path = run_dir / "config.yaml"
     if path.exists():
         old, new = flatten(load_config(path, [])), flatten(config)
@@ -238,16 +255,24 @@ def _claim(run_dir: Path, config: Config, world: World) -> None:
             for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key) and not key.startswith(FREE_SETTINGS)
         ]
-        if changed:
+        if changed and latest_checkpoint(run_dir) is None:
+            _set_aside(run_dir, world)
+        elif changed:
             raise ConfigError(
                 f"{run_dir} holds a run with other settings; choose another name=… or restore them:\n"
                 + "\n".join(changed)
             )
-    if world.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        partial_path = path.with_suffix(".partial")
-        partial_path.write_text(to_yaml(config))
-        partial_path.replace(path)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_suffix(".partial")
+    partial_path.write_text(to_yaml(config))
+    partial_path.replace(path)
+
+
+def _set_aside(run_dir: Path, world: World) -> None:
+    """Nothing was trained here yet, so other settings are a second attempt: the record of the first makes room."""
+    number = next(n for n in itertools.count(1) if not run_dir.with_name(f"{run_dir.name}.abandoned-{n}").exists())
+    old = run_dir.rename(run_dir.with_name(f"{run_dir.name}.abandoned-{number}"))
+    _say(world, f"an attempt with other settings, without a checkpoint, moved to {old}")
 
 
 @contextmanager

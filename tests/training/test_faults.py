@@ -67,6 +67,28 @@ def test_changed_settings_under_an_old_name_are_refused_with_the_difference(laun
     assert "adapter.rank: 4 -> 8" in text
 
 
+def test_settings_corrected_before_the_first_checkpoint_are_a_new_attempt(launch, tmp_path: Path) -> None:
+    refused(launch("adapter.targets=['nowhere.*']", world=1))
+    again = launch("train.steps=2", world=1)
+    assert again.wait() == [0], again.text()
+    assert (tmp_path / "runs" / "run.abandoned-1" / "config.yaml").exists()
+    assert sorted(again.losses()) == [1, 2]
+
+
+def test_other_shards_under_the_same_path_are_refused_on_resume(
+    launch, shards: Path, tmp_path: Path, image_folder: Callable[..., Path]
+) -> None:
+    from pipeline.data.shards import pack
+
+    own = tmp_path / "own"
+    shutil.copytree(shards, own)
+    stopped = launch(f"data.train={own}", "train.checkpoint_every=1000", world=1)
+    stopped.signal_at(2, signal.SIGTERM, rank=0)
+    assert stopped.wait() == [0], stopped.text()
+    pack(image_folder(classes=4, each=24, size=40, seed=7), own, samples_per_shard=16, force=True)
+    assert "was trained on shards" in refused(launch(f"data.train={own}", "train.checkpoint_every=1000", world=1))
+
+
 def test_a_missing_shard_and_a_short_one_are_named(launch, shards: Path, tmp_path: Path) -> None:
     for fault in ("missing", "short"):
         copy = tmp_path / fault
