@@ -196,7 +196,12 @@ def archive(folder: Path, target: Path) -> None:
         entry.uname = entry.gname = ""
         return entry
 
-    with gzip.GzipFile(target, "wb", compresslevel=9, mtime=0) as file, tarfile.open(fileobj=file, mode="w") as tar:
+    # An empty name, for gzip would put the target's own into the header.
+    with (
+        target.open("wb") as out,
+        gzip.GzipFile("", "wb", compresslevel=9, fileobj=out, mtime=0) as file,
+        tarfile.open(fileobj=file, mode="w") as tar,
+    ):
         for path in sorted(folder.rglob("*")):
             if path.is_file():
                 tar.add(path, f"{folder.name}/{path.relative_to(folder)}", filter=plain)

@@ -120,7 +120,11 @@ class Monitor:
         return float((counts * (counts.sum() - counts)).sum() / counts.sum())
 
     def _count_bad(self) -> float:
-        total = float(gather_numbers(torch.tensor([len(self._bad)]), self.control).sum())
+        # Another rank may meet the same sample in the next epoch: names are counted, not sightings.
+        longest = int(gather_numbers(torch.tensor([len(self._bad)]), self.control).max())
+        names = [hash_text(name) for name in self._bad] + [-1] * (longest - len(self._bad))
+        gathered = gather_numbers(torch.tensor(names, dtype=torch.int64), self.control) if longest else torch.empty(0)
+        total = float(gathered[gathered >= 0].unique().numel())
         if total > self.bad_limit:
             named = "\n  ".join(sorted(self._bad)[:10])
             raise TrainingFailed(
