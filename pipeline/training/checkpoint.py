@@ -26,13 +26,10 @@ from pipeline.config import ConfigError
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One complete checkpoint on disk, not yet read."""
+    """One complete checkpoint: its directory and what its state.json said when it was found."""
 
     path: Path
-
-    @property
-    def state(self) -> dict[str, Any]:
-        return json.loads((self.path / "state.json").read_text())
+    state: dict[str, Any]
 
     @property
     def step(self) -> int:
@@ -48,9 +45,10 @@ def latest_checkpoint(run_dir: Path) -> Checkpoint | None:
     if not pointer.exists():
         return None
     path = pointer.parent / pointer.read_text().strip()
-    if not (path / "state.json").exists():
+    file = path / "state.json"
+    if not file.exists():
         raise ConfigError(f"{pointer} names {path.name}, which is missing or incomplete: restore it or remove `latest`")
-    return Checkpoint(path)
+    return Checkpoint(path, json.loads(file.read_text()))
 
 
 def save_checkpoint(

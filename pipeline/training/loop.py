@@ -70,10 +70,10 @@ def train_steps(
         tokens = tokenize(batch.captions).to(engine.device, non_blocking=True)
         losses = engine(images, tokens, step)
         engine.backward(losses["total"])
-        if watching:
+        engine.step()
+        if watching:  # after the step, when ZeRO-3 has put the scores together again
             _check(gradients)
             watching = False
-        engine.step()
         done = step + 1
         monitor.after_step(batch, losses, factor(step), peak_lr)
         stopping = any_rank(stop.requested, control)
