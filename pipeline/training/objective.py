@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.method.contrastive import flyp_loss
+from pipeline.method.gate import Gate
 from pipeline.method.penalty import PenaltyKind, Reduction, gate_penalty
 
 # open_clip's and OpenAI's bound on the temperature: exp(logit_scale) <= 100.
@@ -56,7 +57,7 @@ class Objective(nn.Module):
     def __init__(
         self,
         clip: nn.Module,
-        scores: list[nn.Parameter],
+        gates: list[Gate],
         penalty: PenaltySettings,
         *,
         mean: tuple[float, ...],
@@ -65,7 +66,7 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         self.clip = clip
-        self._scores = scores  # a plain list: their gates own them
+        self._gates = gates  # a plain list: their blocks own them
         self._penalty = penalty
         self._precision = precision
         self.register_buffer("_mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
@@ -84,9 +85,11 @@ class Objective(nn.Module):
 
     def _gate_penalty(self, step: int, like: Tensor) -> Tensor:
         settings = self._penalty
-        if not self._scores or step < settings.delay_steps:
+        if not self._gates or step < settings.delay_steps:
             return torch.zeros_like(like)
-        return gate_penalty(self._scores, settings.kind, settings.lam, settings.reduction, settings.threshold)
+        # Read as an attribute of its gate, for that is what makes ZeRO-3 gather a score.
+        scores = [gate.score for gate in self._gates]
+        return gate_penalty(scores, settings.kind, settings.lam, settings.reduction, settings.threshold)
 
 
 def capped_logit_scale(value: Tensor) -> Tensor:

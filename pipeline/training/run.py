@@ -18,7 +18,7 @@ from pipeline.config import Config, ConfigError, flatten, load_config, to_yaml
 from pipeline.data.batches import Batches
 from pipeline.data.shards import ShardIndex, load_index
 from pipeline.data.stream import Batch, TrainDataset, train_loader
-from pipeline.method.adapter import GradientWatch, gate_scores
+from pipeline.method.adapter import GradientWatch, blocks
 from pipeline.model.clip import Clip
 from pipeline.model.towers import inside_layers
 from pipeline.tracking.tracker import NullTracker, Tracker, environment_tags, open_tracker
@@ -232,7 +232,7 @@ def _objective(config: Config, clip: Clip) -> Objective:
     gate = config.gate
     return Objective(
         clip.model,
-        gate_scores(clip.model),
+        [block.gate for block in blocks(clip.model).values() if block.gate is not None],
         PenaltySettings(gate.penalty, gate.reduction, gate.lam, gate.threshold, gate.delay_steps),
         mean=clip.preprocess_cfg["mean"],
         std=clip.preprocess_cfg["std"],
