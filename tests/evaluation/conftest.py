@@ -220,7 +220,7 @@ def make_run(tiny_clip_dir: Path, benchmark_file: Path) -> Callable[..., Path]:
                         parameter.fill_(draw_score(generator) if score is None else score)
                     else:
                         parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-            state = checkpoint_state(config, clip, step, read_world({}))
+            state = checkpoint_state(config, clip, "0" * 64, step, read_world({}))
             tensors = {name: parameter.detach().clone() for name, parameter in parameters.items()}
             save_checkpoint(directory, tensors, {"moment": torch.zeros(1)}, state, keep_last=9)
         _save_expected(directory / "expected.pt", clip, generator)

@@ -1,0 +1,5 @@
+"""The command line. `main` is the entry point of `selora`."""
+
+from pipeline.cli.main import build_parser, main
+
+__all__ = ["build_parser", "main"]

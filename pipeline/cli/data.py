@@ -1,0 +1,153 @@
+"""inspect, pack, verify: from the user's files to checked shards."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline.cli.options import FAILED, OK, add_command, count, share
+
+
+def add(commands: Any) -> None:
+    """Declare the commands of this file."""
+    _add_inspect(commands)
+    _add_pack(commands)
+    _add_verify(commands)
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "inspect",
+        run_inspect,
+        "look at images before packing them: format, counts, classes, captions, what is missing",
+        "selora inspect photos/",
+        text_only=True,
+    )
+    _add_source(parser)
+
+
+def run_inspect(arguments: argparse.Namespace) -> int:
+    from pipeline.data.formats import inspect
+
+    print(inspect(arguments.source, arguments.format, **_source_options(arguments)))
+    return OK
+
+
+def _add_pack(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "pack",
+        run_pack,
+        "write images as WebDataset shards with an index.json beside them",
+        "selora pack photos/ shards/train",
+        "selora pack photos_test/ eval_sets/photos --eval --templates simple",
+    )
+    _add_source(parser)
+    parser.add_argument("out", type=Path, help="directory for the shards, new or empty")
+    parser.add_argument("--samples-per-shard", type=count, metavar="N", help="default: 16 shards, 64 to 5000 each")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the order in the shards (default: 0)")
+    parser.add_argument(
+        "--check", choices=("decode", "none"), default="decode", help="decode every image once (default), or trust them"
+    )
+    parser.add_argument(
+        "--max-unreadable",
+        type=share,
+        default=0.01,
+        metavar="SHARE",
+        help="more than this share is an error (default: 0.01)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace the shards that are there")
+    parser.add_argument("--workers", type=count, default=4, metavar="N", help="decoding threads (default: 4)")
+    parser.add_argument("--eval", action="store_true", help="write an evaluation set for a benchmark file instead")
+    parser.add_argument("--templates", default="openai", metavar="NAME", help="--eval: how to ask (openai, simple)")
+
+
+def run_pack(arguments: argparse.Namespace) -> int:
+    if arguments.eval:
+        return _pack_eval(arguments)
+    from pipeline.data.shards import pack
+
+    report = pack(
+        arguments.source,
+        arguments.out,
+        format=arguments.format,
+        samples_per_shard=arguments.samples_per_shard,
+        seed=arguments.seed,
+        check=arguments.check,
+        max_unreadable=arguments.max_unreadable,
+        force=arguments.force,
+        workers=arguments.workers,
+        **_source_options(arguments),
+    )
+    for left_out in report.left_out:
+        print(f"left out: {left_out}", file=sys.stderr)
+    index = report.index
+    classes = f", {len(index.classes)} classes" if index.classes else ""
+    print(
+        f"{index.directory}: {index.samples} samples{classes} in {len(index.shards)} shards, "
+        f"{len(report.left_out)} left out"
+    )
+    return OK
+
+
+def _pack_eval(arguments: argparse.Namespace) -> int:
+    from pipeline.data.wds_layout import pack_eval
+
+    report = pack_eval(
+        arguments.source,
+        arguments.out,
+        format=arguments.format,
+        templates=arguments.templates,
+        max_unreadable=arguments.max_unreadable,
+        force=arguments.force,
+        workers=arguments.workers,
+        **_source_options(arguments),
+    )
+    for left_out in report.left_out:
+        print(f"left out: {left_out}", file=sys.stderr)
+    print(f"{arguments.out}: an evaluation set of {len(report.eval_set)} images, {len(report.left_out)} left out")
+    return OK
+
+
+def _add_verify(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "verify",
+        run_verify,
+        "check shards against their index: counts, sizes, checksums, and that every image decodes",
+        "selora verify shards/train",
+        text_only=True,
+    )
+    parser.add_argument("shards", type=Path, help="directory with index.json")
+    parser.add_argument("--no-decode", action="store_true", help="checksums only, without decoding the images")
+
+
+def run_verify(arguments: argparse.Namespace) -> int:
+    from pipeline.data.shards import verify
+
+    report = verify(arguments.shards, decode=not arguments.no_decode)
+    print(report)
+    return OK if report.ok else FAILED
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="folder of class folders, csv/tsv, or COCO captions json")
+    parser.add_argument(
+        "--format", choices=("auto", "imagefolder", "csv", "coco"), default="auto", help="default: found out by looking"
+    )
+    parser.add_argument("--classnames", type=Path, metavar="FILE", help="readable class names, one line per class")
+    parser.add_argument("--image-column", metavar="NAME", help="csv: column with image paths")
+    parser.add_argument("--caption-column", metavar="NAME", help="csv: column with captions")
+    parser.add_argument("--class-column", metavar="NAME", help="csv: column with class names")
+
+
+def _source_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "classnames": arguments.classnames,
+        "image_column": arguments.image_column,
+        "caption_column": arguments.caption_column,
+        "class_column": arguments.class_column,
+    }

@@ -1,0 +1,29 @@
+"""demo: the whole story on the embedded data."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from pipeline.cli.options import OK, add_command
+
+
+def add(commands: Any) -> None:
+    """Declare the commands of this file."""
+    parser = add_command(
+        commands,
+        "demo",
+        run_demo,
+        "the whole story on the embedded data: fine-tune four ways, evaluate, compare",
+        "selora demo",
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the fine-tuning (default: 0)")
+
+
+def run_demo(arguments: argparse.Namespace) -> int:
+    from pipeline.demo.run import demo
+
+    demo(arguments.out, arguments.seed)
+    return OK

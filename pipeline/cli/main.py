@@ -1,0 +1,74 @@
+"""The command line: one function per command, and a stage is imported only when its command is chosen.
+
+No option repeats a key of the config where there is one: what a run computes is said by its config file and key=value,
+ranks come from the launcher's environment. No option may be a prefix of one of torchrun's, which accepts abbreviations
+over its whole line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+from pipeline.cli import data, demo, runs
+from pipeline.cli.options import INTERRUPTED, OK, USER_MISTAKE
+from pipeline.config_file import ConfigError
+
+# In the order of `selora --help`.
+FAMILIES = (data, runs, demo)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. 0: done; 1: it failed or found something wrong; 2: the user's mistake, told; 130: Ctrl-C."""
+    arguments = build_parser().parse_args(_without_local_rank(sys.argv[1:] if argv is None else argv))
+    try:
+        code = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not arguments.text_only:
+            raise
+        # `selora config … | head` ends without a word, and Python's own flush at exit must not find the closed pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except ConfigError as error:
+        print(f"{_rank()}selora {arguments.command}: {_message(error)}", file=sys.stderr)
+        return USER_MISTAKE
+    except KeyboardInterrupt:
+        print(f"{_rank()}interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; building it imports no stage."""
+    parser = argparse.ArgumentParser(
+        prog="selora",
+        description="Fine-tune CLIP on your own images without losing what it knew.",
+        epilog="The usual order: inspect, pack, verify, train, evaluate. `selora COMMAND --help` has examples.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"selora {importlib.metadata.version('selora')}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for family in FAMILIES:
+        family.add(commands)
+    return parser
+
+
+def _without_local_rank(argv: Sequence[str]) -> list[str]:
+    """deepspeed's launcher adds --local_rank=N in front of the command; the environment's LOCAL_RANK is what counts."""
+    return [argument for argument in argv if not re.fullmatch(r"--local[_-]rank=\d+", argument)]
+
+
+def _rank() -> str:
+    """Every rank finds the same mistake; the others' copies say whose they are."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"[rank {rank}] "
+
+
+def _message(error: ConfigError) -> str:
+    text = str(error)
+    return text if "\n" not in text else "\n  " + text.replace("\n", "\n  ")

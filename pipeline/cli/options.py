@@ -1,0 +1,51 @@
+"""What the commands share: exit codes, how a command is declared, argument types."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from typing import Any
+
+Command = Callable[[argparse.Namespace], int]
+
+OK, FAILED, USER_MISTAKE, INTERRUPTED = 0, 1, 2, 130
+
+
+def add_command(
+    commands: Any, name: str, run: Command, summary: str, *examples: str, text_only: bool = False
+) -> argparse.ArgumentParser:
+    """A command's parser; `text_only`: it prints and ends, so a closed pipe may end it without a word."""
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog="example:\n" + "\n".join(f"  {example}" for example in examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run, text_only=text_only)
+    return parser
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="options over the file's, as in adapter.rank=16"
+    )
+
+
+def count(text: str) -> int:
+    if not re.fullmatch(r"[0-9]*[1-9][0-9]*", text):
+        raise argparse.ArgumentTypeError(f"should be a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"should lie between 0 and 1, got {text!r}")
+    return value

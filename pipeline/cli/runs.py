@@ -1,0 +1,144 @@
+"""config, train, evaluate, track: one run, from its config to its results on the server."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from pipeline.cli.options import FAILED, OK, add_command, add_config_arguments, count
+from pipeline.config_file import dump_yaml
+
+
+def add(commands: Any) -> None:
+    """Declare the commands of this file."""
+    _add_train(commands)
+    _add_evaluate(commands)
+    _add_track(commands)
+    _add_config(commands)
+
+
+def _add_train(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "train",
+        run_train,
+        "train by a config; the same command again continues where the run stopped",
+        "selora train configs/own_data.yaml adapter.rank=16 gate.lam=0.5",
+        "torchrun --nproc-per-node 8 -m pipeline train configs/own_data.yaml",
+        "deepspeed --module pipeline train configs/own_data.yaml",
+    )
+    add_config_arguments(parser)
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    from pipeline.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)  # before torch: a typo is told at once
+    from pipeline.training.run import train
+
+    train(config)
+    return OK
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "evaluate",
+        run_evaluate,
+        "zero-shot accuracy and retrieval on the datasets of a benchmark, finished ones skipped",
+        "selora evaluate runs/my_run --benchmark benchmark.yaml",
+        "selora evaluate ViT-B-16-quickgelu --pretrained openai --benchmark benchmark.yaml",
+    )
+    parser.add_argument("model", metavar="RUN_OR_MODEL", help="directory of a run, or a name as in model.name")
+    parser.add_argument("--pretrained", metavar="TAG", help="open_clip tag or weights file of a plain model")
+    parser.add_argument("--benchmark", type=Path, metavar="FILE", help="YAML list of datasets (default: the run's own)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="results (default: RUN/eval, or eval/MODEL)")
+    parser.add_argument("--datasets", nargs="+", metavar="KEY", help="only these rows of the benchmark")
+    parser.add_argument("--limit", type=count, metavar="N", help="only N images of each dataset, evenly spaced")
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: this rank's GPU, if any)")
+    parser.add_argument("--batch-size", type=count, metavar="N", help="images per rank (default: the run's, or 64)")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="decoding processes per rank (default: the run's, or 2)"
+    )
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the model (default: fp32)")
+    parser.add_argument(
+        "--preprocessing",
+        choices=("reference", "fast"),
+        default="reference",
+        help="reference: PIL, for published numbers (default)",
+    )
+
+
+def run_evaluate(arguments: argparse.Namespace) -> int:
+    from pipeline.evaluation.run import evaluate_command
+
+    return evaluate_command(
+        arguments.model,
+        benchmark=arguments.benchmark,
+        out=arguments.out,
+        datasets=arguments.datasets,
+        limit=arguments.limit,
+        device=arguments.device,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        pretrained=arguments.pretrained,
+        precision=arguments.precision,
+        preprocessing=arguments.preprocessing,
+    )
+
+
+def _add_track(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "track",
+        run_track,
+        "send to MLflow what the journals of runs hold and the server has not got",
+        "selora track sync runs/my_run",
+        "selora track sync runs --uri http://tracking:5000",
+    )
+    parser.add_argument("action", choices=("sync",), help="sync: replay the journals; nothing is sent twice")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="directory of a run, or of many")
+    parser.add_argument("--uri", help="MLflow tracking server or database (default: each run's own)")
+    parser.add_argument("--full", action="store_true", help="deliver everything again, to a store that lost data")
+
+
+def run_track(arguments: argparse.Namespace) -> int:
+    from pipeline.tracking.mlflow_tracker import sync_all
+
+    reports = sync_all(arguments.runs, arguments.uri, full=arguments.full)
+    for report in reports:
+        print(report)
+    return OK if all(report.complete for report in reports) else FAILED
+
+
+def _add_config(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "config",
+        run_config,
+        "print the resolved config and where each value came from",
+        "selora config configs/own_data.yaml train.lr=3e-5",
+        text_only=True,
+    )
+    add_config_arguments(parser)
+
+
+def run_config(arguments: argparse.Namespace) -> int:
+    from pipeline.config import digest, flatten, load_config_with_origin
+
+    config, origins = load_config_with_origin(arguments.config, arguments.overrides)
+    lines: list[tuple[str, str]] = []
+    section = ""
+    for key, value in flatten(config).items():
+        above, _, name = key.rpartition(".")
+        if above != section:
+            lines.append((f"{above}:", ""))
+            section = above
+        text = value if isinstance(value, str) and value.startswith("[") else dump_yaml(value).splitlines()[0]
+        lines.append((f"{'  ' if above else ''}{name}: {text}", origins[key]))
+    width = min(60, max(len(text) for text, _ in lines))
+    for text, origin in lines:
+        print(f"{text:<{width}}  # {origin}" if origin else text)
+    print(f"# digest {digest(config)}")
+    return OK
