@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
 from pipeline.method.gate import Gate, gated_add
 from pipeline.method.lowrank import LowRank
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, an autocast around it has no effect. Shapes alone (the meta device) know no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 class Block(nn.Module):
@@ -89,7 +96,7 @@ class DoRALinear(Block):
         ||W0 + s BA||^2 = ||W0||^2 + 2 s <W0 A^T, B> + s^2 (B (A A^T) B^T)_ii, all sums over a row.
         """
         a, b, scaling = self.lowrank.lora_A, self.lowrank.lora_B, self.lowrank.scaling
-        with torch.autocast(a.device.type, enabled=False):
+        with _full_precision(a.device):
             wide = torch.promote_types(a.dtype, torch.float32)
             w, a, b = self.base.weight.to(wide), a.to(wide), b.to(wide)
             squared = w.square().sum(1)

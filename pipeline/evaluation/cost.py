@@ -1,0 +1,278 @@
+"""What a model costs: parameters, multiply-accumulates (MAC) per image and per text, and latency.
+
+One MAC is two FLOPs. Every count here has a closed form; `counted_macs` asks torch's counter for the same number.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.method.adapter import AdapterKind, attach_adapter
+from pipeline.model.clip import Clip
+from pipeline.model.towers import TOWERS, SplitAttention, adapter_targets, apply_trainable
+
+Macs = dict[str, int]  # tower -> MAC of one image or one text
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One way to compute a block that is not merged: the kinds it can serve, and what it adds to the base linear.
+
+    `overhead`: (in, out, rank, tokens) -> MAC of one forward. What does not depend on the tokens is spent once per
+    forward, so its share shrinks as the batch grows.
+    """
+
+    kinds: tuple[AdapterKind, ...]
+    meaning: str
+    overhead: Callable[[int, int, int, int], int]
+
+
+def _factors(m: int, n: int, r: int, t: int) -> int:
+    return t * r * (m + n)
+
+
+def _dense_delta(m: int, n: int, r: int, _: int) -> int:
+    return m * n * r
+
+
+def _identity_delta(m: int, n: int, r: int, _: int) -> int:
+    # A and B applied to the (in, in) identity, PEFT's way to a dense BA
+    return m * r * (m + n)
+
+
+def _base(m: int, n: int, _: int, t: int) -> int:
+    return t * m * n
+
+
+def _norm_by_factors(m: int, n: int, r: int, _: int) -> int:
+    return m * n * r + r * r * (m + n)
+
+
+def _sum(*parts: Callable[[int, int, int, int], int]) -> Callable[[int, int, int, int], int]:
+    return lambda m, n, r, t: sum(part(m, n, r, t) for part in parts)
+
+
+_LORA: tuple[AdapterKind, ...] = ("lora",)
+_DORA: tuple[AdapterKind, ...] = ("dora",)
+RULES: dict[str, Rule] = {
+    "merged": Rule(("lora", "dora"), "delta folded into the weight once", lambda m, n, r, t: 0),
+    "two_path": Rule(_LORA, "x W0 + (x A) B", _factors),
+    "folded": Rule(_LORA, "BA formed, added to W0, one product", _dense_delta),
+    "dense_delta": Rule(_LORA, "BA formed, and x (BA) beside x W0", _sum(_dense_delta, _base)),
+    "dense_and_two_path": Rule(_LORA, "BA formed and not used, two paths", _sum(_dense_delta, _factors)),
+    "dora_two_path": Rule(_DORA, "norm by the r x r identity, two paths: selora", _sum(_norm_by_factors, _factors)),
+    "dora_dense_norm": Rule(_DORA, "BA formed for the norm, two paths", _sum(_dense_delta, _factors)),
+    "dora_nvlabs": Rule(_DORA, "BA for the norm, a second x W0, two paths", _sum(_dense_delta, _base, _factors)),
+    "dora_peft_0_13": Rule(
+        _DORA, "BA through an identity input, a second x W0, two paths", _sum(_identity_delta, _base, _factors)
+    ),
+    "dora_peft": Rule(_DORA, "BA through an identity input, two paths", _sum(_identity_delta, _factors)),
+}
+OWN_RULE: dict[AdapterKind, str] = {"lora": "two_path", "dora": "dora_two_path"}
+
+
+def block_macs(inputs: int, outputs: int, rank: int, tokens: int, rule: str = "two_path") -> int:
+    """MAC that one block of this rank adds to its (inputs -> outputs) linear in a forward over `tokens` rows.
+
+    rule: a key of RULES. ValueError for another.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule={rule!r}: expected one of {', '.join(RULES)}")
+    return RULES[rule].overhead(inputs, outputs, rank, tokens)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear that can carry a block, and how many rows (tokens) one image or one text sends through it."""
+
+    target: str
+    inputs: int
+    outputs: int
+    tokens: int
+
+    @property
+    def tower(self) -> str:
+        return self.target.partition(".")[0]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Counts of a plain model. `base` is the closed form, `counted` what torch's counter says of the same forward."""
+
+    parameters: int
+    sites: tuple[Site, ...]
+    base: Macs
+    counted: Macs
+
+    def overhead(self, rank: int, rule: str, targets: Iterable[str] | None = None) -> Macs:
+        """MAC that blocks on `targets` (None: on all sites) add to one image and to one text."""
+        chosen = {site.target for site in self.sites} if targets is None else set(targets)
+        return {
+            tower: sum(
+                block_macs(site.inputs, site.outputs, rank, site.tokens, rule)
+                for site in self.sites
+                if site.tower == tower and site.target in chosen
+            )
+            for tower in TOWERS
+        }
+
+    def adapter_parameters(self, rank: int, kind: AdapterKind, targets: Iterable[str] | None = None) -> int:
+        """Trainable numbers of the blocks: A, B, the magnitude of DoRA and the score of the gate."""
+        chosen = {site.target for site in self.sites} if targets is None else set(targets)
+        return sum(
+            rank * (site.inputs + site.outputs) + (site.outputs if kind == "dora" else 0) + 1
+            for site in self.sites
+            if site.target in chosen
+        )
+
+
+def model_cost(clip: Clip) -> Cost:
+    """Count a plain (or merged) CLIP; nothing is computed, the model is only traced on shapes."""
+    model = deepcopy(clip.model).to("meta").eval()
+    sites, base = _trace(model, _inputs(clip, "meta"))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Cost(parameters, sites, base, counted_macs(model, _inputs(clip, "meta")))
+
+
+def trained_parameters(clip: Clip, train_rest: str, kind: str) -> int:
+    """Numbers that train beside the adapters (kind "full": everything)."""
+    model = deepcopy(clip.model).to("meta")
+    apply_trainable(model, train_rest, kind)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def counted_adapter_macs(clip: Clip, rank: int, kind: AdapterKind, targets: Iterable[str] | None = None) -> Macs:
+    """What torch's counter says of one image and one text with blocks on `targets` (None: on all), not merged."""
+    model = deepcopy(clip.model).to("meta").eval()
+    attach_adapter(adapter_targets(model), rank=rank, kind=kind, gated=False, select=targets)
+    return counted_macs(model, _inputs(clip, "meta"))
+
+
+def counted_macs(model: nn.Module, inputs: Mapping[str, Tensor]) -> Macs:
+    """MAC of one forward of each tower by torch's counter.
+
+    The attention is torch's plain one meanwhile: on a CPU the fused ones are not counted.
+    """
+    return {tower: _counted(partial(_encoder(model, tower), inputs[tower])) for tower in TOWERS}
+
+
+def _counted(forward: Callable[[], Any]) -> int:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        forward()
+    return counter.get_total_flops() // 2
+
+
+def _encoder(model: Any, tower: str) -> Callable[[Tensor], Tensor]:
+    return model.encode_image if tower == "image" else model.encode_text
+
+
+def _inputs(clip: Clip, device: str | torch.device, batch: int = 1) -> dict[str, Tensor]:
+    """Images and texts of the right shape: zeros, and the tokens of an empty caption."""
+    size = clip.preprocess_cfg["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return {
+        "image": torch.zeros(batch, 3, height, width, device=device),
+        "text": clip.tokenizer([""] * batch).to(device),
+    }
+
+
+def _trace(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[tuple[Site, ...], Macs]:
+    """Every site with its tokens, and the closed form of each tower's forward, from the shapes that pass through."""
+    rows: dict[int, int] = {}
+    macs: list[int] = []
+
+    def see_linear(module: nn.Linear, args: tuple[Tensor, ...]) -> None:
+        rows[id(module)] = args[0].numel() // module.in_features
+        macs.append(rows[id(module)] * module.in_features * module.out_features)
+
+    def see_convolution(module: nn.Conv2d, _: Any, out: Tensor) -> None:
+        macs.append(module.weight.numel() * out.shape[0] * out.shape[2] * out.shape[3])
+
+    def see_attention(module: SplitAttention, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
+        batch, length, width = (args[0] if args else kwargs["query"]).shape
+        macs.append(2 * batch * length * length * width)  # q k' and its product with v
+
+    for module in model.modules():
+        if isinstance(module, SplitAttention):
+            module.register_forward_pre_hook(see_attention, with_kwargs=True)
+        elif isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(see_linear)
+        elif isinstance(module, nn.Conv2d):
+            module.register_forward_hook(see_convolution)
+    base = {}
+    for tower in TOWERS:
+        macs.clear()
+        with torch.no_grad():
+            _encoder(model, tower)(inputs[tower])
+        base[tower] = sum(macs) + _projection(model, tower)
+    sites = []
+    for target, (parent, attribute) in adapter_targets(model).items():
+        linear = parent.get_submodule(attribute)
+        assert isinstance(linear, nn.Linear)
+        sites.append(Site(target, linear.in_features, linear.out_features, rows[id(linear)]))
+    return tuple(sites), base
+
+
+def _projection(model: nn.Module, tower: str) -> int:
+    """MAC of the last product of a tower where it is a bare matrix, applied to one pooled row."""
+    paths = ("visual.proj",) if tower == "image" else ("text_projection", "text.text_projection")
+    matrices = (parameter for name, parameter in model.named_parameters() if name in paths)
+    return sum(matrix.numel() for matrix in matrices)
+
+
+State = Literal["plain", "unmerged", "pruned"]
+
+
+def latencies(
+    clip: Clip,
+    rank: int,
+    kind: AdapterKind,
+    active: Iterable[str],
+    *,
+    batch: int,
+    device: torch.device,
+    rounds: int = 7,
+) -> dict[State, float]:
+    """Median seconds of a forward of both towers over `batch` images and texts: plain (or merged), with a block on
+    every site, and with blocks on `active` only. The three alternate, so a busy neighbour slows them alike.
+    """
+    models: dict[State, nn.Module] = {}
+    choices: dict[State, list[str] | None] = {"plain": [], "unmerged": None, "pruned": list(active)}
+    for state, targets in choices.items():
+        model = deepcopy(clip.model).to(device).eval()
+        if targets != []:
+            attach_adapter(adapter_targets(model), rank=rank, kind=kind, gated=False, select=targets)
+        models[state] = model
+    inputs = _inputs(clip, device, batch)
+    seconds: dict[State, list[float]] = {state: [] for state in models}
+    for turn in range(rounds + 1):
+        order = list(models) if turn % 2 else list(models)[::-1]
+        for state in order:
+            spent = _seconds(models[state], inputs)
+            if turn:  # the first turn warms up
+                seconds[state].append(spent)
+    return {state: median(spent) for state, spent in seconds.items()}
+
+
+@torch.no_grad()
+def _seconds(model: nn.Module, inputs: Mapping[str, Tensor]) -> float:
+    on_gpu = inputs["image"].device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for tower in TOWERS:
+        _encoder(model, tower)(inputs[tower])
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
