@@ -21,6 +21,7 @@ from typing import Any
 from pipeline.config import Config, load_config
 from pipeline.demo.assets import BENCHMARK, FINETUNE, MODEL, asset, unpack
 from pipeline.demo.show import Row, draw, record, table
+from pipeline.evaluation.choice import kept_share
 
 
 @dataclass(frozen=True)
@@ -126,16 +127,17 @@ def _evaluate_base(config: Config, out: Path) -> Mapping[str, Any]:
 
 
 def _row(label: str, summary: Mapping[str, Any], untouched: Mapping[str, Any], state: Mapping[str, Any]) -> Row:
-    groups, before = summary["groups"], untouched["groups"]
-    others = [name for name in groups if name != "id"]
+    means, before = ({name: group["mean"] for name, group in each["groups"].items()} for each in (summary, untouched))
+    kept = kept_share(means, before)
+    assert kept is not None, "the demo's benchmark has groups other than id"
     gates = state.get("gate_map") or {}
     return Row(
         label=label,
-        id=groups["id"]["mean"],
-        shift=groups["shift"]["mean"],
-        zero_shot=groups["zero-shot"]["mean"],
-        retrieval=groups["retrieval"]["mean"],
-        kept=sum(groups[name]["mean"] / before[name]["mean"] for name in others) / len(others),
+        id=means["id"],
+        shift=means["shift"],
+        zero_shot=means["zero-shot"],
+        retrieval=means["retrieval"],
+        kept=kept,
         active=(sum(gate["open"] for gate in gates.values()), len(gates)) if gates else None,
     )
 

@@ -1,0 +1,67 @@
+"""Which of many fine-tuned models to take: gain on the own data against what was kept of the rest.
+
+The demo, the report and the promotion share this one rule: the model marked in the figure is the one registered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Point(NamedTuple):
+    """One model. `id` in [0, 1]; `kept` relative to the untouched model (1 = as good); `gain` of `id` over it."""
+
+    id: float
+    kept: float
+    gain: float
+
+
+def kept_share(means: Mapping[str, float], untouched: Mapping[str, float]) -> float | None:
+    """Mean over the groups other than id of mean / untouched mean.
+
+    A group in which the untouched model has nothing to keep does not count; None if no group is left.
+    """
+    shares = [means[name] / untouched[name] for name in means if name != "id" and untouched.get(name, 0.0) > 0]
+    return sum(shares) / len(shares) if shares else None
+
+
+def point_of(summary: Mapping[str, Any]) -> Point | None:
+    """Where the model of a summary.json lies; None while a dataset or the untouched model's result is missing."""
+    groups = summary["groups"]
+    if "id" not in groups or any(found["change"] is None or found["missing"] for found in groups.values()):
+        return None
+    means = {name: found["mean"] for name, found in groups.items()}
+    kept = kept_share(means, {name: found["mean"] - found["change"] for name, found in groups.items()})
+    return None if kept is None else Point(means["id"], kept, groups["id"]["change"])
+
+
+def pareto_front(points: Mapping[str, Point]) -> list[str]:
+    """The models that no other beats in id without losing in kept, or the other way round; by rising id, then name."""
+
+    def beaten(one: Point) -> bool:
+        return any(
+            other.id >= one.id and other.kept >= one.kept and (other.id > one.id or other.kept > one.kept)
+            for other in points.values()
+        )
+
+    return sorted((name for name, one in points.items() if not beaten(one)), key=lambda name: (points[name].id, name))
+
+
+def choose(points: Mapping[str, Point]) -> str:
+    """The model of the Pareto front with the largest harmonic mean of gain / best gain and kept.
+
+    A harmonic mean wants both: neither a model that learned nothing nor one that forgot everything can win by the other
+    half. Between equals the one that kept more wins, then the first name.
+
+    Raises ValueError without a point.
+    """
+    if not points:
+        raise ValueError("no model to choose from: none has results for id, another group and the untouched model")
+    best = max(point.gain for point in points.values())
+    return min(pareto_front(points), key=lambda name: (-_balance(points[name], best), -points[name].kept, name))
+
+
+def _balance(point: Point, best_gain: float) -> float:
+    gain = max(0.0, point.gain / best_gain) if best_gain > 0 else 0.0
+    return 2 * gain * point.kept / (gain + point.kept) if gain + point.kept > 0 else 0.0
