@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -25,6 +26,7 @@ __all__ = [
     "Eval",
     "Gate",
     "Model",
+    "Promote",
     "Tracking",
     "Train",
     "describe",
@@ -45,6 +47,7 @@ Towers = Annotated[tuple[Tower, ...], _FromList]
 Projections = Annotated[tuple[Projection, ...], _FromList]
 Texts = Annotated[tuple[str, ...], _FromList]
 Pair = Annotated[tuple[float, float], _FromList]
+_FLOOR = re.compile(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)\s*>=\s*(\d+(?:\.\d*)?|\.\d+)\s*")
 
 
 class Section(BaseModel):
@@ -161,6 +164,38 @@ class Tracking(Section):
     enabled: bool = Field(default=True, description="send the journal to MLflow; the journal itself is always written")
 
 
+class Promote(Section):
+    """What a run must reach before it enters the registry; accuracies and their changes are shares, 0.02 = 2 points."""
+
+    min_id: float | None = Field(default=None, ge=0, le=1, description="smallest mean accuracy of the id group")
+    min_gain: float | None = Field(
+        default=None, ge=-1, le=1, description="smallest rise of the id mean over the untouched model"
+    )
+    max_forgetting: float | None = Field(
+        default=None, ge=-1, le=1, description="largest mean drop over the groups other than id"
+    )
+    max_drop: float | None = Field(
+        default=None, ge=-1, le=1, description="largest drop of any one dataset against the untouched model"
+    )
+    min_dataset: Texts | None = Field(
+        default=None, min_length=1, description="smallest result of single datasets, as in ['pets >= 0.85']"
+    )
+    champion: Literal["by_hand", "if_better", "always"] = Field(
+        default="by_hand",
+        description="when a version becomes champion; if_better: no worse than it in id and forgetting, better in one",
+    )
+
+    def floors(self) -> dict[str, float]:
+        """{dataset: smallest result} of min_dataset; ValueError for an entry that is no `KEY >= SHARE`."""
+        floors = {}
+        for entry in self.min_dataset or ():
+            found = _FLOOR.fullmatch(entry)
+            if found is None or float(found[2]) > 1:
+                raise ValueError(f"promote.min_dataset: {entry!r} should be KEY >= SHARE, as in pets >= 0.85")
+            floors[found[1]] = float(found[2])
+        return floors
+
+
 class Config(Section):
     """The whole config of one run."""
 
@@ -176,6 +211,7 @@ class Config(Section):
     data: Data
     eval: Eval = Field(default_factory=Eval)
     tracking: Tracking = Field(default_factory=Tracking)
+    promote: Promote = Field(default_factory=Promote)
 
     @property
     def gated(self) -> bool:
@@ -215,6 +251,10 @@ def broken_rules(config: Config) -> Iterator[tuple[set[str], str]]:
         yield {"train.betas"}, f"train.betas: {list(train.betas)} should lie in 0 <= beta < 1"
     if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
         yield {"data.crop_scale"}, f"data.crop_scale: {list(data.crop_scale)} should be 0 < low <= high <= 1"
+    try:
+        config.promote.floors()
+    except ValueError as error:
+        yield {"promote.min_dataset"}, str(error)
     for template in data.templates if isinstance(data.templates, tuple) else ():
         if "{c}" not in template:
             yield {"data.templates"}, f"data.templates: {template!r} has no {{c}} for the class name"
@@ -255,8 +295,8 @@ def to_yaml(config: Config) -> str:
 
 
 def digest(config: Config) -> str:
-    """12 hex digits over what decides the result: equal for runs that differ only in name, place and tracking."""
-    content = config.model_dump(mode="json", exclude={"name", "out", "tracking"})
+    """12 hex digits over what decides the result, which name, place, tracking and the rule of promotion do not."""
+    content = config.model_dump(mode="json", exclude={"name", "out", "tracking", "promote"})
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch.distributed as dist
 
@@ -33,23 +33,19 @@ from pipeline.training.engine import (
 )
 from pipeline.training.loop import StopRequest, train_steps
 from pipeline.training.model import build_model, checkpoint_state, gate_values, load_trainable, trainable
-from pipeline.training.monitor import Monitor
+from pipeline.training.monitor import Monitor, Sink
 from pipeline.training.objective import Objective, PenaltySettings
 from pipeline.training.optim import Rates, lr_factor, parameter_groups
+from pipeline.training.settings import changed_settings, total_steps
 
-# Settings a run may change between two calls of the same command: they do not touch what is computed.
-FREE_SETTINGS = (
-    "tracking.",
-    "eval.",
-    "data.workers",
-    "train.zero_stage",
-    "train.log_every",
-    "train.gates_every",
-    "train.checkpoint_every",
-    "train.keep_last",
-    "out",
-    "name",
-)
+class Watch(Protocol):
+    """Somebody beside the run: told what it records, and asked after every step whether it shall stop."""
+
+    def recorded(self, step: int, values: Mapping[str, float]) -> None:
+        """The values that the journal gets at `step`; called on every rank, in step with the others."""
+
+    def stop_requested(self) -> bool:
+        """True on any rank: all save at the end of this step and leave."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,7 @@ class Outcome:
         return self.step >= self.total_steps
 
 
-def train(config: Config) -> Outcome:
+def train(config: Config, watch: Watch | None = None) -> Outcome:
     """Train until the schedule ends or a signal asks to stop; the same call again continues from the last checkpoint.
 
     Raises ConfigError for every mistake of the user's, before the first step wherever it can be known.
@@ -90,7 +86,7 @@ def train(config: Config) -> Outcome:
         load_trainable(clip, checkpoint)
         _say(world, f"{run_dir}: continuing at step {checkpoint.step} of {total}")
     with _tracked(config, run_dir, world, clip, index, total) as tracker:
-        step = _train(config, run_dir, world, control, clip, checkpoint, tracker, index, total)
+        step = _train(config, run_dir, world, control, clip, checkpoint, tracker, index, total, watch)
     return Outcome(run_dir, step, total)
 
 
@@ -102,11 +98,6 @@ def _check_data(checkpoint: Checkpoint, index: ShardIndex) -> None:
             f"{checkpoint.path}: was trained on shards {trained[:12]}, but data.train={index.directory} now holds "
             f"{index.digest[:12]}: put the old shards back, or start a run under another name"
         )
-
-
-def total_steps(config: Config, samples: int) -> int:
-    """train.steps, or as many steps as show every sample train.epochs times."""
-    return config.train.steps or math.ceil(config.train.epochs * samples / config.train.global_batch_size)
 
 
 def warnings_of(config: Config, total: int) -> list[str]:
@@ -136,6 +127,7 @@ def _train(
     tracker: Tracker,
     index: ShardIndex,
     total: int,
+    watch: Watch | None,
 ) -> int:
     model, settings = clip.model, config.train
     rates = Rates(settings.lr, settings.rest_lr or settings.lr, config.gate.lr or settings.lr)
@@ -147,7 +139,8 @@ def _train(
     if checkpoint is not None:
         restore_moments(engine, named, checkpoint.moments())
         start = checkpoint.step
-    monitor = _monitor(config, clip, world, control, tracker, index, total)
+    sink = tracker if watch is None else _Watched(tracker, watch)
+    monitor = _monitor(config, clip, world, control, sink, index, total)
     batches = _batches(config, clip, index, world, start, total)
 
     def save(done: int) -> None:
@@ -157,7 +150,7 @@ def _train(
             save_checkpoint(run_dir, parameters, moments, state, keep_last=settings.keep_last)
         dist.barrier(control)
 
-    with StopRequest() as stop:
+    with StopRequest(None if watch is None else watch.stop_requested) as stop:
         try:
             done = train_steps(
                 engine,
@@ -181,19 +174,31 @@ def _train(
     return done
 
 
+@dataclass(frozen=True)
+class _Watched:
+    """The tracker, and the one who watches."""
+
+    tracker: Tracker
+    watch: Watch
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        self.tracker.metrics(step, values)
+        self.watch.recorded(step, values)
+
+
 def _monitor(
     config: Config,
     clip: Clip,
     world: World,
     control: dist.ProcessGroup,
-    tracker: Tracker,
+    sink: Sink,
     index: ShardIndex,
     total: int,
 ) -> Monitor:
     return Monitor(
         world=world,
         control=control,
-        sink=tracker,
+        sink=sink,
         gates=partial(gate_values, clip.model),
         total_steps=total,
         global_batch_size=config.train.global_batch_size,
@@ -249,12 +254,7 @@ def _claim(run_dir: Path, config: Config, world: World) -> None:
         return
     path = run_dir / "config.yaml"
     if path.exists():
-        old, new = flatten(load_config(path, [])), flatten(config)
-        changed = [
-            f"  {key}: {old.get(key)} -> {new.get(key)}"
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and not key.startswith(FREE_SETTINGS)
-        ]
+        changed = changed_settings(load_config(path, []), config)
         if changed and latest_checkpoint(run_dir) is None:
             _set_aside(run_dir, world)
         elif changed:
