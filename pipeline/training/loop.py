@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
@@ -19,13 +20,20 @@ from pipeline.training.monitor import Monitor
 
 
 class StopRequest:
-    """True after the first SIGTERM, SIGUSR1 or Ctrl-C: the loop then saves and leaves at the end of its step."""
+    """True after the first SIGTERM, SIGUSR1 or Ctrl-C, or when `asked` says so: the loop then saves and leaves."""
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, asked: Callable[[], bool] | None = None) -> None:
+        self._asked = asked
+        self._noted = False
         self._previous: dict[int, Any] = {}
 
+    @property
+    def requested(self) -> bool:
+        return self._noted or (self._asked is not None and self._asked())
+
     def __enter__(self) -> StopRequest:
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Ray Train runs the training beside its own main thread, and only that one gets signals
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._note)
         return self
@@ -35,7 +43,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.requested = True
+        self._noted = True
         # A second signal of the same kind acts at once: a user who presses Ctrl-C twice means it.
         signal.signal(number, self._previous[number])
 

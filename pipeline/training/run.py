@@ -38,6 +38,7 @@ from pipeline.training.objective import Objective, PenaltySettings
 from pipeline.training.optim import Rates, lr_factor, parameter_groups
 from pipeline.training.settings import changed_settings, total_steps
 
+
 class Watch(Protocol):
     """Somebody beside the run: told what it records, and asked after every step whether it shall stop."""
 
@@ -46,6 +47,7 @@ class Watch(Protocol):
 
     def stop_requested(self) -> bool:
         """True on any rank: all save at the end of this step and leave."""
+        ...
 
 
 @dataclass(frozen=True)
