@@ -18,7 +18,7 @@ demo: env
 	$(BIN)/selora demo
 
 test: lint
-	$(BIN)/pytest --durations=10
+	$(BIN)/pytest -n auto --maxprocesses=4 --dist worksteal --durations=10
 
 test-slow: env
 	$(BIN)/pytest -m slow
