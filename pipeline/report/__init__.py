@@ -1,0 +1,1 @@
+"""What runs and sweeps showed, as one page with tables and figures."""
