@@ -142,6 +142,16 @@ def eval_resize(image: Pixels, cfg: Mapping[str, Any]) -> Tensor:
     return _tensor(functional.center_crop(resized, [height, width]))
 
 
+def without_border(image: Pixels, border: int) -> Pixels:
+    """The image without its outermost ``border`` pixels on each side. Raises BadImageError where nothing is left."""
+    if border == 0:
+        return image
+    _, height, width = functional.get_dimensions(image)
+    if min(height, width) <= 2 * border:
+        raise BadImageError(f"{width} x {height} pixels, nothing left without a border of {border}")
+    return functional.crop(image, border, border, height - 2 * border, width - 2 * border)
+
+
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 (B, 3, H, W) to float32, bit for bit ToTensor and Normalize, on the device the images are on."""
     mean_, std_ = (torch.tensor(v, dtype=torch.float32, device=images.device).view(1, -1, 1, 1) for v in (mean, std))

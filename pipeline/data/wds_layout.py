@@ -33,6 +33,7 @@ from pipeline.data.images import (
     eval_resize,
     looks_the_same_to_all,
     stored_extension,
+    without_border,
 )
 from pipeline.data.readable import usable_samples
 from pipeline.data.shards import check_empty, disk_faults_told, write_tar
@@ -123,19 +124,24 @@ def eval_loader(
     workers: int = 2,
     preprocessing: Preprocessing = "reference",
     limit: int | None = None,
+    only: Sequence[int] | None = None,
+    border: int = 0,
     max_pixels: int = MAX_PIXELS,
     pin: bool = False,
 ) -> Batches[EvalBatch]:
     """This rank's part of the set, a contiguous one: the ranks' parts after one another are the set in its order.
 
     ``cfg`` is open_clip's preprocessing (see images.eval_resize); "reference" is its ``image_transform`` up to the
-    normalisation. ``limit`` takes that many samples, evenly spread. Raises ConfigError for an unreadable image.
+    normalisation. ``only`` names the samples to take, ``limit`` takes that many of them, evenly spread. ``border``
+    pixels are cut off each side before the resize. Raises ConfigError for an unreadable image.
     """
-    total = len(eval_set) if limit is None else min(limit, len(eval_set))
+    pool = range(len(eval_set)) if only is None else only
+    total = len(pool) if limit is None else min(limit, len(pool))
     mine = range(rank * total // world, (rank + 1) * total // world)
-    chosen = [i * len(eval_set) // total for i in mine]
+    chosen = [pool[i * len(pool) // total] for i in mine]
     plan = [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
-    return Batches(_MakeEvalBatch(eval_set, dict(cfg), preprocessing, max_pixels), plan, workers=workers, pin=pin)
+    make = _MakeEvalBatch(eval_set, dict(cfg), preprocessing, max_pixels, border)
+    return Batches(make, plan, workers=workers, pin=pin)
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,7 @@ class _MakeEvalBatch:
     cfg: dict[str, Any]
     preprocessing: Preprocessing
     max_pixels: int
+    border: int
 
     def __call__(self, indices: Sequence[int]) -> EvalBatch:
         chosen = self.eval_set
@@ -162,9 +169,8 @@ class _MakeEvalBatch:
             if ext is None:
                 raise BadImageError("no image among its members")
             data = index.read(number, ext)
-            return eval_resize(
-                decode(data, form=self.preprocessing, max_pixels=self.max_pixels, as_stored=True), self.cfg
-            )
+            pixels = decode(data, form=self.preprocessing, max_pixels=self.max_pixels, as_stored=True)
+            return eval_resize(without_border(pixels, self.border), self.cfg)
         except BadImageError as error:
             raise ConfigError(f"{index.path}: {index.samples[number].key}: {error}") from error
 
