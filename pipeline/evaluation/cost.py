@@ -66,7 +66,7 @@ def _sum(*parts: Callable[[int, int, int, int], int]) -> Callable[[int, int, int
 _LORA: tuple[AdapterKind, ...] = ("lora",)
 _DORA: tuple[AdapterKind, ...] = ("dora",)
 RULES: dict[str, Rule] = {
-    "merged": Rule(("lora", "dora"), "delta folded into the weight once", lambda m, n, r, t: 0),
+    "merged": Rule(("lora", "dora"), "delta folded into the weight once", lambda *_: 0),
     "two_path": Rule(_LORA, "x W0 + (x A) B", _factors),
     "folded": Rule(_LORA, "BA formed, added to W0, one product", _dense_delta),
     "dense_delta": Rule(_LORA, "BA formed, and x (BA) beside x W0", _sum(_dense_delta, _base)),
@@ -199,7 +199,7 @@ def _trace(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[tuple[Site, 
     def see_convolution(module: nn.Conv2d, _: Any, out: Tensor) -> None:
         macs.append(module.weight.numel() * out.shape[0] * out.shape[2] * out.shape[3])
 
-    def see_attention(module: SplitAttention, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
+    def see_attention(_: SplitAttention, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
         batch, length, width = (args[0] if args else kwargs["query"]).shape
         macs.append(2 * batch * length * length * width)  # q k' and its product with v
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from pipeline.method.gate import Gate, gated_add
 from pipeline.method.lowrank import LowRank
 
 
-def _full_precision(device: torch.device) -> AbstractContextManager[None]:
+def _full_precision(device: torch.device) -> nullcontext[None] | torch.autocast:
     """Inside, an autocast around it has no effect. Shapes alone (the meta device) know no autocast."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 

@@ -1,0 +1,50 @@
+"""cost: what a model's blocks cost, before anything is trained."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.cli.options import OK, add_command, count
+
+
+def add(commands: Any) -> None:
+    """Declare the commands of this file."""
+    parser = add_command(
+        commands,
+        "cost",
+        run_cost,
+        "parameters, multiply-accumulates per image and per text, and latency of a model with blocks",
+        "selora cost ViT-B-16",
+        "selora cost ViT-B-16 --rank 16 256 --active 8 --latency 1 32",
+        "selora cost runs/my_run",
+        text_only=True,
+    )
+    parser.add_argument("model", metavar="RUN_OR_MODEL", help="directory of a run, or a name as in model.name")
+    parser.add_argument("--pretrained", metavar="TAG", help="open_clip tag or weights file of a plain model")
+    parser.add_argument("--rank", type=count, nargs="+", metavar="R", help="of the blocks (default: the run's)")
+    parser.add_argument("--kind", choices=("lora", "dora"), nargs="+", help="of the blocks (default: the run's)")
+    parser.add_argument("--active", type=count, metavar="N", help="open blocks (default: the run's)")
+    parser.add_argument("--latency", type=count, nargs="+", metavar="BATCH", help="time a forward of these sizes")
+    parser.add_argument("--device", metavar="DEVICE", help="of the latency: cpu, cuda (default: a GPU, if any)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
+
+
+def run_cost(arguments: argparse.Namespace) -> int:
+    from pipeline.evaluation.cost_report import cost_report, format_report
+
+    report = cost_report(
+        arguments.model,
+        pretrained=arguments.pretrained,
+        ranks=arguments.rank,
+        kinds=arguments.kind,
+        active=arguments.active,
+        latency_batches=arguments.latency or (),
+        device=arguments.device,
+    )
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(format_report(report))
+    return OK
