@@ -154,6 +154,9 @@ class Eval(Section):
     )
     batch_size: int = Field(default=64, ge=1, description="images per rank and forward")
     workers: int = Field(default=2, ge=0, description="decoding processes per rank")
+    preprocessing: Literal["fast", "reference"] = Field(
+        default="reference", description="of a sweep's evaluations; reference: PIL, for published numbers"
+    )
 
 
 class Tracking(Section):
