@@ -15,6 +15,8 @@ from typing import Any, Literal
 from webdataset.writer import TarWriter
 
 from pipeline.config import ConfigError
+from pipeline.data.cache import Cache
+from pipeline.data.folders import Folder, LocalFolder, folder_at
 from pipeline.data.formats import Format, Sample, Source, read_source
 from pipeline.data.images import MAX_PIXELS, STORED_EXTENSIONS, BadImageError, decode, stored_extension
 from pipeline.data.order import seeded_permutation, stable_hash
@@ -39,12 +41,17 @@ class Shard:
 class ShardIndex:
     """A folder of shards. ``classes`` are readable names by label, None when samples carry captions only."""
 
-    directory: Path
+    folder: Folder
     shards: tuple[Shard, ...]
     samples: int
     classes: tuple[str, ...] | None
     digest: str
     source: dict[str, Any]
+
+    @property
+    def directory(self) -> Path:
+        """Of shards on this disk."""
+        return Path(self.folder.location)
 
     def sizes(self) -> list[int]:
         return [shard.samples for shard in self.shards]
@@ -58,35 +65,38 @@ class PackReport:
     left_out: list[str] = field(default_factory=list)
 
 
-def load_index(directory: str | Path) -> ShardIndex:
+def load_index(location: str | Path, cache: Cache | None = None) -> ShardIndex:
     """The index of a shard folder, after a cheap check that each tar is there with the recorded size.
 
-    Raises ConfigError that names the shard.
+    ``location``: a folder, or a URL (see remote.py), whose shards are copied into ``cache`` and checked by their sha256
+    when they are opened. Raises ConfigError that names the shard.
     """
-    index = _read_index(Path(directory))
-    for shard in index.shards:
-        fault = _size_fault(index.directory, shard)
-        if fault:
-            raise ConfigError(f"{index.directory / shard.name}: {fault}; copy it again or pack the source again")
+    index = _read_index(folder_at(location, cache))
+    if isinstance(index.folder, LocalFolder):
+        for shard in index.shards:
+            fault = _size_fault(index.directory, shard)
+            if fault:
+                raise ConfigError(f"{index.directory / shard.name}: {fault}; copy it again or pack the source again")
     return index
 
 
 def open_shard(index: ShardIndex, number: int) -> TarIndex:
     """The samples of one shard, as many as the index says; TarError otherwise."""
     shard = index.shards[number]
-    tar = TarIndex(index.directory / shard.name)
+    tar = index.folder.open_tar(shard.name, size=shard.bytes, sha256=shard.sha256)
     if len(tar) != shard.samples:
-        raise TarError(f"{tar.path}: {len(tar)} samples where its index has {shard.samples}; pack the source again")
+        raise TarError(f"{tar.name}: {len(tar)} samples where its index has {shard.samples}; pack the source again")
     return tar
 
 
-def _read_index(folder: Path) -> ShardIndex:
-    file = folder / INDEX_NAME
-    if not file.is_file():
-        hint = "no such folder" if not folder.is_dir() else "no index.json in it; `selora pack SOURCE OUT` writes one"
-        raise ConfigError(f"{folder}: {hint}")
+def _read_index(folder: Folder) -> ShardIndex:
+    file = f"{folder.location}/{INDEX_NAME}"
+    text = folder.read_text(INDEX_NAME)
+    if text is None:
+        hint = "no index.json in it; `selora pack SOURCE OUT` writes one" if folder.exists() else "no such folder"
+        raise ConfigError(f"{folder.location}: {hint}")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(text)
         if (content["format"], content["version"]) != (FORMAT_NAME, FORMAT_VERSION):
             raise ConfigError(f"{file}: {content['format']} {content['version']} is not {FORMAT_NAME} {FORMAT_VERSION}")
         shards = tuple(Shard(s["name"], s["samples"], s["bytes"], s["sha256"]) for s in content["shards"])
@@ -268,7 +278,7 @@ def verify(
 
     Every fault is reported, none stops the check. Raises ConfigError when the index itself cannot be read.
     """
-    index = _read_index(Path(directory))
+    index = _read_index(LocalFolder(Path(directory)))
     known = {shard.name for shard in index.shards}
     faults = [
         f"{path.name}: not in the index" for path in sorted(index.directory.glob("*.tar")) if path.name not in known

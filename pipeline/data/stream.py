@@ -92,7 +92,8 @@ class TrainDataset:
             except BadImageError as error:
                 fault = fault or f"{key}: {error}"
         raise ConfigError(
-            f"{self.index.directory}: {SUBSTITUTES} samples in a row are bad, first {fault}; `selora verify` lists all"
+            f"{self.index.folder.location}: {SUBSTITUTES} samples in a row are bad, first {fault}; "
+            "`selora verify` lists all"
         )
 
     def _load(self, tar: TarIndex, number: int, key: str, epoch: int) -> TrainSample:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import ConfigError
 
 BLOCK = tarfile.BLOCKSIZE
+# A copy that is pushed out of its cache this often before it is opened has a cache that is far too small.
+FETCHES = 5
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")
 _REMARK = re.compile(r"__[^/]*__($|/)")
 
@@ -41,10 +43,14 @@ class TarSample:
 
 
 class TarIndex:
-    """The samples of a tar and their bytes. The file stays open until close(), or until nobody holds the index."""
+    """The samples of a tar and their bytes. The file stays open until close(), or until nobody holds the index.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    ``fetch`` gives the path anew when the file is gone, as a copy in a cache may be; ``name`` is what messages call it.
+    """
+
+    def __init__(self, path: str | Path, *, fetch: Callable[[], Path] | None = None, name: str | None = None) -> None:
+        self.path, self.name = Path(path), name or str(path)
+        self._fetch = fetch
         self._pid, self._fd = -1, -1
         self.samples = self._scan()
 
@@ -63,7 +69,7 @@ class TarIndex:
         data = os.pread(self._handle(), member.size, member.offset)
         if len(data) != member.size:
             key = self.samples[sample].key
-            raise TarError(f"{self.path}: {key}.{ext} ends after {len(data)} of {member.size} bytes")
+            raise TarError(f"{self.name}: {key}.{ext} ends after {len(data)} of {member.size} bytes")
         return data
 
     def close(self) -> None:
@@ -75,22 +81,31 @@ class TarIndex:
     def _handle(self) -> int:
         # Reads name their offset, so a handle from before a fork would do, but then nobody knew who closes it.
         if self._pid != os.getpid():
-            try:
-                self._fd, self._pid = os.open(self.path, os.O_RDONLY), os.getpid()
-            except OSError as error:
-                raise TarError(f"{self.path}: cannot be opened ({error.strerror})") from error
+            self._fd, self._pid = self._open(), os.getpid()
         return self._fd
+
+    def _open(self) -> int:
+        for _ in range(FETCHES if self._fetch else 0):
+            try:
+                return os.open(self.path, os.O_RDONLY)
+            except FileNotFoundError:
+                assert self._fetch is not None
+                self.path = self._fetch()
+        try:
+            return os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise TarError(f"{self.name}: cannot be opened ({error.strerror})") from error
 
     def _scan(self) -> list[TarSample]:
         samples: list[TarSample] = []
-        for name, member in _members(self._handle(), self.path):
+        for name, member in _members(self._handle(), self.name):
             key, ext = split_name(name)
             if not key:
                 continue
             if not samples or samples[-1].key != key:
                 samples.append(TarSample(key, {}))
             if ext in samples[-1].members:
-                raise TarError(f"{self.path}: {name} comes twice")
+                raise TarError(f"{self.name}: {name} comes twice")
             samples[-1].members[ext] = member
         return samples
 
@@ -106,7 +121,7 @@ def split_name(name: str) -> tuple[str, str]:
     return match.group(1), match.group(2).lower()
 
 
-def _members(fd: int, path: Path) -> Iterator[tuple[str, Member]]:
+def _members(fd: int, path: str) -> Iterator[tuple[str, Member]]:
     """Name and place of each regular file. Understands ustar, GNU long names, and pax path and size."""
     total, at = os.fstat(fd).st_size, 0
     long_name: str | None = None
@@ -129,7 +144,7 @@ def _members(fd: int, path: Path) -> Iterator[tuple[str, Member]]:
             long_name, pax = None, {}
 
 
-def _header(fd: int, path: Path, at: int, total: int) -> tarfile.TarInfo | None:
+def _header(fd: int, path: str, at: int, total: int) -> tarfile.TarInfo | None:
     """The header at byte ``at``; None for the end marker, TarError for anything else."""
     try:
         return tarfile.TarInfo.frombuf(os.pread(fd, BLOCK, at), "utf-8", "surrogateescape")

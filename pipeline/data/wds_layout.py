@@ -23,6 +23,8 @@ from torch import Tensor
 
 from pipeline.config import ConfigError
 from pipeline.data.batches import Batches
+from pipeline.data.cache import Cache
+from pipeline.data.folders import Folder, folder_at, open_tars
 from pipeline.data.formats import Format, Sample, read_source
 from pipeline.data.images import (
     MAX_PIXELS,
@@ -89,26 +91,29 @@ class EvalBatch:
         return replace(self, images=self.images.pin_memory())
 
 
-def open_eval_set(directory: str | Path, *, split: str = "test") -> EvalSet:
-    """Scan the headers and read labels or captions of a set. Raises ConfigError that names the file at fault."""
-    folder = Path(directory)
+def open_eval_set(location: str | Path, *, split: str = "test", cache: Cache | None = None) -> EvalSet:
+    """Scan the headers and read labels or captions of a set. Raises ConfigError that names the file at fault.
+
+    ``location``: a folder, a URL or ``hf:ORG/NAME`` (see remote.py), whose tars are copied into ``cache`` first.
+    """
+    folder = folder_at(location, cache)
     kind = _kind(folder)
-    count_file = folder / split / "nshards.txt"
-    if not count_file.is_file():
-        hint = "no such folder" if not folder.is_dir() else f"no {split}/nshards.txt, so it is no clip-benchmark set"
-        raise ConfigError(f"{folder}: {hint}")
-    count = count_file.read_text(encoding="utf-8").strip()
+    count = folder.read_text(f"{split}/nshards.txt")
+    if count is None:
+        hint = f"no {split}/nshards.txt, so it is no clip-benchmark set" if folder.exists() else "no such folder"
+        raise ConfigError(f"{folder.location}: {hint}")
+    count = count.strip()
     if not count.isdecimal() or int(count) < 1:
-        raise ConfigError(f"{count_file}: {count!r} is no number of shards")
-    tars = tuple(TarIndex(folder / split / f"{number}.tar") for number in range(int(count)))
+        raise ConfigError(f"{folder.location}/{split}/nshards.txt: {count!r} is no number of shards")
+    tars = open_tars(folder, [f"{split}/{number}.tar" for number in range(int(count))])
     places = tuple((t, i) for t, tar in enumerate(tars) for i in range(len(tar)))
-    classnames, templates = _lines(folder / CLASSNAMES), _lines(folder / TEMPLATES)
+    classnames, templates = _lines(folder, CLASSNAMES), _lines(folder, TEMPLATES)
     if kind == "classification":
         labels, captions = tuple(_label(tars[t], i, classnames) for t, i in places), ()
     else:
         labels, captions = (), tuple(_captions(tars[t], i) for t, i in places)
     if not places:
-        raise ConfigError(f"{folder}: its {count} shards hold no sample")
+        raise ConfigError(f"{folder.location}: its {count} shards hold no sample")
     content = kind, classnames, templates, labels, captions, [(tar.path.name, tar.samples) for tar in tars]
     digest = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
     return EvalSet(folder.name, kind, classnames, templates, labels, captions, places, tars, digest)
@@ -172,7 +177,7 @@ class _MakeEvalBatch:
             pixels = decode(data, form=self.preprocessing, max_pixels=self.max_pixels, as_stored=True)
             return eval_resize(without_border(pixels, self.border), self.cfg)
         except BadImageError as error:
-            raise ConfigError(f"{index.path}: {index.samples[number].key}: {error}") from error
+            raise ConfigError(f"{index.name}: {index.samples[number].key}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -297,18 +302,18 @@ def _members(sample: Sample) -> dict[str, bytes]:
     return members
 
 
-def _kind(folder: Path) -> Kind:
-    file = folder / TYPE
-    said = file.read_text(encoding="utf-8").strip().lower() if file.is_file() else "classification"
+def _kind(folder: Folder) -> Kind:
+    said = (folder.read_text(TYPE) or "classification").strip().lower()
     if said == "classification" or said == "retrieval":
         return said
-    raise ConfigError(f"{file}: {said!r} sets are not evaluated here, only classification and retrieval")
+    raise ConfigError(
+        f"{folder.location}/{TYPE}: {said!r} sets are not evaluated here, only classification and retrieval"
+    )
 
 
-def _lines(file: Path) -> tuple[str, ...] | None:
-    if not file.is_file():
-        return None
-    return tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+def _lines(folder: Folder, file: str) -> tuple[str, ...] | None:
+    text = folder.read_text(file)
+    return None if text is None else tuple(line.strip() for line in text.splitlines())
 
 
 def _label(tar: TarIndex, number: int, classnames: Sequence[str] | None) -> int:
@@ -316,19 +321,19 @@ def _label(tar: TarIndex, number: int, classnames: Sequence[str] | None) -> int:
     if not raw.isdigit() or (classnames is not None and int(raw) >= len(classnames)):
         said = raw[:20].decode("utf-8", "replace")
         known = "" if classnames is None else f" of {len(classnames)}"
-        raise ConfigError(f"{tar.path}: {tar.samples[number].key}.cls says {said!r}, which is no class{known}")
+        raise ConfigError(f"{tar.name}: {tar.samples[number].key}.cls says {said!r}, which is no class{known}")
     return int(raw)
 
 
 def _captions(tar: TarIndex, number: int) -> tuple[str, ...]:
     lines = tuple(_member(tar, number, "txt").decode("utf-8").splitlines())
     if not lines:
-        raise ConfigError(f"{tar.path}: {tar.samples[number].key}.txt holds no caption")
+        raise ConfigError(f"{tar.name}: {tar.samples[number].key}.txt holds no caption")
     return lines
 
 
 def _member(tar: TarIndex, number: int, ext: str) -> bytes:
     if ext not in tar.samples[number].members:
         there = ", ".join(sorted(tar.samples[number].members))
-        raise ConfigError(f"{tar.path}: {tar.samples[number].key} has no .{ext} member (it has {there})")
+        raise ConfigError(f"{tar.name}: {tar.samples[number].key} has no .{ext} member (it has {there})")
     return tar.read(number, ext)

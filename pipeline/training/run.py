@@ -72,7 +72,7 @@ def train(config: Config, watch: Watch | None = None) -> Outcome:
     share_threads(world)
     keep_heap(world)
     run_dir = Path(config.out).absolute() / config.name
-    index = load_index(Path(config.data.train))
+    index = load_index(config.data.train)
     total = total_steps(config, index.samples)
     _claim(run_dir, config, world)
     checkpoint = latest_checkpoint(run_dir)
@@ -97,7 +97,7 @@ def _check_data(checkpoint: Checkpoint, index: ShardIndex) -> None:
     trained = checkpoint.state["data_digest"]
     if trained != index.digest:
         raise ConfigError(
-            f"{checkpoint.path}: was trained on shards {trained[:12]}, but data.train={index.directory} now holds "
+            f"{checkpoint.path}: was trained on shards {trained[:12]}, but data.train={index.folder.location} now holds "
             f"{index.digest[:12]}: put the old shards back, or start a run under another name"
         )
 
