@@ -30,11 +30,11 @@ _HUB = re.compile(
 _BUSY = (408, 425, 429)
 # What a store needs beside fsspec, and where it takes its credentials from.
 _STORES: Mapping[str, tuple[str, str]] = {
-    "s3": ("pip install 's3fs'", "AWS_* in the environment or ~/.aws"),
-    "gs": ("pip install 'gcsfs'", "GOOGLE_APPLICATION_CREDENTIALS or gcloud"),
-    "gcs": ("pip install 'gcsfs'", "GOOGLE_APPLICATION_CREDENTIALS or gcloud"),
-    "http": ("pip install 'fsspec[http]'", "HF_TOKEN for the hub"),
-    "https": ("pip install 'fsspec[http]'", "HF_TOKEN for the hub"),
+    "s3": ("pip install 'selora[s3]'", "AWS_* in the environment or ~/.aws"),
+    "gs": ("pip install 'selora[gcs]'", "GOOGLE_APPLICATION_CREDENTIALS or gcloud"),
+    "gcs": ("pip install 'selora[gcs]'", "GOOGLE_APPLICATION_CREDENTIALS or gcloud"),
+    "http": ("pip install aiohttp", "HF_TOKEN for the hub"),
+    "https": ("pip install aiohttp", "HF_TOKEN for the hub"),
 }
 T = TypeVar("T")
 
@@ -84,9 +84,9 @@ def local_copy(url: str, cache: Cache, *, size: int | None = None, sha256: str |
             f"{url}: {size} bytes are more than the whole cache may hold ({cache.max_bytes}); raise SELORA_CACHE_GB"
         )
     path = entry_of(cache, url, version, _file_name(url))
-    if touch(path):
-        return path
     try:
+        if touch(path):
+            return path
         with FileLock(lock_of(cache, path)):
             if touch(path):
                 return path
