@@ -87,7 +87,14 @@ def load_run(run_dir: str | Path, step: int | None = None) -> Clip:
     `digest` stays that of the base. The checkpoint must hold exactly the parameters that the run trains: missing or
     unknown names, wrong shapes and another base are ConfigErrors that name them.
     """
-    source = find_run(run_dir, step)
+    clip = load_adapted(find_run(run_dir, step))
+    merge_adapter(clip.model)
+    clip.model.requires_grad_(False).eval()
+    return clip
+
+
+def load_adapted(source: RunSource) -> Clip:
+    """Like `load_run`, with the blocks still beside their linears."""
     clip = load_base(source)
     adapter = source.state["adapter"]
     if adapter["kind"] in ("lora", "dora"):
@@ -105,7 +112,6 @@ def load_run(run_dir: str | Path, step: int | None = None) -> Clip:
             raise ConfigError(f"{source.checkpoint}: {error}") from error
     trained = apply_trainable(clip.model, source.train_rest, adapter["kind"])
     copy_parameters(clip, trained, source.checkpoint)
-    merge_adapter(clip.model)
     clip.model.requires_grad_(False).eval()
     return clip
 

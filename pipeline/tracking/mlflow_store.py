@@ -12,8 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from pipeline.config import ConfigError
 from pipeline.tracking.locks import Busy, FileLock
 from pipeline.tracking.uris import artifact_root, redact, sqlite_path
 
@@ -53,9 +55,10 @@ class Gone(Exception):
 
 
 @contextmanager
-def client_environment() -> Iterator[None]:
-    """MLflow's client settings for the time of a block, where the user has not set them."""
-    added = {key: value for key, value in CLIENT_ENVIRONMENT.items() if key not in os.environ}
+def client_environment(settings: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
+    """MLflow's client settings (and `settings` over ours) for the time of a block, where the user has not set them."""
+    wanted = {**CLIENT_ENVIRONMENT, **settings}
+    added = {key: value for key, value in wanted.items() if key not in os.environ}
     os.environ.update(added)
     try:
         yield
@@ -73,9 +76,16 @@ class MlflowStore:
         self._client: MlflowClient | None = None
         self._experiment_id = ""
 
+    def experiment_id(self, run_id: str | None) -> str:
+        """The experiment of a run; without one, the one this store was opened for, made if it is missing."""
+        if run_id is not None:
+            return self.get_run(run_id).info.experiment_id
+        with self.calling():
+            return self._experiment_id
+
     def find_runs(self, run: str) -> list[Run]:
         """The MLflow runs that carry this run's uuid, deleted ones too, in a fixed order."""
-        with self._calling() as client:
+        with self.calling() as client:
             from mlflow.entities import ViewType
 
             found = client.search_runs(
@@ -84,20 +94,20 @@ class MlflowStore:
             return sorted(found, key=lambda one: (one.info.lifecycle_stage != "active", one.info.run_id))
 
     def get_run(self, run_id: str) -> Run:
-        with self._calling() as client:
+        with self.calling() as client:
             return client.get_run(run_id)
 
     def create_run(self, run: str, name: str, start_ms: int) -> str:
-        with self._calling() as client:
+        with self.calling() as client:
             made = client.create_run(self._experiment_id, start_time=start_ms, tags={RUN_TAG: run}, run_name=name)
             return made.info.run_id
 
     def delete_run(self, run_id: str) -> None:
-        with self._calling() as client:
+        with self.calling() as client:
             client.delete_run(run_id)
 
     def log_metrics(self, run_id: str, metrics: Sequence[Metric]) -> None:
-        with self._calling() as client:
+        with self.calling() as client:
             from mlflow.entities import Metric as Entity
 
             entities = [Entity(legal_name(name), value, time_ms, step) for name, value, time_ms, step in metrics]
@@ -105,31 +115,32 @@ class MlflowStore:
 
     def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
         """`params` must have legal names and not contradict what the run has."""
-        with self._calling() as client:
+        with self.calling() as client:
             from mlflow.entities import Param
 
             client.log_batch(run_id, params=[Param(*pair) for pair in params.items()], synchronous=True)
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
-        with self._calling() as client:
+        with self.calling() as client:
             from mlflow.entities import RunTag
 
             entities = [RunTag(legal_name(name), _cut(value, _MAX_TAG)) for name, value in tags.items()]
             client.log_batch(run_id, tags=entities, synchronous=True)
 
     def upload(self, run_id: str, path: Path, folder: str) -> None:
-        with self._calling() as client:
+        with self.calling() as client:
             client.log_artifact(run_id, str(path), folder or None)
 
     def set_status(self, run_id: str, status: str, end_ms: int) -> None:
-        with self._calling() as client:
+        with self.calling() as client:
             if status == "RUNNING":
                 client.update_run(run_id, status=status)
             else:
                 client.set_terminated(run_id, status, end_ms)
 
     @contextmanager
-    def _calling(self) -> Iterator[MlflowClient]:
+    def calling(self) -> Iterator[MlflowClient]:
+        """The connected client; whatever is raised in the block comes out as Away, Refused, Gone or ConfigError."""
         with _translated(self.uri):
             yield self._client or self._open()
 
@@ -177,7 +188,7 @@ def _translated(uri: str) -> Iterator[None]:
         raise Away(f"mlflow cannot be imported: {error}") from error
     try:
         yield
-    except (Away, Refused, Gone):
+    except (Away, Refused, Gone, ConfigError):
         raise
     except Busy as busy:
         raise Away(f"{busy} is creating the store") from None

@@ -1,0 +1,108 @@
+"""export, promote, predict: a finished run for other libraries, for the registry, and the registered model asked."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline.cli.options import FAILED, OK, add_command, count
+from pipeline.config_file import ConfigError
+
+
+def add(commands: Any) -> None:
+    """Declare the commands of this file."""
+    _add_promote(commands)
+    _add_predict(commands)
+
+
+def _add_promote(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "promote",
+        run_promote,
+        "register a run, or a sweep's chosen trial, as a version of a model in MLflow, if the config's rule holds",
+        "selora promote runs/my_run --name my-clip --rule min_id=0.75 max_forgetting=0.02",
+        "selora promote runs/my_sweep --name my-clip --champion",
+        "selora promote --name my-clip --rollback",
+    )
+    parser.add_argument("target", nargs="?", metavar="RUN_OR_SWEEP", help="directory of a run or of a sweep")
+    parser.add_argument("--name", required=True, help="of the registered model")
+    parser.add_argument(
+        "--rule", nargs="+", metavar="key=value", help="options of promote over those of the run's config"
+    )
+    parser.add_argument("--champion", action="store_true", help="give it the alias champion, not only challenger")
+    parser.add_argument("--rollback", action="store_true", help="give the alias champion back to the one before")
+    parser.add_argument("--uri", help="MLflow tracking server or database (default: the run's own)")
+    parser.add_argument(
+        "--classnames", type=Path, metavar="FILE", help="class names, a line each (default: trained on)"
+    )
+    parser.add_argument("--templates", metavar="NAME", help="caption templates by name (default: data.templates)")
+
+
+def run_promote(arguments: argparse.Namespace) -> int:
+    from pipeline.handoff.promote import promote, rollback, rule_of
+
+    if arguments.rollback:
+        if arguments.target is not None or arguments.champion:
+            raise ConfigError("--rollback takes a name and no run: the champion before is known to the registry")
+        old, new = rollback(arguments.name, arguments.uri)
+        print(f"{arguments.name}: champion is version {new} again, was version {old}")
+        return OK
+    if arguments.target is None:
+        raise ConfigError("RUN_OR_SWEEP: name the directory of a run or of a sweep")
+    done = promote(
+        arguments.target,
+        arguments.name,
+        rule_of(arguments.target, arguments.rule or []),
+        champion=arguments.champion,
+        uri=arguments.uri,
+        class_names=None if arguments.classnames is None else _lines(arguments.classnames),
+        templates=arguments.templates,
+    )
+    print(done)
+    return OK if done.version is not None else FAILED
+
+
+def _add_predict(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "predict",
+        run_predict,
+        "name what is on images with a registered model",
+        "selora predict models:/my-clip@champion photo.jpg",
+        "selora predict models:/my-clip/3 photos/*.jpg --classes 'a cat' 'a dog' --json",
+        text_only=True,
+    )
+    parser.add_argument("model", metavar="MODEL_URI", help="models:/NAME@ALIAS, models:/NAME/VERSION or a directory")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument("--uri", help="MLflow server or database (default: MLFLOW_TRACKING_URI, or runs/mlflow.db)")
+    parser.add_argument("--classes", nargs="+", metavar="NAME", help="instead of the model's own class names")
+    parser.add_argument("--top", type=count, default=3, metavar="N", help="labels per image (default: 3)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+
+
+def run_predict(arguments: argparse.Namespace) -> int:
+    if missing := [str(path) for path in arguments.images if not path.is_file()]:
+        raise ConfigError(f"no file {', '.join(missing)}")
+    from pipeline.handoff.predict import predict_files
+
+    rows = predict_files(
+        arguments.model, arguments.images, uri=arguments.uri, class_names=arguments.classes, top_k=arguments.top
+    )
+    for path, row in zip(arguments.images, rows, strict=True):
+        if arguments.json:
+            print(json.dumps({"image": str(path), **row}, ensure_ascii=False))
+        else:
+            best = ", ".join(f"{name} {score:.3f}" for name, score in zip(row["labels"], row["scores"], strict=True))
+            print(f"{path}: {best}")
+    sys.stdout.flush()
+    return OK
+
+
+def _lines(file: Path) -> list[str]:
+    if not file.is_file():
+        raise ConfigError(f"--classnames: no file {file}")
+    return [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]

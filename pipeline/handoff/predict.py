@@ -1,0 +1,28 @@
+"""Ask a registered model about image files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.tracking.registry import load_registered
+from pipeline.tracking.served import predict
+from pipeline.tracking.uris import resolve_uri
+
+
+def predict_files(
+    model_uri: str,
+    images: Sequence[str | Path],
+    *,
+    uri: str | None = None,
+    class_names: Sequence[str] | None = None,
+    top_k: int = 3,
+) -> list[dict[str, Any]]:
+    """{"label", "score", "labels", "scores"} for each image, best label first.
+
+    model_uri: models:/NAME@champion, models:/NAME/3 or a directory. uri: the store, as in tracking.uri.
+    """
+    model = load_registered(model_uri, resolve_uri(uri, Path("runs")))
+    columns = {"image": [Path(image).read_bytes() for image in images]}
+    return predict(model, columns, class_names=list(class_names or ()), top_k=top_k)

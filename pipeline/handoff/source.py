@@ -1,0 +1,102 @@
+"""What is handed off: a run's checkpoint, merged, with the digests that say where it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from pipeline.config import ConfigError
+from pipeline.model.clip import Clip, to_open_clip_state, weights_digest
+from pipeline.model.restore import RunSource, find_run, load_run
+from pipeline.tracking.identity import read_identity
+from pipeline.tracking.journal import JOURNAL, Record, read
+
+
+@dataclass(frozen=True)
+class Source:
+    """One checkpoint of one run. clip: merged, in fp32. facts: strings, the same in exports and in version tags."""
+
+    run_dir: Path
+    found: RunSource
+    clip: Clip
+    weights_digest: str
+
+    @property
+    def gate_map(self) -> dict[str, dict[str, Any]]:
+        return self.found.state["gate_map"] or {}
+
+    @property
+    def active(self) -> list[str]:
+        """Targets whose blocks act."""
+        return [target for target, gate in self.gate_map.items() if gate["open"]]
+
+    def facts(self) -> dict[str, str]:
+        """Where the weights come from; what is not known is left out."""
+        state = self.found.state
+        identity = read_identity(self.run_dir)
+        facts = {
+            "weights_digest": self.weights_digest,
+            "base_digest": self.found.base_digest,
+            "adapter_digest": adapter_digest(self.found),
+            "data_digest": state["data_digest"],
+            "base_model": base_name(state["model"]),
+            "checkpoint": self.found.label,
+            "step": str(self.found.step),
+            "adapter": f"{state['adapter']['kind']} rank {state['adapter']['rank']}",
+            "train_rest": self.found.train_rest,
+            "git_commit": trained_by(self.run_dir),
+            "run": None if identity is None else identity.run,
+        }
+        if self.gate_map:
+            facts |= {
+                "active_blocks": f"{len(self.active)}/{len(self.gate_map)}",
+                "gate_map": short_gate_map(self.active),
+            }
+        return {name: value for name, value in facts.items() if value is not None}
+
+
+def read_source(run_dir: str | Path, step: int | None = None) -> Source:
+    """Load and merge the newest (or the chosen) checkpoint; a full or damaged one is a ConfigError."""
+    found = find_run(run_dir, step)
+    clip = load_run(run_dir, found.step)
+    return Source(Path(run_dir), found, clip, weights_digest(to_open_clip_state(clip.model)))
+
+
+def adapter_digest(found: RunSource) -> str:
+    """sha256 over everything that trained: blocks, scores and what else the run trains."""
+    file = found.checkpoint / "trainable.safetensors"
+    try:
+        return weights_digest(load_file(file))
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from error
+
+
+def base_name(model: dict[str, Any]) -> str:
+    """The base as a reader knows it; of a directory only its last name, since the path is of one machine."""
+    name, pretrained = model["name"], model["pretrained"]
+    shown = f"local-dir:{Path(name).name}" if name.startswith("local-dir:") else name
+    if not pretrained:
+        return shown
+    return f"{shown} {Path(pretrained).name if '/' in pretrained else pretrained}"
+
+
+def short_gate_map(active: list[str]) -> str:
+    """The open blocks in a line, as in `image.0: q k fc1; image.3: out`; `none` where all are closed."""
+    layers: dict[str, list[str]] = {}
+    for target in active:
+        layer, _, projection = target.rpartition(".")
+        layers.setdefault(layer, []).append(projection.removesuffix("_proj"))
+    return "; ".join(f"{layer}: {' '.join(names)}" for layer, names in layers.items()) or "none"
+
+
+def trained_by(run_dir: Path) -> str | None:
+    """The git commit of the code that trained the run, as its journal noted it; None where it ran without git."""
+    journal = run_dir / JOURNAL
+    commit = None
+    for record in read(journal) if journal.is_file() else ():
+        if isinstance(record, Record) and record.kind == "tags":
+            commit = record.data["values"].get("git.commit", commit)
+    return commit

@@ -1,0 +1,167 @@
+"""The MLflow model directory of a fine-tuned CLIP: written, looked over and loaded here, before any server sees it."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from mlflow.models import ModelSignature
+
+CODE = Path(__file__).with_name("served_model.py")
+REQUIRED = ("open_clip_torch", "pandas", "pillow", "safetensors", "torch", "torchvision")
+MODEL_ENVIRONMENT = {
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # else the uv.lock and pyproject.toml of the directory that the user stands in go into the model
+    "MLFLOW_UV_AUTO_DETECT": "false",
+    "MLFLOW_LOG_UV_FILES": "false",
+}
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The classes that the model knows by itself: names, caption templates and a (K, D) unit vector for each name."""
+
+    class_names: Sequence[str]
+    templates: Sequence[str]
+    head: Tensor
+
+
+def save_served(stage: Path, clip_dir: Path, labels: Labels, facts: Mapping[str, Any]) -> Path:
+    """Write the MLflow model STAGE/model around an open_clip directory; `facts` becomes its metadata. Returns it.
+
+    `stage` should be a temporary directory. No path of this machine is left in the model.
+    """
+    import mlflow
+
+    code = Path(shutil.copy(CODE, stage / "served_model.py"))
+    model = stage / "model"
+    with quiet():
+        mlflow.pyfunc.save_model(
+            path=str(model),
+            python_model=str(code),
+            artifacts={"clip": str(clip_dir), "labels": str(_write_labels(stage / "labels", labels))},
+            signature=signature(),
+            input_example=_table({"image": [example_image()]}),
+            pip_requirements=requirements(clip_dir),
+            metadata=dict(facts),
+        )
+    _drop_paths(model)
+    return model
+
+
+def load_served(model: Path | str) -> Any:
+    """The model as MLflow loads it, with unpickling forbidden; `.predict(table, params=)`."""
+    import mlflow
+
+    with quiet():
+        return mlflow.pyfunc.load_model(str(model))
+
+
+def signature() -> ModelSignature:
+    """What the model takes and gives; all columns are optional, since each task has its own."""
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import Array, ColSpec, ParamSchema, ParamSpec, Schema
+
+    def columns(**types: Any) -> Schema:
+        return Schema([ColSpec(kind, name, required=False) for name, kind in types.items()])
+
+    return ModelSignature(
+        columns(image="binary", path="string", text="string"),
+        columns(
+            label="string", score="double", labels=Array("string"), scores=Array("double"), embedding=Array("double")
+        ),
+        ParamSchema(
+            [
+                ParamSpec("task", "string", "classify"),
+                ParamSpec("class_names", "string", [], (-1,)),
+                ParamSpec("templates", "string", [], (-1,)),
+                ParamSpec("top_k", "long", 5),
+            ]
+        ),
+    )
+
+
+def requirements(clip_dir: Path) -> list[str]:
+    """What the model needs, in the versions that it was checked with; MLflow adds itself."""
+    config = json.loads((clip_dir / "open_clip_config.json").read_text(encoding="utf-8"))
+    names = [*REQUIRED, *(["transformers"] if config["model_cfg"]["text_cfg"].get("hf_tokenizer_name") else [])]
+    # 2.15.0+cu130 is no version that an index has
+    return [f"{name}=={version(name).partition('+')[0]}" for name in names]
+
+
+def example_image(size: int = 32) -> bytes:
+    """A PNG of a colour gradient."""
+    from PIL import Image
+
+    pixels = bytes(value for y in range(size) for x in range(size) for value in (8 * x % 256, 8 * y % 256, 96))
+    out = io.BytesIO()
+    Image.frombytes("RGB", (size, size), pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def predict(model: Any, columns: Mapping[str, Sequence[Any]], **params: Any) -> list[dict[str, Any]]:
+    """The rows of the model's answer to a table given by columns."""
+    answer = model.predict(_table(columns), params=params)
+    return answer.to_dict(orient="records")
+
+
+def _table(columns: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame({name: list(values) for name, values in columns.items()})
+
+
+def _write_labels(directory: Path, labels: Labels) -> Path:
+    directory.mkdir()
+    known = {"class_names": list(labels.class_names), "templates": list(labels.templates)}
+    (directory / "labels.json").write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (directory / "labels.safetensors").write_bytes(save({"head": labels.head.cpu().contiguous()}))
+    return directory
+
+
+def _drop_paths(model: Path) -> None:
+    """Where the parts were staged is nobody's business; MLflow reads only their names in the model."""
+    import yaml
+
+    file = model / "MLmodel"
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    flavor = content["flavors"]["python_function"]
+    flavor["model_code_path"] = Path(flavor["model_code_path"]).name
+    for artifact in flavor["artifacts"].values():
+        artifact["uri"] = artifact["path"]
+    file.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    for cache in model.rglob("__pycache__"):
+        shutil.rmtree(cache)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """MLflow without its progress bars and notes, and with unpickling forbidden."""
+    before = {name: os.environ.get(name) for name in MODEL_ENVIRONMENT}
+    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
+    levels = [logger.level for logger in loggers]
+    os.environ.update(MODEL_ENVIRONMENT)
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})

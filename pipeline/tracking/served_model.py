@@ -1,0 +1,152 @@
+"""The model that the registry holds: a fine-tuned CLIP behind MLflow's `predict`.
+
+MLflow copies this file beside the weights and runs it wherever the model is loaded, so it imports nothing of this
+package. The artifacts are `clip`, an open_clip directory, and `labels`, a directory with labels.json (class names and
+templates) and labels.safetensors (their unit vectors).
+
+    input    a table with one of the columns
+               image  bytes of an image file (base64 in JSON)
+               path   of an image file that the process may read; refused by a server
+               text   for embed_texts
+    params   task: classify | embed_images | embed_texts; class_names, templates: instead of the model's own; top_k
+    output   classify: label, score, and labels, scores (best first, top_k of them); embed_*: embedding
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import open_clip
+import pandas as pd
+import torch
+from mlflow.pyfunc import PythonModel
+from PIL import Image, ImageOps
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import normalize
+
+BATCH = 64  # images or texts of one forward
+PLACEHOLDER = "{c}"
+DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+# What Pillow's plugins and base64 raise for damaged input.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, OverflowError)
+
+
+class ServedClip(PythonModel):
+    """CLIP in fp32 in eval mode, on the GPU where there is one."""
+
+    def load_context(self, context: Any) -> None:
+        """Read the artifacts; nothing is fetched and nothing is unpickled."""
+        name = f"local-dir:{context.artifacts['clip']}"
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        loaded: Any = open_clip.create_model_from_pretrained(name, device=self.device)
+        self.model, self.transform = loaded[0].eval(), loaded[1]
+        self.tokenizer = open_clip.get_tokenizer(name)
+        labels = Path(context.artifacts["labels"])
+        known = json.loads((labels / "labels.json").read_text(encoding="utf-8"))
+        self.class_names: list[str] = known["class_names"]
+        self.templates: list[str] = known["templates"]
+        self.head = load_file(labels / "labels.safetensors")["head"].to(self.device)
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: Mapping[str, Any] | None = None) -> Any:  # noqa: ARG002
+        """A row of the answer per row of the table; ValueError says what is wrong with the request."""
+        tasks = {"classify": self._classify, "embed_images": self._embed_images, "embed_texts": self._embed_texts}
+        options = {"task": "classify", "class_names": [], "templates": [], "top_k": 5} | dict(params or {})
+        if options["task"] not in tasks:
+            raise ValueError(f"task={options['task']!r}: expected one of {', '.join(tasks)}")
+        with torch.inference_mode():
+            return tasks[options["task"]](model_input, options)
+
+    def _classify(self, table: pd.DataFrame, options: Mapping[str, Any]) -> pd.DataFrame:
+        names, head = self._classifier(options)
+        top_k = int(options["top_k"])
+        if top_k < 1:
+            raise ValueError(f"top_k={top_k}: should be at least 1")
+        logits = self.model.logit_scale.exp() * self._images(table) @ head.T
+        best = logits.softmax(dim=-1).cpu().topk(min(top_k, len(names)), dim=-1)
+        labels = [[names[index] for index in row] for row in best.indices.tolist()]
+        scores = best.values.tolist()
+        return pd.DataFrame(
+            {
+                "label": [row[0] for row in labels],
+                "score": [row[0] for row in scores],
+                "labels": labels,
+                "scores": scores,
+            }
+        )
+
+    def _classifier(self, options: Mapping[str, Any]) -> tuple[list[str], Tensor]:
+        """Names, and a (K, D) unit vector for each: those of the request, else the model's own."""
+        names = [str(name) for name in options["class_names"]]
+        templates = [str(template) for template in options["templates"]]
+        if not names and not templates and self.class_names:
+            return self.class_names, self.head
+        names, templates = names or self.class_names, templates or self.templates
+        if not names:
+            raise ValueError("class_names: the model has none of its own; give a list of names in the params")
+        if wrong := [template for template in templates if PLACEHOLDER not in template]:
+            raise ValueError(f"templates: {wrong[0]!r} has no {PLACEHOLDER} for the class name")
+        texts = [template.replace(PLACEHOLDER, name) for name in names for template in templates]
+        means = self._texts(texts).view(len(names), len(templates), -1).mean(dim=1)
+        return names, normalize(means, dim=-1)
+
+    def _embed_images(self, table: pd.DataFrame, options: Mapping[str, Any]) -> pd.DataFrame:  # noqa: ARG002
+        return pd.DataFrame({"embedding": self._images(table).cpu().tolist()})
+
+    def _embed_texts(self, table: pd.DataFrame, options: Mapping[str, Any]) -> pd.DataFrame:  # noqa: ARG002
+        if "text" not in table:
+            raise ValueError(f"embed_texts needs a column text, got {', '.join(map(str, table.columns))}")
+        return pd.DataFrame({"embedding": self._texts([str(text) for text in table["text"]]).cpu().tolist()})
+
+    def _images(self, table: pd.DataFrame) -> Tensor:
+        """(N, D) unit vectors of the table's images, decoded a batch at a time."""
+        column = next((name for name in ("image", "path") if name in table), None)
+        if column is None:
+            raise ValueError(f"images come in a column image or path, got {', '.join(map(str, table.columns))}")
+        if column == "path" and os.environ.get("_MLFLOW_IS_IN_SERVING_ENVIRONMENT") == "true":
+            # it would let anybody ask which files the server has
+            raise ValueError("path: a server reads no files; send the image itself in the column image")
+        read = _decode if column == "image" else Path
+        values = list(table[column])
+        parts = []
+        for start in range(0, len(values), BATCH):
+            part = enumerate(values[start : start + BATCH], start)
+            pixels = torch.stack([self.transform(_rgb(row, read, value)) for row, value in part])
+            parts.append(normalize(self.model.encode_image(pixels.to(self.device)).float(), dim=-1))
+        return torch.cat(parts) if parts else self.head.new_zeros(0, self.head.shape[1])
+
+    def _texts(self, texts: Sequence[str]) -> Tensor:
+        """(N, D) unit vectors."""
+        parts = [self.tokenizer(list(texts[i : i + BATCH])).to(self.device) for i in range(0, len(texts), BATCH)]
+        parts = [normalize(self.model.encode_text(tokens).float(), dim=-1) for tokens in parts]
+        return torch.cat(parts) if parts else self.head.new_zeros(0, self.head.shape[1])
+
+
+def _rgb(row: int, read: Any, value: Any) -> Image.Image:
+    """An upright RGB image, as the evaluation saw its own."""
+    try:
+        with Image.open(read(value)) as image:
+            upright = ImageOps.exif_transpose(image)
+        if upright.mode in DEEP_MODES:  # convert("RGB") would cut these off at 255
+            deep = np.asarray(upright).astype(np.float64)
+            top = 255 if upright.mode == "I" and deep.max(initial=0) <= 255 else 65535
+            upright = Image.fromarray(np.clip(np.rint(deep * (255 / top)), 0, 255).astype(np.uint8))
+        return upright.convert("RGB")
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
+        raise ValueError(f"row {row}: no readable image ({type(error).__name__}: {str(error)[:200]})") from error
+
+
+def _decode(value: Any) -> io.BytesIO:
+    """The bytes of an image file, also as base64 text."""
+    return io.BytesIO(base64.b64decode(value, validate=True) if isinstance(value, str) else bytes(value))
+
+
+mlflow.models.set_model(ServedClip())
