@@ -128,6 +128,9 @@ class Train(Section):
         default=500, ge=1, description="steps between checkpoints; the last step always has one"
     )
     keep_last: int = Field(default=2, ge=1, description="checkpoints kept on disk")
+    timeout_s: float = Field(
+        default=1800.0, gt=0, description="seconds that ranks wait for each other, at the start and in any collective"
+    )
 
 
 class Data(Section):
@@ -150,7 +153,10 @@ class Data(Section):
 
 class Eval(Section):
     benchmark: str | None = Field(
-        default=None, description="YAML file that lists the evaluation datasets; null: no evaluation"
+        default=None, description="evaluation datasets: paper, quick, wds, or a YAML file; null: no evaluation"
+    )
+    root: str | None = Field(
+        default=None, min_length=1, description="where the benchmark's datasets lie; null: as its file says"
     )
     batch_size: int = Field(default=64, ge=1, description="images per rank and forward")
     workers: int = Field(default=2, ge=0, description="decoding processes per rank")
@@ -299,7 +305,17 @@ def to_yaml(config: Config) -> str:
 
 def digest(config: Config) -> str:
     """12 hex digits over what decides the result, which name, place, tracking and the rule of promotion do not."""
-    content = config.model_dump(mode="json", exclude={"name", "out", "tracking", "promote"})
+    content = config.model_dump(
+        mode="json",
+        exclude={
+            "name": True,
+            "out": True,
+            "tracking": True,
+            "promote": True,
+            "eval": {"root"},
+            "train": {"timeout_s"},
+        },
+    )
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -20,6 +21,31 @@ _HEAP_SETTINGS = {-1: 2**31 - 1, -2: 64 * 2**20, -4: 0}
 
 
 @dataclass(frozen=True)
+class Launcher:
+    """The variables by which one kind of launcher tells a process who it is."""
+
+    name: str
+    rank: str
+    size: str
+    local_rank: str
+    local_size: tuple[str, ...]
+
+
+# torchrun, deepspeed and Ray Train speak the same language; the others are asked when it is not spoken.
+_COMMON = Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
+_DIRECT = (
+    Launcher("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ("SLURM_STEP_TASKS_PER_NODE",)),
+    Launcher(
+        "mpirun",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        ("OMPI_COMM_WORLD_LOCAL_SIZE",),
+    ),
+)
+
+
+@dataclass(frozen=True)
 class World:
     """One process among `world_size`; `local_rank` numbers the processes of one host."""
 
@@ -28,6 +54,7 @@ class World:
     local_rank: int
     local_world_size: int
     device: torch.device
+    host: str = field(default_factory=lambda: os.uname().nodename)
 
     @property
     def is_main(self) -> bool:
@@ -35,21 +62,55 @@ class World:
 
 
 def read_world(env: Mapping[str, str] | None = None) -> World:
-    """Read torchrun's, DeepSpeed's or Ray's variables; without any of them this is a world of one.
+    """Read the variables of torchrun, deepspeed, Ray, srun or mpirun; without any of them this is a world of one.
 
-    Raises ConfigError when only a part of RANK, WORLD_SIZE, LOCAL_RANK is set: half a launcher would hang later.
+    Raises ConfigError when launchers clash or only a part of one's variables is set: half a launcher would hang later.
     """
     env = os.environ if env is None else env
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    given = {name: env[name] for name in names if name in env}
-    if given and len(given) < len(names):
-        missing = ", ".join(name for name in names if name not in given)
-        raise ConfigError(
-            f"the launcher set {', '.join(given)} but not {missing}: start with torchrun, deepspeed, or none at all"
-        )
-    rank, size, local = (int(given.get(name, default)) for name, default in zip(names, ("0", "1", "0"), strict=True))
-    local_size = int(env.get("LOCAL_WORLD_SIZE", size))
+    launcher = _launcher(env)
+    if launcher is None:
+        return World(0, 1, 0, 1, _device(0))
+    try:
+        rank, size, local = (int(env[name]) for name in (launcher.rank, launcher.size, launcher.local_rank))
+        # Slurm writes 4(x2),3 for two nodes of four tasks and one of three.
+        given = next((env[name] for name in launcher.local_size if name in env), str(size))
+        local_size = int(re.split(r"[(,]", given)[0])
+    except ValueError as error:
+        raise ConfigError(f"{launcher.name} set a variable that should be a number: {error}") from None
+    if not 0 <= rank < size:
+        raise ConfigError(f"{launcher.rank}={rank} does not lie below {launcher.size}={size}: two launchers at once?")
     return World(rank, size, local, local_size, _device(local))
+
+
+def _launcher(env: Mapping[str, str]) -> Launcher | None:
+    names = (_COMMON.rank, _COMMON.size, _COMMON.local_rank)
+    given = [name for name in names if name in env]
+    if given:
+        missing = ", ".join(name for name in names if name not in env)
+        if missing:
+            raise ConfigError(
+                f"the launcher set {', '.join(given)} but not {missing}: start with torchrun, deepspeed, or none at all"
+            )
+        _refuse_nested(env)
+        return _COMMON
+    # SLURM_STEP_NUM_TASKS: a batch script of many tasks has a SLURM_PROCID, too, and is alone.
+    found = [each for each in _DIRECT if int(env.get(each.size, "1")) > 1 and each.rank in env]
+    if found and not ("MASTER_ADDR" in env and "MASTER_PORT" in env):
+        raise ConfigError(
+            f"{found[0].name} started {env[found[0].size]} tasks, but MASTER_ADDR and MASTER_PORT do not say where "
+            f"rank 0 is: set them, or start torchrun in one task per node as launch/slurm/train.sbatch does"
+        )
+    return found[0] if found else None
+
+
+def _refuse_nested(env: Mapping[str, str]) -> None:
+    """torchrun in every task of `srun --ntasks-per-node=8` would start 64 ranks per node, each thinking it is alone."""
+    tasks, nodes = int(env.get("SLURM_STEP_NUM_TASKS", "1")), int(env.get("SLURM_STEP_NUM_NODES", "1"))
+    if "TORCHELASTIC_RUN_ID" in env and tasks > nodes:
+        raise ConfigError(
+            f"srun started {tasks} tasks on {nodes} nodes and each of them torchrun: use --ntasks-per-node=1 with "
+            f"torchrun, or no torchrun"
+        )
 
 
 def _device(local_rank: int) -> torch.device:

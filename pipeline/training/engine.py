@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,26 @@ PERSISTENT_ELEMENTS = 1_000
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def start_process_group(world: World) -> dist.ProcessGroup:
-    """Join the process group (nccl on cards, gloo on CPU) and return a gloo group for control messages."""
+def start_process_group(
+    world: World, timeout: timedelta = TIMEOUT, store: dist.Store | None = None
+) -> dist.ProcessGroup:
+    """Join the process group (nccl on cards, gloo on CPU) and return a gloo group for control messages.
+
+    Args:
+        timeout: of every collective.
+        store: where the ranks met; None: a world of one, or a group that somebody else has made (Ray).
+    """
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if not dist.is_initialized():
-        if world.world_size == 1:
-            # A world of one needs no port that another job could hold; DeepSpeed still asks for a launcher's variables.
-            os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        else:
-            dist.init_process_group(backend, timeout=TIMEOUT)
-    group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        # A world of one needs no port that another job could hold; DeepSpeed still asks for a launcher's variables.
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        os.environ |= dict(zip(names, map(str, (world.rank, world.world_size, world.local_rank)), strict=True))
+        dist.init_process_group(
+            backend, store=store or dist.HashStore(), rank=world.rank, world_size=world.world_size, timeout=timeout
+        )
+    group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)  # only a rank outside the group would get something else
     return group
 

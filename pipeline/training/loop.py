@@ -44,8 +44,9 @@ class StopRequest:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._noted = True
-        # A second signal of the same kind acts at once: a user who presses Ctrl-C twice means it.
-        signal.signal(number, self._previous[number])
+        # A user who presses Ctrl-C twice means it. A launcher repeats what the scheduler has sent already.
+        if number == signal.SIGINT:
+            signal.signal(number, self._previous[number])
 
 
 def train_steps(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -31,11 +33,13 @@ from pipeline.training.engine import (
     restore_moments,
     start_process_group,
 )
+from pipeline.training.lease import Lease, held
 from pipeline.training.loop import StopRequest, train_steps
 from pipeline.training.model import build_model, checkpoint_state, gate_values, load_trainable, trainable
 from pipeline.training.monitor import Monitor, Sink
 from pipeline.training.objective import Objective, PenaltySettings
 from pipeline.training.optim import Rates, lr_factor, parameter_groups
+from pipeline.training.peers import meet, watched_peers
 from pipeline.training.settings import changed_settings, total_steps
 
 
@@ -66,30 +70,49 @@ class Outcome:
 def train(config: Config, watch: Watch | None = None) -> Outcome:
     """Train until the schedule ends or a signal asks to stop; the same call again continues from the last checkpoint.
 
-    Raises ConfigError for every mistake of the user's, before the first step wherever it can be known.
+    Raises ConfigError for every mistake of the user's, before the first step wherever it can be known; PeerLost when
+    other ranks do not come or are lost.
     """
     world = read_world()
     share_threads(world)
     keep_heap(world)
     run_dir = Path(config.out).absolute() / config.name
+    with held(run_dir, world.is_main) as lease:
+        outcome = _train_held(config, run_dir, world, lease, watch)
+    if not outcome.finished and world.local_rank == 0:
+        _leave_mark()
+    return outcome
+
+
+def _train_held(config: Config, run_dir: Path, world: World, lease: Lease | None, watch: Watch | None) -> Outcome:
     index = load_index(config.data.train)
     total = total_steps(config, index.samples)
     _claim(run_dir, config, world)
+    timeout = timedelta(seconds=config.train.timeout_s)
+    store = meet(world, timeout)
+    control = start_process_group(world, timeout, store)
+    # Only now: rank 0 may have waited for an earlier job that was still saving, and all must find the same checkpoint.
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is not None and checkpoint.step >= total:
         _say(world, f"{run_dir}: already trained for {total} steps")
         return Outcome(run_dir, checkpoint.step, total)
     for warning in warnings_of(config, total):
         _say(world, f"warning: {warning}")
-    control = start_process_group(world)
-    clip = build_model(config)
-    if checkpoint is not None:
-        _check_data(checkpoint, index)
-        load_trainable(clip, checkpoint)
-        _say(world, f"{run_dir}: continuing at step {checkpoint.step} of {total}")
-    with _tracked(config, run_dir, world, clip, index, total) as tracker:
-        step = _train(config, run_dir, world, control, clip, checkpoint, tracker, index, total, watch)
+    with watched_peers(store, world):
+        clip = build_model(config)
+        if checkpoint is not None:
+            _check_data(checkpoint, index)
+            load_trainable(clip, checkpoint)
+            _say(world, f"{run_dir}: continuing at step {checkpoint.step} of {total}")
+        with _tracked(config, run_dir, world, clip, index, total) as tracker:
+            step = _train(config, run_dir, world, control, clip, checkpoint, tracker, index, total, watch, lease)
     return Outcome(run_dir, step, total)
+
+
+def _leave_mark() -> None:
+    """Tell the launch script, which torchrun gives no exit code, that the run was stopped before its end."""
+    if "SELORA_STOPPED" in os.environ:
+        Path(os.environ["SELORA_STOPPED"]).touch()
 
 
 def _check_data(checkpoint: Checkpoint, index: ShardIndex) -> None:
@@ -130,6 +153,7 @@ def _train(
     index: ShardIndex,
     total: int,
     watch: Watch | None,
+    lease: Lease | None,
 ) -> int:
     model, settings = clip.model, config.train
     rates = Rates(settings.lr, settings.rest_lr or settings.lr, config.gate.lr or settings.lr)
@@ -148,6 +172,8 @@ def _train(
     def save(done: int) -> None:
         parameters, moments = full_parameters(named), optimizer_state(engine, named)
         if world.is_main:
+            if lease is not None:
+                lease.check()
             state = checkpoint_state(config, clip, index.digest, done, world)
             save_checkpoint(run_dir, parameters, moments, state, keep_last=settings.keep_last)
         dist.barrier(control)

@@ -9,6 +9,7 @@ from pipeline.config import Config, flatten
 # Settings a run may change between two calls of the same command: they do not touch what is computed.
 FREE_SETTINGS = (
     "tracking.",
+    "promote.",
     "eval.",
     "data.workers",
     "train.zero_stage",
@@ -16,6 +17,7 @@ FREE_SETTINGS = (
     "train.gates_every",
     "train.checkpoint_every",
     "train.keep_last",
+    "train.timeout_s",
     "out",
     "name",
 )

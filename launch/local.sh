@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Train on this host: torchrun with one rank per GPU, or with RANKS ranks (default 1) where there is none.
+#
+#   launch/local.sh CONFIG [key=value ...]
+#   RANKS=2 launch/local.sh configs/own_data.yaml train.zero_stage=2
+#
+# Expects the environment of `make env`, or SELORA_BIN=DIR with selora's python and torchrun in it.
+# Ctrl-C (once) saves and ends; the same command continues.
+set -euo pipefail
+
+[[ $# -ge 1 ]] || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+bin=${SELORA_BIN:-$here/.venv/bin}
+[[ -x $bin/torchrun ]] || { echo "no torchrun in $bin: run \`make env\` or set SELORA_BIN" >&2; exit 2; }
+
+gpus=0
+if command -v nvidia-smi >/dev/null; then gpus=$(nvidia-smi --list-gpus | grep -c '^GPU' || true); fi
+ranks=${RANKS:-$((gpus > 0 ? gpus : 1))}
+
+# Workers get the time to finish a step and save after the signal; torchrun's own default is 30 s.
+exec "$bin/torchrun" --standalone --nproc-per-node "$ranks" --shutdown-timeout 240 \
+    --no-python "$bin/selora" train "$@"

@@ -1,0 +1,153 @@
+"""One job per run, also where the jobs are on different hosts: a lease beside the run's directory.
+
+The file names its holder and carries a number that the holder raises every few seconds. Whoever wants the run looks
+whether the number moves: no two clocks are compared. A holder that was taken for dead and comes back (a frozen node, a
+cut network file system) finds another name in the file and may not write any more.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline.config import ConfigError
+
+RENEW_SECONDS = 5.0
+STALE_SECONDS = 30.0
+_SETTLE_SECONDS = 0.2
+
+logger = logging.getLogger("selora.training")
+
+
+class LeaseLost(RuntimeError):
+    """Another job has taken the run over; this one must not write."""
+
+
+class Lease:
+    """The right to write the run in `run_dir`.
+
+    Args:
+        run_dir: the run; the lease lies beside it, so that the directory may be moved.
+        renew_s: between two signs of life.
+        stale_s: a lease of another host without a sign of life for so long is free.
+
+    Raises:
+        ConfigError: a living job holds the run.
+    """
+
+    def __init__(self, run_dir: Path, renew_s: float = RENEW_SECONDS, stale_s: float = STALE_SECONDS) -> None:
+        self._path = run_dir.with_name(f".{run_dir.name}.lease")
+        self._renew_s, self._beat = renew_s, 0
+        self._own = {
+            "holder": uuid.uuid4().hex,
+            "host": os.uname().nodename,
+            "pid": os.getpid(),
+            "started": psutil.Process().create_time(),
+            "job": next(
+                (os.environ[name] for name in ("SLURM_JOB_ID", "RAY_JOB_ID", "HOSTNAME") if name in os.environ), ""
+            ),
+        }
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        self._wait_for(run_dir, stale_s)
+        self._write()
+        # Of two that found it free at once, the later writer has it.
+        time.sleep(_SETTLE_SECONDS)
+        self.check()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise LeaseLost when another job has taken the run over."""
+        found = self._read()
+        if found is not None and found["holder"] != self._own["holder"]:
+            raise LeaseLost(
+                f"{self._path}: this run was taken over by {_name(found)} while this job gave no sign of life; "
+                f"this job writes nothing more"
+            )
+
+    def release(self) -> None:
+        """Give the run free, unless it is another's by now."""
+        self._over.set()
+        self._thread.join()
+        found = self._read()
+        if found is not None and found["holder"] == self._own["holder"]:
+            self._path.unlink(missing_ok=True)
+
+    def _wait_for(self, run_dir: Path, stale_s: float) -> None:
+        """Return when nobody alive holds the run; a holder on this host is looked at, another's number is watched."""
+        first = self._read()
+        if first is None or _is_dead_here(first):
+            return
+        logger.warning("%s: waiting up to %.0f s to see whether %s is alive", run_dir, stale_s, _name(first))
+        deadline = time.monotonic() + stale_s
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, self._renew_s))
+            now = self._read()
+            if now is None or _is_dead_here(now):
+                return
+            if (now["holder"], now["beat"]) != (first["holder"], first["beat"]):
+                raise ConfigError(
+                    f"{run_dir}: {_name(now)} is training this run; wait for it, end it, or choose another name=…"
+                )
+        logger.warning("%s: %s is gone, taking over", run_dir, _name(first))
+
+    def _renew(self) -> None:
+        while not self._over.wait(self._renew_s):
+            try:
+                self.check()
+                self._write()
+            except LeaseLost as lost:
+                logger.error("%s", lost)
+                return
+            except OSError as error:
+                logger.warning("%s cannot be renewed: %s", self._path, error.strerror)
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            return json.loads(self._path.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+
+    def _write(self) -> None:
+        self._beat += 1
+        partial = self._path.with_name(f"{self._path.name}.{self._own['holder']}")
+        partial.write_text(json.dumps(self._own | {"beat": self._beat}))
+        partial.replace(self._path)
+
+
+@contextmanager
+def held(run_dir: Path, wanted: bool) -> Iterator[Lease | None]:
+    """The run's lease for the time of the block, on the one rank that writes; None on the others."""
+    if not wanted:
+        yield None
+        return
+    lease = Lease(run_dir)
+    try:
+        yield lease
+    finally:
+        lease.release()
+
+
+def _is_dead_here(found: dict[str, Any]) -> bool:
+    if found["host"] != os.uname().nodename:
+        return False
+    try:
+        return psutil.Process(found["pid"]).create_time() != found["started"]
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _name(found: dict[str, Any]) -> str:
+    job = f" (job {found['job']})" if found["job"] else ""
+    return f"process {found['pid']} on {found['host']}{job}"
