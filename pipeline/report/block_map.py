@@ -1,0 +1,85 @@
+"""Which blocks stay active: layer x projection for each tower, summed over runs (the paper's Figures 10 and 11)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.report.records import Collection, Run
+from pipeline.report.style import BLUE, GRID, INK, NoData, panels
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# From below upwards as in the paper, with its names for the three linears that are no query, key or value.
+PROJECTIONS = {
+    "q_proj": "query",
+    "k_proj": "key",
+    "v_proj": "value",
+    "out_proj": "attention out",
+    "fc1": "MLP 1 (fc1)",
+    "fc2": "MLP 2 (fc2)",
+}
+
+
+def share_of_runs(runs: list[Run], tower: str) -> dict[tuple[int, str], float]:
+    """(layer, projection) -> share of the runs in which this block of the tower is active."""
+    counts: dict[tuple[int, str], int] = {}
+    for run in runs:
+        for target, is_open in run.gates.items():
+            where, layer, projection = target.split(".")
+            if where == tower:
+                key = (int(layer), projection)
+                counts[key] = counts.get(key, 0) + is_open
+    return {key: count / len(runs) for key, count in counts.items()}
+
+
+def activation(collection: Collection, *, narrow: bool) -> Figure:
+    """A cell's strength of colour is the share of gated runs that keep this block."""
+    runs = [run for run in collection.runs if run.settings.gated and run.gates]
+    shares = {tower: share_of_runs(runs, tower) for tower in ("image", "text")} if runs else {}
+    towers = [tower for tower, share in shares.items() if share]
+    if not towers:
+        raise NoData("needs a gated run with a checkpoint")
+    counted = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    figure, axes = panels(f"Where blocks stay active ({counted} with gates)", len(towers), narrow=narrow, height=3.0)
+    for tower, one in zip(towers, axes, strict=True):
+        _draw(one, shares[tower], tower)
+    _scale(figure, "active" if len(runs) == 1 else "of the runs", narrow=narrow, one=len(runs) == 1)
+    return figure
+
+
+def _draw(axes: Axes, shares: dict[tuple[int, str], float], tower: str) -> None:
+    from matplotlib.patches import Rectangle
+
+    layers = sorted({layer for layer, _ in shares})
+    rows = [name for name in PROJECTIONS if any(projection == name for _, projection in shares)]
+    for (layer, projection), share in shares.items():
+        corner = layers.index(layer) - 0.5, rows.index(projection) - 0.5
+        # Opacity, not a colour map: what is not active has the colour of the page, dark or light.
+        axes.add_patch(Rectangle(corner, 1, 1, facecolor=BLUE, alpha=share, linewidth=0))
+        axes.add_patch(Rectangle(corner, 1, 1, facecolor="none", edgecolor=GRID, linewidth=0.7))
+    axes.set_xlim(-0.5, len(layers) - 0.5)
+    axes.set_ylim(-0.5, len(rows) - 0.5)
+    axes.set_xticks(range(len(layers)), [str(layer + 1) for layer in layers])
+    axes.set_yticks(range(len(rows)), [PROJECTIONS[name] for name in rows])
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.set_title(f"{tower} tower: {sum(shares.values()):.4g} of {len(shares)} blocks on average", loc="left")
+    axes.set_xlabel("transformer layer")
+    axes.set_ylabel("linear that carries the block")
+
+
+def _scale(figure: Figure, unit: str, *, narrow: bool, one: bool) -> None:
+    """The legend: five strengths of the colour, or for one run the two states."""
+    from matplotlib.patches import Patch
+
+    steps = (0.0, 1.0) if one else (0.0, 0.25, 0.5, 0.75, 1.0)
+    names = ["closed", unit] if one else [f"{step:.0%}" for step in steps]
+    if not one:
+        names[-1] += f" {unit}"
+    patches = [
+        Patch(facecolor=(BLUE, step), edgecolor=INK, linewidth=0.5, label=name)
+        for step, name in zip(steps, names, strict=True)
+    ]
+    figure.legend(handles=patches, loc="outside lower left", ncols=3 if narrow else len(patches))

@@ -1,0 +1,207 @@
+"""Figures over single runs: the groups side by side, the Pareto front, training curves, the strength curve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pipeline.report.records import Collection, Run
+from pipeline.report.style import CYCLE, GREY, GROUPS, INK, MARKERS, ORANGE, NoData, legend, panels
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_NAMED = 7  # runs that get a colour of their own; more would need colours nobody can tell apart
+
+
+def groups(collection: Collection, *, narrow: bool) -> Figure:
+    """A bar for each run and group beside the untouched model's."""
+    runs = [run for run in collection.runs if run.summary is not None]
+    if not runs:
+        raise NoData("needs the results of an evaluation")
+    if len(runs) >= MOST_NAMED:
+        raise NoData(f"{len(runs)} runs are too many for bars; the table below has them")
+    names = [name for name in GROUPS if any(run.group(name) is not None for run in runs)]
+    figure, (axes,) = panels("Accuracy by group", 1, narrow=narrow, height=3.4)
+    figure.set_size_inches(figure.get_figwidth() if narrow else 8.5, figure.get_figheight())
+    before = [collection.untouched.get(name, 0.0) for name in names]
+    bars = [("untouched model", before, GREY)] if collection.untouched else []
+    bars += [(run.label, [run.group(name) or 0.0 for name in names], CYCLE[i]) for i, run in enumerate(runs)]
+    width = 0.84 / len(bars)
+    for number, (label, values, colour) in enumerate(bars):
+        x = [place + (number - (len(bars) - 1) / 2) * width for place in range(len(names))]
+        drawn = axes.bar(x, [100 * value for value in values], width * 0.92, color=colour, label=label)
+        if not narrow or len(bars) < 4:
+            axes.bar_label(drawn, fmt="%.1f" if len(bars) < 5 else "%.0f", fontsize=8, padding=1, color=INK)
+    for place, name in enumerate(names):
+        chance = collection.chance(name)
+        if chance is not None:
+            label = "guessing" if place == 0 else "_"
+            axes.hlines(100 * chance, place - 0.44, place + 0.44, colors=ORANGE, linestyles=":", label=label)
+    axes.set_xticks(range(len(names)), [GROUPS[name].replace(" ", "\n") for name in names])
+    axes.set_xlabel("group of data sets")
+    axes.set_ylabel("accuracy or mean recall (%)")
+    axes.grid(axis="x", visible=False)
+    legend(figure, axes, narrow=narrow)
+    return figure
+
+
+def pareto(collection: Collection, *, narrow: bool) -> Figure:
+    """In-distribution accuracy against knowledge kept; the front as a line, the chosen model with a star."""
+    points = collection.points
+    if not points:
+        raise NoData("needs results of id and of another group, and the untouched model's")
+    figure, (axes,) = panels("Learned against kept", 1, narrow=narrow, height=4.2)
+    figure.set_size_inches(figure.get_figwidth() if narrow else 8.5, 4.6)
+    front = [points[name] for name in collection.front]
+    if len(front) > 1:
+        axes.plot([100 * one.kept for one in front], [100 * one.id for one in front], color=GREY, linewidth=1.2,
+                  zorder=1.5, label="Pareto front")  # fmt: skip
+    runs = [run for run in collection.runs if run.name in points]
+    methods = sorted({run.settings.method for run in runs})
+    for number, method in enumerate(methods):
+        members = [points[run.name] for run in runs if run.settings.method == method]
+        axes.plot([100 * one.kept for one in members], [100 * one.id for one in members], linestyle="none",
+                  marker=MARKERS[number % len(MARKERS)], color=CYCLE[number % len(CYCLE)], label=method,
+                  markersize=7)  # fmt: skip
+    chosen = collection.chosen
+    if chosen is not None:
+        one = points[chosen.name]
+        axes.plot(100 * one.kept, 100 * one.id, linestyle="none", marker="*", markersize=17, color=ORANGE,
+                  markeredgecolor=INK, label=f"chosen: {chosen.label}", zorder=4)  # fmt: skip
+    if "id" in collection.untouched:
+        axes.plot(100, 100 * collection.untouched["id"], linestyle="none", marker="o", markersize=7, color=GREY,
+                  label="untouched model")  # fmt: skip
+    if len(runs) <= 2 * MOST_NAMED:
+        _name_points(axes, collection, runs)
+    of_what = "" if narrow else ", mean of the groups other than in-distribution"
+    axes.set_xlabel(f"knowledge kept (% of the untouched model{of_what})")
+    axes.set_ylabel("in-distribution accuracy (%)")
+    axes.margins(0.1)
+    legend(figure, axes, narrow=narrow)
+    return figure
+
+
+def _name_points(axes: Axes, collection: Collection, runs: Sequence[Run]) -> None:
+    """Rank and lambda beside each point, turned inwards so that none leaves the axes."""
+    middle = sum(collection.points[run.name].kept for run in runs) / len(runs)
+    for run in runs:
+        one, settings = collection.points[run.name], run.settings
+        text = " ".join(
+            part
+            for part in (
+                f"r{settings.rank}" if settings.rank is not None else "",
+                f"λ{settings.lam:g}" if settings.lam is not None else "",
+            )
+            if part
+        )
+        left = one.kept > middle
+        axes.annotate(text, (100 * one.kept, 100 * one.id), xytext=(-8 if left else 8, 5), textcoords="offset points",
+                      fontsize=8, ha="right" if left else "left")  # fmt: skip
+
+
+def training(collection: Collection, *, narrow: bool) -> Figure:
+    """Loss over steps, and the share of blocks whose gate is still open."""
+    runs = [run for run in collection.runs if run.history.get("train/loss")]
+    if not runs:
+        raise NoData("no run has recorded a loss yet")
+    gated = [run for run in runs if run.history.get("adapter/active_share")]
+    figure, axes = panels("Training", 2 if gated else 1, narrow=narrow, height=3.4)
+    colours = _colours(collection, runs)
+    for run in runs:
+        colour, width, label = colours[run.name]
+        steps, losses = zip(*run.history["train/loss"], strict=True)
+        axes[0].plot(steps, losses, color=colour, linewidth=width, label=label)
+        if run in gated:
+            steps, shares = zip(*run.history["adapter/active_share"], strict=True)
+            axes[1].plot(steps, [100 * share for share in shares], color=colour, linewidth=width)
+    axes[0].set_title("loss", loc="left")
+    axes[0].set_ylabel("contrastive loss + penalty (nats)")
+    for one in axes:
+        one.set_xlabel("optimizer step")
+    if gated:
+        axes[1].set_title("gates closing", loc="left")
+        axes[1].set_ylabel("active blocks (% of all blocks)")
+        axes[1].set_ylim(0, 105)
+    legend(figure, axes[0], narrow=narrow)
+    return figure
+
+
+def _colours(collection: Collection, runs: Sequence[Run]) -> dict[str, tuple[str, float, str | None]]:
+    """run -> colour, line width, legend. Few runs have a colour each, many one per method; the chosen one is thick."""
+    found: dict[str, tuple[str, float, str | None]] = {}
+    methods: dict[str, int] = {}
+    for number, run in enumerate(runs):
+        chosen = collection.chosen is not None and run.name == collection.chosen.name
+        if len(runs) <= MOST_NAMED:
+            colour, label = CYCLE[number], run.label
+        else:
+            method = run.settings.method
+            label = method if method not in methods else None
+            colour = CYCLE[methods.setdefault(method, len(methods)) % len(CYCLE)]
+        found[run.name] = colour, 2.4 if chosen else 1.2, label
+    return found
+
+
+def scores(collection: Collection, *, narrow: bool) -> Figure:
+    """Every gate's score over the steps of one run, by tower, with the threshold below which a gate closes."""
+    if len(collection.runs) != 1:
+        raise NoData("drawn in the report of a single run")
+    run = collection.runs[0]
+    found = {key.removeprefix("gate/"): series for key, series in run.history.items() if key.startswith("gate/")}
+    towers = [tower for tower in ("image", "text") if any(name.startswith(tower) for name in found)]
+    if not towers:
+        raise NoData("no gate was recorded")
+    figure, axes = panels("Scores of the gates", len(towers), narrow=narrow, height=3.4)
+    threshold = float(run.config["gate.threshold"])
+    for tower, one in zip(towers, axes, strict=True):
+        labelled: set[bool] = set()
+        for name, series in found.items():
+            if name.startswith(tower):
+                steps, values = zip(*series, strict=True)
+                is_open = values[-1] >= threshold
+                label = None if is_open in labelled else ("open at the end" if is_open else "closed at the end")
+                labelled.add(is_open)
+                one.plot(steps, values, color=CYCLE[0] if is_open else GREY, linewidth=1.1 if is_open else 0.6,
+                         zorder=3 if is_open else 2, label=label)  # fmt: skip
+        one.axhline(threshold, color=ORANGE, linestyle="--", linewidth=1.3, label="threshold τ")
+        one.set_title(f"{tower} tower", loc="left")
+        one.set_xlabel("optimizer step")
+        one.set_ylabel("score of a gate")
+        one.legend(loc="best")
+    return figure
+
+
+def strength(collection: Collection, *, narrow: bool) -> Figure:
+    """Each group against in-distribution accuracy while the fine-tuned weights are blended in, from 0 to 1."""
+    runs = [run for run in collection.runs if run.strength][:MOST_NAMED]
+    curves = {run.name: _curve(run) for run in runs}
+    names = [name for name in GROUPS if name != "id" and any(name in curve for curve in curves.values())]
+    if not names:
+        raise NoData("no run was evaluated at several strengths")
+    figure, axes = panels("Strength: from the untouched model (α 0) to the fine-tuned one (α 1)", len(names),
+                          narrow=narrow, columns=3)  # fmt: skip
+    for name, one in zip(names, axes, strict=True):
+        for number, run in enumerate(runs):
+            curve = curves[run.name]
+            if name in curve and "id" in curve:
+                colour = CYCLE[number]
+                one.plot(curve["id"], curve[name], color=colour, marker="o", markersize=3.5, label=run.label)
+                for end, alpha in ((0, "α 0"), (-1, "α 1")):
+                    one.annotate(alpha, (curve["id"][end], curve[name][end]), xytext=(5, 4),
+                                 textcoords="offset points", fontsize=8)  # fmt: skip
+        one.set_title(GROUPS[name], loc="left")
+        one.set_xlabel("in-distribution accuracy (%)")
+        one.set_ylabel("mean recall (%)" if name == "retrieval" else "accuracy (%)")
+        one.margins(0.12)
+    legend(figure, axes[0], narrow=narrow)
+    return figure
+
+
+def _curve(run: Run) -> dict[str, list[float]]:
+    """group -> percent at each alpha, in the order of rising alpha."""
+    content = run.strength or {}
+    by_alpha = sorted(((float(alpha), means) for alpha, means in content["groups"].items()), key=lambda pair: pair[0])
+    names = by_alpha[0][1] if by_alpha else {}
+    return {name: [100 * means[name] for _, means in by_alpha] for name in names}

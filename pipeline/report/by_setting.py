@@ -1,0 +1,193 @@
+"""Figures over the settings of a sweep: accuracy by rank, lambda's trade-off, active blocks, cost against gain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from statistics import mean
+from typing import TYPE_CHECKING
+
+from pipeline.report.records import Collection, Run
+from pipeline.report.series import Family, Spread, families
+from pipeline.report.style import (
+    BLUE,
+    CYCLE,
+    GREEN,
+    GROUPS,
+    MARKERS,
+    ORANGE,
+    VERMILLION,
+    NoData,
+    legend,
+    panels,
+    rank_axis,
+    reference,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLOUR = {"lora": BLUE, "dora": VERMILLION}
+
+
+def by_rank(collection: Collection, *, narrow: bool) -> Figure:
+    """Accuracy of the four groups over rank, with and without gates (the paper's Figures 3 and 6)."""
+    lines = families(run for run in collection.runs if run.summary is not None)
+    ranks = sorted({rank for family in lines for rank in family.ranks})
+    if len(ranks) < 2:
+        raise NoData("needs results at two ranks or more")
+    figure, axes = _group_panels("Accuracy by rank, with and without gates", collection, narrow=narrow)
+    for group, one in axes.items():
+        for family in lines:
+            lam = family.main_lam()
+            label = family.label + ("" if lam is None else f", λ {lam:g}")
+            _line(one, family.by_rank(lam, partial(_group, group)), label, _COLOUR[family.kind], family.gated)
+        rank_axis(one, ranks)
+        _references(one, collection, group)
+    legend(figure, next(iter(axes.values())), narrow=narrow)
+    return figure
+
+
+def by_lam(collection: Collection, *, narrow: bool) -> Figure:
+    """The four groups over lambda, a line per rank, the same rank without gates at the left end (Figure 7)."""
+    lines = [family for family in families(collection.runs) if family.gated and len(_evaluated_lams(family)) > 1]
+    if not lines:
+        raise NoData("needs a gated method with results at two values of gate.lam or more")
+    plain = {family.kind: family for family in families(collection.runs) if not family.gated}
+    figure, axes = _group_panels("The trade-off of λ", collection, narrow=narrow)
+    for group, one in axes.items():
+        value = partial(_group, group)
+        lams = sorted({lam for family in lines for lam in _evaluated_lams(family)})
+        drawn = [(family, rank) for family in lines for rank in family.ranks if family.by_lam(rank, value)]
+        for number, (family, rank) in enumerate(drawn):
+            points = {1.0 + lams.index(lam): spread for lam, spread in family.by_lam(rank, value).items()}
+            ungated = plain[family.kind].by_rank(None, value).get(rank) if family.kind in plain else None
+            label = f"{family.label}, rank {rank}"
+            _line(one, points, label, CYCLE[number % len(CYCLE)], True, MARKERS[number % len(MARKERS)])
+            if ungated is not None:
+                one.plot([0.0], [100 * ungated.mean], linestyle="none", marker=MARKERS[number % len(MARKERS)],
+                         markerfacecolor="none", color=CYCLE[number % len(CYCLE)])  # fmt: skip
+        one.set_xticks(range(len(lams) + 1), ["no\ngates", *(f"{lam:g}" for lam in lams)])
+        one.set_xlim(-0.4, len(lams) + 0.4)
+        one.set_xlabel("λ, weight of the gates' penalty")
+        _references(one, collection, group)
+    legend(figure, next(iter(axes.values())), narrow=narrow)
+    return figure
+
+
+def active_blocks(collection: Collection, *, narrow: bool) -> Figure:
+    """Share of open blocks over lambda, a line per rank, and over rank, a line per lambda (Figure 8)."""
+    lines = [family for family in families(run for run in collection.runs if run.gates) if family.gated]
+    settings = {point for family in lines for point in family.points}
+    if len(settings) < 2:
+        raise NoData("needs gated runs at two values of gate.lam or of adapter.rank")
+    figure, (over_lam, over_rank) = panels("Blocks that stay active", 2, narrow=narrow, height=3.2)
+    lams = sorted({lam for _, lam in settings if lam is not None})
+    for number, (family, rank) in enumerate((each, rank) for each in lines for rank in each.ranks):
+        colour, marker = CYCLE[number % len(CYCLE)], MARKERS[number % len(MARKERS)]
+        points = {float(lams.index(lam)): each for lam, each in family.by_lam(rank, _active).items()}
+        _line(over_lam, points, f"{family.label}, rank {rank}", colour, True, marker)
+    over_lam.set_xticks(range(len(lams)), [f"{lam:g}" for lam in lams])
+    over_lam.set_xlabel("λ, weight of the gates' penalty")
+    for number, (family, lam) in enumerate((each, lam) for each in lines for lam in each.lams):
+        colour, marker = CYCLE[number % len(CYCLE)], MARKERS[number % len(MARKERS)]
+        _line(over_rank, family.by_rank(lam, _active), f"{family.label}, λ {lam:g}", colour, True, marker)
+    rank_axis(over_rank, sorted({rank for rank, _ in settings}))
+    for axes, title in ((over_lam, "over λ"), (over_rank, "over rank")):
+        axes.set_title(title, loc="left")
+        axes.set_ylabel("active blocks (% of all blocks)")
+        axes.set_ylim(bottom=0)
+        axes.margins(x=0.08)
+        axes.legend(loc="best")
+    return figure
+
+
+def cost_and_gain(collection: Collection, costs: Mapping[str, float], *, narrow: bool) -> Figure:
+    """What unmerged blocks add to a forward over rank, and the mean accuracy against the cost (Figure 9).
+
+    costs: run -> GMAC of one image and one text with its active blocks, not merged.
+    """
+    runs = [run for run in collection.runs if run.name in costs and run.summary is not None]
+    lines = families(runs)
+    if not lines:
+        raise NoData("needs an evaluated adapter whose model can be built here")
+    figure, (over_rank, gain) = panels("Cost of blocks that are not merged, and what they gain", 2, narrow=narrow,
+                                       height=3.3)  # fmt: skip
+    for family in lines:
+        colour, lam = _COLOUR[family.kind], family.main_lam()
+        label = family.label + ("" if lam is None else f", λ {lam:g}")
+        _line(over_rank, family.by_rank(lam, lambda run: costs[run.name] / 100), label, colour, family.gated)
+        members = [run for each in family.points.values() for run in each]
+        points = [(costs[run.name], 100 * change) for run in members if (change := mean_change(run)) is not None]
+        if points:
+            gain.plot(*zip(*points, strict=True), linestyle="none", marker="o", color=colour, label=family.label,
+                      markerfacecolor=colour if family.gated else "none")  # fmt: skip
+    rank_axis(over_rank, sorted({rank for family in lines for rank in family.ranks}))
+    over_rank.set_ylabel("GMAC of one image and one text")
+    over_rank.set_title("cost by rank", loc="left")
+    gain.axhline(0, color=ORANGE, linestyle=":", linewidth=1.3, label="untouched model")
+    gain.set_xlabel("GMAC of one image and one text")
+    gain.set_ylabel("mean change (points)")
+    gain.set_title("mean of the groups against cost", loc="left")
+    for axes in (over_rank, gain):
+        axes.margins(x=0.08, y=0.12)
+        axes.legend(loc="best")
+    return figure
+
+
+def mean_change(run: Run) -> float | None:
+    """Mean change of id, shift and zero-shot against the untouched model: the paper's relative gain counts these."""
+    groups = {} if run.summary is None else run.summary["groups"]
+    changes = [groups[name]["change"] for name in ("id", "shift", "zero-shot") if name in groups]
+    return None if not changes or None in changes else mean(changes)
+
+
+def _group(name: str, run: Run) -> float | None:
+    return run.group(name)
+
+
+def _active(run: Run) -> float | None:
+    return run.active_share
+
+
+def _evaluated_lams(family: Family) -> set[float]:
+    return {
+        lam
+        for (_, lam), runs in family.points.items()
+        if lam is not None and any(run.summary is not None for run in runs)
+    }
+
+
+def _group_panels(title: str, collection: Collection, *, narrow: bool) -> tuple[Figure, dict[str, Axes]]:
+    """A panel for each group that has results."""
+    present = [name for name in GROUPS if any(run.group(name) is not None for run in collection.runs)]
+    if not present:
+        raise NoData("needs the results of an evaluation")
+    figure, axes = panels(title, len(present), narrow=narrow)
+    for name, one in zip(present, axes, strict=True):
+        one.set_title(GROUPS[name], loc="left")
+        one.set_ylabel("mean recall (%)" if name == "retrieval" else "accuracy (%)")
+    return figure, dict(zip(present, axes, strict=True))
+
+
+def _references(axes: Axes, collection: Collection, group: str) -> None:
+    full = [value for run in collection.runs if run.settings.kind == "full" and (value := run.group(group)) is not None]
+    reference(axes, collection.untouched.get(group), "untouched model")
+    reference(axes, mean(full) if full else None, "full fine-tuning", GREEN, "--")
+    reference(axes, collection.chance(group), "guessing", ORANGE, (0, (1, 3)))  # pyright: ignore[reportArgumentType]
+
+
+def _line(
+    axes: Axes, points: Mapping[int, Spread] | Mapping[float, Spread], label: str, colour: str, gated: bool,
+    marker: str = "o",
+) -> None:  # fmt: skip
+    """Values in percent over x; with gates a solid line, without a dashed one; a bar from lowest to highest seed."""
+    if not points:
+        return
+    x: Sequence[float] = list(points)
+    means = [100 * each.mean for each in points.values()]
+    reach: Callable[[Spread], tuple[float, float]] = lambda each: (each.mean - each.low, each.high - each.mean)  # noqa: E731
+    bars = [[100 * reach(each)[side] for each in points.values()] for side in (0, 1)]
+    axes.errorbar(x, means, yerr=bars if any(map(any, bars)) else None, label=label, color=colour, marker=marker,
+                  linestyle="-" if gated else "--", markerfacecolor=colour if gated else "none", capsize=2)  # fmt: skip

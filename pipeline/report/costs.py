@@ -1,0 +1,42 @@
+"""What each run's active blocks cost in a forward when they are not merged."""
+
+from __future__ import annotations
+
+from pipeline.config import ConfigError
+from pipeline.report.records import Collection, Run
+
+_GIGA = 1e9
+
+
+def run_costs(collection: Collection) -> dict[str, float]:
+    """run -> GMAC of one image and one text, blocks unmerged; runs whose model cannot be built here are left out.
+
+    The architecture alone counts, so no weights are loaded and a hub is not asked.
+    """
+    costs: dict[str, float] = {}
+    by_model: dict[str, list[Run]] = {}
+    for run in collection.runs:
+        if run.settings.rank is not None and run.gates and run.summary is not None:
+            by_model.setdefault(run.settings.model, []).append(run)
+    for model, runs in by_model.items():
+        if not model.startswith("hf-hub:"):
+            costs |= _of_model(model, runs)
+    return costs
+
+
+def _of_model(model: str, runs: list[Run]) -> dict[str, float]:
+    from pipeline.evaluation.cost import OWN_RULE, model_cost
+    from pipeline.model.clip import load_clip
+
+    try:
+        cost = model_cost(load_clip(model))
+    except ConfigError:  # the report may be written on a machine that has not got the run's model
+        return {}
+    base = sum(cost.base.values())
+    found = {}
+    for run in runs:
+        rank, rule = run.settings.rank, OWN_RULE["dora" if run.settings.kind == "dora" else "lora"]
+        assert rank is not None
+        active = [target for target, is_open in run.gates.items() if is_open]
+        found[run.name] = (base + sum(cost.overhead(rank, rule, active).values())) / _GIGA
+    return found

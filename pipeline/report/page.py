@@ -1,0 +1,88 @@
+"""The page itself: one HTML file with its style, tables and drawings inside it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.resources import files
+
+from pipeline.report.records import RUNNING, Collection
+from pipeline.report.style import CYCLE, GRID, INK, ON_DARK, PAPER
+from pipeline.report.tables import Table, percent, state
+
+# marker colour of the drawings -> CSS variable
+_VARIABLES = {INK: "--ink", GRID: "--grid", PAPER: "--paper"} | {
+    colour: f"--c{number}" for number, colour in enumerate((*CYCLE, *(set(ON_DARK) - {INK, GRID, PAPER, *CYCLE})))
+}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure: SVG texts for a wide screen and for a phone, and what stands below it."""
+
+    key: str
+    title: str
+    caption: str
+    wide: str
+    narrow: str
+
+
+def render(
+    collection: Collection,
+    tables: Sequence[Table],
+    drawings: Sequence[Drawing],
+    absent: Mapping[str, str],
+    when: datetime,
+) -> str:
+    """The page as HTML. `absent`: title of a figure that could not be drawn -> why."""
+    from jinja2 import Environment, StrictUndefined
+
+    template = files("pipeline.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    light = {variable: colour for colour, variable in _VARIABLES.items()}
+    dark = {variable: ON_DARK[colour] for colour, variable in _VARIABLES.items()}
+    return environment.from_string(template).render(
+        collection=collection,
+        facts=_facts(collection, when),
+        troubles=[(run.label, state(run)) for run in collection.runs if run.status in ("failed", "stopped")],
+        waiting=[(run.label, state(run)) for run in collection.runs if run.status in RUNNING],
+        unmeasured=[run.label for run in collection.runs if run.status == "trained"],
+        tables=tables,
+        drawings=[(drawing, _inline(drawing.wide, drawing.key), _inline(drawing.narrow, drawing.key + "-n"))
+                  for drawing in drawings],
+        absent=absent,
+        light=light,
+        dark=dark,
+    )  # fmt: skip
+
+
+def _facts(collection: Collection, when: datetime) -> list[tuple[str, str]]:
+    """What stands at the top: counts, the untouched model, the chosen one."""
+    counts = Counter(run.status for run in collection.runs)
+    said = ", ".join(f"{number} {status}" for status, number in counts.most_common())
+    facts = [("source", collection.source), ("runs", f"{len(collection.runs)} ({said})")]
+    facts += [("benchmark", collection.benchmark)] if collection.benchmark else []
+    chosen = collection.chosen
+    if chosen is not None and chosen.point is not None:
+        one = chosen.point
+        facts.append(
+            ("chosen", f"{chosen.label}: in-distribution {percent(one.id)} % ({100 * one.gain:+.1f} points), "
+                       f"kept {percent(one.kept)} %")
+        )  # fmt: skip
+    return [*facts, ("written", when.strftime("%Y-%m-%d %H:%M"))]
+
+
+def _inline(svg: str, prefix: str) -> str:
+    """A drawing that can stand in a page beside others: no prologue, ids of its own, colours of the page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
+    # Size comes from the page; the viewBox keeps the shape.
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    for colour, variable in _VARIABLES.items():
+        svg = re.sub(rf"((?:fill|stroke): ?){colour}", rf"\1var({variable})", svg, flags=re.IGNORECASE)
+    return svg

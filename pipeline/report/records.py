@@ -1,0 +1,174 @@
+"""What the report knows of each run, whatever it was read from: a directory, a sweep or an MLflow experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import yaml
+
+from pipeline.evaluation.choice import Point, choose, pareto_front, point_of
+from pipeline.evaluation.summary import Summary
+
+# "trained": the schedule is complete and no result of an evaluation is there yet.
+Status = Literal["waiting", "training", "evaluating", "trained", "finished", "failed", "stopped"]
+RUNNING: tuple[Status, ...] = ("waiting", "training", "evaluating")
+Flat = Mapping[str, Any]
+Series = list[tuple[int, float]]  # step, value; steps rise
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What tells runs apart in tables and figures. `rank` is None without blocks, `lam` None without gates."""
+
+    kind: str
+    rank: int | None
+    gated: bool
+    lam: float | None
+    penalty: str | None
+    random_k: int | None
+    seed: int
+    model: str
+    pretrained: str | None
+
+    @staticmethod
+    def of(flat: Flat) -> Settings:
+        """From a flat config; a key that is not there has its value as MLflow shows it: none."""
+        kind, random_k = str(flat["adapter.kind"]), flat.get("adapter.random_k")
+        has_blocks = kind in ("lora", "dora")
+        gated = has_blocks and random_k is None and bool(flat["gate.enabled"])
+        return Settings(
+            kind,
+            int(flat["adapter.rank"]) if has_blocks else None,
+            gated,
+            float(flat["gate.lam"]) if gated else None,
+            str(flat["gate.penalty"]) if gated else None,
+            None if random_k is None else int(random_k),
+            int(flat["seed"]),
+            str(flat["model.name"]),
+            flat.get("model.pretrained"),
+        )
+
+    @property
+    def method(self) -> str:
+        """ "gated LoRA", "DoRA", "full fine-tuning", .."""
+        if self.kind in ("full", "none"):
+            return "full fine-tuning" if self.kind == "full" else "no blocks"
+        adapter = {"lora": "LoRA", "dora": "DoRA"}[self.kind]
+        if self.random_k is not None:
+            return f"{self.random_k} random {adapter} blocks"
+        return f"gated {adapter}" if self.gated else adapter
+
+
+def scalar(text: str) -> Any:
+    """A value as MLflow keeps it, back as number, bool, None or text."""
+    if text in ("None", ""):
+        return None
+    value = yaml.safe_load(text) if len(text) < 40 and not text.startswith(("[", "{")) else text
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 takes 1e-05 for a text
+        except ValueError:
+            return value
+    return value if isinstance(value, (bool, int, float)) else text
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and its results. `error` says in a line why a run failed."""
+
+    name: str
+    label: str
+    config: Flat
+    status: Status
+    baseline: bool = False
+    error: str | None = None
+    step: int = 0
+    total_steps: int | None = None
+    summary: Summary | None = None
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # dataset -> metric -> value
+    untouched: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # the same of the model it started from
+    gates: Mapping[str, bool] = field(default_factory=dict)  # target -> open; every block of an ungated adapter is
+    history: Mapping[str, Series] = field(default_factory=dict)
+    strength: Mapping[str, Any] | None = None
+
+    @cached_property
+    def settings(self) -> Settings:
+        return Settings.of(self.config)
+
+    @cached_property
+    def point(self) -> Point | None:
+        return None if self.summary is None else point_of(self.summary)
+
+    @property
+    def active_share(self) -> float | None:
+        """Share of open blocks in [0, 1]; None without blocks, or before the first record of them."""
+        return sum(self.gates.values()) / len(self.gates) if self.gates else None
+
+    def group(self, name: str) -> float | None:
+        """Mean of a group in [0, 1]; None unless every dataset of it is evaluated."""
+        found = None if self.summary is None else self.summary["groups"].get(name)
+        return None if found is None or found["missing"] else found["mean"]
+
+
+@dataclass(frozen=True)
+class Collection:
+    """All runs of one report. `source` says where they were read."""
+
+    title: str
+    source: str
+    runs: Sequence[Run]
+
+    @property
+    def complete(self) -> bool:
+        return not any(run.status in RUNNING for run in self.runs)
+
+    @cached_property
+    def points(self) -> dict[str, Point]:
+        return {run.name: run.point for run in self.runs if run.point is not None}
+
+    @cached_property
+    def front(self) -> list[str]:
+        return pareto_front(self.points)
+
+    @cached_property
+    def chosen(self) -> Run | None:
+        """The model by the rule of evaluation.choice; None before the first result, and where there is no choice."""
+        if len(self.points) < 2:
+            return None
+        name = choose(self.points)
+        return next(run for run in self.runs if run.name == name)
+
+    @cached_property
+    def datasets(self) -> dict[str, dict[str, Any]]:
+        """Every dataset that any run has a result for: key -> its entry in a summary, in the benchmark's order."""
+        found: dict[str, dict[str, Any]] = {}
+        for run in self.runs:
+            for key, entry in (run.summary or {"datasets": {}})["datasets"].items():
+                if key not in found or found[key]["baseline"] is None:
+                    found[key] = entry
+        return found
+
+    @cached_property
+    def benchmark(self) -> str | None:
+        """Name of the benchmark, None before the first result; several are named together."""
+        names = sorted({run.summary["benchmark"] for run in self.runs if run.summary is not None})
+        return ", ".join(names) or None
+
+    @cached_property
+    def untouched(self) -> dict[str, float]:
+        """The untouched model's mean of each group that is complete; empty while it is not evaluated."""
+        means = {}
+        for run in self.runs:
+            groups = {} if run.summary is None else run.summary["groups"]
+            for name, group in groups.items():
+                if group["change"] is not None and not group["missing"]:
+                    means.setdefault(name, group["mean"] - group["change"])
+        return means
+
+    def chance(self, group: str) -> float | None:
+        """Mean accuracy of guessing over the datasets that count in a group."""
+        values = [each["chance"] for each in self.datasets.values() if each["group"] == group and each["in_mean"]]
+        return sum(values) / len(values) if values else None

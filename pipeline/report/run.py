@@ -1,0 +1,138 @@
+"""`selora report`: read the runs, draw, tabulate, write the page."""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from pipeline.config import ConfigError
+from pipeline.report import block_map, by_run, by_setting, directories, stored
+from pipeline.report.costs import run_costs
+from pipeline.report.page import Drawing, render
+from pipeline.report.records import Collection
+from pipeline.report.style import NoData, styled
+from pipeline.report.tables import Table, tables
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+EXPERIMENT = "mlflow:"
+PAGE = "report.html"
+_PNG_DPI = 160
+
+
+class Draw(Protocol):
+    """One figure of the report; raises NoData where the runs have nothing for it."""
+
+    def __call__(self, collection: Collection, *, narrow: bool) -> Figure: ...
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A figure: file name, title where it is left out, caption, and how it is drawn."""
+
+    key: str
+    title: str
+    caption: str
+    draw: Draw
+
+
+def _catalogue(collection: Collection) -> tuple[Entry, ...]:
+    costs = run_costs(collection)
+    return (
+        Entry("pareto", "Learned against kept", "Up and to the right is better. The line joins the models that no "
+              "other one beats in both.", by_run.pareto),
+        Entry("groups", "Accuracy by group", "Dotted: the accuracy of guessing.", by_run.groups),
+        Entry("rank", "Accuracy by rank", "Solid with gates, dashed without. Bars reach from the lowest to the highest "
+              "seed where there are several.", by_setting.by_rank),
+        Entry("lambda", "Trade-off of λ", "Open marks at the left: the same rank without gates.", by_setting.by_lam),
+        Entry("active", "Active blocks over λ and rank", "A larger λ closes more gates.", by_setting.active_blocks),
+        Entry("cost", "Cost against gain", "Multiply-accumulates of one forward while blocks are not merged; merged, "
+              "every model costs what the untouched one does. Gain: mean change of in-distribution, shift and "
+              "zero-shot.", partial(by_setting.cost_and_gain, costs=costs)),
+        Entry("map", "Where blocks stay active", "Layers are counted from the input.", block_map.activation),
+        Entry("training", "Training curves", "The chosen model's line is thick.", by_run.training),
+        Entry("scores", "Scores of the gates", "A gate is open while its score is at or above the threshold.",
+              by_run.scores),
+        Entry("strength", "Strength curve", "Weights between the untouched model (α 0) and the fine-tuned one (α 1).",
+              by_run.strength),
+    )  # fmt: skip
+
+
+def report(target: Path | str, out: Path | None = None, uri: str | None = None) -> Path:
+    """Write report.html, tables/*.csv and figures/*.png|svg; returns the page's path.
+
+    target: directory of a run, of a sweep or of runs, or "mlflow:EXPERIMENT" (at `uri`, else as tracking finds its
+    store). out: default TARGET/report, for an experiment report/EXPERIMENT. Files are replaced one by one and whole, so
+    an open page is never half a page. ConfigError when there is nothing to report on.
+    """
+    text = str(target)
+    if text.startswith(EXPERIMENT):
+        name = text.removeprefix(EXPERIMENT)
+        collection, folder = stored.collect(name, uri), stored.default_folder(name)
+    elif uri is not None:
+        raise ConfigError(f"uri: only an experiment is read from a server; write {EXPERIMENT}EXPERIMENT, not {text}")
+    else:
+        collection, folder = directories.collect(Path(target)), Path(target) / "report"
+    folder = folder if out is None else out
+    return write(collection, folder)
+
+
+def write(collection: Collection, out: Path) -> Path:
+    """All files of the report of these runs, below `out`."""
+    made = tables(collection)
+    for table in made:
+        _replace(out / "tables" / f"{table.key}.csv", table.csv().encode())
+    drawings, absent = _draw_all(collection, out / "figures")
+    _drop_old(out, made, drawings)
+    page = render(collection, made, drawings, absent, datetime.now())
+    _replace(out / PAGE, page.encode())
+    return out / PAGE
+
+
+def _draw_all(collection: Collection, folder: Path) -> tuple[list[Drawing], dict[str, str]]:
+    drawings, absent = [], {}
+    for entry in _catalogue(collection):
+        try:
+            with styled(entry.key):
+                wide = entry.draw(collection, narrow=False)
+                narrow = entry.draw(collection, narrow=True)
+                svg = _saved(wide, "svg").decode()
+                _replace(folder / f"{entry.key}.svg", svg.encode())
+                _replace(folder / f"{entry.key}.png", _saved(wide, "png"))
+                drawings.append(Drawing(entry.key, entry.title, entry.caption, svg, _saved(narrow, "svg").decode()))
+        except NoData as reason:
+            absent[entry.title] = str(reason)
+    return drawings, absent
+
+
+def _saved(figure: Figure, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    # Without a date the same runs give the same file.
+    metadata = {"Date": None} if kind == "svg" else None
+    figure.savefig(buffer, format=kind, dpi=_PNG_DPI, metadata=metadata)
+    return buffer.getvalue()
+
+
+def _drop_old(out: Path, made: list[Table], drawings: list[Drawing]) -> None:
+    """Files of an earlier report that this one no longer has would be mistaken for its own."""
+    keys = {table.key for table in made} | {drawing.key for drawing in drawings}
+    for pattern in ("tables/*.csv", "figures/*.svg", "figures/*.png"):
+        for path in out.glob(pattern):
+            if path.stem not in keys:
+                path.unlink()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial_path.write_bytes(content)
+        partial_path.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error

@@ -1,0 +1,106 @@
+"""Runs put in families that a figure can draw as one line: the same method at several ranks, lambdas and seeds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import NamedTuple, TypeVar
+
+from pipeline.report.records import Run
+
+# What tells no two methods apart: the axes of the figures, places, and settings that leave the result alone.
+_NOT_A_METHOD = (
+    "seed", "name", "out", "tracking.", "eval.", "adapter.kind", "adapter.rank", "gate.lam", "gate.enabled",
+    "data.workers", "train.zero_stage", "train.log_every", "train.gates_every", "train.checkpoint_every",
+    "train.keep_last",
+)  # fmt: skip
+
+
+Axis = TypeVar("Axis", int, float)
+
+
+class Spread(NamedTuple):
+    """Mean, lowest and highest value over the seeds of one configuration."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Family:
+    """One method. `points`: (rank, lambda) -> its runs, one per seed; lambda is None without gates."""
+
+    label: str
+    kind: str
+    gated: bool
+    points: Mapping[tuple[int, float | None], Sequence[Run]]
+
+    @property
+    def ranks(self) -> list[int]:
+        return sorted({rank for rank, _ in self.points})
+
+    @property
+    def lams(self) -> list[float]:
+        return sorted({lam for _, lam in self.points if lam is not None})
+
+    def main_lam(self) -> float | None:
+        """The lambda with the most ranks, the largest of those; None without gates."""
+        counts = Counter(lam for _, lam in self.points if lam is not None)
+        return max(counts, key=lambda lam: (counts[lam], lam)) if counts else None
+
+    def by_rank(self, lam: float | None, value: Callable[[Run], float | None]) -> dict[int, Spread]:
+        """rank -> value over the seeds at this lambda, where any seed has one."""
+        return _spreads((rank, runs, value) for (rank, each), runs in self.points.items() if each == lam)
+
+    def by_lam(self, rank: int, value: Callable[[Run], float | None]) -> dict[float, Spread]:
+        """lambda -> value over the seeds at this rank; only gated families have any."""
+        points = self.points.items()
+        return _spreads((lam, runs, value) for (each, lam), runs in points if each == rank and lam is not None)
+
+
+def _spreads(entries: Iterable[tuple[Axis, Sequence[Run], Callable[[Run], float | None]]]) -> dict[Axis, Spread]:
+    found = {}
+    for key, runs, value in entries:
+        numbers = [number for number in map(value, runs) if number is not None]
+        if numbers:
+            found[key] = Spread(mean(numbers), min(numbers), max(numbers))
+    return dict(sorted(found.items()))
+
+
+def families(runs: Iterable[Run]) -> list[Family]:
+    """The adapters among the runs, LoRA before DoRA, without gates before with; random blocks are no family."""
+    groups: dict[tuple[str, bool], list[Run]] = {}
+    for run in runs:
+        settings = run.settings
+        if settings.rank is not None and settings.random_k is None:
+            groups.setdefault((settings.kind, settings.gated), []).append(run)
+    found = []
+    for (kind, gated), members in sorted(groups.items(), key=lambda item: (item[0][0] != "lora", item[0][1])):
+        split: dict[str, dict[tuple[int, float | None], list[Run]]] = {}
+        differing = _differing(members)
+        for run in members:
+            assert run.settings.rank is not None
+            label = run.settings.method + "".join(f", {key} {run.config.get(key)}" for key in differing)
+            split.setdefault(label, {}).setdefault((run.settings.rank, run.settings.lam), []).append(run)
+        found += [Family(label, kind, gated, points) for label, points in split.items()]
+    return found
+
+
+def configurations(runs: Iterable[Run]) -> list[list[Run]]:
+    """Runs that differ in their seed alone, together; in the order of the first of each."""
+    found: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+    for run in runs:
+        same = ("seed", "name", "out", "tracking.", "eval.")
+        key = tuple((name, str(value)) for name, value in run.config.items() if not name.startswith(same))
+        found.setdefault(key, []).append(run)
+    return list(found.values())
+
+
+def _differing(runs: Sequence[Run]) -> list[str]:
+    """Settings other than the axes in which the runs of one method differ."""
+    skipped = _NOT_A_METHOD if runs[0].settings.gated else (*_NOT_A_METHOD, "gate.")
+    keys = [key for key in runs[0].config if not key.startswith(skipped)]
+    return [key for key in keys if len({str(run.config.get(key)) for run in runs}) > 1]

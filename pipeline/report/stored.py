@@ -1,0 +1,96 @@
+"""Runs read back from an MLflow experiment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import ConfigError
+from pipeline.evaluation.summary import SUMMARY_FILE, Summary
+from pipeline.report.directories import STRENGTH_FILE
+from pipeline.report.records import Collection, Run, Settings, Status, scalar
+from pipeline.tracking.reader import StoredRun, read_experiment
+
+# What the figures draw over time; the scores of single gates are left to the reports of run directories.
+HISTORIES = ("train/loss", "adapter/active_share", "adapter/active_blocks")
+_SUMMARY, _STRENGTH, _GATES = f"eval/{SUMMARY_FILE}", f"eval/{STRENGTH_FILE}", "gate_map.json"
+
+
+def collect(experiment: str, uri: str | None) -> Collection:
+    """The trainings of an experiment; ConfigError when it has none."""
+    stored = read_experiment(experiment, uri, histories=HISTORIES, files=(_SUMMARY, _STRENGTH, _GATES))
+    runs = [one for one in stored if "adapter.kind" in one.params]
+    if not runs:
+        raise ConfigError(f"the experiment {experiment!r} has no training among its {len(stored)} runs")
+    names = _names(runs, {one.run_id: one.name for one in stored})
+    return Collection(experiment, f"MLflow experiment {experiment}", [_run(one, names[one.run_id]) for one in runs])
+
+
+def _names(runs: list[StoredRun], all_names: Mapping[str, str]) -> dict[str, str]:
+    """A run's name, with that of its sweep, and at last a piece of its id, where the name alone stands for several."""
+    names = {one.run_id: one.name for one in runs}
+    for suffix in (lambda one: all_names.get(one.parent or "", ""), lambda one: one.run_id[:6]):
+        counts = list(names.values())
+        for one in runs:
+            more = suffix(one)
+            if counts.count(names[one.run_id]) > 1 and more:
+                names[one.run_id] += f" · {more}"
+    return names
+
+
+def _run(one: StoredRun, name: str) -> Run:
+    config = {key: scalar(value) for key, value in one.params.items()}
+    summary: Summary | None = json.loads(one.files[_SUMMARY]) if _SUMMARY in one.files else None
+    settings = Settings.of(config)
+    steps = [step for series in one.histories.values() for step, _ in series]
+    return Run(
+        name=name,
+        label=name,
+        config=config,
+        status=_status(one.status, summary),
+        baseline=False,
+        error=one.tags.get("selora.error"),
+        step=max(steps, default=0),
+        total_steps=config.get("train.steps"),
+        summary=summary,
+        metrics=_metrics(one.metrics, summary),
+        gates=_gates(one, settings, float(config["gate.threshold"])),
+        history=one.histories,
+        strength=json.loads(one.files[_STRENGTH]) if _STRENGTH in one.files else None,
+    )
+
+
+def _status(said: str, summary: Summary | None) -> Status:
+    known: dict[str, Status] = {"RUNNING": "training", "SCHEDULED": "waiting", "FAILED": "failed", "KILLED": "stopped"}
+    return known.get(said) or ("finished" if summary is not None else "trained")
+
+
+def _metrics(values: Mapping[str, float], summary: Summary | None) -> dict[str, dict[str, float]]:
+    """eval/<dataset>/<metric> back in the names of the result files."""
+    found: dict[str, dict[str, float]] = {}
+    for key in {} if summary is None else summary["datasets"]:
+        prefix = f"eval/{key}/"
+        found[key] = {
+            name.removeprefix(prefix).replace("_at_", "@"): value
+            for name, value in values.items()
+            if name.startswith(prefix)
+        }
+    return found
+
+
+def _gates(one: StoredRun, settings: Settings, threshold: float) -> dict[str, bool]:
+    """From the file where the store has it, else from the scores recorded last."""
+    if _GATES in one.files:
+        content: dict[str, dict[str, Any]] = json.loads(one.files[_GATES])
+        return {target: bool(gate["open"]) for target, gate in content.items()}
+    if not settings.gated:
+        return {}
+    scores = {name.removeprefix("gate/"): value for name, value in one.metrics.items() if name.startswith("gate/")}
+    return {target: score >= threshold for target, score in scores.items()}
+
+
+def default_folder(experiment: str) -> Path:
+    """Where the report of an experiment goes unless the user says otherwise."""
+    return Path("report") / "".join(sign if sign.isalnum() or sign in "._-" else "-" for sign in experiment)

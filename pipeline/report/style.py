@@ -1,0 +1,131 @@
+"""How figures look: colours that stay apart for colour-blind readers, sizes that stay readable on a phone.
+
+Text, axes and lines are drawn in fixed marker colours; page.py replaces them by CSS variables, so that one drawing is
+legible on a light and on a dark page.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, GRID, PAPER = "#1d2026", "#d4d7dd", "#fefefe"
+# Okabe and Ito's colours; the second is the same hue, lighter, for a dark page.
+BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, GREY = (
+    "#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#7a7f87",
+)  # fmt: skip
+ON_DARK = {
+    INK: "#e8eaee",
+    GRID: "#3a3f48",
+    PAPER: "#15171b",
+    BLUE: "#4ea8de",
+    VERMILLION: "#f07f3c",
+    GREEN: "#2fc49a",
+    ORANGE: "#f2b134",
+    PURPLE: "#dd9cc0",
+    SKY: "#8fd0f5",
+    GREY: "#a1a7b0",
+}
+CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, GREY)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# The four groups as figures name them.
+GROUPS = {"id": "in-distribution", "shift": "distribution shift", "zero-shot": "zero-shot", "retrieval": "retrieval"}
+
+_WIDE, _NARROW = 10.6, 3.75  # inches; the page shows the narrow drawing on a phone
+
+_RC: dict[str, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.fontsize": 8.5,
+    "figure.titlesize": 11,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    "figure.facecolor": PAPER,
+    "axes.facecolor": "none",
+    "savefig.facecolor": PAPER,
+    "svg.fonttype": "none",  # text stays text: small, selectable, read aloud
+}
+
+
+class NoData(Exception):
+    """The runs hold nothing that this figure could show; the message says what is missing."""
+
+
+@contextmanager
+def styled(name: str) -> Iterator[None]:
+    """matplotlib's settings for the time of drawing and saving one figure; the same input gives the same file."""
+    import matplotlib as mpl
+
+    settings: dict[Any, Any] = {**_RC, "svg.hashsalt": name}
+    with mpl.rc_context(settings):
+        yield
+
+
+def panels(
+    title: str, count: int, *, narrow: bool, height: float = 2.9, columns: int | None = None
+) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` axes side by side, or below each other on a phone; `height` of one row in inches."""
+    from matplotlib.figure import Figure
+
+    across = 1 if narrow else min(count, columns or 4)
+    down = -(-count // across)
+    width = _NARROW if narrow else min(_WIDE, 5.6 * across)
+    each = min(height, 2.5) if narrow else height
+    figure = Figure(figsize=(width, each * down + (0.8 if narrow else 0.7)), layout="constrained")
+    figure.suptitle(wrapped(title, width), x=0.01, ha="left", fontweight="bold")
+    axes = figure.subplots(down, across, squeeze=False).flatten().tolist()
+    for empty in axes[count:]:
+        empty.set_visible(False)
+    return figure, axes[:count]
+
+
+def wrapped(text: str, width: float) -> str:
+    """`text` broken into lines that fit a title over `width` inches."""
+    return textwrap.fill(text, max(20, int(width * 12)))
+
+
+def legend(figure: Figure, axes: Axes, *, narrow: bool, columns: int = 4) -> None:
+    """One legend for all panels, below them, from what the first one shows."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        # On a phone two columns of long labels would leave the drawing.
+        fitting = 1 if max(map(len, labels)) > 22 else 2
+        columns = min(columns, 1 + 110 // (8 + max(map(len, labels))))
+        figure.legend(handles, labels, loc="outside lower left", ncols=fitting if narrow else columns)
+
+
+def rank_axis(axes: Axes, ranks: Sequence[int]) -> None:
+    """Ranks are powers of two more often than not, and few: a logarithmic axis with the ranks themselves on it."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ranks, [str(rank) for rank in ranks])
+    axes.minorticks_off()
+    axes.set_xlabel("rank of the blocks")
+
+
+def reference(axes: Axes, value: float | None, label: str, colour: str = GREY, style: str = ":") -> None:
+    """A horizontal line to compare with, in percent; nothing where the value is unknown."""
+    if value is not None:
+        axes.axhline(100 * value, color=colour, linestyle=style, linewidth=1.3, label=label, zorder=1.5)

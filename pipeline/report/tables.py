@@ -1,0 +1,244 @@
+"""The report's tables: all runs, and for each kind of adapter the layout of the paper's Tables 10-15."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Literal
+
+from pipeline.report.published_rows import CLIP_ROW, Published, published
+from pipeline.report.records import Collection, Run
+from pipeline.report.series import configurations
+from pipeline.report.style import GROUPS
+
+Kind = Literal["run", "reference", "paper", "chosen", "failed"]
+# (metric of the result files, as the paper's Tables 14 and 15 call it): IR is image to text there.
+RECALLS = (
+    ("text_retrieval_recall@1", "IR@1"),
+    ("text_retrieval_recall@5", "IR@5"),
+    ("image_retrieval_recall@1", "TR@1"),
+    ("image_retrieval_recall@5", "TR@5"),
+)
+_TITLES = {
+    "shift": "Distribution shift",
+    "zero-shot": "Zero-shot classification",
+    "retrieval": "Retrieval (IR: image to text, TR: text to image)",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as texts. `head`: (spanning label, its columns) from left to right; `kinds` says what each row is."""
+
+    key: str
+    title: str
+    head: Sequence[tuple[str, Sequence[str]]]
+    rows: Sequence[Sequence[str]]
+    kinds: Sequence[Kind]
+    notes: Sequence[str] = ()
+
+    @property
+    def columns(self) -> list[str]:
+        return [column for _, columns in self.head for column in columns]
+
+    @property
+    def spans(self) -> bool:
+        """Whether any label stands above the columns."""
+        return any(above for above, _ in self.head)
+
+    def csv(self) -> str:
+        """One header line, spanning labels in front of their columns."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["row", *(f"{above} {name}".strip() for above, names in self.head for name in names)])
+        writer.writerows([kind, *row] for kind, row in zip(self.kinds, self.rows, strict=True))
+        return out.getvalue()
+
+
+def tables(collection: Collection) -> list[Table]:
+    """The runs, then shift, zero-shot and retrieval for each kind of adapter that has results."""
+    kinds = [kind for kind in ("lora", "dora") if any(run.settings.kind == kind for run in _evaluated(collection))]
+    # Without adapters among the runs there is still full fine-tuning to show.
+    return [overview(collection)] + [
+        table
+        for kind in (kinds or ["none"] if _evaluated(collection) else [])
+        for group in _TITLES
+        if (table := by_dataset(collection, kind, group)) is not None
+    ]
+
+
+def _evaluated(collection: Collection) -> list[Run]:
+    return [run for run in collection.runs if run.summary is not None]
+
+
+def overview(collection: Collection) -> Table:
+    """A row per run: what it was, how far it came, the four groups, what it kept."""
+    head = (
+        ("", ("run", "method", "rank", "λ", "seed", "state", "active blocks")),
+        ("mean of the group (%)", tuple(GROUPS.values())),
+        ("", ("kept (%)", "forgetting (points)")),
+    )
+    rows, kinds = [], []
+    if collection.untouched:
+        means = [percent(collection.untouched.get(name)) for name in GROUPS]
+        rows.append(["untouched model", "", "", "", "", "", "", *means, "100.0", "0.00"])
+        kinds.append("reference")
+    for run in collection.runs:
+        settings, chosen = run.settings, collection.chosen is not None and run.name == collection.chosen.name
+        forgetting = None if run.summary is None else run.summary["forgetting"]
+        rows.append(
+            [
+                ("★ " if chosen else "") + run.name,
+                settings.method,
+                "" if settings.rank is None else str(settings.rank),
+                "" if settings.lam is None else f"{settings.lam:g}",
+                str(settings.seed),
+                state(run),
+                f"{sum(run.gates.values())} of {len(run.gates)}" if run.gates else "",
+                *(percent(run.group(name)) for name in GROUPS),
+                percent(run.point.kept if run.point else None),
+                "" if forgetting is None else f"{100 * forgetting:.2f}",
+            ]
+        )
+        kinds.append("chosen" if chosen else "failed" if run.status == "failed" else "run")
+    notes = [
+        "Kept: mean over the groups other than in-distribution of accuracy / accuracy of the untouched model. "
+        "Forgetting: mean drop over these groups, in points."
+    ]
+    if collection.chosen is not None:
+        notes.append(
+            "★ chosen: the model on the Pareto front with the largest harmonic mean of in-distribution gain (as share "
+            "of the best gain) and kept."
+        )
+    return Table("runs", "All runs", head, rows, kinds, notes)
+
+
+def state(run: Run) -> str:
+    """ "finished", "training 120/500", "failed at step 40: the loss is not finite"."""
+    of = f"/{run.total_steps}" if run.total_steps else ""
+    if run.status == "training":
+        return f"training {run.step}{of}"
+    if run.status in ("failed", "stopped"):
+        text = f"{run.status} at step {run.step}{of}"
+        return f"{text}: {run.error}" if run.error else text
+    return run.status
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{100 * value:.{digits}f}"
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """What a table by dataset shows of a run: id sets, then the group's columns; means as the paper takes them."""
+
+    group: str
+    ids: Sequence[str]
+    sets: Sequence[str]  # datasets of the group, those outside its mean last
+    outside: Sequence[str]
+
+    def names(self) -> list[tuple[str, list[str]]]:
+        ids = [*self.ids, *(["id mean"] if len(self.ids) > 1 else [])]
+        if self.group == "retrieval":
+            return [("", ids), *((key, [name for _, name in RECALLS]) for key in self.sets), ("", ["mean", "both"])]
+        sets = [f"{key}†" if key in self.outside else key for key in self.sets]
+        return [("", ids), (GROUPS[self.group], [*sets, "mean"]), ("", ["both"])]
+
+    def values(self, value: Callable[[str, str | None], float | None]) -> list[float | None]:
+        """`value(dataset, metric)` in the order of the names; a mean needs all of its parts."""
+        ids = [value(key, None) for key in self.ids]
+        id_mean = _mean(ids)
+        counted = _mean([value(key, None) for key in self.sets if key not in self.outside])
+        if self.group == "retrieval":
+            cells = [value(key, metric) for key in self.sets for metric, _ in RECALLS]
+        else:
+            cells = [value(key, None) for key in self.sets]
+        return [*ids, *([id_mean] if len(ids) > 1 else []), *cells, counted, _mean([id_mean, counted])]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return mean(known) if known and len(known) == len(values) else None
+
+
+def by_dataset(collection: Collection, kind: str, group: str) -> Table | None:
+    """One of the six tables, or None where the benchmark has nothing of this group."""
+    members = {key: entry for key, entry in collection.datasets.items() if entry["group"] == group}
+    ids = [key for key, entry in collection.datasets.items() if entry["group"] == "id" and entry["in_mean"]]
+    if not members or not ids:
+        return None
+    outside = [key for key, entry in members.items() if not entry["in_mean"]]
+    columns = _Columns(group, ids, [key for key in members if key not in outside] + outside, outside)
+    paper = published(collection, kind, group, columns.ids, columns.sets)
+    rows: list[list[str]] = []
+    kinds: list[Kind] = []
+    for row_kind, cells, ours in _rows(collection, kind, columns):
+        rows.append(cells)
+        kinds.append(row_kind)
+        match = paper.row(ours) if paper is not None else None
+        if match is not None:
+            rows.append(match)
+            kinds.append("paper")
+    method = {"lora": ", LoRA", "dora": ", DoRA"}.get(kind, "")
+    head = [("", ["method", "rank", "λ", "blocks (%)", "seeds"]), *columns.names()]
+    return Table(f"{group}-{kind}", _TITLES[group] + method, head, rows, kinds, _notes(columns, paper))
+
+
+def _rows(collection: Collection, kind: str, columns: _Columns) -> Iterator[tuple[Kind, list[str], Run | str]]:
+    """The untouched model, what has no adapter, adapters without gates, with gates; seeds of one setting as a mean."""
+    before = {key: entry["baseline"] for key, entry in collection.datasets.items()}
+    recalls: dict[str, Mapping[str, float]] = {}
+    for run in collection.runs:
+        recalls |= run.untouched
+    reference = columns.values(
+        lambda key, metric: before.get(key) if metric is None else recalls.get(key, {}).get(metric)
+    )
+    if any(value is not None for value in reference):
+        yield "reference", ["untouched model", "", "", "", "", *map(percent, reference)], CLIP_ROW
+    runs = [run for run in _evaluated(collection) if run.settings.kind in (kind, "full", "none")]
+    for same in sorted(configurations(runs), key=_order):
+        settings, share = same[0].settings, _mean([run.active_share for run in same])
+        per_run = [columns.values(_reader(run)) for run in same]
+        means = [_mean(cells) for cells in zip(*per_run, strict=True)]
+        front = [
+            settings.method,
+            "" if settings.rank is None else str(settings.rank),
+            "" if settings.lam is None else f"{settings.lam:g}",
+            percent(share, 2),
+            str(len(same)),
+        ]
+        chosen = collection.chosen is not None and collection.chosen in same
+        yield "chosen" if chosen else "run", front + [percent(value) for value in means], same[0]
+
+
+def _order(same: Sequence[Run]) -> tuple[bool, bool, bool, float, float]:
+    settings = same[0].settings
+    has_blocks = settings.rank is not None
+    return has_blocks, settings.random_k is not None, settings.gated, settings.lam or 0.0, settings.rank or 0
+
+
+def _reader(run: Run) -> Callable[[str, str | None], float | None]:
+    datasets = {} if run.summary is None else run.summary["datasets"]
+
+    def value(key: str, metric: str | None) -> float | None:
+        if metric is None:
+            return datasets[key]["value"] if key in datasets else None
+        return run.metrics.get(key, {}).get(metric)
+
+    return value
+
+
+def _notes(columns: _Columns, paper: Published | None) -> list[str]:
+    notes = ["mean: of the sets of this table; both: mean of in-distribution and of that mean, as in the paper."]
+    if columns.group == "retrieval":
+        notes[0] = (
+            "mean: of all recalls of this table; both: mean of in-distribution and of that mean, as in the paper."
+        )
+    if columns.outside:
+        notes.append("† not part of the mean.")
+    if paper is not None:
+        notes += paper.notes
+    return notes
