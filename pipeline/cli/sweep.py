@@ -1,0 +1,58 @@
+"""sweep: many trials over a grid, on this machine or a Ray cluster."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from pipeline.cli.options import FAILED, INTERRUPTED, OK, add_command
+
+
+def add(commands: Any) -> None:
+    """Declare the commands of this file."""
+    parser = add_command(
+        commands,
+        "sweep",
+        run_sweep,
+        "train and evaluate every trial of a grid on Ray; the same command again continues",
+        "selora sweep configs/own_data.yaml configs/grids/own_data.yaml --plan",
+        "selora sweep configs/own_data.yaml configs/grids/own_data.yaml name=first_sweep",
+        "selora sweep configs/imagenet_vit_b16.yaml configs/grids/paper.yaml --address 10.0.0.1:6379",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file that all trials start from")
+    parser.add_argument("grid", metavar="GRID", help="YAML file with what varies, baselines and resources")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options over CONFIG's, as in name=first")
+    parser.add_argument("--plan", action="store_true", help="say what it would take, and start nothing")
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", help="of a Ray cluster (default: RAY_ADDRESS, else one on this machine)"
+    )
+    parser.add_argument("--retry-failed", action="store_true", help="run the trials that failed again, too")
+    parser.add_argument("--seconds-per-step", type=float, metavar="S", help="for the plan (default: as measured here)")
+
+
+def run_sweep(arguments: argparse.Namespace) -> int:
+    from pipeline.config import load_config
+    from pipeline.tuning.grid import load_grid
+
+    config, grid = load_config(arguments.config, arguments.overrides), load_grid(arguments.grid)
+    from pipeline.tuning.plan import describe_plan
+    from pipeline.tuning.sweep import plan_sweep, sweep
+
+    if arguments.plan:
+        print(
+            describe_plan(
+                plan_sweep(config, grid, address=arguments.address, seconds_per_step=arguments.seconds_per_step)
+            )
+        )
+        return OK
+    outcome = sweep(
+        config,
+        grid,
+        address=arguments.address,
+        retry_failed=arguments.retry_failed,
+        seconds_per_step=arguments.seconds_per_step,
+    )
+    print(f"{outcome.table}\n{outcome.directory}")
+    if not outcome.complete:
+        return INTERRUPTED
+    return FAILED if outcome.failed else OK

@@ -1,0 +1,63 @@
+"""What a trial is called: a directory name and a label for tables, both from what the trial does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.config import Config
+
+# What the base of a name already says.
+_SAID = ("adapter.kind", "adapter.rank", "adapter.random_k", "gate.enabled", "gate.lam", "seed")
+_KINDS = {"full": "full", "none": "rest only", "lora": "LoRA", "dora": "DoRA"}
+
+
+def name_of(
+    config: Config, changes: Mapping[str, Any], varied: Sequence[str], *, seeds: bool, given: str | None
+) -> str:
+    """gated_lora_r16_lam0.3, with what else varies and the seed behind it; `given` replaces the front."""
+    adapter = config.adapter
+    blocks = adapter.kind in ("lora", "dora")
+    if given is None:
+        parts = [f"gated_{adapter.kind}" if config.gated else adapter.kind]
+        parts += [f"r{adapter.rank}"] if blocks else []
+        parts += [f"random{adapter.random_k}"] if blocks and adapter.random_k is not None else []
+        parts += [f"lam{value_text(config.gate.lam)}"] if config.gated else []
+        parts += [_short(key, value) for key, value in changes.items() if key in varied and key not in _SAID]
+    else:
+        front = {"adapter.rank": f"r{adapter.rank}", "adapter.kind": adapter.kind}
+        parts = [given, *(front.get(key, _short(key, changes[key])) for key in varied if key != "seed")]
+    parts += [f"seed{config.seed}"] if seeds or "seed" in varied else []
+    return re.sub(r"[^A-Za-z0-9._+=,@-]", "-", "_".join(parts))
+
+
+def label_of(
+    config: Config, changes: Mapping[str, Any], varied: Sequence[str], *, seeds: bool, given: str | None
+) -> str:
+    """ "gated LoRA r16 λ0.3", as tables and figures show it."""
+    adapter = config.adapter
+    blocks = adapter.kind in ("lora", "dora")
+    kind = _KINDS[adapter.kind]
+    parts = [given or (f"gated {kind}" if config.gated else kind)]
+    rank_said = given is not None and "adapter.rank" not in varied
+    parts += [f"r{adapter.rank}"] if blocks and not rank_said else []
+    parts += [f"{adapter.random_k} random blocks"] if blocks and adapter.random_k and given is None else []
+    parts += [f"λ{value_text(config.gate.lam)}"] if config.gated and given is None else []
+    parts += [f"{key}={value_text(changes[key])}" for key in varied if key not in _SAID]
+    parts += [f"seed {config.seed}"] if seeds or "seed" in varied else []
+    return " ".join(parts)
+
+
+def value_text(value: Any) -> str:
+    """A value as it stands in names and messages: 0.3, not 0.30000000000000004; lists joined."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return "-".join(value_text(each) for each in value)
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+
+
+def _short(key: str, value: Any) -> str:
+    last = key.rpartition(".")[2]
+    return f"{last}{value_text(value)}" if isinstance(value, int | float) else value_text(value)

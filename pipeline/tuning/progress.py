@@ -1,0 +1,223 @@
+"""How a sweep stands, read from its trials' files: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from pipeline.evaluation.summary import SUMMARY_FILE
+from pipeline.tracking.journal import JOURNAL
+from pipeline.tuning.files import OVER, TrialState, read_state, trial_dir
+from pipeline.tuning.grid import Trial
+from pipeline.tuning.plan import Speed
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+HEAD = ("trial", "state", "step", "loss", "active", "id", "forgot", "left")
+_TAIL_BYTES = 256 * 1024  # a record of all gates of a big model is a few kB
+_TABLE_SECONDS, _LINE_SECONDS = 1.0, 5.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial. Accuracies in [0, 1], `forgot` in points of accuracy / 100, seconds left of training."""
+
+    name: str
+    state: TrialState
+    step: int
+    loss: float | None
+    active: str
+    id: float | None
+    forgot: float | None
+    seconds_left: float | None
+
+    def cells(self) -> tuple[str, ...]:
+        """The texts under HEAD."""
+        return (
+            self.name,
+            self.state.status,
+            f"{self.step}/{self.state.total_steps}",
+            "" if self.loss is None else f"{self.loss:.4f}",
+            self.active,
+            "" if self.id is None else f"{100 * self.id:.1f}",
+            "" if self.forgot is None else f"{100 * self.forgot:.1f}",
+            "" if self.seconds_left is None else _clock(self.seconds_left),
+        )
+
+
+class Progress:
+    """Shows how the trials stand for the time of a block."""
+
+    def __init__(self, sweep_dir: Path, trials: Sequence[Trial]) -> None:
+        self._dir, self._trials = sweep_dir, trials
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        if sys.stderr.isatty():
+            self._show_table()
+        else:
+            self._show_lines()
+
+    def _show_table(self) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        with Live(console=Console(stderr=True), auto_refresh=False, transient=True) as live:
+            while True:
+                live.update(rich_table(rows(self._dir, self._trials)), refresh=True)
+                if self._over.wait(_TABLE_SECONDS):
+                    return
+
+    def _show_lines(self) -> None:
+        """A line whenever a trial's state changes or its journal grew, at most one per trial and some seconds."""
+        told: dict[str, tuple[str, ...]] = {}
+        while True:
+            over = self._over.wait(_LINE_SECONDS)
+            for row in rows(self._dir, self._trials):
+                cells = row.cells()
+                if cells[:3] != told.get(row.name) and (row.state.status != "waiting" or row.step):
+                    told[row.name] = cells[:3]
+                    sys.stderr.write(line_of(row) + "\n")
+            sys.stderr.flush()
+            if over:
+                return
+
+
+def rows(sweep_dir: Path, trials: Sequence[Trial]) -> list[Row]:
+    """How every trial stands now; works while it trains and after it died."""
+    return [_row(trial_dir(sweep_dir, trial.name), trial) for trial in trials]
+
+
+def line_of(row: Row) -> str:
+    """ "lora_r16: training 40/100, loss 3.21, active 12/144, 0:35 left"."""
+    cells = dict(zip(HEAD, row.cells(), strict=True))
+    parts = [f"{row.name}: {cells['state']} {cells['step']}"]
+    parts += [f"{name} {cells[name]}" for name in ("loss", "active", "id", "forgot") if cells[name]]
+    parts += [f"{cells['left']} left"] if cells["left"] else []
+    parts += [row.state.error.splitlines()[0]] if row.state.error else []
+    return ", ".join(parts)
+
+
+def rich_table(found: Sequence[Row]) -> Table:
+    """The live table."""
+    from rich.table import Table
+
+    over = sum(row.state.status in OVER for row in found)
+    table = Table(title=f"{over} of {len(found)} trials over", title_justify="left")
+    for number, name in enumerate(HEAD):
+        table.add_column(name, justify="left" if number < 2 else "right", no_wrap=number > 0)
+    styles = {"training": "bold", "evaluating": "bold", "failed": "red", "stopped": "dim", "finished": "green"}
+    for row in found:
+        table.add_row(*row.cells(), style=styles.get(row.state.status, ""))
+    return table
+
+
+def describe(sweep_dir: Path, trials: Sequence[Trial]) -> str:
+    """The final table as plain text, with the reason below every trial that did not finish."""
+    found = rows(sweep_dir, trials)
+    lines = [HEAD[:-1], *(row.cells()[:-1] for row in found)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEAD) - 1)]
+    texts = [
+        "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    texts.insert(1, "-" * len(texts[0]))
+    reasons = [f"{row.name} {row.state.status}: {row.state.error}" for row in found if row.state.error]
+    return "\n".join([*texts, *reasons])
+
+
+def measured_speed(sweep_dir: Path, trials: Sequence[Trial]) -> Speed | None:
+    """Seconds of a step as the trials of this sweep have measured them; None before the first record."""
+    found = []
+    for trial in trials:
+        _, values = last_values(trial_dir(sweep_dir, trial.name))
+        if values.get("train/images_per_s"):
+            found.append(trial.config.train.global_batch_size / values["train/images_per_s"])
+    if not found:
+        return None
+    return Speed(statistics.median(found), f"median of {len(found)} trial{'s' if len(found) > 1 else ''} of this sweep")
+
+
+def last_values(run_dir: Path) -> tuple[int, dict[str, float]]:
+    """(newest step of training, latest value of each of its metrics) in the end of a run's journal."""
+    step, values = 0, {}
+    for record in _tail(run_dir / JOURNAL):
+        if record.get("kind") == "metrics" and "train/loss" in record["values"]:
+            step = record["step"]
+            values |= {name: float(value) for name, value in record["values"].items()}
+    return step, values
+
+
+def _tail(path: Path) -> Iterator[dict]:
+    try:
+        with path.open("rb") as file:
+            start = max(0, file.seek(0, 2) - _TAIL_BYTES)
+            file.seek(start)
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return
+    # The first line may be cut by the seek, the last one is empty or being written.
+    for line in lines[1 if start else 0 : -1]:
+        yield json.loads(line)
+
+
+def _row(run_dir: Path, trial: Trial) -> Row:
+    state = read_state(run_dir)
+    step, values = last_values(run_dir)
+    groups, forgot = _results(run_dir / "eval" / SUMMARY_FILE)
+    speed = values.get("train/images_per_s")
+    left = None
+    if state.status == "training" and speed:
+        left = (state.total_steps - step) * trial.config.train.global_batch_size / speed
+    return Row(
+        name=trial.name,
+        state=state,
+        step=max(step, state.step),
+        loss=values.get("train/loss"),
+        active=_active(values),
+        id=groups,
+        forgot=forgot,
+        seconds_left=left,
+    )
+
+
+def _active(values: dict[str, float]) -> str:
+    open_blocks, share = values.get("adapter/active_blocks"), values.get("adapter/active_share")
+    if open_blocks is None or share is None:
+        return ""
+    return f"{open_blocks:.0f} ({share:.0%})"
+
+
+def _results(path: Path) -> tuple[float | None, float | None]:
+    """(mean of the id group, forgetting) of a summary.json, None where it has none."""
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None, None
+    return summary["groups"].get("id", {}).get("mean"), summary["forgetting"]
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

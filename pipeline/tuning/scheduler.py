@@ -1,0 +1,309 @@
+"""Trials on Ray: a Tune trial is a TorchTrainer whose workers call the same `train` as `selora train`.
+
+The only importer of ray, and only inside functions: its settings must stand in the environment before it is imported.
+
+The truth about a trial lies in its run directory (checkpoints, journal, trial.json), on a disk that all nodes
+share. Ray holds none of it: any worker, node or driver may die, and the next `train` on the directory continues.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import ConfigError
+from pipeline.tuning.files import OVER, read_state, trial_dir, write_state
+from pipeline.tuning.grid import Asha, Resources
+from pipeline.tuning.plan import Capacity, Node
+from pipeline.tuning.trial import (
+    StopWatch,
+    after_training,
+    begin,
+    evaluation_stage,
+    failure_of,
+    final_reason,
+    steps_done,
+    train_stage,
+)
+
+_PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+_OBJECT_STORE_BYTES = 100 * 2**20  # nothing but configs passes through it
+# A trial's own process waits for its workers and must take no core from them, but Tune wants it to take something.
+_TRIAL_SHARE = {"memory": float(2**20)}
+_PASSED_ON = ("MLFLOW_TRACKING_URI", "HF_HUB_OFFLINE", "HF_HOME", "MLFLOW_DISABLE_TELEMETRY", "DS_ACCELERATOR")
+_PASSED_PREFIXES = ("NCCL_", "GLOO_")
+# Of the driver and of the trials' processes: no usage report over the network, no doubled prints, our own paths.
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_WARN_THRESHOLD_S": "60",
+    "TUNE_MAX_PENDING_TRIALS_PG": "1",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every trial needs to know; travels to each of them."""
+
+    sweep_dir: Path
+    workdir: Path
+    resources: Resources
+    on_gpu: bool
+    watched: tuple[str, ...]  # trials whose loss is reported, so that the halving may stop them
+
+    @property
+    def eval_gpus(self) -> float:
+        given = self.resources.eval_gpus
+        return self.resources.gpus_per_worker if given is None else given
+
+
+class Interrupted(Exception):
+    """The sweep was asked to stop, and every trial has saved or had time enough to."""
+
+
+@contextmanager
+def cluster(address: str | None, resources: Resources) -> Iterator[Capacity]:
+    """Connect to the cluster at `address` or RAY_ADDRESS, else start one on this machine for the time of the block."""
+    address = address or os.environ.get("RAY_ADDRESS")
+    settings = dict(_QUIET)
+    if address is None and "RAY_AUTH_MODE" not in os.environ:
+        # A token of this cluster's own, in no file: Ray would put one into the home directory.
+        settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    with _environment(settings):
+        import ray
+
+        try:
+            ray.init(**_init_settings(address, resources))
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            where = "a local Ray cluster" if address is None else f"the Ray cluster at {address}"
+            raise ConfigError(f"cannot use {where}: {_first_line(error)}") from error
+        try:
+            yield _capacity()
+        finally:
+            ray.shutdown()
+
+
+def _init_settings(address: str | None, resources: Resources) -> dict[str, Any]:
+    environment = {key: value for key, value in os.environ.items() if key in _PASSED_ON}
+    environment |= {key: value for key, value in os.environ.items() if key.startswith(_PASSED_PREFIXES)}
+    environment |= {key: value for key, value in _QUIET.items() if key.startswith("RAY_TRAIN")}
+    environment |= {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, int(resources.cpus_per_worker)))),
+        "PYTHONPATH": os.pathsep.join(filter(None, [_PACKAGE_ROOT, os.environ.get("PYTHONPATH")])),
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    }
+    if not resources.gpus_per_worker:
+        environment["DS_ACCELERATOR"] = "cpu"
+    shared = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": "error"}
+    if address is not None:
+        return {"address": address, **shared}
+    return {
+        "address": "local",
+        "num_cpus": len(os.sched_getaffinity(0)),
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        # The dashboard finds and frees the workers of stopped trials; without it they would block the next ones.
+        "include_dashboard": True,
+        "dashboard_host": "127.0.0.1",
+        "_node_ip_address": "127.0.0.1",
+        **shared,
+    }
+
+
+def _capacity() -> Capacity:
+    import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return Capacity(
+        tuple(
+            Node(node["NodeID"][:8], node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+            for node in alive
+        )
+    )
+
+
+def run_trials(
+    job: Job, names: Sequence[str], *, concurrent: int, asha: Asha | None, steps: int, tick: Callable[[], None]
+) -> dict[str, str]:
+    """Run the named trials to their ends, `concurrent` at a time; how each ended stands in its trial.json.
+
+    Returns {name: reason} of those whose own process was lost, so that it could not write there.
+
+    `tick` is called every moment of Tune's loop; what it raises (Interrupted) ends everything.
+    """
+    from ray import tune
+    from ray.tune.schedulers import AsyncHyperBandScheduler
+
+    halving = None
+    if asha is not None:
+        halving = AsyncHyperBandScheduler(
+            time_attr="step",
+            metric="loss",
+            mode="min",
+            max_t=steps,
+            grace_period=min(asha.grace_steps, steps),
+            reduction_factor=asha.reduction,
+        )
+    tuner = tune.Tuner(
+        tune.with_resources(partial(_trial, job=job), _TRIAL_SHARE),
+        param_space={"trial": tune.grid_search(list(names))},
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=concurrent,
+            scheduler=halving,
+            reuse_actors=asha is None,
+            trial_dirname_creator=_dirname,
+        ),
+        run_config=tune.RunConfig(
+            # A new one for every call: what there is to continue lies in the run directories.
+            name=f"tune-{int(time.time())}",
+            storage_path=str(job.sweep_dir / "ray"),
+            verbose=0,
+            callbacks=[_ticking(tick)],
+        ),
+    )
+    return {one.config["trial"]: _first_line(one.error) for one in tuner.fit() if one.error and one.config}
+
+
+def _dirname(trial: Any) -> str:
+    return str(trial.config["trial"])
+
+
+def _ticking(tick: Callable[[], None]) -> Any:
+    from ray import tune
+
+    class Tick(tune.Callback):
+        def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:  # noqa: ARG002
+            tick()
+
+    return Tick()
+
+
+def _trial(config: Mapping[str, Any], job: Job) -> dict[str, Any]:
+    """One trial, in a Tune actor: the training on its workers, then the evaluation as a step of its own."""
+    name = config["trial"]
+    run_dir = trial_dir(job.sweep_dir, name)
+    if read_state(run_dir).status in OVER or StopWatch(job.sweep_dir).stop_requested():
+        return {"status": read_state(run_dir).status}
+    begin(run_dir)
+    try:
+        if steps_done(run_dir) < read_state(run_dir).total_steps:
+            _fit(name, job)
+        state = after_training(run_dir)
+        if state.status == "evaluating":
+            _evaluate(name, job)
+            state = write_state(run_dir, status="finished")
+    except Exception as error:  # noqa: BLE001 - whatever ends a trial is told in its state, and the others go on
+        state = write_state(run_dir, status="failed", step=steps_done(run_dir), error=_reason(run_dir, error))
+    return {"status": state.status}
+
+
+def _fit(name: str, job: Job) -> None:
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    resources = job.resources
+    each = {"CPU": resources.cpus_per_worker}
+    if resources.gpus_per_worker:
+        each["GPU"] = resources.gpus_per_worker
+    callbacks: list[Any] = []
+    if name in job.watched:
+        from ray.tune.integration.ray_train import TuneReportCallback
+
+        callbacks.append(TuneReportCallback())
+    TorchTrainer(
+        partial(_work, name=name, job=job),
+        torch_config=TorchConfig(backend="nccl" if job.on_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=resources.workers, use_gpu=bool(resources.gpus_per_worker), resources_per_worker=each
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=str(job.sweep_dir / "ray" / "train"),
+            failure_config=ray.train.FailureConfig(max_failures=resources.retries),
+            callbacks=callbacks,
+        ),
+    ).fit()
+
+
+def _work(name: str, job: Job) -> None:
+    """A training worker. Ray has set the launcher's variables and made the process group."""
+    _stand_in(job.workdir)
+    watch = _Reporting(job.sweep_dir) if name in job.watched else StopWatch(job.sweep_dir)
+    train_stage(job.sweep_dir, name, watch)
+
+
+class _Reporting(StopWatch):
+    """Also reports the training loss under our own step, on which trials are compared while they train."""
+
+    def recorded(self, step: int, values: Mapping[str, float]) -> None:
+        import ray.train
+
+        ray.train.report({"step": step, "loss": values["train/loss"]})
+
+
+def _evaluate(name: str, job: Job) -> None:
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    remote = ray.remote(
+        num_cpus=job.resources.eval_cpus,
+        num_gpus=job.eval_gpus,
+        max_retries=job.resources.retries,
+        # Else it would have to fit into the small share of the trial's own process.
+        scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),  # type: ignore[arg-type]
+    )
+    ray.get(remote(_evaluate_here).remote(name, job))
+
+
+def _evaluate_here(name: str, job: Job) -> None:
+    _stand_in(job.workdir)
+    evaluation_stage(job.sweep_dir, name)
+
+
+def _stand_in(workdir: Path) -> None:
+    """Relative paths of a config mean what they mean to the one who gave the command."""
+    try:
+        os.chdir(workdir)
+    except OSError as error:
+        raise ConfigError(
+            f"{workdir}: {error.strerror} on {os.uname().nodename}; start the sweep in a directory that all nodes share"
+        ) from None
+
+
+def _reason(run_dir: Path, error: BaseException) -> str:
+    """Why a trial failed, in a line or two: what a rank has written, else what Ray knows of the end of its worker."""
+    kept = failure_of(run_dir)
+    if kept is not None:
+        return kept
+    return final_reason(error) or f"{type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Settings for the time of a block, where the user has not set them."""
+    added = {key: value for key, value in settings.items() if key not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for key in added:
+            os.environ.pop(key, None)

@@ -1,0 +1,304 @@
+"""`selora sweep`: expand, check, claim the directory, run what is left, say how each trial ended.
+
+The same call again continues: what a trial has done lies in its directory. Nothing here imports Ray or torch until the
+trials start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pipeline.config import Config, ConfigError, digest, load_config, override, to_yaml
+from pipeline.tuning.files import (
+    OVER,
+    STOP_FILE,
+    TrialState,
+    read_state,
+    read_sweep,
+    trial_dir,
+    write_state,
+    write_sweep,
+)
+from pipeline.tuning.grid import Grid, Resources, Trial, expand
+from pipeline.tuning.plan import Plan, Speed, describe_plan, make_plan
+
+_GRACE_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class SweepOutcome:
+    """How a sweep stands: its directory and every trial's state, in the order of the grid."""
+
+    directory: Path
+    trials: dict[str, TrialState]
+    table: str
+
+    @property
+    def complete(self) -> bool:
+        """Whether every trial is over, whatever its end."""
+        return all(state.status in OVER for state in self.trials.values())
+
+    @property
+    def failed(self) -> list[str]:
+        return [name for name, state in self.trials.items() if state.status == "failed"]
+
+
+def plan_sweep(
+    config: Config, grid: Grid, *, address: str | None = None, seconds_per_step: float | None = None
+) -> Plan:
+    """What the sweep would take; touches no directory. Without an address it is planned for this machine."""
+    trials, totals = _prepare(config, grid)
+    sweep_dir = _directory(config)
+    _refuse_changes(sweep_dir, trials)
+    return _plan(sweep_dir, trials, totals, grid.resources, _look(address, grid.resources), seconds_per_step)
+
+
+def sweep(
+    config: Config,
+    grid: Grid,
+    *,
+    address: str | None = None,
+    retry_failed: bool = False,
+    seconds_per_step: float | None = None,
+) -> SweepOutcome:
+    """Train and evaluate every trial of the grid; the same call again continues with what is left.
+
+    Args:
+        address: of a Ray cluster; None: RAY_ADDRESS, else a cluster on this machine for the time of the call.
+        retry_failed: run failed trials again, too.
+
+    Raises:
+        ConfigError: every mistake that can be known before the first trial starts. A trial that fails later is told in
+            its trial.json, in the table and in MLflow, and the others go on.
+    """
+    from pipeline.tuning.progress import describe
+    from pipeline.tuning.record import Record
+
+    trials, totals = _prepare(config, grid)
+    sweep_dir = _directory(config)
+    _refuse_changes(sweep_dir, trials)
+    with Record(sweep_dir, config, grid, trials) as record:
+        _claim(sweep_dir, config, grid, trials, totals, retry_failed=retry_failed)
+        left = [trial for trial in trials if read_state(trial_dir(sweep_dir, trial.name)).status not in OVER]
+        if left:
+            _run(sweep_dir, grid, trials, left, totals, address, seconds_per_step)
+        states = {trial.name: read_state(trial_dir(sweep_dir, trial.name)) for trial in trials}
+        outcome = SweepOutcome(sweep_dir, states, describe(sweep_dir, trials))
+        record.close(outcome.trials, outcome.table, complete=outcome.complete)
+    return outcome
+
+
+def _directory(config: Config) -> Path:
+    return Path(config.out).absolute() / config.name
+
+
+def _prepare(config: Config, grid: Grid) -> tuple[list[Trial], dict[str, int]]:
+    """The trials with one store for all, and the steps of each; everything that can be read is read now."""
+    from pipeline.data.shards import load_index
+    from pipeline.evaluation.benchmark import load_benchmark
+    from pipeline.tracking.uris import resolve_uri
+    from pipeline.training.settings import total_steps
+
+    uri = config.tracking.uri
+    if uri is None and "MLFLOW_TRACKING_URI" not in os.environ:
+        uri = resolve_uri(None, Path(config.out).absolute())
+    trials = [replace(one, config=override(one.config, {"tracking.uri": uri})) for one in expand(config, grid)]
+    samples = {path: load_index(Path(path)).samples for path in {one.config.data.train for one in trials}}
+    for benchmark in {one.config.eval.benchmark for one in trials} - {None}:
+        load_benchmark(str(benchmark)).check_paths()
+    return trials, {one.name: total_steps(one.config, samples[one.config.data.train]) for one in trials}
+
+
+def _refuse_changes(sweep_dir: Path, trials: Sequence[Trial]) -> None:
+    """An old name belongs to the old trials: new ones may come, those that are there stay as they are."""
+    from pipeline.training.settings import changed_settings
+
+    old = read_sweep(sweep_dir)
+    if old is None:
+        return
+    now, faults = {trial.name: trial for trial in trials}, []
+    for entry in old["trials"]:
+        name = entry["name"]
+        if name not in now:
+            faults.append(f"{name} ({entry['label']}) is no longer in the grid")
+            continue
+        path = trial_dir(sweep_dir, name) / "config.yaml"
+        changed = changed_settings(load_config(path), now[name].config) if path.is_file() else []
+        faults += [f"{name}:", *changed] if changed else []
+    if faults:
+        raise ConfigError(
+            f"{sweep_dir} holds a sweep with other settings; choose another name=… or restore them:\n"
+            + "\n".join(faults)
+        )
+
+
+def _claim(
+    sweep_dir: Path,
+    config: Config,
+    grid: Grid,
+    trials: Sequence[Trial],
+    totals: dict[str, int],
+    *,
+    retry_failed: bool,
+) -> None:
+    """Write what the trials' processes read: sweep.json, each trial's config and where it stands."""
+    text = " ".join(digest(trial.config) for trial in trials)
+    write_sweep(sweep_dir, config, grid, trials, hashlib.sha256(text.encode()).hexdigest()[:16])
+    (sweep_dir / STOP_FILE).unlink(missing_ok=True)
+    for trial in trials:
+        run_dir = trial_dir(sweep_dir, trial.name)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / "config.yaml"
+        partial = path.with_suffix(".partial")
+        partial.write_text(to_yaml(trial.config))
+        partial.replace(path)
+        status = read_state(run_dir).status
+        again = status not in OVER or (status == "failed" and retry_failed)
+        write_state(run_dir, total_steps=totals[trial.name], **({"status": "waiting", "error": None} if again else {}))
+
+
+def _look(address: str | None, resources: Resources) -> Any:
+    """The cluster at the address, or this machine as a local cluster would have it, without starting one."""
+    from pipeline.tuning.plan import Capacity, Node
+
+    if address is None and "RAY_ADDRESS" not in os.environ:
+        import torch
+
+        return Capacity((Node("here", len(os.sched_getaffinity(0)), torch.cuda.device_count()),))
+    from pipeline.tuning.scheduler import cluster
+
+    with cluster(address, resources) as capacity:
+        return capacity
+
+
+def _plan(
+    sweep_dir: Path,
+    trials: Sequence[Trial],
+    totals: dict[str, int],
+    resources: Resources,
+    capacity: Any,
+    seconds_per_step: float | None,
+) -> Plan:
+    from pipeline.tuning.progress import measured_speed
+
+    states = {trial.name: read_state(trial_dir(sweep_dir, trial.name)) for trial in trials}
+    left = {name: totals[name] - state.step for name, state in states.items() if state.status not in OVER}
+    speed = Speed(seconds_per_step, "as given") if seconds_per_step else measured_speed(sweep_dir, trials)
+    return make_plan(trials, left, resources, capacity, speed=speed)
+
+
+def _run(
+    sweep_dir: Path,
+    grid: Grid,
+    trials: Sequence[Trial],
+    left: Sequence[Trial],
+    totals: dict[str, int],
+    address: str | None,
+    seconds_per_step: float | None,
+) -> None:
+    from pipeline.tuning.progress import Progress
+    from pipeline.tuning.scheduler import Interrupted, Job, cluster, run_trials
+
+    stop = _Stop(sweep_dir, [trial.name for trial in left])
+    with stop, cluster(address, grid.resources) as capacity:
+        stop.listen()  # Ray has put a handler of its own into its place
+        plan = _plan(sweep_dir, trials, totals, grid.resources, capacity, seconds_per_step)
+        sys.stderr.write(describe_plan(plan) + "\n")
+        watched = tuple(trial.name for trial in left if grid.asha is not None and not trial.baseline)
+        job = Job(sweep_dir, Path.cwd(), grid.resources, bool(grid.resources.gpus_per_worker), watched)
+        with Progress(sweep_dir, trials):
+            try:
+                lost = run_trials(
+                    job,
+                    [trial.name for trial in left],
+                    concurrent=plan.concurrent,
+                    asha=grid.asha,
+                    steps=max(totals.values()),
+                    tick=stop.tick,
+                )
+            except Interrupted:
+                lost = {}
+    _settle(sweep_dir, left, lost, stop.requested)
+
+
+def _settle(sweep_dir: Path, left: Sequence[Trial], lost: dict[str, str], interrupted: bool) -> None:
+    """Give every trial that nobody could speak for any more the end it had."""
+    from pipeline.tuning.progress import last_values
+    from pipeline.tuning.trial import steps_done
+
+    for trial in left:
+        run_dir = trial_dir(sweep_dir, trial.name)
+        if read_state(run_dir).status not in ("training", "evaluating"):
+            continue
+        step = steps_done(run_dir)
+        if interrupted:
+            write_state(run_dir, status="waiting", step=step)
+        elif trial.name in lost:
+            write_state(run_dir, status="failed", step=step, error=lost[trial.name])
+        else:
+            at, values = last_values(run_dir)
+            reason = (
+                f"stopped at step {at}: its loss {values.get('train/loss', float('nan')):.4f} was behind the others'"
+            )
+            write_state(run_dir, status="stopped", step=at, error=reason)
+
+
+class _Stop:
+    """Ctrl-C or SIGTERM asks the trials to save and leave; the second one ends at once."""
+
+    def __init__(self, sweep_dir: Path, names: Sequence[str]) -> None:
+        self.requested = False
+        self._dir, self._names = sweep_dir, names
+        self._deadline, self._looked = 0.0, 0.0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _Stop:
+        self.listen()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        if self.requested:
+            (self._dir / STOP_FILE).unlink(missing_ok=True)
+
+    def listen(self) -> None:
+        """Take the signals, also from whoever took them since; only a main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.signal(number, self._note)
+            self._previous.setdefault(number, handler)
+
+    def tick(self) -> None:
+        """Raise Interrupted once a stop was asked for and nobody is training any more."""
+        from pipeline.tuning.scheduler import Interrupted
+
+        now = time.monotonic()
+        if not self.requested or now - self._looked < 0.5:
+            return
+        self._looked = now
+        training = [name for name in self._names if read_state(trial_dir(self._dir, name)).status == "training"]
+        if not training or now > self._deadline:
+            raise Interrupted
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self._deadline = time.monotonic() + _GRACE_SECONDS
+        (self._dir / STOP_FILE).touch()
+        sys.stderr.write(
+            f"\n{signal.Signals(number).name}: the trials save and end after their step; once more ends at once. "
+            "The same command continues.\n"
+        )

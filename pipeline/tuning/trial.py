@@ -1,0 +1,199 @@
+"""One trial without Ray: the training stage on every rank, the evaluation stage in one process.
+
+By hand, for a trial of a sweep that exists: python -m pipeline.tuning.trial SWEEP_DIR NAME
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import Config, ConfigError, load_config
+from pipeline.tuning.files import STOP_FILE, TrialState, read_state, trial_dir, write_state
+
+if TYPE_CHECKING:
+    from pipeline.training.run import Watch
+
+FAILURE_FILE = "failure.txt"
+LOG_FILE = "log.txt"
+_BASELINE_WAIT_SECONDS = 6 * 3600.0
+_NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
+
+
+class StopWatch:
+    """Tells a run to save and leave once the sweep is asked to stop."""
+
+    def __init__(self, sweep_dir: Path) -> None:
+        self._file = sweep_dir / STOP_FILE
+
+    def recorded(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def stop_requested(self) -> bool:
+        return self._file.exists()
+
+
+def trial_config(sweep_dir: Path, name: str) -> Config:
+    """The config of a trial, as the sweep resolved it."""
+    path = trial_dir(sweep_dir, name) / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{sweep_dir}: has no trial {name}")
+    return load_config(path)
+
+
+def train_stage(sweep_dir: Path, name: str, watch: Watch | None = None) -> None:
+    """Train, on every rank; continues from the last checkpoint, and does nothing after the last step.
+
+    A failure that every other attempt would meet again is kept in failure.txt and makes the next attempt return at
+    once. What all ranks meet together is not raised either: a launcher has nothing to end.
+    """
+    from pipeline.training.monitor import TrainingFailed
+    from pipeline.training.run import train
+
+    run_dir = trial_dir(sweep_dir, name)
+    watch = watch or StopWatch(sweep_dir)
+    if failure_of(run_dir) is not None or watch.stop_requested():
+        return
+    with _log(run_dir):
+        try:
+            train(trial_config(sweep_dir, name), watch)
+        except TrainingFailed as error:
+            _keep_failure(run_dir, f"diverged: {error}" if "not finite" in str(error) else str(error))
+        except Exception as error:
+            reason = final_reason(error)
+            if reason is not None:
+                _keep_failure(run_dir, reason)
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")
+            raise
+
+
+def evaluation_stage(sweep_dir: Path, name: str) -> Mapping[str, Any] | None:
+    """Evaluate the trained model, datasets that are done excepted, and track the results; None without a benchmark.
+
+    The untouched model is evaluated by the first trial that comes here; the others wait for it.
+    """
+    from pipeline.evaluation.benchmark import load_benchmark
+    from pipeline.evaluation.dataset import Settings
+    from pipeline.evaluation.record import track_results
+    from pipeline.evaluation.run import evaluate_run
+    from pipeline.model.restore import find_run
+    from pipeline.tracking.locks import Busy, FileLock
+
+    config, run_dir = trial_config(sweep_dir, name), trial_dir(sweep_dir, name)
+    if config.eval.benchmark is None:
+        return None
+    settings = Settings(
+        device=_device(),
+        batch_size=config.eval.batch_size,
+        workers=config.eval.workers,
+        preprocessing=config.eval.preprocessing,
+    )
+    benchmark, baselines = load_benchmark(config.eval.benchmark), sweep_dir / "baselines"
+    with _log(run_dir):
+        baselines.mkdir(parents=True, exist_ok=True)
+        with suppress(Busy), FileLock(baselines / ".lock", _BASELINE_WAIT_SECONDS):
+            _evaluate_base(run_dir, benchmark, settings, baselines)
+        found = evaluate_run(run_dir, benchmark, run_dir / "eval", settings, baselines=baselines, say=_say)
+        track_results(run_dir, config, find_run(run_dir).step, found.results, found.summary)
+    return found.summary
+
+
+def _evaluate_base(run_dir: Path, benchmark: Any, settings: Any, baselines: Path) -> None:
+    from pipeline.evaluation.run import evaluate
+    from pipeline.model.restore import find_run, load_base
+
+    source = find_run(run_dir)
+    folder = baselines / source.base_digest[:16]
+    if all((folder / f"{row.key}.json").is_file() for row in benchmark.rows):
+        return
+    evaluate(load_base(source), benchmark, folder, settings, say=lambda line: _say(f"untouched model: {line}"))
+
+
+def begin(run_dir: Path) -> TrialState:
+    """Note that a trial's training begins, or begins again."""
+    (run_dir / FAILURE_FILE).unlink(missing_ok=True)
+    return write_state(run_dir, status="training", error=None, attempts=read_state(run_dir).attempts + 1)
+
+
+def after_training(run_dir: Path) -> TrialState:
+    """Note what the training stage came to: evaluating, failed, or waiting when it was asked to stop before the end."""
+    step, reason = steps_done(run_dir), failure_of(run_dir)
+    if reason is not None:
+        return write_state(run_dir, status="failed", step=step, error=reason)
+    if step < read_state(run_dir).total_steps:
+        return write_state(run_dir, status="waiting", step=step)
+    return write_state(run_dir, status="evaluating", step=step)
+
+
+def run_trial(sweep_dir: Path, name: str) -> TrialState:
+    """Both stages of one trial in this process, noted in trial.json; for hands and tests."""
+    run_dir = trial_dir(sweep_dir, name)
+    begin(run_dir)
+    try:
+        train_stage(sweep_dir, name)
+        state = after_training(run_dir)
+        if state.status == "evaluating":
+            evaluation_stage(sweep_dir, name)
+            state = write_state(run_dir, status="finished")
+    except Exception as error:  # noqa: BLE001 - whatever ends a trial is told in its state
+        state = write_state(run_dir, status="failed", step=steps_done(run_dir), error=final_reason(error) or str(error))
+    return state
+
+
+def steps_done(run_dir: Path) -> int:
+    """Steps in the newest checkpoint."""
+    from pipeline.training.checkpoint import latest_checkpoint
+
+    checkpoint = latest_checkpoint(run_dir)
+    return 0 if checkpoint is None else checkpoint.step
+
+
+def failure_of(run_dir: Path) -> str | None:
+    """Why training cannot succeed, as a rank has written it; None if none has."""
+    try:
+        return (run_dir / FAILURE_FILE).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+
+
+def final_reason(error: BaseException) -> str | None:
+    """The reason in words if another attempt would end in the same way, None if it might not."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return f"out of memory: {first}"
+    return None
+
+
+def _keep_failure(run_dir: Path, reason: str) -> None:
+    partial = run_dir / f".{FAILURE_FILE}.{os.getpid()}.partial"
+    partial.write_text(reason + "\n", encoding="utf-8")
+    partial.replace(run_dir / FAILURE_FILE)
+
+
+@contextmanager
+def _log(run_dir: Path) -> Iterator[None]:
+    """What the run says goes to its own log; a sweep's terminal shows the table."""
+    rank = os.environ.get("RANK", "0")
+    with (run_dir / LOG_FILE if rank == "0" else run_dir / f"log-{rank}.txt").open("a", buffering=1) as log:
+        with redirect_stderr(log):
+            yield
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+
+
+def _device() -> Any:
+    import torch
+
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+if __name__ == "__main__":
+    print(run_trial(Path(sys.argv[1]).absolute(), sys.argv[2]))  # noqa: T201
