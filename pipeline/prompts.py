@@ -12,10 +12,41 @@ from pipeline.config import ConfigError
 
 PLACEHOLDER = "{c}"
 
-# "openai" are the 80 ImageNet sentences of CLIP's authors, which FLYP trains on; "openai7" their best seven.
+# "openai" are the 80 ImageNet sentences of CLIP's authors, which FLYP trains on; "openai7" their best seven. "cifar" and "dtd"
+# are theirs for those sets.
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "name": ("{c}",),
     "simple": ("a photo of a {c}.",),
+    "cifar": (
+        "a photo of a {c}.",
+        "a blurry photo of a {c}.",
+        "a black and white photo of a {c}.",
+        "a low contrast photo of a {c}.",
+        "a high contrast photo of a {c}.",
+        "a bad photo of a {c}.",
+        "a good photo of a {c}.",
+        "a photo of a small {c}.",
+        "a photo of a big {c}.",
+        "a photo of the {c}.",
+        "a blurry photo of the {c}.",
+        "a black and white photo of the {c}.",
+        "a low contrast photo of the {c}.",
+        "a high contrast photo of the {c}.",
+        "a bad photo of the {c}.",
+        "a good photo of the {c}.",
+        "a photo of the small {c}.",
+        "a photo of the big {c}.",
+    ),
+    "dtd": (
+        "a photo of a {c} texture.",
+        "a photo of a {c} pattern.",
+        "a photo of a {c} thing.",
+        "a photo of a {c} object.",
+        "a photo of the {c} texture.",
+        "a photo of the {c} pattern.",
+        "a photo of the {c} thing.",
+        "a photo of the {c} object.",
+    ),
     "openai7": (
         "itap of a {c}.",
         "a bad photo of the {c}.",

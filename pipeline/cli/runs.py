@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli.options import FAILED, OK, add_command, add_config_arguments, count
+from pipeline.cli.options import FAILED, OK, add_command, add_config_arguments, count, share
 from pipeline.config_file import dump_yaml
 
 
@@ -48,11 +48,20 @@ def _add_evaluate(commands: Any) -> None:
         run_evaluate,
         "zero-shot accuracy and retrieval on the datasets of a benchmark, finished ones skipped",
         "selora evaluate runs/my_run --benchmark benchmark.yaml",
-        "selora evaluate ViT-B-16-quickgelu --pretrained openai --benchmark benchmark.yaml",
+        "selora evaluate ViT-B-16-quickgelu --pretrained openai --benchmark paper --root /data/eval",
+        "selora evaluate runs/my_run --strength",
     )
     parser.add_argument("model", metavar="RUN_OR_MODEL", help="directory of a run, or a name as in model.name")
     parser.add_argument("--pretrained", metavar="TAG", help="open_clip tag or weights file of a plain model")
-    parser.add_argument("--benchmark", type=Path, metavar="FILE", help="YAML list of datasets (default: the run's own)")
+    parser.add_argument("--benchmark", metavar="NAME", help="paper, quick, wds or a YAML file (default: the run's own)")
+    parser.add_argument("--root", metavar="DIR", help="where the benchmark's datasets lie: a directory, URL or hf:ORG")
+    parser.add_argument(
+        "--strength",
+        nargs="*",
+        type=share,
+        metavar="A",
+        help="the curve from the untouched (0) to the fine-tuned model (1), all in one pass (default: 0 0.1 .. 1)",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="results (default: RUN/eval, or eval/MODEL)")
     parser.add_argument("--datasets", nargs="+", metavar="KEY", help="only these rows of the benchmark")
     parser.add_argument("--limit", type=count, metavar="N", help="only N images of each dataset, evenly spaced")
@@ -71,21 +80,13 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
-    from pipeline.evaluation.run import evaluate_command
+    from pipeline.evaluation.command import evaluate_command
+    from pipeline.evaluation.strength import ALPHAS
 
-    return evaluate_command(
-        arguments.model,
-        benchmark=arguments.benchmark,
-        out=arguments.out,
-        datasets=arguments.datasets,
-        limit=arguments.limit,
-        device=arguments.device,
-        batch_size=arguments.batch_size,
-        workers=arguments.workers,
-        pretrained=arguments.pretrained,
-        precision=arguments.precision,
-        preprocessing=arguments.preprocessing,
-    )
+    asked = {key: value for key, value in vars(arguments).items() if key not in ("command", "run", "text_only")}
+    if arguments.strength == []:
+        asked["strength"] = ALPHAS
+    return evaluate_command(asked.pop("model"), **asked)
 
 
 def _add_track(commands: Any) -> None:

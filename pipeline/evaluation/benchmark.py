@@ -1,73 +1,44 @@
 """The datasets of a benchmark as one table: a row says where a dataset lies, how it is scored and what it counts for.
 
-    name: demo
+    name: mine
     root: shards                  # optional; paths below are relative to it, itself relative to this file
+    include: paper                # optional; a shipped benchmark or a file, whose rows come first
+    mode: paper                   # optional; wds: class names and templates as shipped, and no rule of a row
+    sample: 1000                  # optional; at most this many images of each dataset, drawn by `seed`
+    images: {stl10: 800}          # optional; instead of the counts in the rows, for a part that is meant to be one
     datasets:
       - {key: clothing, group: id, path: wds_clothing}
-      - {key: imagenet-a, group: shift, path: wds_imagenet-a, classnames: names-1000.txt, subset: [6, 11, 13]}
-      - {key: stl10, group: zero-shot, path: wds_stl10, in_mean: false}
+      - {key: imagenet-a, group: shift, path: wds_imagenet-a, classnames: imagenet, subset: [6, 11, 13]}
       - {key: flickr30k, group: retrieval, path: wds_flickr30k}
 
-Adding a dataset is adding a row; no code names one. `base: other.yaml` inherits, as in every other file of the product.
+Adding a dataset is adding a row; no code names one. rows.py has what a row can say. `base: other.yaml` inherits, as in
+every other file of the product. `configs/benchmark` holds the shipped benchmarks; they take their root from the caller.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, model_validator
+from pydantic import ValidationError
 
+import pipeline
 from pipeline.config import ConfigError
-from pipeline.config_file import read_chain
+from pipeline.config_file import Raw, read_chain
+from pipeline.data.remote import is_remote
+from pipeline.evaluation.rows import GROUPS, Mode, Row
 from pipeline.prompts import resolve_templates
 
-Group = Literal["id", "shift", "zero-shot", "retrieval"]
-GROUPS: tuple[Group, ...] = ("id", "shift", "zero-shot", "retrieval")
-Metric = Literal["acc1", "mean_recall"]
+__all__ = ["GROUPS", "Benchmark", "Row", "load_benchmark", "shipped_benchmarks"]
 
-
-class Row(BaseModel):
-    """One dataset. `classnames` and `templates` replace those that lie in the directory."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
-
-    # The key names the result file, so it must be a plain file name.
-    key: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    group: Group
-    path: Path
-    # A list, or a text file with one name a line (relative to the yaml file).
-    classnames: tuple[str, ...] | None = None
-    # A list of sentences with {c}, or the name of a set in pipeline/prompts.py.
-    templates: tuple[str, ...] | None = None
-    # Score among these classes of `classnames` only; label j of the dataset is the j-th of them.
-    subset: tuple[Annotated[StrictInt, Field(ge=0)], ...] | None = None
-    in_mean: StrictBool = True
-
-    @property
-    def is_retrieval(self) -> bool:
-        return self.group == "retrieval"
-
-    @property
-    def metric(self) -> Metric:
-        """The one number shown for the dataset and averaged in its group."""
-        return "mean_recall" if self.is_retrieval else "acc1"
-
-    @model_validator(mode="after")
-    def _check(self) -> Row:
-        if self.is_retrieval and (self.classnames or self.templates or self.subset):
-            raise ValueError("a retrieval dataset has captions: classnames, templates and subset do not apply")
-        if self.subset is not None:
-            if not self.subset or len(set(self.subset)) < len(self.subset):
-                raise ValueError("subset must hold different class ids, at least one")
-            if self.classnames is not None and max(self.subset) >= len(self.classnames):
-                raise ValueError(f"subset names class {max(self.subset)} of {len(self.classnames)} classnames")
-        return self
+KEYS = ("name", "root", "include", "mode", "sample", "seed", "datasets")
+COUNTS = "images."
+_PACKAGE = Path(pipeline.__file__).parent
 
 
 @dataclass(frozen=True)
@@ -82,47 +53,128 @@ class Benchmark:
         if keys is None:
             return self
         known = [row.key for row in self.rows]
-        faults = [_unknown(key, known) for key in keys if key not in known]
+        faults = [_unknown("datasets", key, known) for key in keys if key not in known]
         if faults:
             raise ConfigError("\n".join(faults))
         return Benchmark(self.name, tuple(row for row in self.rows if row.key in keys))
 
     def check_paths(self) -> None:
         """Raise one ConfigError that lists every dataset whose directory is not there."""
-        missing = [f"{row.key}: no directory {row.path}" for row in self.rows if not row.path.is_dir()]
+        missing = [f"{row.key}: no directory {row.path}" for row in self.rows if not is_there(row)]
         if missing:
             raise ConfigError(_listed(f"benchmark {self.name}: {len(missing)} datasets are missing", missing))
 
 
-def _unknown(key: str, known: Sequence[str]) -> str:
-    near = get_close_matches(key, known, n=3) or known
-    return f"datasets: {key!r} is not in the benchmark; did you mean {', '.join(near)}?"
+def is_there(row: Row) -> bool:
+    """Whether a row's directory exists; what lies behind a URL is asked for when it is opened."""
+    return not isinstance(row.path, Path) or row.path.is_dir()
 
 
-def load_benchmark(path: str | Path) -> Benchmark:
-    """Read a benchmark file. All its faults come in one ConfigError."""
-    path = Path(path)
-    content = {key: raw.value for key, raw in read_chain(path).items()}
-    folder = path.absolute().parent
-    faults = [f"unknown key {key!r}" for key in sorted(set(content) - {"name", "root", "datasets"})]
-    entries = content.get("datasets")
-    if not isinstance(entries, list) or not entries:
+def shipped_benchmarks() -> dict[str, Path]:
+    """{name: file} of the benchmarks that can be named without a path."""
+    files = {file.stem: file for file in sorted(_shipped_folder().glob("*.yaml"))}
+    return files | {"demo": _PACKAGE / "demo" / "assets" / "benchmark.yaml"}
+
+
+def _shipped_folder() -> Path:
+    """configs/benchmark of the checkout; an installed wheel carries it inside the package."""
+    installed = _PACKAGE / "configs" / "benchmark"
+    return installed if installed.is_dir() else _PACKAGE.parent / "configs" / "benchmark"
+
+
+def load_benchmark(name: str | Path, root: str | Path | None = None) -> Benchmark:
+    """Read a shipped benchmark by name, or a file. `root`: where the data lies, instead of the file's own root.
+
+    All faults come in one ConfigError.
+    """
+    path = _find(name)
+    content = read_chain(path)
+    counts = {key.removeprefix(COUNTS): raw.value for key, raw in content.items() if key.startswith(COUNTS)}
+    faults = [
+        f"unknown key {key!r}" for key in sorted(content) if key not in KEYS and key.removeprefix(COUNTS) not in counts
+    ]
+    values = {key: raw.value for key, raw in content.items()}
+    entries = values.get("datasets", [])
+    if not isinstance(entries, list) or not (entries or values.get("include")):
         raise ConfigError(_listed(f"{path}: faults", [*faults, "`datasets` must be a list with at least one row"]))
-    root = folder / Path(os.path.expandvars(str(content.get("root", ".")))).expanduser()
-    rows = []
+    place = _root(path, content, root, needed=bool(entries))
+    rows, problems = _read_rows(entries, path.absolute().parent, place)
+    included = _included(values.get("include"), path, place)
+    rows, changes = _changed([*included, *rows], values, counts)
+    faults += [*problems, *changes, *_repeats(rows)]
+    if faults:
+        raise ConfigError(_listed(f"{path}: {len(faults)} faults", faults))
+    return Benchmark(str(values.get("name", path.stem)), tuple(rows))
+
+
+def _find(name: str | Path) -> Path:
+    path, shipped = Path(name), shipped_benchmarks()
+    if path.is_file() or str(name) not in shipped:
+        if not path.is_file() and path.parent == Path() and not path.suffix:
+            raise ConfigError(f"benchmark: {str(name)!r} is neither a file nor one of {', '.join(shipped)}")
+        return path
+    return shipped[str(name)]
+
+
+def _root(path: Path, content: Mapping[str, Raw], root: str | Path | None, *, needed: bool) -> str | Path | None:
+    """What the rows' paths are relative to; None where the file has no rows of its own and does not say."""
+    if root is not None:
+        return root if is_remote(root) else Path(root).expanduser().absolute()
+    if "root" in content:
+        said = os.path.expandvars(str(content["root"].value))
+        return said if is_remote(said) else path.absolute().parent / Path(said).expanduser()
+    if path.parent == _shipped_folder() and needed:
+        raise ConfigError(f"benchmark {path.stem}: say where its datasets lie: --root DIR on the command line")
+    return path.absolute().parent if needed else None
+
+
+def _included(include: Any, path: Path, root: str | Path | None) -> list[Row]:
+    rows: list[Row] = []
+    for name in [] if include is None else include if isinstance(include, list) else [include]:
+        if not isinstance(name, str):
+            raise ConfigError(f"{path}: include should name a benchmark or a file, got {name!r}")
+        near = path.absolute().parent / name
+        rows += load_benchmark(near if near.is_file() else name, root).rows
+    return rows
+
+
+def _read_rows(entries: list[Any], folder: Path, root: str | Path | None) -> tuple[list[Row], list[str]]:
+    rows, faults = [], []
     for number, entry in enumerate(entries, start=1):
         row, problems = _read_row(entry, folder, root)
         label = entry["key"] if isinstance(entry, dict) and "key" in entry else f"number {number}"
         faults += [f"row {label}: {problem}" for problem in problems]
         rows += [row] if row is not None else []
+    return rows, faults
+
+
+def _changed(rows: list[Row], values: Mapping[str, Any], counts: Mapping[str, Any]) -> tuple[list[Row], list[str]]:
+    """The rows with what the file says about all of them."""
+    faults = []
+    mode = values.get("mode", "paper")
+    if mode not in get_args(Mode):
+        faults.append(f"mode: {mode!r} is none of {', '.join(get_args(Mode))}")
+    for key in ("sample", "seed"):
+        value = values.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < (key == "sample")):
+            faults.append(f"{key}: {value!r} should be a whole number{' above 0' if key == 'sample' else ''}")
+    known = [row.key for row in rows]
+    faults += [_unknown("images", key, known) for key in counts if key not in known]
+    faults += [f"images.{key}: {n!r} is no count" for key, n in counts.items() if not isinstance(n, int) or n < 1]
+    everywhere = {key: values[key] for key in ("sample", "seed") if values.get(key) is not None}
+    changed = [
+        row.model_copy(update=everywhere | ({"images": counts[row.key], "texts": None} if row.key in counts else {}))
+        for row in rows
+    ]
+    return [row.as_shipped() if mode == "wds" else row for row in changed], faults
+
+
+def _repeats(rows: Sequence[Row]) -> list[str]:
     repeats = Counter(row.key.lower() for row in rows)
-    faults += [f"key {key!r} stands in {count} rows" for key, count in repeats.items() if count > 1]
-    if faults:
-        raise ConfigError(_listed(f"{path}: {len(faults)} faults", faults))
-    return Benchmark(str(content.get("name", path.stem)), tuple(rows))
+    return [f"key {key!r} stands in {count} rows" for key, count in repeats.items() if count > 1]
 
 
-def _read_row(entry: Any, folder: Path, root: Path) -> tuple[Row | None, list[str]]:
+def _read_row(entry: Any, folder: Path, root: str | Path | None) -> tuple[Row | None, list[str]]:
     """One row of the file, or what is wrong with it."""
     if not isinstance(entry, dict):
         return None, [f"expected key, group, path, .. and got {entry!r}"]
@@ -130,9 +182,12 @@ def _read_row(entry: Any, folder: Path, root: Path) -> tuple[Row | None, list[st
     problems = []
     try:
         if isinstance(values.get("path"), str):
-            values["path"] = root / Path(os.path.expandvars(values["path"])).expanduser()
-        if isinstance(values.get("classnames"), str):
-            values["classnames"] = _lines(folder / values["classnames"])
+            values["path"] = _located(os.path.expandvars(values["path"]), root)
+        for key in ("classnames", "spellings"):
+            if isinstance(values.get(key), str):
+                values[key] = _lines(folder, key, values[key])
+        if isinstance(values.get("subset"), str):
+            values["subset"] = [_ids(line) for line in _lines(folder, "subset", values["subset"])]
         if values.get("templates") is not None:
             values["templates"] = resolve_templates(values["templates"])
     except ConfigError as error:
@@ -143,10 +198,29 @@ def _read_row(entry: Any, folder: Path, root: Path) -> tuple[Row | None, list[st
         return None, problems + [_readable(fault) for fault in error.errors()]
 
 
-def _lines(file: Path) -> list[str]:
-    if not file.is_file():
-        raise ConfigError(f"classnames: no file {file}")
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+def _located(path: str, root: str | Path | None) -> str | Path:
+    if is_remote(path):
+        return path
+    if isinstance(root, str):
+        return f"{root.rstrip('/')}/{path}"
+    return (root or Path()) / Path(path).expanduser()
+
+
+def _lines(folder: Path, key: str, name: str) -> list[str]:
+    """The lines of a file beside the yaml file, or of a shipped list; a line that begins with `# ` is a remark."""
+    for file in (folder / name, _shipped_folder() / "names" / f"{name}.txt"):
+        if file.is_file():
+            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+            return [line for line in lines if line and not line.startswith("# ")]
+    lists = ", ".join(sorted(file.stem for file in (_shipped_folder() / "names").glob("*.txt")))
+    raise ConfigError(f"{key}: no file {folder / name}, and no shipped list of that name ({lists})")
+
+
+def _ids(line: str) -> list[int]:
+    numbers = line.partition("#")[0].split()
+    if not numbers or not all(number.isdecimal() for number in numbers):
+        raise ConfigError(f"subset: line {line!r} should hold class ids")
+    return [int(number) for number in numbers]
 
 
 def _readable(fault: Any) -> str:
@@ -156,6 +230,11 @@ def _readable(fault: Any) -> str:
         return f"unknown key {where!r}" + (f"; did you mean {near[0]!r}?" if near else "")
     message = fault["msg"].removeprefix("Value error, ")
     return f"{where}: {message}, got {fault['input']!r}" if where else message
+
+
+def _unknown(what: str, key: str, known: Sequence[str]) -> str:
+    near = get_close_matches(key, known, n=3) or known
+    return f"{what}: {key!r} is not in the benchmark; did you mean {', '.join(near)}?"
 
 
 def _listed(title: str, faults: Sequence[str]) -> str:

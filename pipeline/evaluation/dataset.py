@@ -1,35 +1,21 @@
-"""One row of the table on one model: open the data, run the pass that its kind asks for, build the result."""
+"""One row of the table: open its data, see that they are what the row says, settle names, templates and samples."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from pipeline.config import ConfigError
-from pipeline.data.images import Preprocessing, normalize
-from pipeline.data.wds_layout import EvalBatch, EvalSet, eval_loader, open_eval_set
-from pipeline.evaluation.benchmark import Row
-from pipeline.evaluation.encode import Encoder, Precision
-from pipeline.evaluation.metrics import (
-    ClassCounts,
-    classification_chance,
-    mean_recall,
-    retrieval_chance,
-    retrieval_metrics,
-)
-from pipeline.evaluation.ranks import Ranks
-from pipeline.evaluation.results import Identity, Result
-from pipeline.evaluation.retrieval import Embeddings, embed_batch, join, recall_both_ways
-from pipeline.evaluation.zeroshot import classifier_head, classify
-from pipeline.model.clip import Clip
-
-Head = tuple[tuple[str, ...], tuple[str, ...]]
+from pipeline.data.images import Preprocessing
+from pipeline.data.order import seeded_permutation, stable_hash
+from pipeline.data.wds_layout import EvalSet, open_eval_set
+from pipeline.evaluation.encode import Precision
+from pipeline.evaluation.rows import Row
 
 
 @dataclass(frozen=True)
@@ -43,23 +29,6 @@ class Settings:
     preprocessing: Preprocessing = "reference"
     # Take this many samples, evenly spaced over each dataset, for a quick look.
     limit: int | None = None
-
-
-@dataclass
-class Pass:
-    """One model going over the table. Classifier heads are kept: many sets share class names and templates."""
-
-    clip: Clip
-    encoder: Encoder
-    ranks: Ranks
-    settings: Settings
-    model_digest: str
-    heads: dict[Head, Tensor] = field(default_factory=dict)
-
-    def head(self, classnames: tuple[str, ...], templates: tuple[str, ...]) -> Tensor:
-        if (classnames, templates) not in self.heads:
-            self.heads[classnames, templates] = classifier_head(self.encoder, classnames, templates, self.ranks)
-        return self.heads[classnames, templates]
 
 
 @dataclass(frozen=True)
@@ -76,110 +45,75 @@ class Dataset:
         return len(self.classnames if self.row.subset is None else self.row.subset)
 
     @property
+    def chosen(self) -> Sequence[int] | None:
+        """The samples that the row's `sample` draws, in the order of the set; None: all."""
+        row, total = self.row, len(self.data)
+        if row.sample is None or row.sample >= total:
+            return None
+        order = seeded_permutation(total, stable_hash("sample", row.seed, row.key))
+        return sorted(order[: row.sample].tolist())
+
+    @property
     def digest(self) -> str:
-        """sha256 over the images, labels and everything else in the row that decides a result."""
-        parts = [self.data.digest, self.classnames, self.templates, self.row.subset]
+        """sha256 over the images' names and sizes, the labels and everything else that decides a result."""
+        row, chosen = self.row, self.chosen
+        parts = [self.data.digest, self.classnames, self.templates, row.subset, row.border, row.metric, chosen]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def open_dataset(row: Row) -> Dataset:
     """Open the directory of a row; what the row asks for and the directory has not is a ConfigError."""
-    data = open_eval_set(row.path)
+    data = open_eval_set(row.path, split=row.split)
     if (data.kind == "retrieval") != row.is_retrieval:
         raise ConfigError(f"{row.key}: group {row.group!r}, but {row.path} holds a {data.kind} dataset")
+    if faults := count_faults(row, data):
+        raise ConfigError("\n".join(faults))
     if row.is_retrieval:
         return Dataset(row, data, (), ())
-    classnames, templates = row.classnames or data.classnames or (), row.templates or data.templates or ()
+    classnames, templates = _names(row, data), row.templates or data.templates or ()
     for name, value in (("classnames", classnames), ("templates", templates)):
         if not value:
             raise ConfigError(f"{row.key}: no {name}: neither in its row nor as a file in {row.path}")
-    if row.subset is not None and max(row.subset) >= len(classnames):
-        raise ConfigError(f"{row.key}: subset names class {max(row.subset)} of {len(classnames)} classes")
+    if row.subset is not None and (largest := max(max(ids) for ids in row.subset)) >= len(classnames):
+        raise ConfigError(f"{row.key}: subset names class {largest} of {len(classnames)} classes")
     dataset = Dataset(row, data, classnames, templates)
     wrong = next((i for i, label in enumerate(data.labels) if label >= dataset.classes), None)
     if wrong is not None:
         label, name = data.labels[wrong], data.key(wrong)
         raise ConfigError(f"{row.key}: {name} has label {label}, but the row leaves {dataset.classes} classes")
+    if row.classes is not None and dataset.classes != row.classes:
+        raise ConfigError(f"{row.key}: {dataset.classes} class names where {row.classes} classes are expected")
     return dataset
 
 
-def identity(walk: Pass, dataset: Dataset) -> Identity:
-    settings = walk.settings
-    return Identity(walk.model_digest, dataset.digest, settings.precision, settings.preprocessing, settings.limit)
+def count_faults(row: Row, data: EvalSet) -> list[str]:
+    """Where a directory does not hold as much as its row says, each fault with its likely cause."""
+    found = len(data)
+    faults = []
+    if row.images is not None and found != row.images:
+        fewer = "shards are missing or a download broke off" if found < row.images else "another version or split"
+        cause = row.known_counts.get(found, f"probably {fewer}")
+        faults.append(f"{row.key}: {found} images in {row.path} where {row.images} are expected: {cause}")
+    texts = sum(len(each) for each in data.captions)
+    if row.texts is not None and texts != row.texts:
+        faults.append(f"{row.key}: {texts} captions in {row.path} where {row.texts} are expected")
+    shipped = len(data.classnames or ())
+    if row.classes is not None and shipped and shipped != row.classes:
+        faults.append(f"{row.key}: {shipped} lines in classnames.txt of {row.path} where {row.classes} are expected")
+    return faults
 
 
-def evaluate_dataset(walk: Pass, dataset: Dataset) -> Result:
-    """The result of all ranks, on every rank. A sample that cannot be read is a ConfigError that names it."""
-    started = time.perf_counter()
-    with torch.inference_mode():
-        outcome = (_retrieval if dataset.row.is_retrieval else _classification)(walk, dataset)
-    return {
-        "dataset": dataset.row.key,
-        "model": walk.clip.name,
-        "pretrained": walk.clip.pretrained,
-        "task": "zeroshot_retrieval" if dataset.row.is_retrieval else "zeroshot_classification",
-        "language": "en",
-        "metrics": outcome.pop("metrics"),
-        "metric": dataset.row.metric,
-        **outcome,
-        "seconds": round(time.perf_counter() - started, 3),
-        **asdict(identity(walk, dataset)),
-    }
+def _names(row: Row, data: EvalSet) -> tuple[str, ...]:
+    if row.spellings is None:
+        return row.classnames or data.classnames or ()
+    spelled = {plain(name): name for name in row.spellings}
+    strange = [name for name in data.classnames or () if plain(name) not in spelled]
+    if strange:
+        few = ", ".join(repr(name) for name in strange[:3])
+        raise ConfigError(f"{row.key}: {few} in classnames.txt of {row.path}: the row's spellings have no such class")
+    return tuple(spelled[plain(name)] for name in data.classnames or ())
 
 
-def _classification(walk: Pass, dataset: Dataset) -> Result:
-    head = walk.head(dataset.classnames, dataset.templates)
-    subset = dataset.row.subset
-
-    def count_share() -> ClassCounts:
-        pairs = ((_pixels(walk, batch), batch.labels) for batch in _batches(walk, dataset))
-        return classify(walk.encoder, head, pairs, subset)
-
-    counts = ClassCounts.total(walk.ranks.gather(count_share))
-    metrics = counts.metrics()
-    return {
-        "metrics": metrics,
-        "value": metrics["acc1"],
-        "chance": classification_chance(dataset.classes),
-        "n": counts.n,
-        "classes": dataset.classes,
-        "per_class_recall": counts.per_class_recall(),
-        "confusion": counts.sparse_confusion(),
-    }
-
-
-def _retrieval(walk: Pass, dataset: Dataset) -> Result:
-    def embed_share() -> list[Embeddings]:
-        return [embed_batch(walk.encoder, _pixels(walk, batch), batch.captions) for batch in _batches(walk, dataset)]
-
-    embeddings = join(part for share in walk.ranks.gather(embed_share) for part in share)
-    image_to_text, text_to_image = recall_both_ways(embeddings, walk.ranks, walk.settings.device)
-    metrics = retrieval_metrics(image_to_text, text_to_image)
-    return {
-        "metrics": metrics,
-        "value": mean_recall(metrics),
-        "chance": retrieval_chance(image_to_text.n),
-        "n": image_to_text.n,
-        "texts": text_to_image.n,
-    }
-
-
-def _batches(walk: Pass, dataset: Dataset) -> Iterable[EvalBatch]:
-    """This rank's contiguous part of the samples: nothing padded, nothing dropped."""
-    settings = walk.settings
-    return eval_loader(
-        dataset.data,
-        walk.clip.preprocess_cfg,
-        batch_size=settings.batch_size,
-        rank=walk.ranks.rank,
-        world=walk.ranks.size,
-        workers=settings.workers,
-        preprocessing=settings.preprocessing,
-        limit=settings.limit,
-        pin=settings.device.type == "cuda",
-    )
-
-
-def _pixels(walk: Pass, batch: EvalBatch) -> Tensor:
-    config = walk.clip.preprocess_cfg
-    return normalize(batch.images.to(walk.settings.device), config["mean"], config["std"])
+def plain(name: str) -> str:
+    """Letters and digits of a class name: what is left when people spell it differently."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())

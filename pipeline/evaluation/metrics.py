@@ -18,6 +18,7 @@ from torch import Tensor
 TOP_K = 5
 RECALL_K = (1, 5, 10)
 MEAN_RECALL_K = (1, 5)
+Z95 = 1.959964
 
 
 @dataclass
@@ -103,10 +104,30 @@ def retrieval_metrics(image_to_text: RecallCounts, text_to_image: RecallCounts) 
     }
 
 
+def paper_names(metrics: dict[str, float]) -> dict[str, float]:
+    """The columns of the paper's tables 14 and 15: its IR looks for an image's text, its TR for a text's image."""
+    sides = {"IR": "text", "TR": "image"}
+    return {f"{name}@{k}": metrics[f"{side}_retrieval_recall@{k}"] for name, side in sides.items() for k in RECALL_K}
+
+
 def mean_recall(metrics: dict[str, float]) -> float:
     """Mean of R@1 and R@5 in both directions, the retrieval column of the paper's tables 14 and 15."""
     values = [metrics[f"{side}_retrieval_recall@{k}"] for side in ("image", "text") for k in MEAN_RECALL_K]
     return sum(values) / len(values)
+
+
+def interval(value: float, n: int, total: int) -> list[float]:
+    """95 % Wilson interval for what the whole set of `total` samples would give, seen `value` on `n` drawn from it.
+
+    Both ends are `value` when all were seen. For a mean over classes or recalls it is the interval of a share.
+    """
+    if n >= total:
+        return [value, value]
+    # Drawn without repetition: the fewer are left, the less is unknown.
+    known = n * (total - 1) / (total - n)
+    square = Z95**2 / known
+    middle, half = value + square / 2, (square * (value * (1 - value) + square / 4)) ** 0.5
+    return [(middle - half) / (1 + square), (middle + half) / (1 + square)]
 
 
 def classification_chance(classes: int) -> float:

@@ -22,7 +22,8 @@ def summarise(
 
     `model` tells which (name, pretrained, model_digest, ..). `baseline` is the summary of the untouched model.
     `change` = value - baseline; a group's mean and change run over its rows with `in_mean`. `forgetting` is the mean
-    drop over the groups other than id (positive = knowledge lost), None without a baseline.
+    drop over the groups other than id (positive = knowledge lost), None without a baseline. `with_id` of a group is the
+    outer mean of the paper's tables 10 to 15, where id weighs one half whatever the number of the other sets.
     """
     old = {} if baseline is None else baseline["datasets"]
     datasets = {
@@ -33,6 +34,7 @@ def summarise(
             "value": results[row.key]["value"],
             "chance": results[row.key]["chance"],
             "n": results[row.key]["n"],
+            "interval": results[row.key].get("interval"),
         }
         | _against(results[row.key], old.get(row.key))
         for row in benchmark.rows
@@ -44,6 +46,8 @@ def summarise(
         if rows and any(row.key in datasets for row in rows):
             groups[group] = _group([datasets[row.key] for row in rows if row.key in datasets])
             groups[group]["missing"] = [row.key for row in rows if row.key not in datasets]
+    for name in groups.keys() - {"id"} if "id" in groups else ():
+        groups[name]["with_id"] = (groups["id"]["mean"] + groups[name]["mean"]) / 2
     drops = [-groups[g]["change"] for g in groups if g != "id" and groups[g]["change"] is not None]
     return {
         **model,
@@ -89,16 +93,20 @@ def read_summary(path: str | Path) -> Summary:
 
 def format_summary(summary: Summary) -> str:
     """A plain table for the terminal: every dataset by group, then the groups' means; percent and points."""
-    lines = [("group", "dataset", "metric", "value", "change", "chance", "n")]
+    lines = [("group", "dataset", "metric", "value", "change", "chance", "n", "95 %")]
     for group in GROUPS:
         members = {key: each for key, each in summary["datasets"].items() if each["group"] == group}
         for key, each in members.items():
             name = key if each["in_mean"] else f"{key} (not in mean)"
             lines.append((group, name, each["metric"], *_numbers(each["value"], each["change"]),
-                          f"{100 * each['chance']:.2f}", str(each["n"])))  # fmt: skip
+                          f"{100 * each['chance']:.2f}", str(each["n"]), _interval(each["interval"])))  # fmt: skip
         if len(members) > 1 and group in summary["groups"]:
             mean = summary["groups"][group]
-            lines.append((group, "mean", "", *_numbers(mean["mean"], mean["change"]), "", ""))
+            lines.append((group, "mean", "", *_numbers(mean["mean"], mean["change"]), "", "", ""))
+        if "with_id" in summary["groups"].get(group, {}):
+            lines.append(
+                (group, "mean with id", "", f"{100 * summary['groups'][group]['with_id']:.2f}", "", "", "", "")
+            )
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     table = ["  ".join(_pad(cell, width, i) for i, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
              for line in lines]  # fmt: skip
@@ -121,6 +129,11 @@ def _closing_lines(summary: Summary) -> list[str]:
 
 def _numbers(value: float, change: float | None) -> tuple[str, str]:
     return f"{100 * value:.2f}", "" if change is None else f"{100 * change:+.2f}"
+
+
+def _interval(ends: list[float] | None) -> str:
+    """Only of a dataset that was seen in part: of a whole one there is nothing to estimate."""
+    return "" if ends is None or ends[0] == ends[1] else f"{100 * ends[0]:.1f}..{100 * ends[1]:.1f}"
 
 
 def _pad(cell: str, width: int, column: int) -> str:

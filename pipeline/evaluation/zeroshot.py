@@ -1,14 +1,13 @@
-"""Zero-shot classification: a classifier made of class names in templates, and one pass over the images."""
+"""Zero-shot classification: a classifier made of class names in templates, and what it says of images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from pipeline.evaluation.encode import TEXTS_PER_FORWARD, Encoder
-from pipeline.evaluation.metrics import ClassCounts
 from pipeline.evaluation.ranks import Ranks
 
 # CLIP_benchmark's constant. It changes no order, but it decides float ties, so it is kept.
@@ -42,23 +41,22 @@ def _class_vectors(encoder: Encoder, classnames: Sequence[str], templates: Seque
     return features / features.norm(dim=-1, keepdim=True)
 
 
-def apply_subset(logits: Tensor, subset: Sequence[int] | None) -> Tensor:
+def apply_subset(logits: Tensor, subset: Sequence[Sequence[int]] | None) -> Tensor:
     """Logits (B, K) of all classes -> (B, len(subset)) of those the dataset has, in label order.
 
-    ImageNet-A and -R hold images of 200 of the 1000 ImageNet classes; their label j is the j-th id of the subset.
+    ImageNet-A and -R hold images of 200 of the 1000 ImageNet classes; their label j is the j-th id of the subset. A
+    class of ObjectNet may be several of ImageNet's: its logit is the largest of theirs.
     """
-    return logits if subset is None else logits[:, list(subset)]
+    if subset is None:
+        return logits
+    most = max(len(ids) for ids in subset)
+    # An id that stands twice does not change the maximum.
+    padded = [[*ids, *[ids[0]] * (most - len(ids))] for ids in subset]
+    return logits[:, torch.tensor(padded, device=logits.device)].amax(dim=2)
 
 
-def classify(
-    encoder: Encoder,
-    head: Tensor,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    subset: Sequence[int] | None = None,
-) -> ClassCounts:
-    """Counts of this rank's batches of (images (B, 3, H, W), labels (B,) int64)."""
-    counts = ClassCounts.empty(len(subset) if subset is not None else len(head))
-    for images, labels in batches:
-        logits = LOGIT_SCALE * encoder.images(images) @ head.T
-        counts.add(apply_subset(logits, subset), labels)
-    return counts
+def class_logits(
+    encoder: Encoder, head: Tensor, images: Tensor, subset: Sequence[Sequence[int]] | None = None
+) -> Tensor:
+    """Logits (B, classes of the dataset) of images (B, 3, H, W) against a classifier head (K, D)."""
+    return apply_subset(LOGIT_SCALE * encoder.images(images) @ head.T, subset)

@@ -92,7 +92,7 @@ def evaluation_stage(sweep_dir: Path, name: str) -> Mapping[str, Any] | None:
         workers=config.eval.workers,
         preprocessing=config.eval.preprocessing,
     )
-    benchmark, baselines = load_benchmark(config.eval.benchmark), sweep_dir / "baselines"
+    benchmark, baselines = load_benchmark(config.eval.benchmark, config.eval.root), sweep_dir / "baselines"
     with _log(run_dir):
         baselines.mkdir(parents=True, exist_ok=True)
         with suppress(Busy), FileLock(baselines / ".lock", _BASELINE_WAIT_SECONDS):

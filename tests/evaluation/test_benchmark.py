@@ -42,7 +42,7 @@ datasets:
     first, second, third = load_benchmark(write(tmp_path, text)).rows
     assert first.classnames == ("red fox", "sea", "hill")
     assert first.templates == TEMPLATES["simple"]
-    assert first.subset == (2, 0)
+    assert first.subset == ((2,), (0,))
     assert (second.templates, second.in_mean) == (("a {c}.",), False)
     assert (first.metric, third.metric) == ("acc1", "mean_recall")
 

@@ -89,7 +89,7 @@ def test_the_subset_rule_is_argmax_among_the_listed_classes() -> None:
     labels = torch.randint(len(subset), (80,), generator=torch.Generator().manual_seed(1))
     reference = np.array([max(range(len(subset)), key=lambda j: row[subset[j]]) for row in logits.numpy()])
     counts = ClassCounts.empty(len(subset))
-    counts.add(apply_subset(logits, subset), labels)
+    counts.add(apply_subset(logits, [[each] for each in subset]), labels)
     assert counts.top1 == int((reference == labels.numpy()).sum())
     assert torch.equal(apply_subset(logits, None), logits)
 

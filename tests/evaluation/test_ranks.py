@@ -25,7 +25,7 @@ import os
 import sys
 import torch.distributed as dist
 from pipeline.config import ConfigError
-from pipeline.evaluation.run import evaluate_command
+from pipeline.evaluation.command import evaluate_command
 model, root = sys.argv[1:]
 def scene(name):
     print(f"== {name}", flush=True)

@@ -17,8 +17,9 @@ from pipeline.config import ConfigError
 from pipeline.data.images import normalize
 from pipeline.data.wds_layout import eval_loader, open_eval_set
 from pipeline.evaluation.benchmark import load_benchmark
+from pipeline.evaluation.command import evaluate_command
 from pipeline.evaluation.dataset import Settings
-from pipeline.evaluation.run import evaluate, evaluate_command
+from pipeline.evaluation.run import evaluate
 from pipeline.evaluation.summary import format_summary, read_summary
 from pipeline.method.adapter import attach_adapter
 from pipeline.model.clip import Clip, load_clip
@@ -241,7 +242,7 @@ def test_a_run_without_its_base_or_benchmark_says_so(tmp_path: Path, make_run: C
     config = run / "config.yaml"
     lines = [line for line in config.read_text().splitlines() if "benchmark" not in line]
     config.write_text("\n".join(lines))
-    with pytest.raises(ConfigError, match="name a benchmark file"):
+    with pytest.raises(ConfigError, match="name a benchmark"):
         evaluate_command(run)
 
 

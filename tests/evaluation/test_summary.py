@@ -78,7 +78,8 @@ def test_the_printed_table_lines_up_and_shows_signed_changes() -> None:
     text = format_summary(summarise(TABLE, AFTER, MODEL, BEFORE))
     lines = text.splitlines()
     values = [line for line in lines if line.startswith(("id", "shift", "zero-shot", "retrieval"))]
-    assert len(values) == 6 + 2
+    assert len(values) == 6 + 2 + 3
+    assert any(line.split() == ["retrieval", "mean", "with", "id", "60.00"] for line in values)
     assert any(line.split() == ["id", "own", "acc1", "70.00", "+20.00", "1.00", "10"] for line in values)
     assert "stl10 (not in mean)" in text
     assert "forgetting 6.67 points" in lines[-1]

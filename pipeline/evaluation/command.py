@@ -1,0 +1,165 @@
+"""`selora evaluate`: from what the user typed to models, settings and a printed table."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.config import Config, ConfigError, load_config
+from pipeline.data.images import Preprocessing
+from pipeline.evaluation.benchmark import Benchmark, load_benchmark
+from pipeline.evaluation.dataset import Settings
+from pipeline.evaluation.encode import Precision
+from pipeline.evaluation.ranks import Ranks, launched_ranks
+from pipeline.evaluation.record import track_results
+from pipeline.evaluation.run import evaluate, evaluate_run
+from pipeline.evaluation.strength import evaluate_strength, format_curve
+from pipeline.evaluation.summary import format_summary
+from pipeline.model.clip import CONFIG_FILE, Clip, load_clip
+from pipeline.model.restore import find_run, is_run
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user typed; None: the run's config or a default decides."""
+
+    benchmark: str | Path | None = None
+    root: str | Path | None = None
+    out: str | Path | None = None
+    datasets: Sequence[str] | None = None
+    limit: int | None = None
+    device: str | None = None
+    batch_size: int | None = None
+    workers: int | None = None
+    pretrained: str | None = None
+    precision: Precision = "fp32"
+    preprocessing: Preprocessing = "reference"
+    strength: Sequence[float] | None = None
+
+    def settings(self, config: Config | None) -> Settings:
+        workers = config.eval.workers if config is not None else Settings.workers
+        return Settings(
+            device=find_device(self.device),
+            batch_size=self.batch_size or (config.eval.batch_size if config is not None else Settings.batch_size),
+            workers=workers if self.workers is None else self.workers,
+            precision=self.precision,
+            preprocessing=self.preprocessing,
+            limit=self.limit,
+        )
+
+    def table(self, config: Config | None) -> Benchmark:
+        name, root = self.benchmark, self.root
+        if config is not None and name is None:
+            name = config.eval.benchmark
+        if name is None:
+            raise ConfigError("benchmark: none given, and the run's config has no eval.benchmark; name a benchmark")
+        return load_benchmark(name, config.eval.root if config is not None and root is None else root)
+
+
+def evaluate_command(run_or_model: str | Path, **asked: object) -> int:
+    """A run directory, or a plain model by name or directory, on a benchmark; prints the table. Options as in `Asked`.
+
+    A run takes benchmark, batch size and workers from its config where they are not given, writes to RUN/eval, and is
+    compared with its untouched base, whose own results are kept in OUT/baselines/<digest> for all runs beside it.
+    """
+    options = Asked(**asked)  # pyright: ignore[reportArgumentType]
+    if not is_run(run_or_model):
+        if options.strength is not None:
+            raise ConfigError(f"strength: {run_or_model} is no run, and the curve needs one and its untouched base")
+        table = options.table(None)
+        with launched_ranks() as ranks:
+            _plain_model(str(run_or_model), table, options, ranks)
+        return 0
+    run = Path(run_or_model)
+    if options.pretrained is not None:
+        raise ConfigError("pretrained: a run brings its own weights; give it for a plain model only")
+    config = load_config(run / "config.yaml", [])
+    table = options.table(config)
+    with launched_ranks() as ranks:
+        (_run if options.strength is None else _curve)(run, config, table, options, ranks)
+    return 0
+
+
+def _plain_model(name: str, table: Benchmark, options: Asked, ranks: Ranks) -> None:
+    clip = load_plain(name, options.pretrained)
+    folder = Path(options.out) if options.out is not None else Path("eval") / _slug(clip)
+    outcome = evaluate(clip, table, folder, options.settings(None), datasets=options.datasets, say=progress)
+    if ranks.rank == 0:
+        sys.stdout.write(format_summary(outcome.summary) + f"\nresults in {folder}\n")
+
+
+def _run(run: Path, config: Config, table: Benchmark, options: Asked, ranks: Ranks) -> None:
+    folder, baselines = _places(run, options)
+    settings = options.settings(config)
+    outcome = evaluate_run(run, table, folder, settings, baselines=baselines, datasets=options.datasets, say=progress)
+    if ranks.rank != 0:
+        return
+    sys.stdout.write(format_summary(outcome.summary) + f"\nresults in {folder}\n")
+    if options.out is None and options.limit is None:
+        track_results(run, config, find_run(run).step, outcome.results, outcome.summary)
+
+
+def _curve(run: Path, config: Config, table: Benchmark, options: Asked, ranks: Ranks) -> None:
+    folder, baselines = _places(run, options)
+    curve = evaluate_strength(
+        run,
+        table,
+        folder,
+        options.settings(config),
+        baselines=baselines,
+        alphas=options.strength or (),
+        datasets=options.datasets,
+        say=progress,
+    )
+    if ranks.rank == 0:
+        sys.stdout.write(format_curve(curve) + f"\nresults in {folder}\n")
+
+
+def _places(run: Path, options: Asked) -> tuple[Path, Path]:
+    """Where the results of the run and of its untouched base go."""
+    if options.out is not None:
+        return Path(options.out), Path(options.out) / "baselines"
+    return run / "eval", run.absolute().parent / "baselines"
+
+
+def load_plain(name: str, pretrained: str | None) -> Clip:
+    """A model by open_clip name, `local-dir:`, `hf-hub:`, or as a directory with open_clip_config.json."""
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / CONFIG_FILE).is_file():
+            raise ConfigError(f"{folder}: neither a run (no config.yaml) nor an open_clip model (no {CONFIG_FILE})")
+        name = f"local-dir:{folder}"
+    return load_clip(name, pretrained)
+
+
+def _slug(clip: Clip) -> str:
+    name = clip.name.removeprefix("local-dir:").removeprefix("hf-hub:")
+    parts = [Path(name).name if Path(name).is_absolute() else name, clip.pretrained and Path(clip.pretrained).name]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(part for part in parts if part)).strip("-")
+
+
+def find_device(name: str | None) -> torch.device:
+    """The named device; without a name this rank's GPU, or the CPU where there is none."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name!r}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"device={name!r}: torch sees no GPU here; use device=cpu")
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return device
+
+
+def progress(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()

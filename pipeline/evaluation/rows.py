@@ -1,0 +1,132 @@
+"""One row of the benchmark table: where a dataset lies, what must be in it, how it is scored, what it counts for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator, model_validator
+
+from pipeline.data.remote import is_remote
+
+Group = Literal["id", "shift", "zero-shot", "retrieval"]
+GROUPS: tuple[Group, ...] = ("id", "shift", "zero-shot", "retrieval")
+Metric = Literal["acc1", "mean_per_class_recall", "mean_recall"]
+# "wds": class names and templates as the directory ships them and no rule of the row, as clip_benchmark scores.
+Mode = Literal["paper", "wds"]
+
+CLASSIFICATION_METRICS = ("acc1", "acc5", "mean_per_class_recall")
+RETRIEVAL_METRICS = tuple(f"{side}_retrieval_recall@{k}" for side in ("image", "text") for k in (1, 5, 10))
+TOLERANCE = "tolerance"
+
+Count = Annotated[StrictInt, Field(ge=1)]
+ClassIds = tuple[Annotated[StrictInt, Field(ge=0)], ...]
+Percent = Annotated[float, Field(ge=0, le=100)]
+
+
+class Row(BaseModel):
+    """One dataset. `classnames` and `templates` replace those that lie in the directory."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # The key names the result file, so it must be a plain file name.
+    key: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    group: Group
+    # A directory, or a URL or hf:ORG/NAME as text.
+    path: Path | str
+    split: Annotated[str, Field(min_length=1)] = "test"
+    # What the dataset must hold; other counts are refused. `texts` are the captions of a retrieval set.
+    images: Count | None = None
+    classes: Count | None = None
+    texts: Count | None = None
+    # What another number of images tells: {1020: the validation split}.
+    known_counts: dict[StrictInt, str] = {}
+    # A list, or a text file with one name a line (relative to the yaml file).
+    classnames: tuple[str, ...] | None = None
+    # Like classnames, but in any order: the directory's names, which keep their order, are spelled like these.
+    spellings: tuple[str, ...] | None = None
+    # A list of sentences with {c}, or the name of a set in pipeline/prompts.py.
+    templates: tuple[str, ...] | None = None
+    # Score among these classes of `classnames` only; label j of the dataset is the j-th of them. A class may be several
+    # ids and is then as likely as the likeliest of them. In a text file: the ids of a class in a line.
+    subset: tuple[ClassIds, ...] | None = None
+    # Pixels that are cut off each side before the resize.
+    border: Annotated[StrictInt, Field(ge=0)] = 0
+    # The number that is shown and averaged. acc1, or mean_recall for retrieval.
+    metric: Metric = "acc1"
+    in_mean: StrictBool = True
+    # Take this many images, drawn by `seed`.
+    sample: Count | None = None
+    seed: StrictInt = 0
+    licence: str | None = None
+    restriction: str | None = None
+    # What CLIP ViT-B/16 of OpenAI has, in percent, and how far off a right evaluation may be:
+    # {acc1: 68.3, tolerance: 0.1}.
+    published: dict[str, Percent] = {}
+    published_wds: dict[str, Percent] = {}
+
+    @property
+    def is_retrieval(self) -> bool:
+        return self.group == "retrieval"
+
+    def as_shipped(self) -> Row:
+        """The row in mode "wds"."""
+        plain = {"classnames": None, "spellings": None, "templates": None, "subset": None, "border": 0}
+        return self.model_copy(update={**plain, "published": self.published_wds})
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _place(cls, path: Any) -> Any:
+        return Path(path) if isinstance(path, str) and not is_remote(path) else path
+
+    @field_validator("subset", mode="before")
+    @classmethod
+    def _ids(cls, subset: Any) -> Any:
+        """[3, [5, 7]] and [[3], [5, 7]] mean the same."""
+        if not isinstance(subset, list | tuple):
+            return subset
+        return [[ids] if isinstance(ids, int) else ids for ids in subset]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_metric(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("group") == "retrieval":
+            return {"metric": "mean_recall", **values}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> Row:
+        named = self.classnames or self.spellings or self.templates
+        if self.is_retrieval and (named or self.subset or self.classes):
+            raise ValueError(
+                "a retrieval dataset has captions: classes, classnames, spellings, templates and subset do not apply"
+            )
+        if self.texts is not None and not self.is_retrieval:
+            raise ValueError("texts are counted in a retrieval dataset only")
+        if (self.metric == "mean_recall") != self.is_retrieval:
+            raise ValueError(f"metric {self.metric!r} is none of group {self.group!r}")
+        if self.classnames is not None and self.spellings is not None:
+            raise ValueError("give classnames (in label order) or spellings (in any order), not both")
+        self._check_subset()
+        for numbers in (self.published, self.published_wds):
+            _check_published(numbers, RETRIEVAL_METRICS if self.is_retrieval else CLASSIFICATION_METRICS)
+        return self
+
+    def _check_subset(self) -> None:
+        if self.subset is None:
+            return
+        ids = [each for own in self.subset for each in own]
+        if not ids or not all(self.subset) or len(set(ids)) < len(ids):
+            raise ValueError("subset must hold different class ids, at least one")
+        if self.classnames is not None and max(ids) >= len(self.classnames):
+            raise ValueError(f"subset names class {max(ids)} of {len(self.classnames)} classnames")
+        if self.classes is not None and len(self.subset) != self.classes:
+            raise ValueError(f"subset has {len(self.subset)} classes where classes says {self.classes}")
+
+
+def _check_published(numbers: dict[str, float], metrics: tuple[str, ...]) -> None:
+    if not numbers:
+        return
+    unknown = sorted(set(numbers) - {*metrics, TOLERANCE})
+    if unknown or TOLERANCE not in numbers or len(numbers) < 2:
+        raise ValueError(f"published should hold some of {', '.join(metrics)}, and tolerance; got {sorted(numbers)}")
