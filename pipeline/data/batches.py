@@ -8,7 +8,10 @@ message and not a worker's traceback.
 from __future__ import annotations
 
 import atexit
+import multiprocessing
+import os
 import signal
+import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
@@ -100,11 +103,20 @@ def _as_it_is(made: Any) -> Any:
 
 def _calm_worker(_worker: int) -> None:
     """A launcher signals every process of the job; workers must outlive it until the trainer has saved."""
+    threading.Thread(target=_leave_with_the_trainer, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # SIGTERM cannot be ignored for good, for it is also how a stuck worker is ended: a minute is the time to save.
     signal.signal(signal.SIGTERM, _leave_in_a_minute)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+def _leave_with_the_trainer() -> None:
+    """A trainer that kill -9 ended says nothing, and under forkserver torch watches the server instead of it."""
+    trainer = multiprocessing.parent_process()
+    if trainer is not None:
+        trainer.join()
+        os._exit(1)
 
 
 def _leave_in_a_minute(_number: int, _frame: object) -> None:

@@ -54,6 +54,40 @@ def test_workers_outlive_signals_and_end_with_a_trainer_that_stops_in_the_middle
     assert ended - float(stopped) < 50
 
 
+KILLED = """
+import time
+import psutil
+from pipeline.data.batches import Batches
+
+def make(positions):
+    return sum(positions)
+
+if __name__ == "__main__":
+    stream = iter(Batches(make, [[i] for i in range(60)], workers=1, start_method={method!r}))
+    next(stream)
+    print(*[child.pid for child in psutil.Process().children(recursive=True)], flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_no_worker_outlives_a_trainer_that_was_killed(tmp_path: Path, method: str) -> None:
+    script = tmp_path / "trainer.py"
+    script.write_text(KILLED.format(method=method))
+    root = Path(__file__).parent.parent.parent
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    trainer = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment)
+    assert trainer.stdout is not None
+    pids = [int(pid) for pid in trainer.stdout.readline().split()]
+    assert pids
+    trainer.kill()
+    trainer.wait()
+    deadline = time.monotonic() + 60
+    while (left := [pid for pid in pids if os.path.exists(f"/proc/{pid}")]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
+
+
 def double(positions: Sequence[int]) -> list[int]:
     if 7 in positions:
         raise ConfigError("seven is damaged")
