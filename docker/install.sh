@@ -1,0 +1,46 @@
+#!/bin/sh
+# The steps of the Dockerfile's build stages, runnable anywhere: VENV=DIR docker/install.sh STEP, in the repository.
+#   packages    everything that uv.lock pins, into a new environment VENV; TORCH_INDEX: where other builds of torch lie
+#   project     selora itself
+#   server      what the MLflow server needs besides: PostgreSQL, S3, users
+#   operators   DeepSpeed's CUDA operators, into VENV/operators (needs nvcc)
+set -eu
+: "${VENV:?names the environment}"
+python=${PYTHON:-python3}
+
+requirements() {
+    # Without the project: its wheel comes in a step of its own. CUDA's packages belong to the CUDA build of torch alone.
+    uv export --frozen --no-dev --no-emit-project --no-hashes --no-header --no-annotate "$@" --output-file "$VENV.txt" >/dev/null
+    if [ -n "${TORCH_INDEX:-}" ]; then sed -i -E '/^(nvidia-|cuda-|triton)/d' "$VENV.txt"; fi
+}
+
+case ${1:?names the step} in
+packages)
+    uv venv --quiet --python "$python" "$VENV"
+    requirements
+    # Versions are exact, so whichever index has one gives the same release.
+    uv pip install --quiet --python "$VENV/bin/python" --requirement "$VENV.txt" \
+        ${TORCH_INDEX:+--index "$TORCH_INDEX" --index-strategy unsafe-best-match}
+    rm "$VENV.txt"
+    ;;
+project)
+    uv pip install --quiet --python "$VENV/bin/python" --no-deps .
+    "$VENV/bin/selora" --version
+    ;;
+server)
+    requirements --only-group server
+    uv pip install --quiet --python "$VENV/bin/python" --requirement "$VENV.txt"
+    rm "$VENV.txt"
+    ;;
+operators)
+    TORCH_EXTENSIONS_DIR=$VENV/operators "$VENV/bin/python" -c '
+from deepspeed.ops.op_builder import FusedAdamBuilder, UtilsBuilder
+for builder in (UtilsBuilder(), FusedAdamBuilder()):
+    builder.jit_load(verbose=False)
+    print("built", builder.name)'
+    ;;
+*)
+    echo "$1: no such step" >&2
+    exit 2
+    ;;
+esac
