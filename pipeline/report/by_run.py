@@ -24,7 +24,6 @@ def groups(collection: Collection, *, narrow: bool) -> Figure:
         raise NoData(f"{len(runs)} runs are too many for bars; the table below has them")
     names = [name for name in GROUPS if any(run.group(name) is not None for run in runs)]
     figure, (axes,) = panels("Accuracy by group", 1, narrow=narrow, height=3.4)
-    figure.set_size_inches(figure.get_figwidth() if narrow else 8.5, figure.get_figheight())
     before = [collection.untouched.get(name, 0.0) for name in names]
     bars = [("untouched model", before, GREY)] if collection.untouched else []
     bars += [(run.label, [run.group(name) or 0.0 for name in names], CYCLE[i]) for i, run in enumerate(runs)]
@@ -43,7 +42,7 @@ def groups(collection: Collection, *, narrow: bool) -> Figure:
     axes.set_xlabel("group of data sets")
     axes.set_ylabel("accuracy or mean recall (%)")
     axes.grid(axis="x", visible=False)
-    legend(figure, axes, narrow=narrow)
+    legend(figure, [axes])
     return figure
 
 
@@ -52,8 +51,7 @@ def pareto(collection: Collection, *, narrow: bool) -> Figure:
     points = collection.points
     if not points:
         raise NoData("needs results of id and of another group, and the untouched model's")
-    figure, (axes,) = panels("Learned against kept", 1, narrow=narrow, height=4.2)
-    figure.set_size_inches(figure.get_figwidth() if narrow else 8.5, 4.6)
+    figure, (axes,) = panels("Learned against kept", 1, narrow=narrow, height=3.9)
     front = [points[name] for name in collection.front]
     if len(front) > 1:
         axes.plot([100 * one.kept for one in front], [100 * one.id for one in front], color=GREY, linewidth=1.2,
@@ -73,13 +71,13 @@ def pareto(collection: Collection, *, narrow: bool) -> Figure:
     if "id" in collection.untouched:
         axes.plot(100, 100 * collection.untouched["id"], linestyle="none", marker="o", markersize=7, color=GREY,
                   label="untouched model")  # fmt: skip
-    if len(runs) <= 2 * MOST_NAMED:
+    if len(runs) <= (3 if narrow else 2 * MOST_NAMED):  # more names would lie on one another
         _name_points(axes, collection, runs)
     of_what = "" if narrow else ", mean of the groups other than in-distribution"
     axes.set_xlabel(f"knowledge kept (% of the untouched model{of_what})")
     axes.set_ylabel("in-distribution accuracy (%)")
     axes.margins(0.1)
-    legend(figure, axes, narrow=narrow)
+    legend(figure, [axes])
     return figure
 
 
@@ -124,7 +122,7 @@ def training(collection: Collection, *, narrow: bool) -> Figure:
         axes[1].set_title("gates closing", loc="left")
         axes[1].set_ylabel("active blocks (% of all blocks)")
         axes[1].set_ylim(0, 105)
-    legend(figure, axes[0], narrow=narrow)
+    legend(figure, axes)
     return figure
 
 
@@ -169,7 +167,7 @@ def scores(collection: Collection, *, narrow: bool) -> Figure:
         one.set_title(f"{tower} tower", loc="left")
         one.set_xlabel("optimizer step")
         one.set_ylabel("score of a gate")
-        one.legend(loc="best")
+    legend(figure, axes)
     return figure
 
 
@@ -195,7 +193,7 @@ def strength(collection: Collection, *, narrow: bool) -> Figure:
         one.set_xlabel("in-distribution accuracy (%)")
         one.set_ylabel("mean recall (%)" if name == "retrieval" else "accuracy (%)")
         one.margins(0.12)
-    legend(figure, axes[0], narrow=narrow)
+    legend(figure, axes)
     return figure
 
 

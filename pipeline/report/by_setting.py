@@ -19,6 +19,7 @@ from pipeline.report.style import (
     VERMILLION,
     NoData,
     legend,
+    own_legends,
     panels,
     rank_axis,
     reference,
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOUR = {"lora": BLUE, "dora": VERMILLION}
+_GMAC = "GMAC of one image and one text"
+_LOOK = {"lora": (BLUE, "o"), "dora": (VERMILLION, "s")}
 
 
 def by_rank(collection: Collection, *, narrow: bool) -> Figure:
@@ -39,13 +41,13 @@ def by_rank(collection: Collection, *, narrow: bool) -> Figure:
         raise NoData("needs results at two ranks or more")
     figure, axes = _group_panels("Accuracy by rank, with and without gates", collection, narrow=narrow)
     for group, one in axes.items():
-        for family in lines:
+        for family, colour, marker in _looks(lines):
             lam = family.main_lam()
-            label = family.label + ("" if lam is None else f", λ {lam:g}")
-            _line(one, family.by_rank(lam, partial(_group, group)), label, _COLOUR[family.kind], family.gated)
+            points = family.by_rank(lam, partial(_group, group))
+            _line(one, points, _at_lam(family), colour, family.gated, marker)
         rank_axis(one, ranks)
         _references(one, collection, group)
-    legend(figure, next(iter(axes.values())), narrow=narrow)
+    legend(figure, list(axes.values()))
     return figure
 
 
@@ -72,7 +74,7 @@ def by_lam(collection: Collection, *, narrow: bool) -> Figure:
         one.set_xlim(-0.4, len(lams) + 0.4)
         one.set_xlabel("λ, weight of the gates' penalty")
         _references(one, collection, group)
-    legend(figure, next(iter(axes.values())), narrow=narrow)
+    legend(figure, list(axes.values()))
     return figure
 
 
@@ -82,25 +84,38 @@ def active_blocks(collection: Collection, *, narrow: bool) -> Figure:
     settings = {point for family in lines for point in family.points}
     if len(settings) < 2:
         raise NoData("needs gated runs at two values of gate.lam or of adapter.rank")
-    figure, (over_lam, over_rank) = panels("Blocks that stay active", 2, narrow=narrow, height=3.2)
-    lams = sorted({lam for _, lam in settings if lam is not None})
-    for number, (family, rank) in enumerate((each, rank) for each in lines for rank in each.ranks):
-        colour, marker = CYCLE[number % len(CYCLE)], MARKERS[number % len(MARKERS)]
-        points = {float(lams.index(lam)): each for lam, each in family.by_lam(rank, _active).items()}
-        _line(over_lam, points, f"{family.label}, rank {rank}", colour, True, marker)
-    over_lam.set_xticks(range(len(lams)), [f"{lam:g}" for lam in lams])
-    over_lam.set_xlabel("λ, weight of the gates' penalty")
-    for number, (family, lam) in enumerate((each, lam) for each in lines for lam in each.lams):
-        colour, marker = CYCLE[number % len(CYCLE)], MARKERS[number % len(MARKERS)]
-        _line(over_rank, family.by_rank(lam, _active), f"{family.label}, λ {lam:g}", colour, True, marker)
-    rank_axis(over_rank, sorted({rank for rank, _ in settings}))
-    for axes, title in ((over_lam, "over λ"), (over_rank, "over rank")):
-        axes.set_title(title, loc="left")
-        axes.set_ylabel("active blocks (% of all blocks)")
-        axes.set_ylim(bottom=0)
-        axes.margins(x=0.08)
-        axes.legend(loc="best")
+    lams, ranks = sorted({lam for _, lam in settings if lam is not None}), sorted({rank for rank, _ in settings})
+    views = [view for view, values in ((_over_lam, lams), (_over_rank, ranks)) if len(values) > 1]
+    figure, axes = panels("Blocks that stay active", len(views), narrow=narrow, height=3.2)
+    for view, one in zip(views, axes, strict=True):
+        view(one, lines)
+        one.set_ylabel("active blocks (% of all blocks)")
+        one.set_ylim(bottom=0)
+        one.margins(x=0.08)
+    own_legends(figure, axes, narrow=narrow)
     return figure
+
+
+def _over_lam(axes: Axes, lines: Sequence[Family]) -> None:
+    lams = sorted({lam for family in lines for lam in family.lams})
+    for number, (family, rank) in enumerate((each, rank) for each in lines for rank in each.ranks):
+        points = {float(lams.index(lam)): spread for lam, spread in family.by_lam(rank, _active).items()}
+        _line(axes, points, f"{family.label}, rank {rank}", *_look(number))
+    axes.set_xticks(range(len(lams)), [f"{lam:g}" for lam in lams])
+    axes.set_xlabel("λ, weight of the gates' penalty")
+    axes.set_title("over λ", loc="left")
+
+
+def _over_rank(axes: Axes, lines: Sequence[Family]) -> None:
+    for number, (family, lam) in enumerate((each, lam) for each in lines for lam in each.lams):
+        _line(axes, family.by_rank(lam, _active), f"{family.label}, λ {lam:g}", *_look(number))
+    rank_axis(axes, sorted({rank for family in lines for rank in family.ranks}))
+    axes.set_title("over rank", loc="left")
+
+
+def _look(number: int) -> tuple[str, bool, str]:
+    """Colour, solid line and marker of the number-th line."""
+    return CYCLE[number % len(CYCLE)], True, MARKERS[number % len(MARKERS)]
 
 
 def cost_and_gain(collection: Collection, costs: Mapping[str, float], *, narrow: bool) -> Figure:
@@ -110,30 +125,39 @@ def cost_and_gain(collection: Collection, costs: Mapping[str, float], *, narrow:
     """
     runs = [run for run in collection.runs if run.name in costs and run.summary is not None]
     lines = families(runs)
-    if not lines:
-        raise NoData("needs an evaluated adapter whose model can be built here")
-    figure, (over_rank, gain) = panels("Cost of blocks that are not merged, and what they gain", 2, narrow=narrow,
-                                       height=3.3)  # fmt: skip
-    for family in lines:
-        colour, lam = _COLOUR[family.kind], family.main_lam()
-        label = family.label + ("" if lam is None else f", λ {lam:g}")
-        _line(over_rank, family.by_rank(lam, lambda run: costs[run.name] / 100), label, colour, family.gated)
+    if sum(len(family.points) for family in lines) < 2:
+        raise NoData("needs two evaluated adapters or more whose model can be built here")
+    ranks = sorted({rank for family in lines for rank in family.ranks})
+    views = [partial(_cost_by_rank, ranks=ranks), _gain_by_cost] if len(ranks) > 1 else [_gain_by_cost]
+    figure, axes = panels("Cost of unmerged blocks, and their gain", len(views), narrow=narrow, height=3.3)
+    for view, one in zip(views, axes, strict=True):
+        view(one, lines, costs)
+        one.margins(x=0.08, y=0.12)
+    own_legends(figure, axes, narrow=narrow)
+    return figure
+
+
+def _cost_by_rank(axes: Axes, lines: Sequence[Family], costs: Mapping[str, float], ranks: Sequence[int]) -> None:
+    for family, colour, marker in _looks(lines):
+        # _line draws shares as percent
+        points = family.by_rank(family.main_lam(), lambda run: costs[run.name] / 100)
+        _line(axes, points, _at_lam(family), colour, family.gated, marker)
+    rank_axis(axes, ranks)
+    axes.set_ylabel(_GMAC)
+    axes.set_title("cost by rank", loc="left")
+
+
+def _gain_by_cost(axes: Axes, lines: Sequence[Family], costs: Mapping[str, float]) -> None:
+    for family, colour, marker in _looks(lines):
         members = [run for each in family.points.values() for run in each]
         points = [(costs[run.name], 100 * change) for run in members if (change := mean_change(run)) is not None]
         if points:
-            gain.plot(*zip(*points, strict=True), linestyle="none", marker="o", color=colour, label=family.label,
+            axes.plot(*zip(*points, strict=True), linestyle="none", marker=marker, color=colour, label=family.label,
                       markerfacecolor=colour if family.gated else "none")  # fmt: skip
-    rank_axis(over_rank, sorted({rank for family in lines for rank in family.ranks}))
-    over_rank.set_ylabel("GMAC of one image and one text")
-    over_rank.set_title("cost by rank", loc="left")
-    gain.axhline(0, color=ORANGE, linestyle=":", linewidth=1.3, label="untouched model")
-    gain.set_xlabel("GMAC of one image and one text")
-    gain.set_ylabel("mean change (points)")
-    gain.set_title("mean of the groups against cost", loc="left")
-    for axes in (over_rank, gain):
-        axes.margins(x=0.08, y=0.12)
-        axes.legend(loc="best")
-    return figure
+    axes.axhline(0, color=ORANGE, linestyle=":", linewidth=1.3, label="untouched model")
+    axes.set_xlabel(_GMAC)
+    axes.set_ylabel("mean change (points)")
+    axes.set_title("mean of the groups against cost", loc="left")
 
 
 def mean_change(run: Run) -> float | None:
@@ -141,6 +165,18 @@ def mean_change(run: Run) -> float | None:
     groups = {} if run.summary is None else run.summary["groups"]
     changes = [groups[name]["change"] for name in ("id", "shift", "zero-shot") if name in groups]
     return None if not changes or None in changes else mean(changes)
+
+
+def _looks(lines: Sequence[Family]) -> list[tuple[Family, str, str]]:
+    """Colour and marker of each: by kind, LoRA and DoRA, or one each where a kind comes in several variants."""
+    if len({(family.kind, family.gated) for family in lines}) == len(lines):
+        return [(family, *_LOOK[family.kind]) for family in lines]
+    return [(family, CYCLE[i % len(CYCLE)], MARKERS[i % len(MARKERS)]) for i, family in enumerate(lines)]
+
+
+def _at_lam(family: Family) -> str:
+    lam = family.main_lam()
+    return family.label if lam is None else f"{family.label}, λ {lam:g}"
 
 
 def _group(name: str, run: Run) -> float | None:
@@ -175,7 +211,6 @@ def _references(axes: Axes, collection: Collection, group: str) -> None:
     full = [value for run in collection.runs if run.settings.kind == "full" and (value := run.group(group)) is not None]
     reference(axes, collection.untouched.get(group), "untouched model")
     reference(axes, mean(full) if full else None, "full fine-tuning", GREEN, "--")
-    reference(axes, collection.chance(group), "guessing", ORANGE, (0, (1, 3)))  # pyright: ignore[reportArgumentType]
 
 
 def _line(

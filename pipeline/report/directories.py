@@ -36,7 +36,7 @@ def _sweep(directory: Path) -> Collection:
     content = _json(directory / SWEEP_FILE)
     try:
         runs = [_trial(directory, entry, content["base_config"]) for entry in content["trials"]]
-        return Collection(content["name"], str(directory), runs)
+        return Collection(content["name"], str(directory), runs, is_held(lock_path(directory / JOURNAL)))
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{directory / SWEEP_FILE}: not as a sweep writes it: {error!r}") from error
 

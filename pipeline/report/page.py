@@ -80,8 +80,8 @@ def _inline(svg: str, prefix: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
-    # Size comes from the page; the viewBox keeps the shape.
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    # The page may shrink a drawing and not enlarge it, so that text has one size in all; the viewBox keeps the shape.
+    svg = re.sub(r'(<svg[^>]*?) width="([^"]*)"', r'\1 style="max-width: \2"', svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     for colour, variable in _VARIABLES.items():
         svg = re.sub(rf"((?:fill|stroke): ?){colour}", rf"\1var({variable})", svg, flags=re.IGNORECASE)

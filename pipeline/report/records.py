@@ -115,15 +115,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Collection:
-    """All runs of one report. `source` says where they were read."""
+    """All runs of one report. `source` says where they were read.
+
+    `attended`: whether a process is at work on what is not done yet; None where that cannot be seen from here.
+    """
 
     title: str
     source: str
     runs: Sequence[Run]
-
-    @property
-    def complete(self) -> bool:
-        return not any(run.status in RUNNING for run in self.runs)
+    attended: bool | None = None
 
     @cached_property
     def points(self) -> dict[str, Point]:

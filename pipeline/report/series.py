@@ -72,21 +72,29 @@ def _spreads(entries: Iterable[tuple[Axis, Sequence[Run], Callable[[Run], float 
 
 def families(runs: Iterable[Run]) -> list[Family]:
     """The adapters among the runs, LoRA before DoRA, without gates before with; random blocks are no family."""
-    groups: dict[tuple[str, bool], list[Run]] = {}
-    for run in runs:
+    members = [run for run in runs if run.settings.rank is not None and run.settings.random_k is None]
+    named = labels(members)
+    split: dict[tuple[str, bool, str], dict[tuple[int, float | None], list[Run]]] = {}
+    for run in members:
         settings = run.settings
-        if settings.rank is not None and settings.random_k is None:
-            groups.setdefault((settings.kind, settings.gated), []).append(run)
-    found = []
-    for (kind, gated), members in sorted(groups.items(), key=lambda item: (item[0][0] != "lora", item[0][1])):
-        split: dict[str, dict[tuple[int, float | None], list[Run]]] = {}
-        differing = _differing(members)
-        for run in members:
-            assert run.settings.rank is not None
-            label = run.settings.method + "".join(f", {key} {run.config.get(key)}" for key in differing)
-            split.setdefault(label, {}).setdefault((run.settings.rank, run.settings.lam), []).append(run)
-        found += [Family(label, kind, gated, points) for label, points in split.items()]
-    return found
+        assert settings.rank is not None
+        points = split.setdefault((settings.kind, settings.gated, named[run.name]), {})
+        points.setdefault((settings.rank, settings.lam), []).append(run)
+    ordered = sorted(split.items(), key=lambda item: (item[0][0] != "lora", item[0][1]))
+    return [Family(label, kind, gated, points) for (kind, gated, label), points in ordered]
+
+
+def labels(runs: Iterable[Run]) -> dict[str, str]:
+    """run -> its method, with the settings in which it differs from others of the method."""
+    members: dict[str, list[Run]] = {}
+    for run in runs:
+        members.setdefault(run.settings.method, []).append(run)
+    differing = {method: _differing(each) for method, each in members.items()}
+    return {
+        run.name: method + "".join(f", {key} {run.config.get(key)}" for key in differing[method])
+        for method, each in members.items()
+        for run in each
+    }
 
 
 def configurations(runs: Iterable[Run]) -> list[list[Run]]:

@@ -13,6 +13,8 @@ from pipeline.report.directories import STRENGTH_FILE
 from pipeline.report.records import Collection, Run, Settings, Status, scalar
 from pipeline.tracking.reader import StoredRun, read_experiment
 
+# What a sweep says of its trials, beside MLflow's own status.
+LABEL_TAG, REASON_TAG = "selora.label", "selora.trial.reason"
 # What the figures draw over time; the scores of single gates are left to the reports of run directories.
 HISTORIES = ("train/loss", "adapter/active_share", "adapter/active_blocks")
 _SUMMARY, _STRENGTH, _GATES = f"eval/{SUMMARY_FILE}", f"eval/{STRENGTH_FILE}", "gate_map.json"
@@ -47,11 +49,11 @@ def _run(one: StoredRun, name: str) -> Run:
     steps = [step for series in one.histories.values() for step, _ in series]
     return Run(
         name=name,
-        label=name,
+        label=one.tags.get(LABEL_TAG, name),
         config=config,
         status=_status(one.status, summary),
         baseline=False,
-        error=one.tags.get("selora.error"),
+        error=one.tags.get(REASON_TAG),
         step=max(steps, default=0),
         total_steps=config.get("train.steps"),
         summary=summary,

@@ -37,7 +37,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # The four groups as figures name them.
 GROUPS = {"id": "in-distribution", "shift": "distribution shift", "zero-shot": "zero-shot", "retrieval": "retrieval"}
 
-_WIDE, _NARROW = 10.6, 3.75  # inches; the page shows the narrow drawing on a phone
+_ONE, _WIDE, _NARROW = 8.0, 10.6, 3.75  # inches; the page shows the narrow drawing on a phone
 
 _RC: dict[str, Any] = {
     "font.size": 9,
@@ -92,9 +92,9 @@ def panels(
 
     across = 1 if narrow else min(count, columns or 4)
     down = -(-count // across)
-    width = _NARROW if narrow else min(_WIDE, 5.6 * across)
-    each = min(height, 2.5) if narrow else height
-    figure = Figure(figsize=(width, each * down + (0.8 if narrow else 0.7)), layout="constrained")
+    width = _NARROW if narrow else _ONE if across == 1 else _WIDE
+    each = min(height, 2.7) if narrow else height
+    figure = Figure(figsize=(width, each * down + 0.5), layout="constrained")
     figure.suptitle(wrapped(title, width), x=0.01, ha="left", fontweight="bold")
     axes = figure.subplots(down, across, squeeze=False).flatten().tolist()
     for empty in axes[count:]:
@@ -104,17 +104,32 @@ def panels(
 
 def wrapped(text: str, width: float) -> str:
     """`text` broken into lines that fit a title over `width` inches."""
-    return textwrap.fill(text, max(20, int(width * 12)))
+    return textwrap.fill(text, max(20, int(width * 9)))
 
 
-def legend(figure: Figure, axes: Axes, *, narrow: bool, columns: int = 4) -> None:
-    """One legend for all panels, below them, from what the first one shows."""
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        # On a phone two columns of long labels would leave the drawing.
-        fitting = 1 if max(map(len, labels)) > 22 else 2
-        columns = min(columns, 1 + 110 // (8 + max(map(len, labels))))
-        figure.legend(handles, labels, loc="outside lower left", ncols=fitting if narrow else columns)
+def legend(figure: Figure, axes: Sequence[Axes], columns: int = 4) -> None:
+    """One legend for all panels, below them, with every label that any of them shows."""
+    found = {label: handle for one in axes for handle, label in zip(*one.get_legend_handles_labels(), strict=True)}
+    if not found:
+        return
+    width = figure.get_figwidth()
+    # A long label takes its place from its neighbours.
+    columns = max(1, min(columns, int(width * 13) // (6 + max(map(len, found)))))
+    _make_room(figure, -(-len(found) // columns))
+    figure.legend(list(found.values()), list(found), loc="outside lower left", ncols=columns)
+
+
+def own_legends(figure: Figure, axes: Sequence[Axes], *, narrow: bool) -> None:
+    """A legend below each panel, where the lines of one have no meaning in the other; never on top of a line."""
+    rows = [len(one.get_legend_handles_labels()[1]) for one in axes]
+    _make_room(figure, sum(rows) if narrow else max(rows))
+    for one in axes:
+        one.legend(loc="upper left", bbox_to_anchor=(0, -0.19 if narrow else -0.16), borderaxespad=0)
+
+
+def _make_room(figure: Figure, rows: int) -> None:
+    """Higher by some rows of a legend, which would otherwise take their place from the panels."""
+    figure.set_figheight(figure.get_figheight() + 0.19 * rows)
 
 
 def rank_axis(axes: Axes, ranks: Sequence[int]) -> None:

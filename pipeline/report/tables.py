@@ -11,7 +11,7 @@ from typing import Literal
 
 from pipeline.report.published_rows import CLIP_ROW, Published, published
 from pipeline.report.records import Collection, Run
-from pipeline.report.series import configurations
+from pipeline.report.series import configurations, labels
 from pipeline.report.style import GROUPS
 
 Kind = Literal["run", "reference", "paper", "chosen", "failed"]
@@ -25,7 +25,7 @@ RECALLS = (
 _TITLES = {
     "shift": "Distribution shift",
     "zero-shot": "Zero-shot classification",
-    "retrieval": "Retrieval (IR: image to text, TR: text to image)",
+    "retrieval": "Retrieval",
 }
 
 
@@ -82,6 +82,7 @@ def overview(collection: Collection) -> Table:
         ("", ("kept (%)", "forgetting (points)")),
     )
     rows, kinds = [], []
+    named = labels(collection.runs)
     if collection.untouched:
         means = [percent(collection.untouched.get(name)) for name in GROUPS]
         rows.append(["untouched model", "", "", "", "", "", "", *means, "100.0", "0.00"])
@@ -92,7 +93,7 @@ def overview(collection: Collection) -> Table:
         rows.append(
             [
                 ("★ " if chosen else "") + run.name,
-                settings.method,
+                named[run.name],
                 "" if settings.rank is None else str(settings.rank),
                 "" if settings.lam is None else f"{settings.lam:g}",
                 str(settings.seed),
@@ -199,12 +200,13 @@ def _rows(collection: Collection, kind: str, columns: _Columns) -> Iterator[tupl
     if any(value is not None for value in reference):
         yield "reference", ["untouched model", "", "", "", "", *map(percent, reference)], CLIP_ROW
     runs = [run for run in _evaluated(collection) if run.settings.kind in (kind, "full", "none")]
+    named = labels(runs)
     for same in sorted(configurations(runs), key=_order):
         settings, share = same[0].settings, _mean([run.active_share for run in same])
         per_run = [columns.values(_reader(run)) for run in same]
         means = [_mean(cells) for cells in zip(*per_run, strict=True)]
         front = [
-            settings.method,
+            named[same[0].name],
             "" if settings.rank is None else str(settings.rank),
             "" if settings.lam is None else f"{settings.lam:g}",
             percent(share, 2),
