@@ -87,7 +87,7 @@ def build_engine(model: nn.Module, groups: list[dict], config: Config, world: Wo
         eps=config.train.eps,
     )
     settings = deepspeed_config(config, world)
-    with _without_compiler_noise():
+    with _without_compiler_noise(), _without_mlflow():
         import deepspeed
         from deepspeed import ops
 
@@ -97,6 +97,19 @@ def build_engine(model: nn.Module, groups: list[dict], config: Config, world: Wo
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
+
+
+@contextmanager
+def _without_mlflow() -> Iterator[None]:
+    """DeepSpeed's autotuner takes mlflow where it finds it: a fifth of a rank's start, for what no rank uses."""
+    if "mlflow" in sys.modules:
+        yield
+        return
+    sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["mlflow"]
 
 
 @contextmanager
