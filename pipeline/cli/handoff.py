@@ -14,8 +14,51 @@ from pipeline.config_file import ConfigError
 
 def add(commands: Any) -> None:
     """Declare the commands of this file."""
+    _add_export(commands)
     _add_promote(commands)
     _add_predict(commands)
+
+
+def _add_export(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "export",
+        run_export,
+        "write a run's model for open_clip, transformers or peft, and compare what they read back",
+        "selora export runs/my_run out/clip --to open_clip",
+        "selora export runs/my_run out/adapter --to peft",
+    )
+    parser.add_argument("target", metavar="RUN_OR_SWEEP", help="directory of a run or of a sweep")
+    parser.add_argument("out", type=Path, metavar="OUT", help="new directory")
+    parser.add_argument("--to", required=True, choices=("open_clip", "hf", "peft"), help="whose layout to write")
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument("--merged", action="store_true", default=None, help="adapters in the weights (open_clip, hf)")
+    kept.add_argument("--keep-adapters", dest="merged", action="store_false", help="adapters beside the weights (peft)")
+    parser.add_argument("--step", type=count, metavar="N", help="checkpoint of this step (default: the newest)")
+    parser.add_argument("--base-name", metavar="NAME", help="what the PEFT adapter calls its base (default: its path)")
+    parser.add_argument("--unverified", action="store_true", help="do not read it back by the stock library")
+    parser.add_argument("--force", action="store_true", help="replace an earlier export in OUT")
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    from pipeline.handoff.choice import chosen_run
+    from pipeline.handoff.export import export
+
+    run_dir, chosen = chosen_run(Path(arguments.target))
+    if chosen:
+        print(chosen, file=sys.stderr)
+    report = export(
+        run_dir,
+        arguments.to,
+        arguments.out,
+        merged=arguments.merged,
+        step=arguments.step,
+        verify=not arguments.unverified,
+        base_name=arguments.base_name,
+        force=arguments.force,
+    )
+    print(report)
+    return OK
 
 
 def _add_promote(commands: Any) -> None:

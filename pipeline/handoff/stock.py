@@ -1,0 +1,104 @@
+"""transformers and peft reading an export back: the one place of the product that knows them, and only when asked."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.config import ConfigError
+from pipeline.model.export import BASE, CAPTIONS, logits_by_open_clip
+
+Read = Callable[[Path, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a format is read back. packages: distribution name -> module that it needs."""
+
+    packages: dict[str, str]
+    read: Read
+
+    @property
+    def missing(self) -> list[str]:
+        return [name for name, module in self.packages.items() if importlib.util.find_spec(module) is None]
+
+    def check_installed(self) -> None:
+        """ConfigError unless the packages are there."""
+        if self.missing:
+            raise ConfigError(
+                f"the export cannot be checked without {' and '.join(self.missing)}: install them with "
+                f"`pip install 'selora[export]'`, or give --unverified to write it unchecked"
+            )
+
+    @property
+    def name(self) -> str:
+        return " + ".join(f"{name} {version(name)}" for name in self.packages)
+
+
+@torch.no_grad()
+def _hf_logits(model: Any, images: Tensor, tokens: Tensor) -> Tensor:
+    return model.eval()(input_ids=tokens, pixel_values=images).logits_per_image
+
+
+def _read_hf(directory: Path, images: Tensor, tokens: Tensor) -> Tensor:
+    with _quiet():
+        return _hf_logits(_base(directory, tokens), images, tokens)
+
+
+def _read_peft(directory: Path, images: Tensor, tokens: Tensor) -> Tensor:
+    with _quiet():
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(_base(directory / BASE, tokens), str(directory))
+        return _hf_logits(model, images, tokens)
+
+
+def _base(directory: Path, tokens: Tensor) -> Any:
+    """The CLIPModel, all of whose weights came from the directory; its tokenizer must give the tokens, too."""
+    from transformers import CLIPModel, CLIPTokenizer
+
+    tokenizer: Any = CLIPTokenizer.from_pretrained(str(directory), local_files_only=True)
+    for caption, wanted in zip(CAPTIONS, tokens.tolist(), strict=True):
+        found = tokenizer(caption, truncation=True)["input_ids"]
+        if found != wanted[: len(found)]:  # behind the end of the text each pads in its own way
+            raise RuntimeError(f"{directory}: CLIPTokenizer reads {caption!r} as {found}, open_clip as {wanted}")
+    loaded: Any = CLIPModel.from_pretrained(str(directory), output_loading_info=True, local_files_only=True)
+    model, report = loaded
+    wrong = {name: sorted(report.get(name) or ()) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if found := [f"{name} {', '.join(map(str, keys[:5]))}" for name, keys in wrong.items() if keys]:
+        raise RuntimeError(f"{directory}: {'; '.join(found)}")
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without its progress bars and notes, as the user had it afterwards."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+READERS = {
+    "open_clip": Reader({"open_clip_torch": "open_clip"}, logits_by_open_clip),
+    "hf": Reader({"transformers": "transformers"}, _read_hf),
+    "peft": Reader({"peft": "peft", "transformers": "transformers"}, _read_peft),
+}
