@@ -44,14 +44,24 @@ def meet(world: World, timeout: timedelta, env: Mapping[str, str] | None = None)
     env = os.environ if env is None else env
     use_route_to(env["MASTER_ADDR"])
     store = _connect(world, timeout, env)
-    store.set(_key("here", world.rank), world.host)
+    try:
+        store.set(_key("here", world.rank), world.host)
+        _roll_call(store, world, timeout, env.get("SELORA_HOSTS", ""))
+    except dist.DistNetworkError as error:
+        raise PeerLost(
+            f"rank {world.rank} on {world.host}: rank 0 at {env['MASTER_ADDR']} left while the ranks were meeting, see "
+            f"its message ({_first_line(error)})"
+        ) from None
+    return store
+
+
+def _roll_call(store: dist.Store, world: World, timeout: timedelta, hosts: str) -> None:
     deadline = time.monotonic() + timeout.total_seconds()
     missing = list(range(world.world_size))
     while missing := [rank for rank in missing if not store.check([_key("here", rank)])]:
         if time.monotonic() > deadline:
-            raise PeerLost(_absent(store, missing, world, timeout, env.get("SELORA_HOSTS", "")))
+            raise PeerLost(_absent(store, missing, world, timeout, hosts))
         time.sleep(0.1)
-    return store
 
 
 def _connect(world: World, timeout: timedelta, env: Mapping[str, str]) -> dist.Store:

@@ -1,0 +1,182 @@
+"""The files in launch/ and docker/: short, clean by their linters, valid by the official schemas, and true in their claims."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+LAUNCH, DOCKER, KUBERNETES = ROOT / "launch", ROOT / "docker", ROOT / "launch" / "kubernetes"
+SCRIPTS = sorted(path for folder in (LAUNCH, DOCKER) for path in folder.rglob("*") if path.suffix in (".sh", ".sbatch"))
+MANIFESTS = sorted(KUBERNETES.glob("*.yaml"))
+# The fields of a RayJob that we use, as KubeRay's API reference lists them; pod templates are checked by Kubernetes' schema.
+RAYJOB_FIELDS = {
+    "entrypoint": str,
+    "submissionMode": str,
+    "shutdownAfterJobFinishes": bool,
+    "ttlSecondsAfterFinished": int,
+    "backoffLimit": int,
+    "rayClusterSpec": dict,
+}
+CLUSTER_FIELDS = {"rayVersion": str, "authOptions": dict, "headGroupSpec": dict, "workerGroupSpecs": list}
+GROUP_FIELDS = {
+    "groupName": str,
+    "replicas": int,
+    "minReplicas": int,
+    "maxReplicas": int,
+    "rayStartParams": dict,
+    "template": dict,
+}
+
+
+def tool(name: str) -> str:
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}:/usr/bin:/usr/local/bin")
+    if found is None:
+        pytest.skip(f"{name} is not installed (it is in the development group)")
+    return found
+
+
+def check(*command: str | Path) -> None:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def documents(path: Path) -> list[dict[str, Any]]:
+    return [document for document in yaml.safe_load_all(path.read_text()) if document]
+
+
+def test_scripts_are_clean() -> None:
+    assert len(SCRIPTS) >= 8
+    check(tool("shellcheck"), *SCRIPTS)
+
+
+def test_the_dockerfile_is_clean() -> None:
+    check(tool("hadolint"), DOCKER / "Dockerfile")
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, *MANIFESTS, *LAUNCH.rglob("cluster.yaml")], ids=lambda path: path.name)
+def test_a_launch_file_is_short_and_says_how_it_is_used(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 60
+    assert lines[1 if lines[0].startswith("#!") else 0].startswith("# ")
+    if path.suffix in (".sh", ".sbatch"):
+        assert path.stat().st_mode & 0o100, "is to be executable"
+        assert "set -eu" in path.read_text()
+
+
+@pytest.mark.parametrize("path", [path for path in SCRIPTS if LAUNCH in path.parents], ids=lambda path: path.name)
+def test_a_launch_script_holds_no_setting_of_the_training(path: Path) -> None:
+    commands = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
+    assert not re.findall(r"\b(train|adapter|gate|data|model|eval)\.\w+=", "\n".join(commands))
+
+
+def test_manifests_are_valid_by_the_schemas_of_kubernetes() -> None:
+    check(tool("kubernetes-validate"), "--strict", "--quiet", "--no-warn", *MANIFESTS)
+
+
+def test_the_ray_job_uses_fields_that_kuberay_has_and_pods_that_kubernetes_takes(tmp_path: Path) -> None:
+    (job,) = documents(KUBERNETES / "sweep.yaml")
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    assert "kueue.x-k8s.io/queue-name" in job["metadata"]["labels"]
+    spec = job["spec"]
+    groups = [spec["rayClusterSpec"]["headGroupSpec"], *spec["rayClusterSpec"]["workerGroupSpecs"]]
+    for found, known in ((spec, RAYJOB_FIELDS), (spec["rayClusterSpec"], CLUSTER_FIELDS)):
+        assert {key: type(value) for key, value in found.items()} == known
+    for group in groups:
+        assert all(type(value) is GROUP_FIELDS[key] for key, value in group.items())
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+    assert spec["rayClusterSpec"]["authOptions"]["mode"] == "token"
+    templates = tmp_path / "templates.yaml"
+    templates.write_text(
+        "---\n".join(
+            json.dumps(
+                {
+                    "apiVersion": "v1",
+                    "kind": "PodTemplate",
+                    "metadata": {"name": f"group-{number}"},
+                    "template": group["template"],
+                }
+            )
+            + "\n"
+            for number, group in enumerate(groups)
+        )
+    )
+    check(tool("kubernetes-validate"), "--strict", "--quiet", templates)
+
+
+@pytest.mark.parametrize("name", ["train.yaml", "sweep.yaml"])
+def test_training_pods_have_a_big_shm_a_plain_user_and_stay_behind_the_network_policy(name: str) -> None:
+    for template in _templates([document["spec"] for document in documents(KUBERNETES / name)]):
+        pod = template["spec"]
+        shm = next(volume for volume in pod["volumes"] if volume["name"] == "shm")
+        assert shm["emptyDir"]["medium"] == "Memory"
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        for container in pod["containers"]:
+            assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
+            assert container["resources"]["requests"]
+        assert template["metadata"]["labels"]["part-of"] == "selora"
+
+
+def _templates(node: Any) -> list[dict[str, Any]]:
+    if isinstance(node, dict):
+        found = [node["template"]] if "containers" in node.get("template", {}).get("spec", {}) else []
+        return found + [each for value in node.values() for each in _templates(value)]
+    return [each for value in node for each in _templates(value)] if isinstance(node, list) else []
+
+
+def test_the_ray_cluster_file_is_valid_by_rays_own_schema() -> None:
+    from importlib.util import find_spec
+
+    import jsonschema
+
+    spec = find_spec("ray")
+    assert spec is not None
+    assert spec.origin is not None
+    schema = json.loads((Path(spec.origin).parent / "autoscaler" / "ray-schema.json").read_text())
+    jsonschema.validate(yaml.safe_load((LAUNCH / "ray" / "cluster.yaml").read_text()), schema)
+
+
+def test_the_versions_in_the_files_are_those_of_the_lock() -> None:
+    lock = (ROOT / "uv.lock").read_text()
+    found = re.search(r'name = "ray"\nversion = "([^"]+)"', lock)
+    assert found
+    (job,) = documents(KUBERNETES / "sweep.yaml")
+    assert job["spec"]["rayClusterSpec"]["rayVersion"] == found[1]
+
+
+def test_compose_is_consistent() -> None:
+    compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+    services = compose["services"]
+    for name, service in services.items():
+        assert set(service.get("depends_on", {})) <= services.keys(), name
+        mounts = {volume.partition(":")[0] for volume in service.get("volumes", [])}
+        assert mounts <= compose["volumes"].keys(), name
+        assert "healthcheck" in service or name == "mlflow" or service.get("profiles"), name
+        if "build" in service:
+            assert f"AS {service['build']['target']}" in (DOCKER / "Dockerfile").read_text()
+    wanted = set(re.findall(r"\$\{(\w+)", (DOCKER / "compose.yaml").read_text()))
+    given = set(re.findall(r"^(\w+)=", (DOCKER / "env.example").read_text(), re.MULTILINE))
+    assert wanted == given
+
+
+def test_docker_compose_accepts_the_file(tmp_path: Path) -> None:
+    docker = tool("docker")
+    if subprocess.run([docker, "compose", "version"], capture_output=True).returncode:
+        pytest.skip("docker has no compose plugin here")
+    filled = tmp_path / "env"
+    filled.write_text("".join(f"{line}x\n" for line in (DOCKER / "env.example").read_text().split() if "=" in line))
+    check(docker, "compose", "-f", DOCKER / "compose.yaml", "--env-file", filled, "config", "--quiet")
+
+
+def test_what_the_dockerfile_copies_gets_into_the_build() -> None:
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = re.findall(r"^COPY (?!--)(.+) \S+$", (DOCKER / "Dockerfile").read_text(), re.MULTILINE)
+    assert {source for line in copied for source in line.split()} == allowed
