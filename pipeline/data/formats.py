@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from PIL import Image
 
@@ -28,13 +29,22 @@ CLASS_COLUMNS = ("class", "classname", "class_name", "label", "category", "cls",
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
 
 
+class ImageFile(Protocol):
+    """What is asked of the file of an image: a path has it, and so has an image that a dataset keeps as an array."""
+
+    @property
+    def suffix(self) -> str: ...
+
+    def read_bytes(self) -> bytes: ...
+
+
 @dataclass(frozen=True)
 class Sample:
     """One image with its class, its captions or both. ``name`` is what the user calls it: a path inside the source."""
 
     key: str
     name: str
-    image: Path
+    image: ImageFile
     cls: int | None = None
     captions: tuple[str, ...] = ()
 
@@ -334,7 +344,7 @@ def inspect(
 
 def _describe(sample: Sample, classes: Sequence[str] | None) -> str:
     try:
-        with Image.open(sample.image) as image:
+        with Image.open(io.BytesIO(sample.image.read_bytes())) as image:
             look = f"{image.format} {image.width} x {image.height} {image.mode}"
     except (OSError, SyntaxError, ValueError):
         look = "unreadable"

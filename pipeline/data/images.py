@@ -11,9 +11,8 @@ Odd images: alpha is dropped and a palette is expanded as Pillow's convert("RGB"
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -86,13 +85,13 @@ def decode(
     return functional.pil_to_tensor(rgb) if form == "fast" else rgb
 
 
-def stored_extension(path: Path) -> str:
-    """The extension to store an image file under: by name, else by content. BadImageError when there is none."""
-    by_name = IMAGE_EXTENSIONS.get(path.suffix[1:].lower())
+def stored_extension(suffix: str, read: Callable[[], bytes]) -> str:
+    """The extension to store an image file under: by its suffix, else by content. BadImageError when there is none."""
+    by_name = IMAGE_EXTENSIONS.get(suffix[1:].lower())
     if by_name is not None:
         return by_name
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(read())) as image:
             kind = (image.format or "").lower().replace("mpo", "jpeg")
     except (OSError, SyntaxError, ValueError) as error:
         raise BadImageError("not an image") from error

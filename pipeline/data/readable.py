@@ -32,9 +32,9 @@ def usable_samples(
         return good, left_out
     listed = "".join(f"\n  {line}" for line in left_out[:LISTED])
     more = f"\n  and {len(left_out) - LISTED} more" if len(left_out) > LISTED else ""
+    allowed = f"--max-unreadable allows a share of {max_unreadable:g}" if max_unreadable else "none may be left out"
     raise ConfigError(
-        f"{data.path}: {len(left_out)} of {total} images are unreadable or missing; --max-unreadable allows a share of "
-        f"{max_unreadable:g}{listed}{more}"
+        f"{data.path}: {len(left_out)} of {total} images are unreadable or missing; {allowed}{listed}{more}"
     )
 
 
@@ -54,7 +54,7 @@ def _unreadable(samples: Sequence[Sample], max_pixels: int, workers: int) -> dic
 
     def reason(sample: Sample) -> str | None:
         try:
-            stored_extension(sample.image)
+            stored_extension(sample.image.suffix, sample.image.read_bytes)
             decode(sample.image.read_bytes(), max_pixels=max_pixels)
         except (BadImageError, OSError) as error:
             return str(error)

@@ -229,7 +229,7 @@ def check_empty(folder: Path, force: bool) -> None:
 
 def sample_members(sample: Sample) -> dict[str, bytes]:
     """The files of one sample by extension: the image as it was, ``cls`` and ``txt`` where there is one."""
-    members = {stored_extension(sample.image): sample.image.read_bytes()}
+    members = {stored_extension(sample.image.suffix, sample.image.read_bytes): sample.image.read_bytes()}
     if sample.cls is not None:
         members["cls"] = str(sample.cls).encode()
     if sample.captions:

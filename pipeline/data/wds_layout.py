@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +38,7 @@ from pipeline.data.images import (
     without_border,
 )
 from pipeline.data.readable import usable_samples
-from pipeline.data.shards import check_empty, disk_faults_told, write_tar
+from pipeline.data.shards import check_empty, disk_faults_told, sample_members, write_tar
 from pipeline.data.tar import TarIndex
 from pipeline.prompts import resolve_templates
 
@@ -230,12 +230,15 @@ def write_wds_eval(
     kind: Kind = "classification",
     split: str = "test",
     samples_per_shard: int = 10_000,
+    bytes_per_shard: int = 1_000_000_000,
+    as_found: bool = False,
     force: bool = False,
 ) -> EvalSet:
     """Write an evaluation set that this module and clip_benchmark read alike; equal samples give equal bytes.
 
     Image bytes are kept, but what clip_benchmark would see turned, clipped or not at all (an EXIF orientation, 16 bit,
-    gif, bmp, tiff) is stored as the upright 8-bit PNG that training sees. Raises ConfigError for unreadable images.
+    gif, bmp, tiff) is stored as the upright 8-bit PNG that training sees. ``as_found`` keeps the bytes of these
+    as well, for published sets, which others read as they are. Raises ConfigError for unreadable images.
     """
     folder = Path(out)
     check_empty(folder, force)
@@ -248,16 +251,31 @@ def write_wds_eval(
         for old in count_file.parent.glob("*.tar"):
             old.unlink()
     numbered = [replace(sample, key=f"s{number:07d}") for number, sample in enumerate(listed)]
-    starts = range(0, len(numbered), samples_per_shard)
-    for number, start in enumerate(starts):
-        write_tar(folder / split / f"{number}.tar", numbered[start : start + samples_per_shard], _members)
+    parts = list(_parts(numbered, samples_per_shard, bytes_per_shard))
+    for number, part in enumerate(parts):
+        write_tar(folder / split / f"{number}.tar", part, sample_members if as_found else _members)
     with disk_faults_told(count_file):
         (folder / TYPE).write_text(kind + "\n", encoding="utf-8")
         for name, lines in ((CLASSNAMES, classnames), (TEMPLATES, templates)):
             if kind == "classification" and lines is not None:
                 (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        count_file.write_text(f"{len(starts)}\n", encoding="utf-8")
+        count_file.write_text(f"{len(parts)}\n", encoding="utf-8")
     return open_eval_set(folder, split=split)
+
+
+def _parts(samples: Sequence[Sample], most: int, most_bytes: int) -> Iterator[list[Sample]]:
+    """The samples of each shard, in order: as many as fit, at least one."""
+    part: list[Sample] = []
+    size = 0
+    for sample in samples:
+        # Images from arrays are small; only files can fill a shard before the count does.
+        more = sample.image.stat().st_size if isinstance(sample.image, Path) else 0
+        if part and (len(part) == most or size + more > most_bytes):
+            yield part
+            part, size = [], 0
+        part.append(sample)
+        size += more
+    yield part
 
 
 def _check_complete(
@@ -285,7 +303,7 @@ def _members(sample: Sample) -> dict[str, bytes]:
     """Image and label or captions; both, where a sample has both, since readers take the one their kind asks for."""
     data = sample.image.read_bytes()
     try:
-        ext = stored_extension(sample.image)
+        ext = stored_extension(sample.image.suffix, sample.image.read_bytes)
         image = decode(data, form="reference")
         if ext not in WDS_EXTENSIONS or not looks_the_same_to_all(data):
             assert isinstance(image, Image.Image)

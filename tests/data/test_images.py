@@ -220,9 +220,9 @@ def test_a_file_without_a_telling_name_is_stored_by_its_content(tmp_path: Path, 
     photo(1).save(tmp_path / "a", "WEBP")
     photo(1).save(tmp_path / "b", "PPM")
     (tmp_path / "c").write_text("text")
-    assert stored_extension(tmp_path / "a") == "webp"
-    assert stored_extension(Path("x.JPEG")) == "jpg"
+    assert stored_extension("", (tmp_path / "a").read_bytes) == "webp"
+    assert stored_extension(".JPEG", (tmp_path / "x").read_bytes) == "jpg"
     with pytest.raises(BadImageError, match="ppm images are not stored; convert it"):
-        stored_extension(tmp_path / "b")
+        stored_extension("", (tmp_path / "b").read_bytes)
     with pytest.raises(BadImageError, match="not an image"):
-        stored_extension(tmp_path / "c")
+        stored_extension("", (tmp_path / "c").read_bytes)

@@ -1,0 +1,1 @@
+"""The public datasets of the benchmark as their authors hand them out -> evaluation sets and training shards."""

@@ -1,0 +1,99 @@
+"""A public dataset as its authors hand it out -> an evaluation set in the clip-benchmark layout, with exact counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pipeline.config import ConfigError
+from pipeline.data.formats import Source
+from pipeline.data.images import MAX_PIXELS
+from pipeline.data.originals.table import ORIGINALS, Original
+from pipeline.data.readable import usable_samples
+from pipeline.data.shards import check_empty
+from pipeline.data.wds_layout import EvalSet, write_wds_eval
+from pipeline.prompts import resolve_templates
+
+_NAMED = 5
+
+
+def original(name: str, *, images: int | None = None, classes: int | None = None, texts: int | None = None) -> Original:
+    """The row of a dataset, with the expected counts that are given. Raises ConfigError for an unknown name."""
+    if name not in ORIGINALS:
+        raise ConfigError(f"--dataset: {name!r} is not known; there are {', '.join(ORIGINALS)} and imagenet-train")
+    row = ORIGINALS[name]
+    return replace(row, images=images or row.images, classes=classes or row.classes, captions=texts or row.captions)
+
+
+def convert(
+    row: Original,
+    root: str | Path,
+    out: str | Path,
+    *,
+    wnid_names: Mapping[str, str] | None = None,
+    templates: str | Sequence[str] = "openai",
+    decoded: bool = True,
+    force: bool = False,
+    workers: int = 4,
+    max_pixels: int = MAX_PIXELS,
+) -> EvalSet:
+    """Write the dataset in the user's folder ``root`` as an evaluation set; files keep their bytes, arrays become
+    lossless webp.
+
+    ``wnid_names``: readable names of classes that the dataset calls by wnid. ``decoded``: every image is decoded once.
+    Raises ConfigError, before anything is written, for wrong counts with their likely cause, and for unreadable images.
+    """
+    folder = Path(root)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; it must hold {row.holds}")
+    check_empty(Path(out), force)
+    try:
+        source = row.read(folder)
+    except ConfigError as error:
+        raise ConfigError(f"{error}\nit must hold {row.holds}") from error
+    check_counts(row, source)
+    good, _ = usable_samples(source, decoded=decoded, max_unreadable=0, max_pixels=max_pixels, workers=workers)
+    if row.is_retrieval:
+        return write_wds_eval(good, out, kind="retrieval", as_found=True, force=force)
+    names = [(wnid_names or {}).get(name, name) for name in source.classes or ()]
+    sentences = resolve_templates(templates)
+    return write_wds_eval(good, out, classnames=names, templates=sentences, as_found=True, force=force)
+
+
+def check_counts(row: Original, source: Source) -> None:
+    """Raise one ConfigError with everything that is found and expected, and what it is likely to come from."""
+    found = len(source.samples)
+    faults = [f"images: {found} found, {row.images} expected"] if found != row.images else []
+    if source.missing:
+        faults.append(f"files: {len(source.missing)} are listed and not there: {_few(source.missing)}")
+    faults += _class_faults(row, source) if row.classes is not None else []
+    captions = sum(len(sample.captions) for sample in source.samples)
+    if row.captions is not None and captions != row.captions:
+        faults.append(f"captions: {captions} found, {row.captions} expected")
+    if faults:
+        cause = row.known.get(found) or (row.fewer if found < row.images or source.missing else row.more)
+        listed = "".join(f"\n  {fault}" for fault in faults)
+        raise ConfigError(f"{source.path}: not the whole dataset{listed}\nlikely: {cause}\nit must hold {row.holds}")
+
+
+def _class_faults(row: Original, source: Source) -> list[str]:
+    classes = source.classes or []
+    counts = Counter(sample.cls for sample in source.samples)
+    faults = []
+    if len(counts) != row.classes or len(classes) != row.classes:
+        empty = [name for label, name in enumerate(classes) if not counts[label]]
+        without = f", none of {_few(empty)}" if empty else ""
+        faults.append(f"classes: {len(counts)} found, {row.classes} expected{without}")
+    if row.per_class is not None:
+        odd = [
+            f"{name} {counts[label]}" for label, name in enumerate(classes) if counts[label] not in (0, row.per_class)
+        ]
+        faults += [f"images of a class: {row.per_class} expected, but {_few(odd)}"] if odd else []
+    return faults
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

@@ -1,0 +1,191 @@
+"""Every public dataset that `selora pack --dataset` knows, as one table: how it is read and how many there must be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from pipeline.data.formats import Source
+from pipeline.data.originals import loaders
+from pipeline.data.originals.imagenet import read_numbered_folders, read_val, read_wnid_folders
+from pipeline.data.originals.karpathy import Karpathy
+from pipeline.data.originals.objectnet import read_objectnet
+
+_BROKEN_OFF = "a download or an unpacking that broke off"
+_OTHER_SPLIT = "another split"
+
+
+@dataclass(frozen=True)
+class Original:
+    """One dataset as its authors hand it out.
+
+    read: the user's folder -> its samples; ConfigError when it is not that dataset. images, classes, captions: how many
+    there are, and per_class where every class has as many. holds: what the folder must hold. fewer, more: what is
+    likely wrong when images are missing or too many are there; known: the same for counts that tell.
+    """
+
+    read: Callable[[Path], Source]
+    images: int
+    holds: str
+    classes: int | None = None
+    captions: int | None = None
+    per_class: int | None = None
+    fewer: str = _BROKEN_OFF
+    more: str = _OTHER_SPLIT
+    known: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def is_retrieval(self) -> bool:
+        return self.captions is not None
+
+
+_V2_VARIANTS = ("threshold0.7", "threshold-0.7", "top-images")
+
+ORIGINALS: Mapping[str, Original] = {
+    "imagenet": Original(
+        read_val,
+        50_000,
+        "wnid folders (or val/ with them), or ILSVRC2012_val_*.JPEG with the devkit or Kaggle's LOC_val_solution.csv",
+        classes=1000,
+        per_class=50,
+        known={1_281_167: "these are the training images", 100_000: "these are the test images, which have no labels"},
+    ),
+    "imagenetv2": Original(
+        partial(
+            read_numbered_folders,
+            places=("", "imagenetv2-matched-frequency-format-val", "ImageNetV2-matched-frequency"),
+            wrong=_V2_VARIANTS,
+        ),
+        10_000,
+        "the folders 0 .. 999 of imagenetv2-matched-frequency.tar.gz",
+        classes=1000,
+        per_class=10,
+    ),
+    "imagenet-a": Original(
+        partial(read_wnid_folders, places=("", "imagenet-a"), flag="A"),
+        7_500,
+        "the 200 wnid folders of imagenet-a.tar",
+        classes=200,
+    ),
+    "imagenet-r": Original(
+        partial(read_wnid_folders, places=("", "imagenet-r"), flag="R"),
+        30_000,
+        "the 200 wnid folders of imagenet-r.tar",
+        classes=200,
+    ),
+    "imagenet_sketch": Original(
+        partial(read_wnid_folders, places=("", "sketch", "ImageNet-Sketch", "imagenet-sketch")),
+        50_889,
+        "the 1000 wnid folders of ImageNet-Sketch.zip",
+        classes=1000,
+        known={50_000: "these are the validation images of ImageNet-1K"},
+    ),
+    "objectnet": Original(
+        read_objectnet,
+        18_574,
+        "images/ and mappings/ of objectnet-1.0.zip, unpacked with its password",
+        classes=113,
+        fewer="ObjectNet was downloaded or unpacked in part, which lifts published scores by four points",
+    ),
+    "cifar10": Original(
+        loaders.CIFAR10,
+        10_000,
+        "test_batch and batches.meta of cifar-10-python.tar.gz",
+        classes=10,
+        per_class=1000,
+        known={50_000: "these are the training images"},
+    ),
+    "cifar100": Original(
+        loaders.CIFAR100,
+        10_000,
+        "test and meta of cifar-100-python.tar.gz",
+        classes=100,
+        per_class=100,
+        known={50_000: "these are the training images"},
+    ),
+    "dtd": Original(
+        loaders.DTD,
+        1_880,
+        "dtd/dtd/images and dtd/dtd/labels: dtd-r1.0.1.tar.gz unpacked in ROOT/dtd",
+        classes=47,
+        per_class=40,
+        known={5_640: "these are all three splits"},
+    ),
+    "mnist": Original(
+        loaders.MNIST,
+        10_000,
+        "t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, unzipped, or MNIST/raw with them",
+        classes=10,
+        known={60_000: "these are the training images"},
+    ),
+    "sun397": Original(
+        loaders.SUN397,
+        108_754,
+        "SUN397/ of SUN397.tar.gz",
+        classes=397,
+        fewer="an unofficial split, or an unpacking that broke off; the benchmark takes all images",
+        known={
+            19_850: "this is one of the official partitions of 50 images a class",
+            21_750: "this is a fifth of the images, as TFDS and ZSCL split them",
+            21_751: "this is a fifth of the images, as TFDS and ZSCL split them",
+            76_128: "this is the training part of TFDS's split",
+        },
+    ),
+    "fgvc_aircraft": Original(
+        loaders.AIRCRAFT,
+        3_333,
+        "fgvc-aircraft-2013b/data of fgvc-aircraft-2013b.tar.gz",
+        classes=100,
+        known={10_000: "these are all splits", 6_667: "these are the training and validation images"},
+    ),
+    "flowers": Original(
+        loaders.FLOWERS,
+        6_149,
+        "flowers-102/ with jpg/ of 102flowers.tgz, imagelabels.mat and setid.mat",
+        classes=102,
+        known={1_020: "this is the training split, which some papers swap with the test split", 8_189: "all splits"},
+    ),
+    "food101": Original(
+        loaders.FOOD,
+        25_250,
+        "food-101/ of food-101.tar.gz",
+        classes=101,
+        per_class=250,
+        known={75_750: "these are the training images", 101_000: "these are all splits"},
+    ),
+    "pets": Original(
+        loaders.PETS,
+        3_669,
+        "oxford-iiit-pet/ with images/ and annotations/ of images.tar.gz and annotations.tar.gz",
+        classes=37,
+        known={3_680: "these are the trainval images"},
+    ),
+    "stl10": Original(
+        loaders.STL10,
+        8_000,
+        "class_names.txt, test_X.bin and test_y.bin of stl10_binary.tar.gz, or stl10_binary/ with them",
+        classes=10,
+        per_class=800,
+        known={5_000: "these are the training images"},
+    ),
+    "mscoco": Original(
+        Karpathy(("dataset_coco.json", "coco/dataset_coco.json"), ("", "images", "coco", "coco/images")),
+        5_000,
+        "dataset_coco.json (Karpathy's split) and val2014/",
+        captions=25_010,
+        fewer="images that are missing: the test images lie in val2014.zip",
+        known={40_504: "this is the whole of val2014", 1_000: "this is one of the five folds of 1,000"},
+    ),
+    "flickr30k": Original(
+        Karpathy(
+            ("dataset_flickr30k.json", "flickr30k_test_karpathy.txt", "flickr_annotations_30k.csv"),
+            ("", "images", "flickr30k-images", "flickr30k_images", "Images"),
+        ),
+        1_000,
+        "dataset_flickr30k.json, flickr30k_test_karpathy.txt or flickr_annotations_30k.csv, and flickr30k-images/",
+        captions=5_000,
+        known={31_014: "these are all splits", 31_783: "these are all images of Flickr30k"},
+    ),
+}
