@@ -1,4 +1,4 @@
-"""The files in launch/ and docker/: short, clean by their linters, valid by the official schemas, and true in their claims."""
+"""The files in launch/ and docker/: short, clean by linters, valid by the official schemas, true in their claims."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 LAUNCH, DOCKER, KUBERNETES = ROOT / "launch", ROOT / "docker", ROOT / "launch" / "kubernetes"
 SCRIPTS = sorted(path for folder in (LAUNCH, DOCKER) for path in folder.rglob("*") if path.suffix in (".sh", ".sbatch"))
 MANIFESTS = sorted(KUBERNETES.glob("*.yaml"))
-# The fields of a RayJob that we use, as KubeRay's API reference lists them; pod templates are checked by Kubernetes' schema.
+# The fields of a RayJob that we use, by KubeRay's API reference; pod templates are checked by Kubernetes' own schema.
 RAYJOB_FIELDS = {
     "entrypoint": str,
     "submissionMode": str,

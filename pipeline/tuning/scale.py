@@ -1,0 +1,203 @@
+"""What training costs at scale, on paper: bytes over the network, memory per rank, cores and bandwidth for the images.
+
+Every number follows from the shapes of the two towers, the adapter and the ZeRO stage by the formulas below; nothing
+here is measured. docs/scaling.md is printed from this module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Weights are kept in fp32 and cast for the matrix products, so this holds for model.precision=bf16, too.
+WEIGHT_BYTES = 4
+MOMENT_BYTES = 8  # both of AdamW
+_MB, _GB = 1e6, 1e9
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One transformer: `outside`: parameters that lie in no layer (embeddings, projection, outer norms)."""
+
+    layers: int
+    width: int
+    mlp: int
+    heads: int
+    tokens: int
+    outside: int
+
+    @property
+    def layer_parameters(self) -> int:
+        """q, k, v, out, fc1, fc2 with biases, and two norms."""
+        w, m = self.width, self.mlp
+        return 4 * w * (w + 1) + w * m + m + m * w + w + 4 * w
+
+    @property
+    def parameters(self) -> int:
+        return self.layers * self.layer_parameters + self.outside
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one forward over one image or text, attention products included."""
+        return (
+            self.layers * self.tokens * (4 * self.width**2 + 2 * self.width * self.mlp + 2 * self.tokens * self.width)
+        )
+
+    def adapter_parameters(self, rank: int, *, dora: bool = False) -> int:
+        """A and B of the six blocks of every layer, their gates' scores, and with DoRA a magnitude per output."""
+        w, m = self.width, self.mlp
+        pairs = 4 * rank * 2 * w + 2 * rank * (w + m)
+        return self.layers * (pairs + 6 + (5 * w + m if dora else 0))
+
+    def activation_bytes(self, bytes_each: int) -> int:
+        """What one sample leaves for the backward pass in all layers, without attention maps (fused attention).
+
+        Per layer the inputs of two norms, of q/k/v, of out, of fc1, the outputs of q, k, v, and the hidden layer of the
+        mlp before and after its activation; frozen weights need no inputs of their own for a gradient, adapters do.
+        """
+        return self.layers * self.tokens * (8 * self.width + 2 * self.mlp) * bytes_each
+
+
+@dataclass(frozen=True)
+class ClipShape:
+    """Two towers that end in vectors of `embed` numbers."""
+
+    name: str
+    image: Tower
+    text: Tower
+    embed: int
+
+    @property
+    def parameters(self) -> int:
+        return self.image.parameters + self.text.parameters + 1
+
+    @property
+    def macs(self) -> int:
+        """Of one pair."""
+        return self.image.macs + self.text.macs
+
+    def trained(self, rank: int, *, rest: bool = False, dora: bool = False) -> int:
+        """Parameters that train; `rest`: those outside the layers, too (train.train_rest=all)."""
+        adapters = sum(tower.adapter_parameters(rank, dora=dora) for tower in (self.image, self.text))
+        return adapters + (self.image.outside + self.text.outside + 1 if rest else 0)
+
+
+def clip_shape(
+    name: str, embed: int, image: tuple[int, int, int, int, int], text: tuple[int, int, int], *, pixels: int = 224
+) -> ClipShape:
+    """From open_clip's numbers: image (layers, width, mlp, heads, patch), text (layers, width, heads)."""
+    layers, width, mlp, heads, patch = image
+    grid = (pixels // patch) ** 2
+    outside = 3 * patch**2 * width + width + (grid + 1) * width + 4 * width + width * embed
+    text_layers, text_width, text_heads = text
+    text_outside = 49408 * text_width + 77 * text_width + 2 * text_width + text_width * embed
+    return ClipShape(
+        name,
+        Tower(layers, width, mlp, heads, grid + 1, outside),
+        Tower(text_layers, text_width, 4 * text_width, text_heads, 77, text_outside),
+        embed,
+    )
+
+
+SHAPES = {
+    "ViT-B-16": clip_shape("ViT-B-16", 512, (12, 768, 3072, 12, 16), (12, 512, 8)),
+    "ViT-L-14": clip_shape("ViT-L-14", 768, (24, 1024, 4096, 16, 14), (12, 768, 12)),
+    "ViT-bigG-14": clip_shape("ViT-bigG-14", 1280, (48, 1664, 8192, 16, 14), (32, 1280, 20)),
+}
+
+
+def gradient_traffic(stage: int, total: int, trained: int, ranks: int) -> float:
+    """Bytes that one rank sends in a step for weights and gradients, with ring collectives.
+
+    Stages 0 to 2 move what trains twice: gradients summed (all-reduce, or reduce-scatter and then the new values
+    gathered). Stage 3 keeps nothing whole: all weights, the frozen ones too, are gathered in the forward and again in
+    the backward pass.
+    """
+    share = (ranks - 1) / ranks
+    moved = 2 * trained if stage < 3 else 2 * total + trained
+    return moved * WEIGHT_BYTES * share
+
+
+def contrastive_traffic(batch: int, embed: int, ranks: int) -> float:
+    """Bytes that one rank sends in a step for the loss over the global `batch`.
+
+    Both embeddings of every pair are gathered in fp32; their gradients come back by an all-reduce of the same size.
+    """
+    share, size = (ranks - 1) / ranks, 2 * batch * embed * 4
+    return size * share + 2 * size * share
+
+
+def rank_memory(
+    shape: ClipShape, stage: int, ranks: int, *, trained: int, micro_batch: int, activation_bytes: int = 2
+) -> float:
+    """Bytes on one rank: weights, gradients, AdamW, fp32 masters (stages 1 to 3 keep them apart), activations.
+
+    Stage 1 shares out the optimizer's state, stage 2 the gradients besides, stage 3 the weights besides.
+    """
+    whole, part = trained * WEIGHT_BYTES, trained * WEIGHT_BYTES / ranks
+    weights = shape.parameters * WEIGHT_BYTES / (ranks if stage == 3 else 1)
+    gathered = 2 * shape.image.layer_parameters * WEIGHT_BYTES if stage == 3 else 0
+    gradients = whole if stage < 2 else part
+    optimizer = trained * MOMENT_BYTES if stage == 0 else trained * MOMENT_BYTES / ranks + part
+    activations = micro_batch * sum(tower.activation_bytes(activation_bytes) for tower in (shape.image, shape.text))
+    return weights + gathered + gradients + optimizer + activations
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A node: `flops` is what one card reaches in these products, `link_gbit` what the node's network gives."""
+
+    cards: int = 8
+    flops: float = 0.35 * 989e12
+    link_gbit: float = 400.0
+    latency_s: float = 15e-6
+    inside_gbyte: float = 300.0
+
+
+def step_seconds(shape: ClipShape, micro_batch: int, machine: Machine) -> float:
+    """Computing time of a step: a forward, and a backward that skips the gradients of frozen weights (2 of 3 parts)."""
+    return 2 * 2 * shape.macs * micro_batch / machine.flops
+
+
+def communication_seconds(
+    shape: ClipShape, stage: int, ranks: int, *, trained: int, micro_batch: int, machine: Machine
+) -> float:
+    """Time of a step's collectives when nothing overlaps: a ring passes each node's link once, plus its hops."""
+    traffic = gradient_traffic(stage, shape.parameters, trained, ranks)
+    traffic += contrastive_traffic(micro_batch * ranks, shape.embed, ranks)
+    inside = ranks <= machine.cards
+    rate = machine.inside_gbyte * _GB if inside else machine.link_gbit / 8 * _GB
+    rounds = 6 if stage < 3 else 6 + 2 * (shape.image.layers + shape.text.layers)
+    nodes = max(1, ranks // machine.cards)
+    return traffic / rate + rounds * (machine.cards + nodes) * machine.latency_s
+
+
+def efficiency(shape: ClipShape, stage: int, nodes: int, *, trained: int, micro_batch: int, machine: Machine) -> float:
+    """Share of the time that computes, without any overlap: the lower bound."""
+    compute = step_seconds(shape, micro_batch, machine)
+    waits = communication_seconds(
+        shape, stage, nodes * machine.cards, trained=trained, micro_batch=micro_batch, machine=machine
+    )
+    return compute / (compute + waits)
+
+
+def loader_cores(images_per_second: float, milliseconds_each: float) -> float:
+    """Cores that decode what one card trains on."""
+    return images_per_second * milliseconds_each / 1000
+
+
+def store_gbit(images_per_second: float, bytes_each: float) -> float:
+    """Gbit/s from the object store when nothing is cached."""
+    return images_per_second * bytes_each * 8 / _GB
+
+
+def describe(shape: ClipShape, *, stage: int, ranks: int, global_batch: int, rank: int, rest: bool, dora: bool) -> str:
+    """Three lines about a planned training, for `selora sweep --plan`."""
+    trained, micro = shape.trained(rank, rest=rest, dora=dora), max(1, global_batch // ranks)
+    traffic = gradient_traffic(stage, shape.parameters, trained, ranks)
+    loss = contrastive_traffic(global_batch, shape.embed, ranks)
+    memory = rank_memory(shape, stage, ranks, trained=trained, micro_batch=micro)
+    return (
+        f"per step and rank (computed): {traffic / _MB:.1f} MB for ZeRO-{stage}, {loss / _MB:.1f} MB for the loss\n"
+        f"per rank (computed): {memory / _GB:.1f} GB with {micro} images and bf16 activations\n"
+        f"trained: {trained / 1e6:.2f} M of {shape.parameters / 1e6:.1f} M parameters"
+    )
