@@ -208,7 +208,7 @@ def _baselines(one: Raw | None, faults: list[str]) -> tuple[Baseline, ...]:
         where = f"baselines[{number}]"
         if not isinstance(entry, dict) or not isinstance(entry.get("changes"), dict):
             faults.append(
-                f"{where}: should have `changes`, as in {{name: flyp, changes: {{kind: full}}}} ({one.origin})"
+                f"{where}: needs `changes`, as in {{name: flyp, changes: {{kind: full}}}} ({one.origin})"
             )
             continue
         unknown = sorted(set(entry) - {"name", "label", "changes"})

@@ -88,7 +88,7 @@ def sweep(
     sweep_dir = _directory(config)
     _refuse_changes(sweep_dir, trials)
     with Record(sweep_dir, config, grid, trials) as record:
-        _claim(sweep_dir, config, grid, trials, totals, retry_failed=retry_failed)
+        _write(sweep_dir, config, grid, trials, totals, retry_failed=retry_failed)
         left = [trial for trial in trials if read_state(trial_dir(sweep_dir, trial.name)).status not in OVER]
         if left:
             _run(sweep_dir, grid, trials, left, totals, address, seconds_per_step)
@@ -96,6 +96,14 @@ def sweep(
         outcome = SweepOutcome(sweep_dir, states, describe(sweep_dir, trials))
         record.close(outcome.trials, outcome.table, complete=outcome.complete)
     return outcome
+
+
+def lay_out(config: Config, grid: Grid) -> list[Trial]:
+    """Write the sweep's directory and start nothing: each trial can then be run by hand (pipeline.tuning.trial)."""
+    trials, totals = _prepare(config, grid)
+    _refuse_changes(_directory(config), trials)
+    _write(_directory(config), config, grid, trials, totals, retry_failed=False)
+    return trials
 
 
 def _directory(config: Config) -> Path:
@@ -109,13 +117,14 @@ def _prepare(config: Config, grid: Grid) -> tuple[list[Trial], dict[str, int]]:
     from pipeline.tracking.uris import resolve_uri
     from pipeline.training.settings import total_steps
 
-    uri = config.tracking.uri
-    if uri is None and "MLFLOW_TRACKING_URI" not in os.environ:
-        uri = resolve_uri(None, Path(config.out).absolute())
-    trials = [replace(one, config=override(one.config, {"tracking.uri": uri})) for one in expand(config, grid)]
+    trials = expand(config, grid)
     samples = {path: load_index(Path(path)).samples for path in {one.config.data.train for one in trials}}
     for benchmark in {one.config.eval.benchmark for one in trials} - {None}:
         load_benchmark(str(benchmark)).check_paths()
+    uri = config.tracking.uri
+    if config.tracking.enabled and uri is None and "MLFLOW_TRACKING_URI" not in os.environ:
+        uri = resolve_uri(None, Path(config.out).absolute())
+    trials = [replace(one, config=override(one.config, {"tracking.uri": uri})) for one in trials]
     return trials, {one.name: total_steps(one.config, samples[one.config.data.train]) for one in trials}
 
 
@@ -142,7 +151,7 @@ def _refuse_changes(sweep_dir: Path, trials: Sequence[Trial]) -> None:
         )
 
 
-def _claim(
+def _write(
     sweep_dir: Path,
     config: Config,
     grid: Grid,

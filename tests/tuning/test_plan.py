@@ -1,0 +1,76 @@
+"""What a sweep will take is counted before it starts, and what cannot fit is refused with numbers."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.config import ConfigError
+from pipeline.tuning.grid import Resources, expand
+from pipeline.tuning.plan import Capacity, Node, Speed, concurrency, describe_plan, make_plan
+
+EIGHT_CARDS = Capacity((Node("a", 32, 4), Node("b", 32, 4)))
+
+
+@pytest.fixture
+def trials(make_config, make_grid):
+    return expand(make_config(), make_grid("grid: {rank: [2, 4, 8], lam: [0.3, 1.0]}"))
+
+
+def test_waves_steps_and_hours_follow_from_what_is_left(trials) -> None:
+    resources = Resources(workers=4, cpus_per_worker=4, gpus_per_worker=1)
+    steps = {trial.name: 1800 for trial in trials[1:]} | {trials[1].name: 900}
+    plan = make_plan(trials, steps, resources, EIGHT_CARDS, speed=Speed(2.0, "as given"))
+    assert (plan.trials, plan.done, plan.concurrent, plan.waves, plan.steps) == (6, 1, 2, 3, 4 * 1800 + 900)
+    assert plan.gpu_hours == pytest.approx(8100 * 2 * 4 / 3600)
+    assert plan.cpu_hours == pytest.approx(8100 * 2 * 16 / 3600)
+    text = describe_plan(plan)
+    assert "6, 1 of them over" in text
+    assert "3 of 2 trials at a time" in text
+    assert "18 GPU-hours, about 2.2 h of training (2 s a step, as given)" in text
+
+
+def test_without_a_measured_step_hours_are_not_made_up(trials) -> None:
+    plan = make_plan(trials, {trial.name: 12 for trial in trials}, Resources(), EIGHT_CARDS)
+    assert plan.gpu_hours is None
+    assert "not known: no run here has measured a step yet" in describe_plan(plan)
+
+
+@pytest.mark.parametrize(
+    ("workers", "cpus", "gpus", "expected"),
+    [
+        (1, 1, 0, 6),
+        (8, 1, 0, 6),
+        (8, 4, 0, 2),
+        (16, 4, 0, 1),
+        (1, 1, 1, 6),
+        (2, 1, 1, 4),
+        (1, 1, 0.5, 6),
+        (4, 1, 0.3, 6),
+    ],
+)
+def test_concurrency_counts_what_fits_on_each_machine(workers: int, cpus: float, gpus: float, expected: int) -> None:
+    resources = Resources(workers=workers, cpus_per_worker=cpus, gpus_per_worker=gpus)
+    assert concurrency(resources, EIGHT_CARDS, 6) == expected
+
+
+def test_a_process_is_not_spread_over_two_machines() -> None:
+    assert Capacity((Node("a", 3, 0), Node("b", 3, 0))).processes(2, 0) == 2
+    assert Capacity((Node("a", 2, 0),)).processes(0.1, 0) == 20
+    assert Capacity((Node("a", 8, 1.5),)).processes(1, 0.4) == 2
+
+
+def test_a_trial_that_cannot_fit_is_refused_with_what_it_needs_and_what_there_is(trials) -> None:
+    resources = Resources(workers=3, cpus_per_worker=2, gpus_per_worker=1, eval_cpus=64)
+    with pytest.raises(ConfigError) as caught:
+        make_plan(trials, {}, resources, Capacity((Node("here", 2, 0),)))
+    text = str(caught.value)
+    assert "a trial needs 3 workers with 2 CPUs and 1 GPUs each, and the cluster has room for 0" in text
+    assert "1 node (here: 2 CPUs 0 GPUs)" in text
+    assert "an evaluation needs 64 CPUs" in text
+    assert f"{trials[0].name}: train.global_batch_size: 16 cannot be shared by 3 workers" in text
+
+
+def test_checkpoints_are_counted_from_what_trains(trials) -> None:
+    parameters = {trial.name: 1000 * trial.config.adapter.rank for trial in trials}
+    plan = make_plan(trials, {}, Resources(), EIGHT_CARDS, parameters=parameters)
+    assert plan.disk_bytes == 2 * (2 + 4 + 8) * 1000 * 12 * 3

@@ -1,0 +1,116 @@
+"""One trial without Ray: what its directory says before, while and after it runs, by hand as under Ray."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pipeline.config import ConfigError
+from pipeline.tuning.files import TrialState, read_state, read_sweep, trial_dir, write_state
+from pipeline.tuning.progress import describe, last_values, line_of, measured_speed, rows
+from pipeline.tuning.sweep import lay_out, plan_sweep
+from pipeline.tuning.trial import after_training, begin, final_reason, train_stage
+
+ONE = "grid: {rank: [2], lam: [0.3]}"
+NAME = "gated_lora_r2_lam0.3"
+
+
+def test_by_hand_a_trial_trains_evaluates_and_says_so(make_config, make_grid, by_hand, tmp_path) -> None:
+    config = make_config("tracking.enabled=false")
+    trials = lay_out(config, make_grid(ONE))
+    sweep_dir = tmp_path / "runs" / "sweep"
+    run_dir = trial_dir(sweep_dir, NAME)
+    assert read_state(run_dir).status == "waiting"
+    by_hand(sweep_dir, NAME, world=1)
+    state = read_state(run_dir)
+    assert (state.status, state.step, state.total_steps, state.attempts) == ("finished", 12, 12, 1)
+    summary = json.loads((run_dir / "eval" / "summary.json").read_text())
+    assert set(summary["datasets"]) == {"own", "other"}
+    assert len(list((sweep_dir / "baselines").glob("*/own.json"))) == 1
+    table = describe(sweep_dir, trials)
+    assert f"{NAME}  finished  12/12" in table
+    assert f"{100 * summary['groups']['id']['mean']:.1f}" in table
+    assert measured_speed(sweep_dir, trials) is not None
+    plan = plan_sweep(config, make_grid(ONE))
+    assert (plan.trials, plan.done, plan.steps) == (1, 1, 0)
+    assert plan.speed is not None
+    assert plan.speed.source == "median of 1 trial of this sweep"
+
+
+def test_a_diverging_trial_is_failed_with_the_step_and_what_to_do(make_config, make_grid, by_hand, tmp_path) -> None:
+    trials = lay_out(make_config("train.lr=1e30", "train.warmup_steps=0"), make_grid(ONE))
+    sweep_dir = tmp_path / "runs" / "sweep"
+    by_hand(sweep_dir, NAME, world=1)
+    state = read_state(trial_dir(sweep_dir, NAME))
+    assert state.status == "failed"
+    assert state.error is not None
+    assert state.error.startswith("diverged: step ")
+    assert "Lower train.lr" in state.error
+    assert "failed" in line_of(rows(sweep_dir, trials)[0])
+
+
+def test_a_failure_that_would_repeat_itself_is_not_tried_again(make_config, make_grid, tmp_path) -> None:
+    lay_out(make_config("adapter.targets=['image.9.*']"), make_grid(ONE))
+    sweep_dir = tmp_path / "runs" / "sweep"
+    run_dir = trial_dir(sweep_dir, NAME)
+    begin(run_dir)
+    with pytest.raises(ConfigError):
+        train_stage(sweep_dir, NAME)
+    train_stage(sweep_dir, NAME)  # what a restarted worker does: it returns at once
+    state = after_training(run_dir)
+    assert state.status == "failed"
+    assert state.error is not None
+    assert "matches none of the 24 targets" in state.error
+    assert begin(run_dir).attempts == 2
+    assert not (run_dir / "failure.txt").exists()
+
+
+def test_an_asked_for_stop_ends_no_training_that_has_not_begun(make_config, make_grid, tmp_path) -> None:
+    lay_out(make_config(), make_grid(ONE))
+    sweep_dir = tmp_path / "runs" / "sweep"
+    (sweep_dir / "stop").touch()
+    train_stage(sweep_dir, NAME)
+    assert after_training(trial_dir(sweep_dir, NAME)).status == "waiting"
+    assert not (trial_dir(sweep_dir, NAME) / "checkpoints").exists()
+
+
+def test_memory_that_runs_out_is_a_reason_and_a_lost_peer_is_none() -> None:
+    assert final_reason(MemoryError()) == "out of memory: MemoryError"
+    error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nmore")
+    assert (
+        final_reason(error)
+        == "out of memory: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+    )
+    assert final_reason(RuntimeError("Connection reset by peer")) is None
+
+
+def test_an_old_name_keeps_its_trials_and_takes_new_ones(make_config, make_grid, tmp_path) -> None:
+    lay_out(make_config(), make_grid(ONE))
+    longer = lay_out(make_config("train.log_every=5"), make_grid("grid: {rank: [2, 4], lam: [0.3]}"))
+    assert len(longer) == 2
+    with pytest.raises(ConfigError) as caught:
+        lay_out(make_config("train.lr=0.5"), make_grid("grid: {rank: [4], lam: [0.3]}"))
+    text = str(caught.value)
+    assert "holds a sweep with other settings" in text
+    assert f"{NAME} (gated LoRA r2 λ0.3) is no longer in the grid" in text
+    assert "gated_lora_r4_lam0.3:\n  train.lr: 0.001 -> 0.5" in text
+    content = read_sweep(tmp_path / "runs" / "sweep")
+    assert content is not None
+    assert [trial["name"] for trial in content["trials"]] == [NAME, "gated_lora_r4_lam0.3"]
+
+
+def test_data_that_is_not_there_is_told_before_anything_is_written(make_config, make_grid, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="nowhere"):
+        lay_out(make_config(), make_grid(f"grid: {{data.train: [{tmp_path}/nowhere]}}"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_torn_journal_and_a_missing_one_do_not_stop_the_table(tmp_path) -> None:
+    assert read_state(tmp_path) == TrialState()
+    assert last_values(tmp_path) == (0, {})
+    lines = [json.dumps({"kind": "metrics", "step": step, "values": {"train/loss": step}}) for step in (1, 2)]
+    (tmp_path / "journal.jsonl").write_text("\n".join(lines) + '\n{"kind":"metr')
+    assert last_values(tmp_path) == (2, {"train/loss": 2.0})
+    write_state(tmp_path, status="failed", error="why")
+    assert read_state(tmp_path).error == "why"
