@@ -170,6 +170,11 @@ def benchmark_file(datasets: Path) -> Path:
     return file
 
 
+@pytest.fixture(scope="session", name="write_wds")
+def write_wds_fixture() -> Callable[..., Path]:
+    return write_wds
+
+
 @pytest.fixture(scope="session")
 def make_classification() -> Callable[..., Path]:
     return write_classification
