@@ -15,7 +15,7 @@ def add(commands: Any) -> None:
         commands,
         "demo",
         run_demo,
-        "the whole story on the embedded data: fine-tune four ways, evaluate, compare",
+        "the whole story on embedded photos: sweep, report, promotion, prediction",
         "selora demo",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")

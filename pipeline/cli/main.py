@@ -24,7 +24,7 @@ FAMILIES = (data, runs, sweep, cost, report, handoff, demo)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. 0: done; 1: it failed or found something wrong; 2: the user's mistake, told; 130: Ctrl-C."""
-    arguments = build_parser().parse_args(_without_local_rank(sys.argv[1:] if argv is None else argv))
+    arguments = _parse(_without_local_rank(sys.argv[1:] if argv is None else argv))
     try:
         code = arguments.run(arguments)
         sys.stdout.flush()
@@ -56,6 +56,18 @@ def build_parser() -> argparse.ArgumentParser:
     for family in FAMILIES:
         family.add(commands)
     return parser
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """argparse closes a list of positionals at the first option, so `--plan adapter.rank=8` would be a mistake."""
+    parser = build_parser()
+    arguments, left = parser.parse_known_args(argv)
+    late = [argument for argument in left if re.match(r"[a-z][a-z_.]*=", argument)]
+    if len(late) < len(left) or (late and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if late:
+        arguments.overrides = [*arguments.overrides, *late]
+    return arguments
 
 
 def _without_local_rank(argv: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 # Archives in assets/ and what each unpacks to; tar's padding of small files is why they are compressed at all.
 ARCHIVES = {"pretrain.tar.gz": "pretrain", "clothing_train.tar.gz": "clothing_train", "eval.tar.gz": "eval"}
-MODEL, BENCHMARK, FINETUNE = "clip", "benchmark.yaml", "finetune.yaml"
+MODEL, BENCHMARK, FINETUNE, GRID = "clip", "benchmark.yaml", "finetune.yaml", "grid.yaml"
 
 
 def asset(name: str) -> Path:

@@ -129,6 +129,16 @@ def test_help_of_every_command_has_an_example(command, capsys):
     assert f"selora {command}" in text.split("example:")[1]
 
 
+def test_settings_may_stand_behind_an_option(capsys):
+    assert main(["sweep", CONFIG, "no_grid.yaml", "--plan", "adapter.rank=0", "gate.lam=-1"]) == 2
+    told = capsys.readouterr().err
+    assert "adapter.rank" in told
+    assert "gate.lam" in told
+    with pytest.raises(SystemExit):
+        main(["evaluate", "some_run", "--limit", "3", "adapter.rank=8"])
+    assert "unrecognized arguments: adapter.rank=8" in capsys.readouterr().err
+
+
 def test_help_and_config_import_no_stage_and_nothing_heavy(repository):
     script = (
         "import sys; from pipeline.cli import main, build_parser; build_parser().format_help();"

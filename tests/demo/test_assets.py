@@ -9,13 +9,14 @@ import pytest
 
 from pipeline.data.shards import load_index, verify
 from pipeline.data.wds_layout import open_eval_set
-from pipeline.demo.assets import ARCHIVES, BENCHMARK, MODEL, asset, unpack
+from pipeline.demo.assets import ARCHIVES, BENCHMARK, GRID, MODEL, asset, unpack
 from pipeline.demo.recipe import CLOTHING, Picture, archive, captions
-from pipeline.demo.run import METHODS
-from pipeline.demo.show import Row, draw, table
+from pipeline.demo.run import demo_config
+from pipeline.demo.show import Row, table
 from pipeline.evaluation.benchmark import load_benchmark
 from pipeline.model.clip import load_clip
 from pipeline.model.towers import adapter_targets
+from pipeline.tuning.grid import expand, load_grid
 
 
 @pytest.fixture(scope="session")
@@ -73,12 +74,22 @@ def test_captions_say_both_names_once() -> None:
     assert captions(Picture(Path("x"), "hat", "hat"), ("{c}",)) == ("hat",)
 
 
-def test_table_and_figure_show_every_method(tmp_path: Path) -> None:
-    rows = [Row("untouched", 0.3, 0.7, 0.3, 0.1, 1.0, None)]
-    rows += [Row(method.label, 0.4, 0.6, 0.2, 0.05, 0.7, (12, 144)) for method in METHODS]
+def test_the_sweep_has_gates_at_two_ranks_and_the_ungated_baselines_beside_them(tmp_path: Path) -> None:
+    trials = expand(demo_config(tmp_path, seed=1), load_grid(asset(GRID)))
+    assert len(trials) == 8
+    assert {one.config.seed for one in trials} == {1}
+    gated = {(one.config.adapter.rank, one.config.gate.lam) for one in trials if not one.baseline}
+    assert gated == {(16, 0.3), (16, 1.0), (64, 0.3), (64, 1.0)}
+    assert [one.label for one in trials if one.config.adapter.kind == "full"] == ["full (FLYP)"]
+    assert {one.config.adapter.rank for one in trials if one.baseline and not one.config.gate.enabled} == {16, 64}
+
+
+def test_the_table_shows_every_trial_with_its_gain() -> None:
+    rows = [
+        Row("untouched", 0.3, 0.7, 0.3, 0.1, 1.0, None),
+        Row("gated LoRA r16 *", 0.4, 0.6, 0.2, 0.05, 0.7, (12, 144)),
+    ]
     text = table(rows)
-    for row in rows:
-        assert row.label in text
+    assert all(row.label in text for row in rows)
     assert "12/144 (8%)" in text
     assert "+10.0" in text
-    assert draw(rows, tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
