@@ -50,15 +50,15 @@ def activation(collection: Collection, *, narrow: bool) -> Figure:
 
 
 def _draw(axes: Axes, shares: dict[tuple[int, str], float], tower: str) -> None:
+    from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
     layers = sorted({layer for layer, _ in shares})
     rows = [name for name in PROJECTIONS if any(projection == name for _, projection in shares)]
-    for (layer, projection), share in shares.items():
-        corner = layers.index(layer) - 0.5, rows.index(projection) - 0.5
-        # Opacity, not a colour map: what is not active has the colour of the page, dark or light.
-        axes.add_patch(Rectangle(corner, 1, 1, facecolor=BLUE, alpha=share, linewidth=0))
-        axes.add_patch(Rectangle(corner, 1, 1, facecolor="none", edgecolor=GRID, linewidth=0.7))
+    cells = [Rectangle((layers.index(layer) - 0.5, rows.index(name) - 0.5), 1, 1) for layer, name in shares]
+    # Opacity, not a colour map: what is not active has the colour of the page, dark or light.
+    axes.add_collection(PatchCollection(cells, facecolors=[(BLUE, share) for share in shares.values()], linewidths=0))
+    axes.add_collection(PatchCollection(cells, facecolors="none", edgecolors=GRID, linewidths=0.7))
     axes.set_xlim(-0.5, len(layers) - 0.5)
     axes.set_ylim(-0.5, len(rows) - 0.5)
     axes.set_xticks(range(len(layers)), [str(layer + 1) for layer in layers])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from pipeline.config import ConfigError
 from pipeline.report.records import Collection, Run
 
@@ -14,9 +18,11 @@ def run_costs(collection: Collection) -> dict[str, float]:
     The architecture alone counts, so no weights are loaded and a hub is not asked.
     """
     costs: dict[str, float] = {}
+    if sum(_counts(run) for run in collection.runs) < 2:
+        return costs  # one cost compares with nothing, and building a model takes seconds
     by_model: dict[str, list[Run]] = {}
     for run in collection.runs:
-        if run.settings.rank is not None and run.gates and run.summary is not None:
+        if _counts(run):
             by_model.setdefault(run.settings.model, []).append(run)
     for model, runs in by_model.items():
         if not model.startswith("hf-hub:"):
@@ -24,12 +30,17 @@ def run_costs(collection: Collection) -> dict[str, float]:
     return costs
 
 
+def _counts(run: Run) -> bool:
+    return run.settings.rank is not None and bool(run.gates) and run.summary is not None
+
+
 def _of_model(model: str, runs: list[Run]) -> dict[str, float]:
     from pipeline.evaluation.cost import OWN_RULE, model_cost
     from pipeline.model.clip import load_clip
 
     try:
-        cost = model_cost(load_clip(model))
+        with _open_clip_silent():
+            cost = model_cost(load_clip(model))
     except ConfigError:  # the report may be written on a machine that has not got the run's model
         return {}
     base = sum(cost.base.values())
@@ -40,3 +51,14 @@ def _of_model(model: str, runs: list[Run]) -> dict[str, float]:
         active = [target for target, is_open in run.gates.items() if is_open]
         found[run.name] = (base + sum(cost.overhead(rank, rule, active).values())) / _GIGA
     return found
+
+
+@contextmanager
+def _open_clip_silent() -> Iterator[None]:
+    """Hide open_clip's warning of random weights, which are all that is wanted here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

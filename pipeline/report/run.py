@@ -100,12 +100,13 @@ def _draw_all(collection: Collection, folder: Path) -> tuple[list[Drawing], dict
     for entry in _catalogue(collection):
         try:
             with styled(entry.key):
-                wide = entry.draw(collection, narrow=False)
-                narrow = entry.draw(collection, narrow=True)
-                svg = _saved(wide, "svg").decode()
-                _replace(folder / f"{entry.key}.svg", svg.encode())
+                wide, narrow = entry.draw(collection, narrow=False), entry.draw(collection, narrow=True)
+                svg = _saved(wide, "svg")
+                wide.set_layout_engine("none")  # settled by the first file; working it out again costs as much
+                _replace(folder / f"{entry.key}.svg", svg)
                 _replace(folder / f"{entry.key}.png", _saved(wide, "png"))
-                drawings.append(Drawing(entry.key, entry.title, entry.caption, svg, _saved(narrow, "svg").decode()))
+                phone = _saved(narrow, "svg").decode()
+                drawings.append(Drawing(entry.key, entry.title, entry.caption, svg.decode(), phone))
         except NoData as reason:
             absent[entry.title] = str(reason)
     return drawings, absent
