@@ -207,9 +207,7 @@ def _baselines(one: Raw | None, faults: list[str]) -> tuple[Baseline, ...]:
     for number, entry in enumerate(one.value, start=1):
         where = f"baselines[{number}]"
         if not isinstance(entry, dict) or not isinstance(entry.get("changes"), dict):
-            faults.append(
-                f"{where}: needs `changes`, as in {{name: flyp, changes: {{kind: full}}}} ({one.origin})"
-            )
+            faults.append(f"{where}: needs `changes`, as in {{name: flyp, changes: {{kind: full}}}} ({one.origin})")
             continue
         unknown = sorted(set(entry) - {"name", "label", "changes"})
         faults += [f"{where}.{key}: unknown, a baseline has name, label and changes ({one.origin})" for key in unknown]

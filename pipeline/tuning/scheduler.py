@@ -46,6 +46,7 @@ _QUIET = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+    "RAY_worker_register_timeout_seconds": "300",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -84,18 +85,33 @@ def cluster(address: str | None, resources: Resources) -> Iterator[Capacity]:
     if address is None and "RAY_AUTH_MODE" not in os.environ:
         # A token of this cluster's own, in no file: Ray would put one into the home directory.
         settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    if address is None:
+        # What Ray does on a laptop with macOS or Windows: a cluster of one machine talks over its loopback alone.
+        settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     with _environment(settings):
         import ray
 
-        try:
-            ray.init(**_init_settings(address, resources))
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            where = "a local Ray cluster" if address is None else f"the Ray cluster at {address}"
-            raise ConfigError(f"cannot use {where}: {_first_line(error)}") from error
+        _connect(address, resources)
         try:
             yield _capacity()
         finally:
             ray.shutdown()
+
+
+def _connect(address: str | None, resources: Resources) -> None:
+    """ray.init; a local cluster gets a second chance: Ray gives its own start half a minute, busy machine or not."""
+    import ray
+
+    for chance in (2, 1):
+        try:
+            ray.init(**_init_settings(address, resources))
+            return
+        except Exception as error:  # Ray raises bare ones
+            ray.shutdown()
+            if address is None and chance > 1:
+                continue
+            where = "start a Ray cluster on this machine" if address is None else f"use the Ray cluster at {address}"
+            raise ConfigError(f"cannot {where}: {_first_line(error)}") from error
 
 
 def _init_settings(address: str | None, resources: Resources) -> dict[str, Any]:
@@ -119,7 +135,6 @@ def _init_settings(address: str | None, resources: Resources) -> dict[str, Any]:
         # The dashboard finds and frees the workers of stopped trials; without it they would block the next ones.
         "include_dashboard": True,
         "dashboard_host": "127.0.0.1",
-        "_node_ip_address": "127.0.0.1",
         **shared,
     }
 

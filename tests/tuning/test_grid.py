@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.config import ConfigError, override
-from pipeline.tuning.grid import expand
+from pipeline.config import ConfigError, load_config, override
+from pipeline.tuning.grid import expand, load_grid
 
 
 def names(config, grid) -> list[str]:
@@ -115,3 +115,14 @@ def test_a_trial_is_the_same_run_whatever_the_sweep_is_called(make_config, make_
     one, other = expand(make_config(), grid)[0], expand(make_config("name=other"), grid)[0]
     assert one.id == other.id
     assert override(other.config, {"out": one.config.out}) == one.config
+
+
+@pytest.mark.parametrize(
+    ("config", "file", "trials", "baselines"),
+    [("imagenet_vit_b16.yaml", "paper.yaml", 24, 9), ("own_data.yaml", "own_data.yaml", 6, 3)],
+)
+def test_shipped_grids_fit_their_configs(repository, config: str, file: str, trials: int, baselines: int) -> None:
+    found = expand(load_config(repository / "configs" / config), load_grid(repository / "configs" / "grids" / file))
+    assert sum(not trial.baseline for trial in found) == trials
+    assert sum(trial.baseline for trial in found) == baselines
+    assert len({trial.name for trial in found}) == len(found)
