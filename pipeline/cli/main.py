@@ -14,12 +14,12 @@ import re
 import sys
 from collections.abc import Sequence
 
-from pipeline.cli import cost, data, demo, handoff, report, runs, sweep
+from pipeline.cli import cost, data, demo, doctor, handoff, report, runs, sweep
 from pipeline.cli.options import INTERRUPTED, OK, USER_MISTAKE
 from pipeline.config_file import ConfigError
 
 # In the order of `selora --help`.
-FAMILIES = (data, runs, sweep, cost, report, handoff, demo)
+FAMILIES = (data, runs, sweep, cost, report, handoff, doctor, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,222 @@
+"""doctor: what this machine, a config and a benchmark's data lack, and what to do about it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from pipeline.cli.options import FAILED, OK, add_command
+from pipeline.config import Config, ConfigError, load_config
+
+GIB = 2**30
+# The model of the paper; its published numbers are in the rows of the benchmark.
+GOLDEN_MODEL, GOLDEN_TAG = "ViT-B-16-quickgelu", "openai"
+NEEDED_DISK_GIB, NEEDED_SHM_GIB = 10, 1
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. `todo` is what to do about it; empty: nothing, it is well."""
+
+    what: str
+    said: str
+    todo: str = ""
+
+
+def add(commands: Any) -> None:
+    """Declare the command of this file."""
+    parser = add_command(
+        commands,
+        "doctor",
+        run_doctor,
+        "look at this machine, and where they are given at a config and a benchmark's data: ok, or what to do",
+        "selora doctor",
+        "selora doctor configs/own_data.yaml data.train=shards",
+        "selora doctor --benchmark paper --root /data/eval",
+        "selora doctor --benchmark paper --root /data/eval --golden",
+    )
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file: look at its shards, places and server")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options over the file's")
+    parser.add_argument("--benchmark", metavar="NAME", help="paper, quick, wds or a YAML file: look at its data")
+    parser.add_argument("--root", metavar="DIR", help="where the benchmark's datasets lie: a directory, URL or hf:ORG")
+    parser.add_argument(
+        "--golden",
+        nargs="?",
+        const=GOLDEN_MODEL,
+        metavar="MODEL",
+        help=f"evaluate this untouched CLIP (default: {GOLDEN_MODEL}, {GOLDEN_TAG}) and compare with the published row",
+    )
+    parser.add_argument("--pretrained", metavar="TAG", help="open_clip tag or weights file of --golden")
+    parser.add_argument("--out", type=Path, default=Path("eval/golden"), metavar="DIR", help="results of --golden")
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    if arguments.benchmark is None and (arguments.root is not None or arguments.golden is not None):
+        raise ConfigError("--root and --golden belong to a benchmark: name it with --benchmark")
+    if arguments.benchmark is not None:
+        return _look_at_benchmark(arguments)
+    config = None if arguments.config is None else load_config(arguments.config, arguments.overrides)
+    findings = list(_machine(config))
+    if config is not None:
+        findings += _config(config)
+    for each in findings:
+        print(
+            f"{'!!' if each.todo else 'ok'}  {each.what:10} {each.said}" + (f"\n      {each.todo}" if each.todo else "")
+        )
+    return FAILED if any(each.todo for each in findings) else OK
+
+
+def _look_at_benchmark(arguments: argparse.Namespace) -> int:
+    from pipeline.evaluation.benchmark import Benchmark, load_benchmark
+    from pipeline.evaluation.doctor import format_inspection, inspect_benchmark
+
+    benchmark = load_benchmark(arguments.benchmark, arguments.root)
+    found = []
+    for each in inspect_benchmark(benchmark):
+        found.append(each)
+        print(f"looked at {each.row.key}", file=sys.stderr)
+    print(format_inspection(found))
+    ready = [each.row for each in found if each.fault is None]
+    code = OK if len(ready) == len(found) else FAILED
+    if arguments.golden is None:
+        return code
+    if not ready:
+        raise ConfigError("--golden: no dataset is ready, so there is nothing to compare")
+    return max(code, _golden(Benchmark(benchmark.name, tuple(ready)), arguments))
+
+
+def _golden(benchmark: Any, arguments: argparse.Namespace) -> int:
+    from pipeline.evaluation.command import find_device, load_plain, progress
+    from pipeline.evaluation.dataset import Settings
+    from pipeline.evaluation.doctor import compare_with_published, format_comparison
+    from pipeline.evaluation.run import evaluate
+
+    tag = arguments.pretrained or (GOLDEN_TAG if arguments.golden == GOLDEN_MODEL else None)
+    clip = load_plain(arguments.golden, tag)
+    outcome = evaluate(clip, benchmark, arguments.out, Settings(device=find_device(None)), say=progress)
+    compared = compare_with_published(benchmark, outcome.results)
+    print(format_comparison(compared))
+    return OK if all(each.agrees for each in compared) else FAILED
+
+
+def _machine(config: Config | None) -> Iterator[Finding]:
+    yield _versions()
+    yield _accelerator()
+    yield _backends()
+    yield _shared_memory()
+    yield _disk("disk", Path(config.out if config is not None else "."))
+    yield _disk("cache", Path(os.environ.get("SELORA_CACHE", "~/.cache/selora")).expanduser())
+    yield _tracking(config)
+
+
+def _versions() -> Finding:
+    """Every package that selora asks for, in the version that it asks for."""
+    from packaging.requirements import Requirement
+
+    wrong = []
+    for text in importlib.metadata.requires("selora") or []:
+        needed = Requirement(text)
+        try:
+            version = importlib.metadata.version(needed.name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(f"{needed.name} is missing")
+            continue
+        if not needed.specifier.contains(version, prereleases=True):
+            wrong.append(f"{needed.name} is {version}, wanted {needed.specifier}")
+    said = f"Python {sys.version.split()[0]}, selora {importlib.metadata.version('selora')}"
+    said += f", torch {importlib.metadata.version('torch')}"
+    return Finding("versions", said, f"{'; '.join(wrong)}: `make env` puts it right" if wrong else "")
+
+
+def _accelerator() -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        said = ", ".join(f"{card.name} {card.total_memory / GIB:.0f} GiB" for card in cards)
+        old = [card.name for card in cards if card.major < 8]
+        todo = f"{', '.join(old)} has no bf16: keep to fp32" if old else ""
+        return Finding("GPU", f"{len(cards)}: {said}", todo)
+    if Path("/proc/driver/nvidia").exists():
+        todo = (
+            f"a driver is there, but torch {torch.__version__} sees no GPU: install the torch build of its CUDA version"
+        )
+        return Finding("GPU", "none that torch sees", todo)
+    return Finding("GPU", f"none; {os.cpu_count()} CPU cores, enough for the demo and for small data")
+
+
+def _backends() -> Finding:
+    import torch
+    import torch.distributed as dist
+
+    there = [name for name in ("nccl", "gloo") if dist.is_available() and dist.is_backend_available(name)]
+    wanted = "nccl" if torch.cuda.is_available() else "gloo"
+    todo = "" if wanted in there else f"no {wanted}: several ranks cannot talk; install a torch build that has it"
+    return Finding("backends", ", ".join(there) or "none", todo)
+
+
+def _shared_memory() -> Finding:
+    """Loader processes hand their batches over through it; containers often have 64 MB."""
+    place = Path("/dev/shm")
+    if not place.exists():
+        return Finding("shm", "no /dev/shm on this system")
+    total = shutil.disk_usage(place).total / GIB
+    todo = "" if total >= NEEDED_SHM_GIB else "too small for loader processes: docker run --ipc=host, or data.workers=0"
+    return Finding("shm", f"{total:.1f} GiB", todo)
+
+
+def _disk(what: str, folder: Path) -> Finding:
+    above = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not os.access(above, os.W_OK):
+        return Finding(what, str(folder), f"{above} cannot be written to: choose another place, or ask for the right")
+    free = shutil.disk_usage(above).free / GIB
+    todo = "" if free >= NEEDED_DISK_GIB else f"less than {NEEDED_DISK_GIB} GiB: make room, or checkpoints will not fit"
+    return Finding(what, f"{folder.absolute()}: {free:.0f} GiB free", todo)
+
+
+def _tracking(config: Config | None) -> Finding:
+    from pipeline.tracking.uris import redact, resolve_uri, sqlite_path
+
+    out = Path(config.out if config is not None else "runs")
+    try:
+        uri = resolve_uri(config.tracking.uri if config is not None else None, out)
+    except ConfigError as error:
+        return Finding("tracking", "no usable address", str(error))
+    if sqlite_path(uri) is not None or not uri.startswith("http"):
+        return Finding("tracking", redact(uri))
+    try:
+        with urlopen(f"{uri.rstrip('/')}/health", timeout=5) as answer:  # noqa: S310 - resolve_uri let http only pass
+            return Finding("tracking", f"{redact(uri)} answers ({answer.status})")
+    except (URLError, OSError) as error:
+        reason = getattr(error, "reason", error)
+        todo = f"no answer ({reason}): start it, or go on: runs wait in their journals, `selora track sync` sends them"
+        return Finding("tracking", redact(uri), todo)
+
+
+def _config(config: Config) -> Iterator[Finding]:
+    from pipeline.data.shards import load_index
+    from pipeline.evaluation.benchmark import load_benchmark
+
+    try:
+        index = load_index(config.data.train)
+        said = f"{config.data.train}: {index.samples} samples in {len(index.shards)} shards"
+        yield Finding("shards", said + "; `selora verify` reads them all")
+    except ConfigError as error:
+        yield Finding("shards", config.data.train, f"{error}; `selora pack SOURCE {config.data.train}` makes them")
+    if config.eval.benchmark is not None:
+        try:
+            benchmark = load_benchmark(config.eval.benchmark, config.eval.root)
+            benchmark.check_paths()
+            yield Finding("benchmark", f"{benchmark.name}: {len(benchmark.rows)} datasets are there")
+        except ConfigError as error:
+            more = f"{error}; `selora doctor --benchmark {config.eval.benchmark}` says more"
+            yield Finding("benchmark", config.eval.benchmark, more)
