@@ -38,6 +38,7 @@ _OBJECT_STORE_BYTES = 100 * 2**20  # nothing but configs passes through it
 # A trial's own process waits for its workers and must take no core from them, but Tune wants it to take something.
 _TRIAL_SHARE = {"memory": float(2**20)}
 _PASSED_ON = ("MLFLOW_TRACKING_URI", "HF_HUB_OFFLINE", "HF_HOME", "MLFLOW_DISABLE_TELEMETRY", "DS_ACCELERATOR")
+_CHANCES = 4  # of a local cluster to start
 _PASSED_PREFIXES = ("NCCL_", "GLOO_")
 # Of the driver and of the trials' processes: no usage report over the network, no doubled prints, our own paths.
 _QUIET = {
@@ -47,6 +48,7 @@ _QUIET = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "RAY_worker_register_timeout_seconds": "300",
+    "RAY_agent_register_timeout_ms": "300000",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -99,16 +101,16 @@ def cluster(address: str | None, resources: Resources) -> Iterator[Capacity]:
 
 
 def _connect(address: str | None, resources: Resources) -> None:
-    """ray.init; a local cluster gets a second chance: Ray gives its own start half a minute, busy machine or not."""
+    """ray.init; a local cluster gets some chances: Ray gives its own start half a minute, busy machine or not."""
     import ray
 
-    for chance in (2, 1):
+    for chance in reversed(range(_CHANCES)):
         try:
             ray.init(**_init_settings(address, resources))
             return
         except Exception as error:  # Ray raises bare ones
             ray.shutdown()
-            if address is None and chance > 1:
+            if address is None and chance:
                 continue
             where = "start a Ray cluster on this machine" if address is None else f"use the Ray cluster at {address}"
             raise ConfigError(f"cannot {where}: {_first_line(error)}") from error
