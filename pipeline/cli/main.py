@@ -48,7 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="selora",
         description="Fine-tune CLIP on your own images without losing what it knew.",
-        epilog="The usual order: inspect, pack, verify, train, evaluate. `selora COMMAND --help` has examples.",
+        epilog="The usual order: inspect, pack, verify, train or sweep, evaluate, report, promote. "
+        "`selora COMMAND --help` has examples.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"selora {importlib.metadata.version('selora')}")
