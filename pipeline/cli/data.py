@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli.options import FAILED, OK, add_command, count, share
+from pipeline.cli.options import FAILED, OK, add_command, count, part, share
+from pipeline.config_file import ConfigError
 
 
 def add(commands: Any) -> None:
@@ -44,6 +45,8 @@ def _add_pack(commands: Any) -> None:
         "write images as WebDataset shards with an index.json beside them",
         "selora pack photos/ shards/train",
         "selora pack photos_test/ eval_sets/photos --eval --templates simple",
+        "selora pack --dataset objectnet originals/objectnet-1.0 eval_sets/wds_objectnet",
+        "selora pack --dataset imagenet-train originals/ILSVRC shards/imagenet --workers 32",
     )
     _add_source(parser)
     parser.add_argument("out", type=Path, help="directory for the shards, new or empty")
@@ -63,9 +66,26 @@ def _add_pack(commands: Any) -> None:
     parser.add_argument("--workers", type=count, default=4, metavar="N", help="decoding threads (default: 4)")
     parser.add_argument("--eval", action="store_true", help="write an evaluation set for a benchmark file instead")
     parser.add_argument("--templates", default="openai", metavar="NAME", help="--eval: how to ask (openai, simple)")
+    parser.add_argument(
+        "--dataset",
+        metavar="NAME",
+        help="the source is this public dataset as its authors hand it out; a dataset of the paper's benchmark becomes "
+        "an evaluation set, imagenet-train becomes training shards",
+    )
+    parser.add_argument(
+        "--part", type=part, metavar="I/N", help="imagenet-train: only part I of N, for N parallel jobs"
+    )
+    parser.add_argument("--merge", action="store_true", help="imagenet-train: join the parts when all are packed")
+    parser.set_defaults(default_of=parser.get_default)
 
 
 def run_pack(arguments: argparse.Namespace) -> int:
+    if arguments.dataset is not None:
+        from pipeline.cli.originals import pack_dataset
+
+        return pack_dataset(arguments)
+    if arguments.part is not None or arguments.merge:
+        raise ConfigError("--part and --merge go with --dataset imagenet-train")
     if arguments.eval:
         return _pack_eval(arguments)
     from pipeline.data.shards import pack

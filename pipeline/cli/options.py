@@ -41,6 +41,14 @@ def count(text: str) -> int:
     return int(text)
 
 
+def part(text: str) -> tuple[int, int]:
+    """ "3/8" as (3, 8)."""
+    found = re.fullmatch(r"([1-9][0-9]*)/([1-9][0-9]*)", text)
+    if found is None or int(found[1]) > int(found[2]):
+        raise argparse.ArgumentTypeError(f"should be I/N with I from 1 to N, got {text!r}")
+    return int(found[1]), int(found[2])
+
+
 def share(text: str) -> float:
     try:
         value = float(text)

@@ -285,7 +285,7 @@ NAMES = {"n01440764": "tench", "n01443537": "goldfish", "n01498041": "stingray"}
 
 def small(name: str, made: Made) -> Any:
     """The row of a dataset with the counts of a small tree, and without the checksums of the authors' files."""
-    row = original(name, images=len(made.captions or made.labels))
+    row = original(name).counted(images=len(made.captions or made.labels))
     if made.captions is not None:
         return replace(row, captions=sum(len(texts) for texts in made.captions))
     per_class = None if row.per_class is None else len(made.labels) // (row.classes or 1)
@@ -481,7 +481,7 @@ def test_unknown_names_and_folders_are_told(tmp_path: Path) -> None:
         original("cifar")
     with pytest.raises(ConfigError, match="x: no such folder; it must hold SUN397/"):
         convert(original("sun397"), tmp_path / "x", tmp_path / "out")
-    assert original("sun397", images=5).images == 5
+    assert original("sun397").counted(images=5).images == 5
 
 
 def test_a_shard_is_closed_before_it_grows_too_large(tmp_path: Path) -> None:

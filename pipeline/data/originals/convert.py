@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import ConfigError
@@ -19,12 +18,11 @@ from pipeline.prompts import resolve_templates
 _NAMED = 5
 
 
-def original(name: str, *, images: int | None = None, classes: int | None = None, texts: int | None = None) -> Original:
-    """The row of a dataset, with the expected counts that are given. Raises ConfigError for an unknown name."""
+def original(name: str) -> Original:
+    """The row of a dataset. Raises ConfigError for an unknown name."""
     if name not in ORIGINALS:
         raise ConfigError(f"--dataset: {name!r} is not known; there are {', '.join(ORIGINALS)} and imagenet-train")
-    row = ORIGINALS[name]
-    return replace(row, images=images or row.images, classes=classes or row.classes, captions=texts or row.captions)
+    return ORIGINALS[name]
 
 
 def convert(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +39,15 @@ class Original:
     @property
     def is_retrieval(self) -> bool:
         return self.captions is not None
+
+    def counted(self, *, images: int | None, classes: int | None = None, captions: int | None = None) -> Original:
+        """With other expected counts, where they are given."""
+        return replace(
+            self,
+            images=images or self.images,
+            classes=classes or self.classes,
+            captions=captions or self.captions,
+        )
 
 
 _V2_VARIANTS = ("threshold0.7", "threshold-0.7", "top-images")
