@@ -1,0 +1,120 @@
+"""The curve between the untouched and the fine-tuned model: its ends are those models, its middle is the formula, and
+the images are decoded once for all of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pipeline.data.wds_layout
+from pipeline.config import ConfigError
+from pipeline.evaluation.benchmark import load_benchmark
+from pipeline.evaluation.command import evaluate_command
+from pipeline.evaluation.dataset import Settings
+from pipeline.evaluation.run import evaluate, evaluate_run
+from pipeline.evaluation.strength import between, evaluate_strength
+from pipeline.model.clip import to_open_clip_state, weights_digest
+from pipeline.model.restore import find_run, load_base, load_run
+
+SETTINGS = Settings(batch_size=16, workers=0)
+SETS = ("ours", "moved", "few", "pairs")
+# What says how a result came about and not what it is.
+NOT_THE_RESULT = ("seconds", "pretrained")
+
+
+def numbers(folder: Path, key: str) -> dict[str, Any]:
+    result = json.loads((folder / f"{key}.json").read_text())
+    return {name: value for name, value in result.items() if name not in NOT_THE_RESULT}
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+def test_the_ends_are_the_untouched_and_the_fine_tuned_model_bit_for_bit(
+    tmp_path: Path, make_run: Callable[..., Path], benchmark_file: Path, kind: str
+) -> None:
+    run, table = make_run(tmp_path / "run", kind=kind), load_benchmark(benchmark_file)
+    # Elsewhere, so that nothing can be taken over: the curve computes its ends itself.
+    curve = evaluate_strength(
+        run, table, tmp_path / "curve", SETTINGS, baselines=tmp_path / "none", alphas=(0.0, 0.5, 1.0)
+    )
+    evaluate(load_base(find_run(run)), table, tmp_path / "base", SETTINGS)
+    evaluate(load_run(run), table, tmp_path / "tuned", SETTINGS)
+    for key in SETS:
+        assert numbers(tmp_path / "curve" / "strength" / "0", key) == numbers(tmp_path / "base", key)
+        assert numbers(tmp_path / "curve" / "strength" / "1", key) == numbers(tmp_path / "tuned", key)
+        digests = {numbers(tmp_path / "curve" / "strength" / a, key)["model_digest"] for a in ("0", "0.5", "1")}
+        assert len(digests) == 3
+    assert curve == json.loads((tmp_path / "curve" / "strength.json").read_text())
+    assert curve["alphas"] == [0, 0.5, 1]
+    assert curve["groups"]["1.0"].keys() == {"id", "shift", "zero-shot", "retrieval"}
+    assert curve["datasets"]["0.0"]["few"] == numbers(tmp_path / "base", "few")["value"]
+
+
+def test_the_middle_mixes_the_merged_weights(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+    run = make_run(tmp_path / "run", kind="dora")
+    base, tuned = load_base(find_run(run)), load_run(run)
+    start, end = base.model.state_dict(), tuned.model.state_dict()
+    mixed = between(base, tuned, 0.3).model.state_dict()
+    moved = [name for name in start if not torch.equal(start[name], end[name])]
+    assert 0 < len(moved) < len(start)
+    for name, value in mixed.items():
+        torch.testing.assert_close(value, start[name] + 0.3 * (end[name] - start[name]))
+        assert (name in moved) != torch.equal(value, start[name])
+    assert weights_digest(to_open_clip_state(base.model)) == base.digest, "the models that are mixed stay as they are"
+
+
+def test_eleven_strengths_decode_each_image_once_and_a_broken_curve_goes_on(
+    tmp_path: Path, make_run: Callable[..., Path], benchmark_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(benchmark_file.parent, tmp_path / "sets")
+    run, table = make_run(tmp_path / "run"), load_benchmark(tmp_path / "sets" / benchmark_file.name)
+    plain, decoded = pipeline.data.wds_layout.decode, []
+
+    def counted(data: bytes, **options: Any) -> Any:
+        decoded.append(len(data))
+        return plain(data, **options)
+
+    monkeypatch.setattr(pipeline.data.wds_layout, "decode", counted)
+    chosen = {"baselines": tmp_path / "baselines", "datasets": ["ours", "few"]}
+    first = evaluate_strength(run, table, run / "eval", SETTINGS, **chosen)
+    assert len(first["alphas"]) == 11
+    assert len(decoded) == 57 + 20
+    (run / "eval" / "strength" / "0.4" / "few.json").unlink()
+    assert evaluate_strength(run, table, run / "eval", SETTINGS, **chosen)["groups"] == first["groups"]
+    assert len(decoded) == 57 + 20 + 20, "one set of one model was missing"
+
+
+def test_what_was_evaluated_before_is_taken_over(
+    tmp_path: Path, make_run: Callable[..., Path], benchmark_file: Path
+) -> None:
+    shutil.copytree(benchmark_file.parent, tmp_path / "sets")
+    run, table = make_run(tmp_path / "run"), load_benchmark(tmp_path / "sets" / benchmark_file.name)
+    evaluate_run(run, table, run / "eval", SETTINGS, baselines=tmp_path / "baselines")
+    for tar in (tmp_path / "sets").glob("wds_*/test/*.tar"):
+        tar.write_bytes(re.sub(rb"\xff\xd8\xff|\x89PNG|RIFF", lambda found: b"\0" * len(found[0]), tar.read_bytes()))
+    ends = {"baselines": tmp_path / "baselines", "alphas": (0.0, 1.0)}
+    curve = evaluate_strength(run, table, run / "eval", SETTINGS, **ends)
+    summary = json.loads((run / "eval" / "summary.json").read_text())
+    for group, found in summary["groups"].items():
+        assert curve["groups"]["1.0"][group] == found["mean"]
+        assert curve["groups"]["0.0"][group] == pytest.approx(found["mean"] - found["change"])
+
+
+def test_the_command_prints_the_curve(
+    tmp_path: Path, make_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run")
+    evaluate_command(run, strength=(0.0, 0.5), datasets=["few"])
+    printed = capsys.readouterr().out
+    assert "0.5" in printed
+    assert "zero-shot" in printed
+    with pytest.raises(ConfigError, match="from 0"):
+        evaluate_command(run, strength=(1.5,))
+    with pytest.raises(ConfigError, match="is no run"):
+        evaluate_command("ViT-B-32", strength=(0.5,))
