@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ class Gate(nn.Module):
     ) -> None:
         super().__init__()
         self.threshold = threshold
+        # Set for all gates at once by `read_gates`, so that a step waits for the device once and not once a block.
+        self.known_open: bool | None = None
         self.score = nn.Parameter(torch.full((1,), init, dtype=torch.float32, device=device))
 
     def is_open(self) -> Tensor:
@@ -39,6 +41,16 @@ class Gate(nn.Module):
 
     def extra_repr(self) -> str:
         return f"threshold={self.threshold}"
+
+
+def read_gates(gates: Sequence[Gate]) -> None:
+    """Let the host know which gates are open, by one transfer for all of them; call at the start of each training step.
+
+    A block then does only what the state of its gate asks for. A block whose gate was never read asks the device.
+    """
+    states = torch.stack([gate.is_open() for gate in gates]).tolist() if gates else []
+    for gate, is_open in zip(gates, states, strict=True):
+        gate.known_open = is_open
 
 
 class _GatedAdd(torch.autograd.Function):

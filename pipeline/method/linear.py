@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor, nn
 
+from pipeline.method.folded import Form, Pair, dense_linear, factor_linear, full_precision
 from pipeline.method.gate import Gate, gated_add
 from pipeline.method.lowrank import LowRank
-
-
-def _full_precision(device: torch.device) -> nullcontext[None] | torch.autocast:
-    """Inside, an autocast around it has no effect. Shapes alone (the meta device) know no autocast."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+from pipeline.method.plan import Work, cheapest
 
 
 class Block(nn.Module):
@@ -40,7 +35,32 @@ class Block(nn.Module):
         return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """(..., in) -> (..., out), by the cheapest of the exact ways (`pipeline.method.plan`)."""
+        if not torch.is_grad_enabled() or any(parameter.requires_grad for parameter in self.base.parameters()):
+            return self.reference(x)
+        if self._is_shut():
+            return self.base(x)
+        rank, outputs = self.lowrank.rank, self.base.out_features
+        work = Work(
+            tokens=x.numel() // x.shape[-1],
+            inputs=x.shape[-1],
+            outputs=outputs,
+            rank=rank,
+            dora=self.scale_parameter() is not None,
+            input_grad=x.requires_grad,
+            is_open=self._known_open(),
+        )
+        way = cheapest(work, x.device.type)
+        if way == "two_path":
+            return self.reference(x)
+        form = Form(self.lowrank.scaling, 0.0 if self.gate is None else self.gate.threshold, self._known_open())
+        # Read as attributes of their modules, for that is what makes ZeRO-3 gather them.
+        score = None if self.gate is None else self.gate.score
+        pair = Pair(self.base.weight, self.lowrank.lora_A, self.lowrank.lora_B, self.scale_parameter(), score)
+        return (dense_linear if way == "dense" else factor_linear)(x, self.base.bias, pair, form)
+
+    def reference(self, x: Tensor) -> Tensor:
+        """The same by two paths, as the method is written: slower, and what the fast ways are tested against."""
         base_out = self.base(x)
         if self.gate is None:
             return base_out + self.delta_out(x, base_out)
@@ -48,6 +68,18 @@ class Block(nn.Module):
         if not self.training and not torch.is_grad_enabled() and not bool(self.gate.is_open()):
             return base_out
         return gated_add(base_out, self.delta_out(x, base_out), self.gate)
+
+    def _known_open(self) -> bool | None:
+        """What the host knows of the gate in this step; None asks the device."""
+        return True if self.gate is None else self.gate.known_open
+
+    def _is_shut(self) -> bool:
+        """Closed, known to be, and never to open again: nothing of the block is in the graph."""
+        return self.gate is not None and self.gate.known_open is False and not self.gate.score.requires_grad
+
+    def scale_parameter(self) -> Tensor | None:
+        """The magnitude (out,) where the form has one."""
+        return None
 
     def delta_out(self, x: Tensor, base_out: Tensor) -> Tensor:
         """What an open block adds to `base_out = base(x)`."""
@@ -89,6 +121,9 @@ class DoRALinear(Block):
         super().__init__(base, lowrank, gate, target)
         self.magnitude = nn.Parameter(self.row_norm().to(base.weight.dtype))
 
+    def scale_parameter(self) -> Tensor:
+        return self.magnitude
+
     @torch.no_grad()
     def row_norm(self) -> Tensor:
         """||V|| per output row, (out,), in at least fp32, without forming BA:
@@ -96,7 +131,7 @@ class DoRALinear(Block):
         ||W0 + s BA||^2 = ||W0||^2 + 2 s <W0 A^T, B> + s^2 (B (A A^T) B^T)_ii, all sums over a row.
         """
         a, b, scaling = self.lowrank.lora_A, self.lowrank.lora_B, self.lowrank.scaling
-        with _full_precision(a.device):
+        with full_precision(a.device):
             wide = torch.promote_types(a.dtype, torch.float32)
             w, a, b = self.base.weight.to(wide), a.to(wide), b.to(wide)
             squared = w.square().sum(1)

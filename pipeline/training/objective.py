@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.method.contrastive import flyp_loss
-from pipeline.method.gate import Gate
+from pipeline.method.gate import Gate, read_gates
 from pipeline.method.penalty import PenaltyKind, Reduction, gate_penalty
 
 # open_clip's and OpenAI's bound on the temperature: exp(logit_scale) <= 100.
@@ -74,6 +74,7 @@ class Objective(nn.Module):
 
     def forward(self, images: Tensor, tokens: Tensor, step: int) -> dict[str, Tensor]:
         """images (B, 3, H, W) uint8, tokens (B, context) of this rank -> scalars total, task, penalty, logit_scale."""
+        read_gates(self._gates)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self._precision == "bf16"):
             pixels = (images.float() - self._mean) / self._std
             image_features, text_features, scale = self.clip(pixels, tokens)
