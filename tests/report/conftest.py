@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.config import flatten, load_config, override, to_yaml
 from pipeline.evaluation.benchmark import Benchmark, load_benchmark
+from pipeline.evaluation.record import track_results
 from pipeline.evaluation.results import Result, write_json
 from pipeline.evaluation.summary import SUMMARY_FILE, summarise
 from pipeline.tracking.tracker import Status, open_tracker
@@ -88,7 +89,9 @@ def write_run(
     directory = folder / name
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.yaml").write_text("data: {train: shards}\ntrain: {steps: 40, global_batch_size: 64}\n")
-    config = override(load_config(directory / "config.yaml"), {"name": name, "out": str(folder), **(changes or {})})
+    place = {"name": name, "out": str(folder), "tracking.uri": uri, "tracking.experiment": "report"}
+    place["tracking.enabled"] = uri is not None
+    config = override(load_config(directory / "config.yaml"), {**place, **(changes or {})})
     (directory / "config.yaml").write_text(to_yaml(config))
     has_blocks = config.adapter.kind in ("lora", "dora")
     is_open = {target: not config.gated or target in active for target in TARGETS if has_blocks}
@@ -102,12 +105,12 @@ def write_run(
             gates = {target: {"score": None, "open": on} for target, on in is_open.items()}
             (directory / "gate_map.json").write_text(json.dumps(gates))
             tracker.artifact(directory / "gate_map.json")
-        if values is not None:
-            write_results(directory / "eval", table, values, untouched)
-            write_results(folder / "baselines" / BASE_DIGEST[:16], table, untouched, None)
-            tracker.artifact(directory / "eval")
         if status is not None:
             tracker.finish(status)
+    if values is not None:
+        summary = write_results(directory / "eval", table, values, untouched)
+        write_results(folder / "baselines" / BASE_DIGEST[:16], table, untouched, None)
+        track_results(directory, config, steps, results_of(table, values), summary)
     return directory
 
 
