@@ -43,9 +43,13 @@ def add(commands: Any) -> None:
         "selora doctor configs/own_data.yaml data.train=shards",
         "selora doctor --benchmark paper --root /data/eval",
         "selora doctor --benchmark paper --root /data/eval --golden",
+        "srun --ntasks-per-node=1 torchrun … --no-python selora doctor configs/own_data.yaml --launch",
     )
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file: look at its shards, places and server")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options over the file's")
+    parser.add_argument(
+        "--launch", action="store_true", help="ask all ranks of this launch together; start it as `train` is started"
+    )
     parser.add_argument("--benchmark", metavar="NAME", help="paper, quick, wds or a YAML file: look at its data")
     parser.add_argument("--root", metavar="DIR", help="where the benchmark's datasets lie: a directory, URL or hf:ORG")
     parser.add_argument(
@@ -65,6 +69,8 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     if arguments.benchmark is not None:
         return _look_at_benchmark(arguments)
     config = None if arguments.config is None else load_config(arguments.config, arguments.overrides)
+    if arguments.launch:
+        return _look_at_launch(config)
     findings = list(_machine(config))
     if config is not None:
         findings += _config(config)
@@ -73,6 +79,18 @@ def run_doctor(arguments: argparse.Namespace) -> int:
             f"{'!!' if each.todo else 'ok'}  {each.what:10} {each.said}" + (f"\n      {each.todo}" if each.todo else "")
         )
     return FAILED if any(each.todo for each in findings) else OK
+
+
+def _look_at_launch(config: Config | None) -> int:
+    from pipeline.training.doctor import check_launch
+
+    if config is None:
+        raise ConfigError("--launch: name the CONFIG whose shared path, shards and server the ranks shall look at")
+    findings = check_launch(config)
+    if os.environ.get("RANK", "0") == "0":
+        for each in findings:
+            print(f"{'ok' if each.ok else '!!'}  {each.name:11} {each.text}")
+    return OK if all(each.ok for each in findings) else FAILED
 
 
 def _look_at_benchmark(arguments: argparse.Namespace) -> int:
