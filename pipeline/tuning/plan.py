@@ -10,8 +10,6 @@ from pipeline.config import ConfigError
 from pipeline.tuning.grid import Resources, Trial
 
 _EPSILON = 1e-9
-# fp32 weights and both Adam moments of what trains.
-_BYTES_PER_PARAMETER = 12
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Plan:
     capacity: Capacity
     steps: int
     speed: Speed | None
-    disk_bytes: int | None
+    disk_bytes: int | None = None
 
     @property
     def waves(self) -> int:
@@ -94,14 +92,12 @@ def make_plan(
     capacity: Capacity,
     *,
     speed: Speed | None = None,
-    parameters: Mapping[str, int] | None = None,
 ) -> Plan:
     """The plan of what is left.
 
     Args:
         trials: all of the sweep.
         steps: {name: optimizer steps left} of those that are not over.
-        parameters: {name: trained parameters}, for the disk that checkpoints take.
 
     Raises:
         ConfigError: a trial that cannot fit the cluster, with what it needs and what there is.
@@ -117,7 +113,6 @@ def make_plan(
         capacity=capacity,
         steps=sum(steps.values()),
         speed=speed,
-        disk_bytes=None if parameters is None else sum(_disk(trial, parameters) for trial in trials),
     )
 
 
@@ -160,8 +155,9 @@ def describe_plan(plan: Plan) -> str:
         ("cluster", str(plan.capacity)),
         ("steps", f"{plan.steps:,} to go"),
         ("time", _time_text(plan)),
-        ("disk", "not known" if plan.disk_bytes is None else f"about {_bytes(plan.disk_bytes)} for checkpoints"),
     ]
+    if plan.disk_bytes is not None:
+        lines.append(("disk", f"about {_bytes(plan.disk_bytes)} for checkpoints"))
     return "\n".join(f"{name:<8} {text}" for name, text in lines)
 
 
@@ -173,11 +169,6 @@ def _time_text(plan: Plan) -> str:
     hours = f"{plan.gpu_hours:.3g} GPU-hours" if plan.resources.gpus_per_worker else f"{plan.cpu_hours:.3g} CPU-hours"
     speed = f"{plan.speed.seconds_per_step:.3g} s a step, {plan.speed.source}"
     return f"{hours}, about {wall / 3600:.2g} h of training ({speed}); evaluation comes on top"
-
-
-def _disk(trial: Trial, parameters: Mapping[str, int]) -> int:
-    # One more than is kept while the newest is being written.
-    return parameters[trial.name] * _BYTES_PER_PARAMETER * (trial.config.train.keep_last + 1)
 
 
 def _fit(node: Node, cpus: float, gpus: float) -> int:

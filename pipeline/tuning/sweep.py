@@ -30,7 +30,7 @@ from pipeline.tuning.files import (
     write_sweep,
 )
 from pipeline.tuning.grid import Grid, Resources, Trial, expand
-from pipeline.tuning.plan import Plan, Speed, describe_plan, make_plan
+from pipeline.tuning.plan import Capacity, Node, Plan, Speed, describe_plan, make_plan
 
 _GRACE_SECONDS = 120.0
 
@@ -57,10 +57,13 @@ def plan_sweep(
     config: Config, grid: Grid, *, address: str | None = None, seconds_per_step: float | None = None
 ) -> Plan:
     """What the sweep would take; touches no directory. Without an address it is planned for this machine."""
+    from pipeline.tuning.disk import checkpoint_bytes, trained_parameters
+
     trials, totals = _prepare(config, grid)
     sweep_dir = _directory(config)
     _refuse_changes(sweep_dir, trials)
-    return _plan(sweep_dir, trials, totals, grid.resources, _look(address, grid.resources), seconds_per_step)
+    plan = _plan(sweep_dir, trials, totals, grid.resources, _look(address, grid.resources), seconds_per_step)
+    return replace(plan, disk_bytes=checkpoint_bytes(trials, trained_parameters(trials)))
 
 
 def sweep(
@@ -176,10 +179,8 @@ def _write(
         write_state(run_dir, total_steps=totals[trial.name], **({"status": "waiting", "error": None} if again else {}))
 
 
-def _look(address: str | None, resources: Resources) -> Any:
+def _look(address: str | None, resources: Resources) -> Capacity:
     """The cluster at the address, or this machine as a local cluster would have it, without starting one."""
-    from pipeline.tuning.plan import Capacity, Node
-
     if address is None and "RAY_ADDRESS" not in os.environ:
         import torch
 
@@ -195,7 +196,7 @@ def _plan(
     trials: Sequence[Trial],
     totals: dict[str, int],
     resources: Resources,
-    capacity: Any,
+    capacity: Capacity,
     seconds_per_step: float | None,
 ) -> Plan:
     from pipeline.tuning.progress import measured_speed

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pipeline.config import ConfigError
+from pipeline.training.model import build_model, trainable
+from pipeline.tuning.disk import checkpoint_bytes, trained_parameters
 from pipeline.tuning.grid import Resources, expand
 from pipeline.tuning.plan import Capacity, Node, Speed, concurrency, describe_plan, make_plan
 
@@ -70,7 +72,11 @@ def test_a_trial_that_cannot_fit_is_refused_with_what_it_needs_and_what_there_is
     assert f"{trials[0].name}: train.global_batch_size: 16 cannot be shared by 3 workers" in text
 
 
-def test_checkpoints_are_counted_from_what_trains(trials) -> None:
-    parameters = {trial.name: 1000 * trial.config.adapter.rank for trial in trials}
-    plan = make_plan(trials, {}, Resources(), EIGHT_CARDS, parameters=parameters)
-    assert plan.disk_bytes == 2 * (2 + 4 + 8) * 1000 * 12 * 3
+def test_what_trains_is_counted_as_it_is_built(make_config, make_grid) -> None:
+    baselines = "baselines: [{changes: {kind: [full, none]}}, {changes: {adapter.random_k: 3, gate.enabled: false}}]"
+    trials = expand(make_config("train.train_rest=proj_ln"), make_grid(f"grid: {{kind: [lora, dora]}}\n{baselines}"))
+    counted = trained_parameters(trials)
+    for trial in trials:
+        built = sum(parameter.numel() for _, parameter in trainable(build_model(trial.config).model))
+        assert counted[trial.name] == built, trial.name
+    assert checkpoint_bytes(trials, counted) == sum(counted.values()) * 12 * 3

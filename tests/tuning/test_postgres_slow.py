@@ -107,13 +107,13 @@ def test_a_minute_without_the_server_costs_neither_speed_nor_values(command, mak
 
     from pipeline.tracking.mlflow_tracker import sync_all
 
-    steps = 3000
+    steps = 600
     sweep = command(
         make_config(f"train.steps={steps}", "train.gates_every=100", "train.checkpoint_every=1000",
                     "tracking.enabled=true", f"tracking.uri={server.uri}"),
         GRID,
     ).start()  # fmt: skip
-    sweep.until(lambda: all(max(sweep.losses(name), default=0) >= 200 for name in NAMES), "step 200 of both trials")
+    sweep.until(lambda: all(max(sweep.losses(name), default=0) >= 60 for name in NAMES), "step 60 of both trials")
     begin = time.time()
     server.kill()
     time.sleep(AWAY_SECONDS)
@@ -125,13 +125,9 @@ def test_a_minute_without_the_server_costs_neither_speed_nor_values(command, mak
     with engine.connect() as connection:
         for name in NAMES:
             times = step_times(sweep.run_dir(name))
-            (before, _), (away, many), (after, _) = (
-                seconds_per_step(times, *window) for window in ((0, begin), (begin, end), (end + 30, times[-1][1]))
-            )
-            print(
-                f"{name}: median step {before:.4f} s before, {away:.4f} s while away ({many} steps), {after:.4f} s after"
-            )
-            assert many > 20
+            (before, _), (away, many) = (seconds_per_step(times, *window) for window in ((0, begin), (begin, end)))
+            print(f"{name}: a step takes {before:.4f} s with the server, {away:.4f} s without ({many} steps)")
+            assert many > 10
             rows = connection.execute(
                 sqlalchemy.text(
                     "select m.key, m.step from metrics m join runs r on r.run_uuid = m.run_uuid where r.name = :name"
@@ -140,15 +136,7 @@ def test_a_minute_without_the_server_costs_neither_speed_nor_values(command, mak
             ).fetchall()
             assert sorted(step for key, step in rows if key == "train/loss") == list(range(1, steps + 1))
             assert len(set(rows)) == len(rows)
-            journal = (sweep.run_dir(name) / "journal.jsonl").read_text().splitlines()
-            written = [json.loads(line) for line in journal]
-            values = {
-                (key.replace("@", "_at_"), one["step"])
-                for one in written
-                if one["kind"] == "metrics"
-                for key in one["values"]
-            }
-            assert {(key, step) for key, step in rows} == values
+            assert {(key, step) for key, step in rows} == journaled(sweep.run_dir(name))
         found = dict(connection.execute(sqlalchemy.text("select name, status from runs")).fetchall())
     engine.dispose()
     assert found == {"sweep": "FINISHED", NAMES[0]: "FINISHED", NAMES[1]: "FINISHED"}
