@@ -16,8 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _SEARCH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-_SWITCH = "selsw0"
-_NETWORK = "10.77.91"
+# Two of these may stand side by side: names and network are this process's own.
+_TAG = f"{os.getpid() % 65536:x}"
+_SWITCH = f"sel{_TAG}"
+_NETWORK = f"10.77.{os.getpid() % 250}"
+
+
+def _port(index: int) -> str:
+    """The switch's end of a host's cable."""
+    return f"sel{_TAG}p{index}"
+
+
+def _space(name: str) -> str:
+    return f"sel{_TAG}-{name}"
 
 
 def why_not() -> str | None:
@@ -27,9 +38,9 @@ def why_not() -> str | None:
         return f"{', '.join(missing)} not installed (Debian: iproute2, openssh-server, pdsh)"
     if os.geteuid() != 0:
         return "network namespaces need root"
-    if subprocess.run(["ip", "netns", "add", "selprobe"], capture_output=True).returncode:
+    if subprocess.run(["ip", "netns", "add", _space("probe")], capture_output=True).returncode:
         return "the kernel allows no network namespace here"
-    subprocess.run(["ip", "netns", "delete", "selprobe"], check=True)
+    subprocess.run(["ip", "netns", "delete", _space("probe")], check=True)
     return None
 
 
@@ -62,10 +73,10 @@ class Hosts:
 
     def pull_cable(self, name: str) -> None:
         """The switch's side goes down: the host keeps its address and simply hears nothing more."""
-        _ip("link", "set", f"selp{self.names.index(name)}", "down")
+        _ip("link", "set", _port(self.names.index(name)), "down")
 
     def plug_cable(self, name: str) -> None:
-        _ip("link", "set", f"selp{self.names.index(name)}", "up")
+        _ip("link", "set", _port(self.names.index(name)), "up")
 
 
 @contextmanager
@@ -95,13 +106,13 @@ def hosts(folder: Path, number: int) -> Iterator[Hosts]:
             daemon.terminate()
             daemon.wait()
         for index, name in enumerate(made.names):
-            subprocess.run(["ip", "netns", "delete", f"sel{name}"], capture_output=True)
-            subprocess.run(["ip", "link", "delete", f"selp{index}"], capture_output=True)
+            subprocess.run(["ip", "netns", "delete", _space(name)], capture_output=True)
+            subprocess.run(["ip", "link", "delete", _port(index)], capture_output=True)
         subprocess.run(["ip", "link", "delete", _SWITCH], capture_output=True)
 
 
 def _add_host(made: Hosts, index: int, name: str) -> None:
-    space, port = f"sel{name}", f"selp{index}"
+    space, port = _space(name), _port(index)
     _ip("netns", "add", space)
     _ip("link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", space)
     _ip("link", "set", port, "master", _SWITCH)
@@ -121,7 +132,7 @@ def _start_sshd(made: Hosts, name: str) -> subprocess.Popen[bytes]:
         f"PasswordAuthentication no\nUsePAM no\nStrictModes no\nMaxStartups 100\nPidFile none\n"
     )
     script = f"hostname {name} && mount --bind {made.folder}/hosts /etc/hosts && exec /usr/sbin/sshd -D -e -f {conf}"
-    command = ["ip", "netns", "exec", f"sel{name}", "unshare", "--uts", "--mount", "bash", "-c", script]
+    command = ["ip", "netns", "exec", _space(name), "unshare", "--uts", "--mount", "bash", "-c", script]
     with (made.folder / f"sshd-{name}.log").open("wb") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"PATH": _SEARCH})
 

@@ -104,7 +104,8 @@ def _write_configuration(folder: Path, cpus: int) -> Path:
     ]
     conf = folder / "slurm.conf"
     conf.write_text("\n".join(lines) + "\n")
-    hosts = Path("/etc/hosts").read_text() + "".join(f"127.0.0.1 {node}\n" for node in NODES)
+    # Ray takes 127.0.0.1 for "find out yourself".
+    hosts = Path("/etc/hosts").read_text() + "".join(f"127.0.0.1{n} {node}\n" for n, node in enumerate(NODES, 1))
     (folder / "hosts").write_text(hosts)
     return conf
 

@@ -1,0 +1,114 @@
+"""The sbatch files on a real Slurm with two nodes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FAKE = """#!/usr/bin/env bash
+printf '%s ' "$SLURMD_NODENAME" "$@" >>"$RECORD"; echo "stopped=$SELORA_STOPPED hosts=$SELORA_HOSTS" >>"$RECORD"
+"""
+
+
+def submit(environment: dict[str, str], log: Path, script: str, *arguments: str, **more: str) -> str:
+    command = ["sbatch", "--parsable", "--nodes=2", f"--output={log}", f"launch/slurm/{script}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment | more, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def wait(environment: dict[str, str], job: str, log: Path, until: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.3)
+
+
+def state(environment: dict[str, str], job: str) -> str:
+    command = ["scontrol", "show", "job", job, "--oneliner"]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+    return said.partition("JobState=")[2].split(" ")[0]
+
+
+def said(log: Path, text: str) -> bool:
+    return log.exists() and text in log.read_text()
+
+
+def test_one_torchrun_per_node_is_told_where_the_others_are(
+    slurm_environment: dict[str, str], open_folder: Path
+) -> None:
+    bin_folder, record, log = open_folder / "bin", open_folder / "record.txt", open_folder / "fake.txt"
+    bin_folder.mkdir()
+    (bin_folder / "torchrun").write_text(FAKE)
+    (bin_folder / "torchrun").chmod(0o755)
+    settings = {"SELORA_BIN": str(bin_folder), "RECORD": str(record), "RANKS": "4"}
+    job = submit(slurm_environment, log, "train.sbatch", "config.yaml", "train.lr=1e-4", **settings)
+    wait(slurm_environment, job, log, lambda: state(slurm_environment, job) == "COMPLETED", 120)
+    lines = sorted(record.read_text().splitlines())
+    assert [line.split()[0] for line in lines] == ["n1", "n2"]
+    for number, line in enumerate(lines):
+        assert (
+            f"--nnodes 2 --nproc-per-node 4 --node-rank {number} --master-addr n1 --master-port {20000 + int(job)}"
+            in line
+        )
+        assert line.endswith(f"selora-stopped-{job}-0 hosts=n1,n2")
+        assert "selora train config.yaml train.lr=1e-4" in line
+
+
+@pytest.mark.slow
+def test_a_signal_saves_requeues_and_the_run_ends_bit_equal(
+    slurm_environment: dict[str, str], open_folder: Path, training: list[str], equal_runs: Callable[[Path, Path], bool]
+) -> None:
+    settings = {"SELORA_BIN": str(Path(sys.executable).parent), "OMP_NUM_THREADS": "1"}
+    log = open_folder / "whole.txt"
+    whole = submit(slurm_environment, log, "train.sbatch", *training, "name=whole", **settings)
+    wait(slurm_environment, whole, log, lambda: state(slurm_environment, whole) == "COMPLETED", 900)
+    log = open_folder / "cut.txt"
+    cut = submit(slurm_environment, log, "train.sbatch", *training, "name=cut", **settings)
+    wait(slurm_environment, cut, log, lambda: said(log, "step 6/"), 900)
+    subprocess.run(["scancel", "--signal=TERM", cut], env=slurm_environment, check=True)
+    wait(slurm_environment, cut, log, lambda: said(log, "stopped by a signal and saved: requeue"), 300)
+    # Slurm itself lets two minutes pass before it starts a requeued job.
+    wait(slurm_environment, cut, log, lambda: state(slurm_environment, cut) == "COMPLETED", 1200)
+    assert said(log, "attempt 2") and said(log, "continuing at step")
+    assert equal_runs(open_folder / "runs" / "whole", open_folder / "runs" / "cut")
+
+
+@pytest.mark.slow
+def test_a_sweep_finishes_on_ray_inside_the_allocation_and_leaves_no_process(
+    slurm_environment: dict[str, str], open_folder: Path, training: list[str]
+) -> None:
+    grid, log = open_folder / "grid.yaml", open_folder / "sweep.txt"
+    grid.write_text(
+        "grid: {gate.lam: [0.3, 1.0]}\nresources: {workers: 1, cpus_per_worker: 1, gpus_per_worker: 0, eval_cpus: 1}\n"
+    )
+    config, *settings = training
+    settings += ["name=sweep", "train.steps=4", "train.zero_stage=1"]
+    more = {"SELORA_BIN": str(Path(sys.executable).parent), "CPUS": "2"}
+    job = submit(slurm_environment, log, "sweep.sbatch", config, str(grid), *settings, **more)
+    wait(slurm_environment, job, log, lambda: state(slurm_environment, job) in ("COMPLETED", "FAILED"), 1500)
+    assert state(slurm_environment, job) == "COMPLETED", log.read_text()[-3000:]
+    trials = sorted((open_folder / "runs" / "sweep" / "trials").glob("*/checkpoints/latest"))
+    assert [path.read_text().strip() for path in trials] == ["step-00000004"] * 2
+    assert not _processes_of(job)
+
+
+def _processes_of(job: str) -> list[str]:
+    """Command lines of living processes that were started for a job."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit() or int(folder.name) == os.getpid():
+            continue
+        try:
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            if f"SLURM_JOB_ID={job}".encode() in environment:
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue
+    return found
