@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_NAMED = 7  # runs that get a colour of their own; more would need colours nobody can tell apart
+MOST_NAMED = 6  # runs that get a colour of their own; more would need colours nobody can tell apart
 
 
 def groups(collection: Collection, *, narrow: bool) -> Figure:
@@ -20,7 +20,7 @@ def groups(collection: Collection, *, narrow: bool) -> Figure:
     runs = [run for run in collection.runs if run.summary is not None]
     if not runs:
         raise NoData("needs the results of an evaluation")
-    if len(runs) >= MOST_NAMED:
+    if len(runs) > MOST_NAMED:
         raise NoData(f"{len(runs)} runs are too many for bars; the table below has them")
     names = [name for name in GROUPS if any(run.group(name) is not None for run in runs)]
     figure, (axes,) = panels("Accuracy by group", 1, narrow=narrow, height=3.4)

@@ -7,15 +7,16 @@ from functools import partial
 from statistics import mean
 from typing import TYPE_CHECKING
 
+from pipeline.report.costs import Cost
 from pipeline.report.records import Collection, Run
 from pipeline.report.series import Family, Spread, families
 from pipeline.report.style import (
     BLUE,
     CYCLE,
     GREEN,
+    GREY,
     GROUPS,
     MARKERS,
-    ORANGE,
     VERMILLION,
     NoData,
     legend,
@@ -118,10 +119,10 @@ def _look(number: int) -> tuple[str, bool, str]:
     return CYCLE[number % len(CYCLE)], True, MARKERS[number % len(MARKERS)]
 
 
-def cost_and_gain(collection: Collection, costs: Mapping[str, float], *, narrow: bool) -> Figure:
+def cost_and_gain(collection: Collection, costs: Mapping[str, Cost], *, narrow: bool) -> Figure:
     """What unmerged blocks add to a forward over rank, and the mean accuracy against the cost (Figure 9).
 
-    costs: run -> GMAC of one image and one text with its active blocks, not merged.
+    costs: by run name, of those that have one.
     """
     runs = [run for run in collection.runs if run.name in costs and run.summary is not None]
     lines = families(runs)
@@ -137,24 +138,29 @@ def cost_and_gain(collection: Collection, costs: Mapping[str, float], *, narrow:
     return figure
 
 
-def _cost_by_rank(axes: Axes, lines: Sequence[Family], costs: Mapping[str, float], ranks: Sequence[int]) -> None:
+def _cost_by_rank(axes: Axes, lines: Sequence[Family], costs: Mapping[str, Cost], ranks: Sequence[int]) -> None:
     for family, colour, marker in _looks(lines):
         # _line draws shares as percent
-        points = family.by_rank(family.main_lam(), lambda run: costs[run.name] / 100)
+        points = family.by_rank(family.main_lam(), lambda run: costs[run.name].unmerged / 100)
         _line(axes, points, _at_lam(family), colour, family.gated, marker)
+    merged = {cost.merged for cost in costs.values()}
+    if len(merged) == 1:
+        axes.axhline(merged.pop(), color=GREY, linestyle=":", linewidth=1.3, label="merged, or untouched")
     rank_axis(axes, ranks)
     axes.set_ylabel(_GMAC)
     axes.set_title("cost by rank", loc="left")
 
 
-def _gain_by_cost(axes: Axes, lines: Sequence[Family], costs: Mapping[str, float]) -> None:
+def _gain_by_cost(axes: Axes, lines: Sequence[Family], costs: Mapping[str, Cost]) -> None:
     for family, colour, marker in _looks(lines):
         members = [run for each in family.points.values() for run in each]
-        points = [(costs[run.name], 100 * change) for run in members if (change := mean_change(run)) is not None]
+        points = [
+            (costs[run.name].unmerged, 100 * change) for run in members if (change := mean_change(run)) is not None
+        ]
         if points:
             axes.plot(*zip(*points, strict=True), linestyle="none", marker=marker, color=colour, label=family.label,
                       markerfacecolor=colour if family.gated else "none")  # fmt: skip
-    axes.axhline(0, color=ORANGE, linestyle=":", linewidth=1.3, label="untouched model")
+    axes.axhline(0, color=GREY, linestyle=":", linewidth=1.3, label="untouched model")
     axes.set_xlabel(_GMAC)
     axes.set_ylabel("mean change (points)")
     axes.set_title("mean of the groups against cost", loc="left")

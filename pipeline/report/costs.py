@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from pipeline.config import ConfigError
 from pipeline.report.records import Collection, Run
@@ -12,12 +13,19 @@ from pipeline.report.records import Collection, Run
 _GIGA = 1e9
 
 
-def run_costs(collection: Collection) -> dict[str, float]:
-    """run -> GMAC of one image and one text, blocks unmerged; runs whose model cannot be built here are left out.
+class Cost(NamedTuple):
+    """GMAC of a forward over one image and one text: with the active blocks beside their linears, and merged."""
+
+    unmerged: float
+    merged: float
+
+
+def run_costs(collection: Collection) -> dict[str, Cost]:
+    """The cost of each evaluated adapter; runs whose model cannot be built here are left out.
 
     The architecture alone counts, so no weights are loaded and a hub is not asked.
     """
-    costs: dict[str, float] = {}
+    costs: dict[str, Cost] = {}
     if sum(_counts(run) for run in collection.runs) < 2:
         return costs  # one cost compares with nothing, and building a model takes seconds
     by_model: dict[str, list[Run]] = {}
@@ -34,7 +42,7 @@ def _counts(run: Run) -> bool:
     return run.settings.rank is not None and bool(run.gates) and run.summary is not None
 
 
-def _of_model(model: str, runs: list[Run]) -> dict[str, float]:
+def _of_model(model: str, runs: list[Run]) -> dict[str, Cost]:
     from pipeline.evaluation.cost import OWN_RULE, model_cost
     from pipeline.model.clip import load_clip
 
@@ -49,7 +57,8 @@ def _of_model(model: str, runs: list[Run]) -> dict[str, float]:
         rank, rule = run.settings.rank, OWN_RULE["dora" if run.settings.kind == "dora" else "lora"]
         assert rank is not None
         active = [target for target, is_open in run.gates.items() if is_open]
-        found[run.name] = (base + sum(cost.overhead(rank, rule, active).values())) / _GIGA
+        unmerged = base + sum(cost.overhead(rank, rule, active).values())
+        found[run.name] = Cost(unmerged / _GIGA, base / _GIGA)
     return found
 
 
