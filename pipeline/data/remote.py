@@ -193,16 +193,18 @@ def _retried(url: str, attempts: int, once: Callable[[], T]) -> T:
 
 def _refusal(url: str, error: Exception) -> ConfigError | None:
     """The error to raise when asking again cannot help."""
-    install, credentials = _STORES.get(url.partition("://")[0], ("its fsspec package", "the store's own settings"))
+    protocol = url.partition("://")[0]
+    install, credentials = _STORES.get(protocol, ("its fsspec package", "the store's own settings"))
     if isinstance(error, ImportError):
         return ConfigError(f"{url}: reading it needs another package ({error}); {install}")
     # fsspec's http says "not found" for whatever went wrong with both ways to ask for the size; its cause knows better.
-    blurred = isinstance(error, FileNotFoundError) and error.__cause__ is not None
+    blurred = protocol in ("http", "https") and isinstance(error, FileNotFoundError) and error.__cause__ is not None
     cause = error.__cause__ if blurred else error
     status = getattr(cause, "status", None) or getattr(cause, "code", None)
     if status == 404 or (isinstance(cause, FileNotFoundError | IsADirectoryError) and not blurred):
         return MissingError(f"{url}: no such file; look for a mistyped location or an upload that is not complete")
-    if isinstance(cause, PermissionError) or status in (401, 403):
+    # The stores' libraries agree on this word, though not on a class.
+    if isinstance(cause, PermissionError) or status in (401, 403) or "Credentials" in type(cause).__name__:
         return ConfigError(f"{url}: access refused ({cause}); credentials are taken from {credentials}")
     if isinstance(cause, ValueError) or (isinstance(status, int) and 400 <= status < 500 and status not in _BUSY):
         return ConfigError(f"{url}: cannot be read ({type(cause).__name__}: {cause})")
