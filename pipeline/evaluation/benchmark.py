@@ -77,9 +77,8 @@ def shipped_benchmarks() -> dict[str, Path]:
 
 
 def _shipped_folder() -> Path:
-    """configs/benchmark of the checkout; an installed wheel carries it inside the package."""
-    installed = _PACKAGE / "configs" / "benchmark"
-    return installed if installed.is_dir() else _PACKAGE.parent / "configs" / "benchmark"
+    # pipeline/configs is a link to the checkout's configs; a wheel carries the files themselves.
+    return _PACKAGE / "configs" / "benchmark"
 
 
 def load_benchmark(name: str | Path, root: str | Path | None = None) -> Benchmark:
@@ -123,7 +122,7 @@ def _root(path: Path, content: Mapping[str, Raw], root: str | Path | None, *, ne
     if "root" in content:
         said = os.path.expandvars(str(content["root"].value))
         return said if is_remote(said) else path.absolute().parent / Path(said).expanduser()
-    if path.parent == _shipped_folder() and needed:
+    if path.resolve().parent == _shipped_folder().resolve() and needed:
         raise ConfigError(f"benchmark {path.stem}: say where its datasets lie: --root DIR on the command line")
     return path.absolute().parent if needed else None
 
