@@ -10,12 +10,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.error import URLError
-from urllib.request import urlopen
+from typing import TYPE_CHECKING, Any
 
 from pipeline.cli.options import FAILED, OK, add_command
-from pipeline.config import Config, ConfigError, load_config
+from pipeline.config_file import ConfigError
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
 
 GIB = 2**30
 # The model of the paper; its published numbers are in the rows of the benchmark.
@@ -64,6 +65,8 @@ def add(commands: Any) -> None:
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
+    from pipeline.config import load_config
+
     if arguments.benchmark is None and (arguments.root is not None or arguments.golden is not None):
         raise ConfigError("--root and --golden belong to a benchmark: name it with --benchmark")
     if arguments.benchmark is not None:
@@ -202,6 +205,9 @@ def _disk(what: str, folder: Path) -> Finding:
 
 
 def _tracking(config: Config | None) -> Finding:
+    from urllib.error import URLError
+    from urllib.request import urlopen
+
     from pipeline.tracking.uris import redact, resolve_uri, sqlite_path
 
     out = Path(config.out if config is not None else "runs")
