@@ -171,6 +171,9 @@ class Tracking(Section):
     )
     experiment: str = Field(default="selora", min_length=1, description="MLflow experiment")
     enabled: bool = Field(default=True, description="send the journal to MLflow; the journal itself is always written")
+    machine_every_s: float | None = Field(
+        default=None, gt=0, description="seconds between samples of every node's CPU, memory and GPUs; null: none"
+    )
 
 
 class Promote(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import re
 import sys
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from pipeline.config import ConfigError
 
 TIMEOUT = timedelta(minutes=30)
+_LOG_HANDLER = "selora-rank"
 # glibc's malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX.
 _HEAP_SETTINGS = {-1: 2**31 - 1, -2: 64 * 2**20, -4: 0}
 
@@ -141,6 +143,18 @@ def keep_heap(world: World) -> None:
         return
     for parameter, value in _HEAP_SETTINGS.items():
         libc.mallopt(parameter, value)
+
+
+def label_logs(world: World, run: str) -> None:
+    """Let every log line say when, which run (a sweep's trial is one), which rank and on which host."""
+    log = logging.getLogger("selora")
+    for handler in [each for each in log.handlers if each.name == _LOG_HANDLER]:
+        log.removeHandler(handler)
+    handler = logging.StreamHandler()
+    handler.name = _LOG_HANDLER
+    text = f"%(asctime)s %(levelname)s [{run} rank {world.rank} on {world.host}] %(message)s"
+    handler.setFormatter(logging.Formatter(text))
+    log.addHandler(handler)
 
 
 def any_rank(flag: bool, group: dist.ProcessGroup) -> bool:

@@ -23,9 +23,9 @@ from pipeline.data.stream import Batch, TrainDataset, train_loader
 from pipeline.method.adapter import GradientWatch, blocks
 from pipeline.model.clip import Clip
 from pipeline.model.towers import inside_layers
-from pipeline.tracking.tracker import NullTracker, Tracker, environment_tags, open_tracker
+from pipeline.tracking.tracker import NullTracker, Tracker, environment_tags, open_tracker, watch_machine
 from pipeline.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
-from pipeline.training.distributed import World, keep_heap, read_world, share_threads
+from pipeline.training.distributed import World, keep_heap, label_logs, read_world, share_threads
 from pipeline.training.engine import (
     build_engine,
     full_parameters,
@@ -41,6 +41,8 @@ from pipeline.training.objective import Objective, PenaltySettings
 from pipeline.training.optim import Rates, lr_factor, parameter_groups
 from pipeline.training.peers import meet, watched_peers
 from pipeline.training.settings import changed_settings, total_steps
+
+_WATCHER_SECONDS = 10.0  # for a node's last sample of its machine
 
 
 class Watch(Protocol):
@@ -76,6 +78,7 @@ def train(config: Config, watch: Watch | None = None) -> Outcome:
     world = read_world()
     share_threads(world)
     keep_heap(world)
+    label_logs(world, config.name)
     run_dir = Path(config.out).absolute() / config.name
     with held(run_dir, world.is_main) as lease:
         outcome = _train_held(config, run_dir, world, lease, watch)
@@ -120,8 +123,8 @@ def _check_data(checkpoint: Checkpoint, index: ShardIndex) -> None:
     trained = checkpoint.state["data_digest"]
     if trained != index.digest:
         raise ConfigError(
-            f"{checkpoint.path}: was trained on shards {trained[:12]}, but data.train={index.folder.location} now holds "
-            f"{index.digest[:12]}: put the old shards back, or start a run under another name"
+            f"{checkpoint.path}: was trained on shards {trained[:12]}, but data.train={index.folder.location} "
+            f"now holds {index.digest[:12]}: put the old shards back, or start a run under another name"
         )
 
 
@@ -307,8 +310,9 @@ def _set_aside(run_dir: Path, world: World) -> None:
 def _tracked(
     config: Config, run_dir: Path, world: World, clip: Clip, index: ShardIndex, total: int
 ) -> Iterator[Tracker]:
-    """A tracker on rank 0 that records how the run ended, whatever ends it."""
+    """A tracker on rank 0 that records how the run ended, whatever ends it; every node's machine is watched, too."""
     tracker: Tracker = NullTracker()
+    every, watcher = config.tracking.machine_every_s, None
     if world.is_main:
         tracker = open_tracker(
             run_dir,
@@ -316,7 +320,10 @@ def _tracked(
             uri=config.tracking.uri,
             experiment=config.tracking.experiment,
             enabled=config.tracking.enabled,
+            system_metrics=None if every is None else (world.host, every),
         )
+    elif every is not None and world.local_rank == 0:
+        watcher = watch_machine(run_dir, world.host, every)
     tracker.params(flatten(config))
     tracker.tags({"selora.base_digest": clip.digest, "selora.data_digest": index.digest, **environment_tags()})
     status = "FAILED"
@@ -330,6 +337,8 @@ def _tracked(
     finally:
         if world.is_main:
             _record_artifacts(tracker, run_dir)
+        if watcher is not None:
+            watcher.finish(_WATCHER_SECONDS)
         tracker.finish(status)
 
 

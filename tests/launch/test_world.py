@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from pipeline.config import ConfigError
-from pipeline.training.distributed import read_world
+from pipeline.training.distributed import label_logs, read_world
 
 SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
 MPIRUN = {
@@ -53,3 +55,12 @@ def test_torchrun_in_every_task_of_a_node_is_refused() -> None:
 def test_a_rank_beyond_its_world_is_two_launchers_at_once() -> None:
     with pytest.raises(ConfigError, match="RANK=4 does not lie below WORLD_SIZE=2"):
         read_world({"RANK": "4", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
+
+
+def test_every_log_line_says_run_rank_and_host_and_says_it_once(capsys: pytest.CaptureFixture[str]) -> None:
+    world = read_world(TORCHRUN)
+    for run in ("first", "trial"):
+        label_logs(world, run)
+    logging.getLogger("selora.training").warning("disk is slow")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition("WARNING ")[2] for line in lines] == [f"[trial rank 2 on {world.host}] disk is slow"]
