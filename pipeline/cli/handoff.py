@@ -43,20 +43,25 @@ def _add_export(commands: Any) -> None:
 def run_export(arguments: argparse.Namespace) -> int:
     from pipeline.handoff.choice import chosen_run
     from pipeline.handoff.export import export
+    from pipeline.handoff.source import Mismatch
 
     run_dir, chosen = chosen_run(Path(arguments.target))
     if chosen:
         print(chosen, file=sys.stderr)
-    report = export(
-        run_dir,
-        arguments.to,
-        arguments.out,
-        merged=arguments.merged,
-        step=arguments.step,
-        verify=not arguments.unverified,
-        base_name=arguments.base_name,
-        force=arguments.force,
-    )
+    try:
+        report = export(
+            run_dir,
+            arguments.to,
+            arguments.out,
+            merged=arguments.merged,
+            step=arguments.step,
+            verify=not arguments.unverified,
+            base_name=arguments.base_name,
+            force=arguments.force,
+        )
+    except Mismatch as error:
+        print(f"selora export: {error}", file=sys.stderr)
+        return FAILED
     print(report)
     return OK
 

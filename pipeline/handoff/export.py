@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
-from pipeline.handoff.source import Source, read_source
+from pipeline.handoff.source import Mismatch, Source, read_source
 from pipeline.handoff.stock import READERS
 from pipeline.model.export import BASE, fixed_batch, logits, write_hf, write_open_clip, write_peft
 from pipeline.model.restore import load_adapted
@@ -131,14 +131,14 @@ def _check_free(out: Path, force: bool) -> None:
 
 
 def _read_back(source: Source, to: str, partial: Path, out: Path, notes: list[str]) -> ExportReport:
-    """Compare; RuntimeError when the stock library sees another model."""
+    """Compare; Mismatch when the stock library sees another model."""
     images, tokens = fixed_batch(source.clip)
     wanted = logits(source.clip.model.eval(), images, tokens)
     found = READERS[to].read(partial, images, tokens)
     difference = float((found - wanted).abs().max())
     tolerance = TOLERANCE + RELATIVE * float(wanted.abs().max())
     if not difference <= tolerance:
-        raise RuntimeError(
+        raise Mismatch(
             f"{READERS[to].name} gives other logits than the run's model: {difference:.2g}, {tolerance:.2g} allowed; "
             f"nothing was left at {out}"
         )

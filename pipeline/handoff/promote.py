@@ -21,7 +21,7 @@ from pipeline.evaluation.summary import Summary, read_summary
 from pipeline.evaluation.zeroshot import classifier_head
 from pipeline.handoff.choice import chosen_run
 from pipeline.handoff.rule import Clause, check
-from pipeline.handoff.source import Source, read_source
+from pipeline.handoff.source import Mismatch, Source, read_source
 from pipeline.model.clip import save_open_clip
 from pipeline.prompts import caption, resolve_templates
 from pipeline.tracking.mlflow_tracker import sync
@@ -52,7 +52,8 @@ class Promotion:
             return "\n".join([*lines, *self.notes, f"{self.run_dir} is not promoted"])
         what = "registered as" if self.new else "has the weights of"
         aliases = f", alias {', '.join(self.aliases)}" if self.aliases else ""
-        lines += [*self.notes, f"{self.run_dir} {what} {self.name} version {self.version}{aliases}, at {self.uri}"]
+        lines += self.notes
+        lines.append(f"{self.run_dir} {what} {self.name} version {self.version}{aliases}, at {redact(self.uri)}")
         if CHAMPION in self.aliases and self.previous_champion is not None:
             lines.append(f"champion before: version {self.previous_champion} (--rollback gives it back)")
         return "\n".join(lines)
@@ -85,7 +86,7 @@ def promote(
     clauses = check(rule, summary)
     notes = [chosen] if chosen else []
     if not all(clause.holds for clause in clauses):
-        return Promotion(name, redact(uri), run_dir, clauses, notes=notes)
+        return Promotion(name, uri, run_dir, clauses, notes=notes)
     tags = version_tags(source, summary)
     version = registry.version_of(source.weights_digest)
     new = version is None
@@ -101,7 +102,7 @@ def promote(
     if champion or _deserves(rule, registry, version, tags, notes):
         before = registry.make_champion(version)
     aliases = tuple(registry.aliases(version))
-    return Promotion(name, redact(uri), run_dir, clauses, version, new, aliases, before, notes)
+    return Promotion(name, uri, run_dir, clauses, version, new, aliases, before, notes)
 
 
 def rule_of(target: str | Path, changes: Sequence[str] = ()) -> Promote:
@@ -221,7 +222,7 @@ def _register(registry: Registry, source: Source, labels: Labels, tags: Mapping[
 
 
 def _compare(source: Source, labels: Labels, served: Any) -> None:
-    """Raise unless the registered model embeds a picture and some texts as the run's model does."""
+    """Raise Mismatch unless the registered model embeds a picture and some texts as the run's model does."""
     clip = source.clip
     encoder = Encoder(clip.model, clip.tokenizer, torch.device("cpu"))
     texts = [caption(labels.templates[0], name) for name in (*labels.class_names[:4], "something else")]
@@ -235,7 +236,7 @@ def _compare(source: Source, labels: Labels, served: Any) -> None:
     found = torch.tensor([row["embedding"] for row in rows])
     difference = float((found - wanted).abs().max())
     if not difference <= TOLERANCE:
-        raise RuntimeError(f"the registered model differs from the run's by {difference:.2g}, more than {TOLERANCE:g}")
+        raise Mismatch(f"the registered model differs from the run's by {difference:.2g}, more than {TOLERANCE:g}")
 
 
 def _deserves(rule: Promote, registry: Registry, version: str, tags: Mapping[str, str], notes: list[str]) -> bool:

@@ -15,6 +15,10 @@ from pipeline.tracking.identity import read_identity
 from pipeline.tracking.journal import JOURNAL, Record, read
 
 
+class Mismatch(Exception):
+    """What was written does not compute what the run's model computes: a fault of this product, not of its user."""
+
+
 @dataclass(frozen=True)
 class Source:
     """One checkpoint of one run. clip: merged, in fp32. facts: strings, the same in exports and in version tags."""

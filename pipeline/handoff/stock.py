@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import ConfigError
+from pipeline.handoff.source import Mismatch
 from pipeline.model.export import BASE, CAPTIONS, logits_by_open_clip
 
 Read = Callable[[Path, Tensor, Tensor], Tensor]
@@ -70,12 +71,12 @@ def _base(directory: Path, tokens: Tensor) -> Any:
     for caption, wanted in zip(CAPTIONS, tokens.tolist(), strict=True):
         found = tokenizer(caption, truncation=True)["input_ids"]
         if found != wanted[: len(found)]:  # behind the end of the text each pads in its own way
-            raise RuntimeError(f"{directory}: CLIPTokenizer reads {caption!r} as {found}, open_clip as {wanted}")
+            raise Mismatch(f"{directory}: CLIPTokenizer reads {caption!r} as {found}, open_clip as {wanted}")
     loaded: Any = CLIPModel.from_pretrained(str(directory), output_loading_info=True, local_files_only=True)
     model, report = loaded
     wrong = {name: sorted(report.get(name) or ()) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if found := [f"{name} {', '.join(map(str, keys[:5]))}" for name, keys in wrong.items() if keys]:
-        raise RuntimeError(f"{directory}: {'; '.join(found)}")
+        raise Mismatch(f"{directory}: {'; '.join(found)}")
     return model
 
 
