@@ -31,7 +31,10 @@ def test_the_steps_build_an_environment_in_which_selora_trains_and_mlflow_serves
     for name in {name for line in copied for name in line.split()}:
         target = source / name
         target.parent.mkdir(exist_ok=True)
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, target)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target, symlinks=True)  # as COPY does
+        else:
+            shutil.copy(ROOT / name, target)
     clean = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")}
     clean |= {"PATH": f"{Path(uv).parent}:/usr/bin:/bin", "VENV": str(venv), "PYTHON": sys.executable}
     for step in STEPS:
