@@ -1,17 +1,18 @@
 """Hosts made of network namespaces: own addresses, own names, own sshd, and a cable each that can be pulled.
 
-python tests/launch/net_hosts.py DIR 2       # starts them, prints how to get in, ends them at Ctrl-C
+python tests/launch/net_hosts.py DIR 2       # starts them, prints how to get in, ends them at Ctrl-C or SIGTERM
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,10 +155,9 @@ def _ip(*words: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
     with hosts(Path(sys.argv[1]).absolute(), int(sys.argv[2])) as found:
         print(f'export PDSH_SSH_ARGS_APPEND="{found.ssh_options}"', flush=True)
-        try:
-            while True:
-                time.sleep(60)
-        except KeyboardInterrupt:
-            pass
+        with suppress(KeyboardInterrupt):
+            signal.pause()

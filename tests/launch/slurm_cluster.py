@@ -1,6 +1,6 @@
 """A real Slurm on this one machine: munge, a controller, and a daemon for each of two nodes with names of their own.
 
-    python tests/launch/slurm_cluster.py DIR       # starts it, prints the environment, ends it at Ctrl-C
+    python tests/launch/slurm_cluster.py DIR       # starts it, prints the environment, ends it at Ctrl-C or SIGTERM
 
 Everything runs in the foreground of this process's children, which are ended by their ids.
 """
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
@@ -157,10 +158,9 @@ def _free_ports(number: int) -> list[int]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
     with slurm(Path(sys.argv[1]).absolute()) as found:
         print(f"export SLURM_CONF={found['SLURM_CONF']}", flush=True)
-        try:
-            while True:
-                time.sleep(60)
-        except KeyboardInterrupt:
-            pass
+        with suppress(KeyboardInterrupt):
+            signal.pause()
