@@ -41,12 +41,13 @@ def demo(out: Path, seed: int = 0) -> Path:
     config, grid = demo_config(out, seed), load_grid(asset(GRID))
     # Two small trainings side by side want one thread a worker, or they wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    outcome = _stage("sweep", "selora sweep CONFIG GRID", lambda: sweep(config, grid))
+    outcome = _stage("sweep", "selora sweep CONFIG GRID", lambda: sweep(config, grid, retry_failed=True))
     if not outcome.complete:
         raise KeyboardInterrupt
     print(table(read_rows(outcome.directory)) + "\n")
     if outcome.failed:
-        raise ConfigError(f"{outcome.directory}: failed: {', '.join(outcome.failed)}; {outcome.table}")
+        told = (f"{name}: {outcome.trials[name].error}" for name in outcome.failed)
+        raise ConfigError("\n".join([*told, "the same command tries again what failed"]))
     page = _stage("report", f"selora report {outcome.directory}", lambda: report(outcome.directory))
     promoted = _stage(
         "promotion",

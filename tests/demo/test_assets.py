@@ -79,7 +79,7 @@ def test_the_sweep_has_gates_at_two_ranks_and_the_ungated_baselines_beside_them(
     assert len(trials) == 8
     assert {one.config.seed for one in trials} == {1}
     gated = {(one.config.adapter.rank, one.config.gate.lam) for one in trials if not one.baseline}
-    assert gated == {(16, 0.3), (16, 1.0), (64, 0.3), (64, 1.0)}
+    assert gated == {(16, 0.1), (16, 0.3), (64, 0.1), (64, 0.3)}
     assert [one.label for one in trials if one.config.adapter.kind == "full"] == ["full (FLYP)"]
     assert {one.config.adapter.rank for one in trials if one.baseline and not one.config.gate.enabled} == {16, 64}
 
