@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
+from pipeline.method.folded import full_precision
 
-class _GatherWithGrad(torch.autograd.Function):
-    """(2, B, D) on each rank -> (2, W*B, D) in rank order; the backward sums what every rank sends back to ours.
-
-    all_reduce and a slice instead of reduce_scatter, which gloo does not offer for every dtype.
-    """
-
-    @staticmethod
-    def forward(ctx, local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group, ctx.rows = group, local.shape[1]
-        parts = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, local.contiguous(), group=group)
-        return torch.cat(parts, dim=1)
-
-    @staticmethod
-    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        grad = grad_outputs[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.group)
-        start = dist.get_rank(ctx.group) * ctx.rows
-        return grad[:, start : start + ctx.rows], None
+# Logits that a rank holds at once, 256 MiB in fp32; more are computed in chunks of rows, and again in the backward.
+MOST_LOGITS = 2**26
 
 
 def flyp_loss(
@@ -35,6 +21,7 @@ def flyp_loss(
     logit_scale: Tensor,
     *,
     group: dist.ProcessGroup | None = None,
+    chunk_rows: int | None = None,
 ) -> Tensor:
     """Mean of the image-to-text and text-to-image cross entropies over the batch of all ranks; scalar, fp32.
 
@@ -42,19 +29,87 @@ def flyp_loss(
     every rank. logit_scale: the factor itself (the third output of a CLIP forward, exp of the parameter), () or (1,).
     Rows of the same class stay negatives of each other, as in FLYP (arXiv 2212.00638).
 
-    A rank computes only its own rows against all columns. The mean over ranks of the parameter gradients (what DDP and
-    DeepSpeed compute) equals the gradient of one rank that holds the whole batch.
+    A rank computes its own images against the texts of all ranks, once for both directions; what it returns is the part
+    of its own rows. The mean over ranks of the parameter gradients (what DDP and DeepSpeed compute) equals the gradient
+    of one rank that holds the whole batch. chunk_rows: rows of logits held at a time (None: as many as MOST_LOGITS).
     """
-    with torch.autocast(image_features.device.type, enabled=False):
+    with full_precision(image_features.device):
         wide = torch.promote_types(image_features.dtype, torch.float32)
-        local = torch.stack([image_features, text_features]).to(wide)  # (2, B, D)
-        rank, columns = 0, local
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
-            rank = dist.get_rank(group)
-            columns = _GatherWithGrad.apply(local, group)
-        assert isinstance(columns, Tensor)
-        # images against texts and texts against images in one batched product: (2, B, W*B)
-        logits = torch.bmm(local, columns.flip(0).transpose(1, 2)) * logit_scale.to(wide).reshape(())
-        rows = local.shape[1]
-        labels = torch.arange(rank * rows, (rank + 1) * rows, device=logits.device).repeat(2)
-        return F.cross_entropy(logits.flatten(0, 1), labels)
+        scale = logit_scale.to(wide).reshape(())
+        loss = _SymmetricLoss.apply(image_features.to(wide), text_features.to(wide), scale, group, chunk_rows)
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def _world(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """(rank, world size)."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+def _gather(local: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
+    """What every rank holds, in rank order."""
+    _, world = _world(group)
+    if world == 1:
+        return [local]
+    parts = [torch.empty_like(local) for _ in range(world)]
+    dist.all_gather(parts, local.contiguous(), group=group)
+    return parts
+
+
+class _SymmetricLoss(torch.autograd.Function):
+    """S (B, W*B) are the logits of this rank's images, P and Q their softmax by rows and columns of the whole matrix:
+
+    loss = mean over own i of (lse_row_i + lse_column_i) / 2 - S_ii, and dS = (P + Q - 2 I) / 2B. The log-sum-exp of a
+    column comes from those of its parts on all ranks, so that no rank needs the images of another.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, group: dist.ProcessGroup | None, chunk_rows: int | None
+    ) -> Tensor:
+        rank, world = _world(group)
+        texts = text if world == 1 else torch.cat(_gather(text, group))
+        rows, columns = len(image), len(texts)
+        chunk = chunk_rows or max(1, MOST_LOGITS // columns)
+        row_lse, diagonal = image.new_empty(rows), image.new_empty(rows)
+        column_lse = image.new_full((columns,), -torch.inf)
+        logits = image
+        for part, logits in _logits(image, texts, scale, chunk):
+            row_lse[part] = logits.logsumexp(1)
+            column_lse = torch.logaddexp(column_lse, logits.logsumexp(0))
+            diagonal[part] = logits.diagonal(rank * rows + part.start)
+        column_lse = torch.stack(_gather(column_lse, group)).logsumexp(0)
+        # what fits into one chunk is kept for the backward, the rest is computed again there
+        ctx.save_for_backward(image, texts, scale, row_lse, column_lse, logits if chunk >= rows else None)
+        ctx.group, ctx.chunk = group, chunk
+        return (0.5 * (row_lse + column_lse[rank * rows : (rank + 1) * rows]) - diagonal).mean()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        image, texts, scale, row_lse, column_lse, kept = ctx.saved_tensors
+        rank, world = _world(ctx.group)
+        rows = len(image)
+        grad_image, grad_texts = torch.empty_like(image), torch.zeros_like(texts)
+        grad_scale = torch.zeros_like(scale)
+        chunks = [(slice(0, rows), kept)] if kept is not None else _logits(image, texts, scale, ctx.chunk)
+        for part, logits in chunks:
+            grad = (logits - row_lse[part, None]).exp_().add_((logits - column_lse).exp_())
+            grad.diagonal(rank * rows + part.start).sub_(2)
+            grad *= grad_outputs[0] / (2 * rows)
+            unscaled = grad @ texts
+            grad_scale += (unscaled * image[part]).sum()
+            grad_image[part] = unscaled * scale
+            grad_texts.addmm_(grad.T, image[part])
+        grad_texts *= scale
+        if world > 1:
+            # all_reduce and a slice instead of reduce_scatter, which gloo does not offer for every dtype
+            dist.all_reduce(grad_texts, group=ctx.group)
+        return grad_image, grad_texts[rank * rows : (rank + 1) * rows], grad_scale, None, None
+
+
+def _logits(image: Tensor, texts: Tensor, scale: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor]]:
+    for start in range(0, len(image), chunk):
+        part = slice(start, min(start + chunk, len(image)))
+        yield part, (image[part] @ texts.T).mul_(scale)

@@ -28,7 +28,7 @@ def network(
     net = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 5, bias=bias), nn.Tanh(), nn.Linear(5, 4))
     if zero_row:
         with torch.no_grad():
-            net[2].weight[1].zero_()
+            net[2].get_parameter("weight")[1].zero_()
     attach_adapter({"middle": (net, "2")}, rank=rank, kind=kind, alpha=2.0 * rank, gated=score is not None)  # pyright: ignore
     block = blocks(net)["middle"]
     with torch.no_grad():
