@@ -58,6 +58,15 @@ def write_state(run_dir: Path, **changes: Any) -> TrialState:
     return state
 
 
+def steps_done(run_dir: Path) -> int:
+    """Steps in the newest checkpoint; the file is read here because the checkpoint's own module needs torch."""
+    pointer = run_dir / "checkpoints" / "latest"
+    if not pointer.exists():
+        return 0
+    state = json.loads((pointer.parent / pointer.read_text().strip() / "state.json").read_text(encoding="utf-8"))
+    return int(state["step"])
+
+
 def write_sweep(sweep_dir: Path, config: Config, grid: Grid, trials: Sequence[Trial], digest: str) -> None:
     """sweep.json, from which report and promotion know the trials."""
     content = {

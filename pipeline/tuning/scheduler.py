@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
-from pipeline.tuning.files import OVER, read_state, trial_dir, write_state
+from pipeline.tuning.files import OVER, read_state, steps_done, trial_dir, write_state
 from pipeline.tuning.grid import Asha, Resources
 from pipeline.tuning.plan import Capacity, Node
 from pipeline.tuning.trial import (
@@ -29,7 +30,6 @@ from pipeline.tuning.trial import (
     evaluation_stage,
     failure_of,
     final_reason,
-    steps_done,
     train_stage,
 )
 
@@ -151,6 +151,32 @@ def _capacity() -> Capacity:
             for node in alive
         )
     )
+
+
+def watch_nodes(sweep_dir: Path, seconds: float) -> list[Any]:
+    """Sample every other machine of the cluster into the sweep's directory, as long as the result is kept."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = socket.gethostname()
+    others = {node["NodeManagerHostname"]: node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    machine = ray.remote(num_cpus=0)(_Machine)
+    return [
+        machine.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(
+            sweep_dir, name, seconds
+        )
+        for name, node_id in others.items()
+        if name != here
+    ]
+
+
+class _Machine:
+    """Lives on one node and keeps the process that samples it; that one ends with this."""
+
+    def __init__(self, sweep_dir: Path, name: str, seconds: float) -> None:
+        from pipeline.tracking.tracker import watch_machine
+
+        self._sampler = watch_machine(sweep_dir, name, seconds)
 
 
 def run_trials(

@@ -25,6 +25,7 @@ from pipeline.tuning.files import (
     TrialState,
     read_state,
     read_sweep,
+    steps_done,
     trial_dir,
     write_state,
     write_sweep,
@@ -217,7 +218,8 @@ def _run(
     seconds_per_step: float | None,
 ) -> None:
     from pipeline.tuning.progress import Progress
-    from pipeline.tuning.scheduler import Interrupted, Job, cluster, run_trials
+    from pipeline.tuning.record import MACHINE_SECONDS
+    from pipeline.tuning.scheduler import Interrupted, Job, cluster, run_trials, watch_nodes
 
     stop = _Stop(sweep_dir, [trial.name for trial in left])
     with stop, cluster(address, grid.resources) as capacity:
@@ -226,6 +228,7 @@ def _run(
         sys.stderr.write(describe_plan(plan) + "\n")
         watched = tuple(trial.name for trial in left if grid.asha is not None and not trial.baseline)
         job = Job(sweep_dir, Path.cwd(), grid.resources, bool(grid.resources.gpus_per_worker), watched)
+        machines = watch_nodes(sweep_dir, MACHINE_SECONDS)
         with Progress(sweep_dir, trials):
             try:
                 lost = run_trials(
@@ -238,13 +241,13 @@ def _run(
                 )
             except Interrupted:
                 lost = {}
+        del machines
     _settle(sweep_dir, left, lost, stop.requested)
 
 
 def _settle(sweep_dir: Path, left: Sequence[Trial], lost: dict[str, str], interrupted: bool) -> None:
     """Give every trial that nobody could speak for any more the end it had."""
     from pipeline.tuning.progress import last_values
-    from pipeline.tuning.trial import steps_done
 
     for trial in left:
         run_dir = trial_dir(sweep_dir, trial.name)

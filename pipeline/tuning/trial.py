@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config, ConfigError, load_config
-from pipeline.tuning.files import STOP_FILE, TrialState, read_state, trial_dir, write_state
+from pipeline.tuning.files import STOP_FILE, TrialState, read_state, steps_done, trial_dir, write_state
 
 if TYPE_CHECKING:
     from pipeline.training.run import Watch
@@ -142,14 +142,6 @@ def run_trial(sweep_dir: Path, name: str) -> TrialState:
     except Exception as error:  # noqa: BLE001 - whatever ends a trial is told in its state
         state = write_state(run_dir, status="failed", step=steps_done(run_dir), error=final_reason(error) or str(error))
     return state
-
-
-def steps_done(run_dir: Path) -> int:
-    """Steps in the newest checkpoint."""
-    from pipeline.training.checkpoint import latest_checkpoint
-
-    checkpoint = latest_checkpoint(run_dir)
-    return 0 if checkpoint is None else checkpoint.step
 
 
 def failure_of(run_dir: Path) -> str | None:

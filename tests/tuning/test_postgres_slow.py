@@ -21,7 +21,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 AWAY_SECONDS = 60.0
 NAMES = ("gated_lora_r2_lam0.3", "gated_lora_r2_lam1")
-GRID = "grid: {rank: [2], lam: [0.3, 1.0]}\nresources: {workers: 2, cpus_per_worker: 0.5, eval_cpus: 0.5}\n"
+GRID = (
+    "grid: {rank: [2], lam: [0.3, 1.0]}\nresources: {workers: 2, cpus_per_worker: 0.5, eval_cpus: 0.5, concurrent: 1}\n"
+)
 
 
 class Server:

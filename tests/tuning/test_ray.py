@@ -10,11 +10,13 @@ from safetensors.torch import load_file
 
 from pipeline.tuning.sweep import lay_out
 
-GRID = "grid: {rank: [2], lam: [0.3, 1.0]}\nresources: {workers: 2, cpus_per_worker: 0.5, eval_cpus: 0.5}\n"
+GRID = (
+    "grid: {rank: [2], lam: [0.3, 1.0]}\nresources: {workers: 2, cpus_per_worker: 0.5, eval_cpus: 0.5, concurrent: 1}\n"
+)
 NAMES = ("gated_lora_r2_lam0.3", "gated_lora_r2_lam1")
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3000)
 def test_a_killed_worker_costs_the_sweep_nothing_but_time(command, make_config, make_grid, by_hand) -> None:
     common = ("train.steps=60", "train.checkpoint_every=5")
     sweep = command(make_config(*common), GRID).start()
