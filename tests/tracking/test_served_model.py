@@ -1,0 +1,172 @@
+"""The model of the registry, saved, loaded and asked."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.data.images import decode
+from pipeline.model.clip import load_clip, save_open_clip
+from pipeline.tracking import served_model
+from pipeline.tracking.served import CODE, Labels, example_image, load_served, predict, save_served
+
+FORBIDDEN = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".lock", ".toml")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of one layer a tower, with three classes of its own."""
+    stage = tmp_path_factory.mktemp("stage")
+    config = {
+        "model_cfg": {
+            "embed_dim": 16,
+            "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+            "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+        },
+        "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+    }
+    (stage / "start").mkdir()
+    (stage / "start/open_clip_config.json").write_text(json.dumps(config))
+    clip = load_clip(f"local-dir:{stage / 'start'}", seed=3)
+    save_open_clip(clip.model, clip.model_cfg, clip.preprocess_cfg, stage / "clip")
+    head = torch.nn.functional.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(1)), dim=-1)
+    return save_served(stage, stage / "clip", Labels(["cat", "dog", "owl"], ["a {c}."], head), {"selora.step": "5"})
+
+
+@pytest.fixture(scope="module")
+def model(saved: Path) -> Any:
+    return load_served(saved)
+
+
+def coded(image: Image.Image, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, **options)
+    return out.getvalue()
+
+
+def test_it_names_images_given_as_bytes_base64_or_path(model: Any, tmp_path: Path) -> None:
+    data = example_image()
+    (tmp_path / "a.png").write_bytes(data)
+    asked = ({"image": [data]}, {"image": [base64.b64encode(data).decode()]}, {"path": [str(tmp_path / "a.png")]})
+    rows = [predict(model, columns)[0] for columns in asked]
+    assert rows[0] == rows[1] == rows[2]
+    assert sorted(rows[0]["labels"]) == ["cat", "dog", "owl"]
+    assert rows[0]["label"] == rows[0]["labels"][0]
+    assert rows[0]["scores"] == sorted(rows[0]["scores"], reverse=True)
+    assert sum(rows[0]["scores"]) == pytest.approx(1, abs=1e-6)
+    assert len(predict(model, {"image": [data]}, top_k=2)[0]["labels"]) == 2
+
+
+def test_class_names_of_the_request_are_scored_by_their_texts(model: Any) -> None:
+    data = example_image()
+    names, templates = ["red car", "tree"], ["a {c}", "{c} at night"]
+    (row,) = predict(model, {"image": [data]}, class_names=names, templates=templates)
+    (image,) = (torch.tensor(one["embedding"]) for one in predict(model, {"image": [data]}, task="embed_images"))
+    texts = [template.replace("{c}", name) for name in names for template in templates]
+    vectors = torch.tensor([one["embedding"] for one in predict(model, {"text": texts}, task="embed_texts")])
+    assert vectors.norm(dim=-1).allclose(torch.ones(4))
+    heads = torch.nn.functional.normalize(vectors.view(2, 2, -1).mean(1), dim=-1)
+    scale = model.unwrap_python_model().model.logit_scale.exp().item()
+    wanted = dict(zip(names, (scale * heads @ image).softmax(0).tolist(), strict=True))
+    assert dict(zip(row["labels"], row["scores"], strict=True)) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_it_sees_images_upright_and_of_any_depth_as_the_evaluation_does() -> None:
+    image = Image.linear_gradient("L").resize((40, 20)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = [
+        coded(image, format="JPEG", exif=exif),
+        coded(Image.fromarray(torch.arange(0, 65536, 64).view(32, 32).to(torch.uint16).numpy()), format="PNG"),
+        coded(image.convert("RGBA"), format="PNG"),
+        coded(image.convert("P"), format="GIF"),
+    ]
+    for file in files:
+        assert served_model._rgb(0, served_model._decode, file).tobytes() == decode(file, form="reference").tobytes()
+
+
+def test_wrong_requests_say_what_is_wrong(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = example_image()
+    cases = [
+        ({"image": [data, data[:60]]}, {}, "row 1: no readable image"),
+        ({"image": ["no base64!"]}, {}, "row 0: no readable image"),
+        ({"text": ["a cat"]}, {}, "column image or path, got text"),
+        ({"image": [data]}, {"task": "embed_texts"}, "needs a column text"),
+        ({"image": [data]}, {"task": "sing"}, "expected one of classify, embed_images, embed_texts"),
+        ({"image": [data]}, {"templates": ["a cat"]}, "has no {c}"),
+        ({"image": [data]}, {"top_k": 0}, "top_k=0"),
+    ]
+    for columns, params, message in cases:
+        with pytest.raises(ValueError, match=message):
+            predict(model, columns, **params)
+    monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
+    with pytest.raises(ValueError, match="a server reads no files"):
+        predict(model, {"path": ["/etc/hostname"]})
+
+
+def test_the_model_has_no_pickle_no_path_of_this_machine_and_short_requirements(saved: Path) -> None:
+    files = [file for file in saved.rglob("*") if file.is_file()]
+    assert not [file for file in files if file.suffix in FORBIDDEN]
+    assert str(saved.parent) not in (saved / "MLmodel").read_text()
+    assert str(Path.home()) not in (saved / "MLmodel").read_text()
+    names = [line.partition("==")[0] for line in (saved / "requirements.txt").read_text().splitlines()]
+    assert names == ["mlflow", "open_clip_torch", "pandas", "pillow", "safetensors", "torch", "torchvision"]
+    assert "+" not in (saved / "requirements.txt").read_text()
+
+
+def test_its_code_stands_alone() -> None:
+    imported = {
+        (node.module or "").split(".")[0] if isinstance(node, ast.ImportFrom) else alias.name.split(".")[0]
+        for node in ast.walk(ast.parse(CODE.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    assert "pipeline" not in imported
+    assert imported - sys.stdlib_module_names == {
+        "PIL", "mlflow", "numpy", "open_clip", "pandas", "safetensors", "torch",
+    }  # fmt: skip
+
+
+FRESH = """
+import builtins, socket, sys
+real = builtins.__import__
+def guarded(name, *rest, **options):
+    if name.split(".")[0] in ("pipeline", "deepspeed", "ray", "webdataset"):
+        raise ImportError(f"{name} is not there")
+    return real(name, *rest, **options)
+builtins.__import__ = guarded
+def no_network(*_):
+    raise OSError("no network")
+socket.socket.connect = no_network
+import mlflow, pandas
+table = pandas.DataFrame({"image": [open(sys.argv[2], "rb").read()]})
+print(mlflow.pyfunc.load_model(sys.argv[1]).predict(table)["label"][0])
+"""
+
+
+def test_a_fresh_process_loads_it_without_this_package_network_or_pickle(
+    saved: Path, model: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "a.png").write_bytes(example_image())
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH, str(saved), str(tmp_path / "a.png")],
+        cwd=tmp_path,
+        env=os.environ | {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[-1] == predict(model, {"image": [example_image()]})[0]["label"]
