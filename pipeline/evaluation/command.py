@@ -17,9 +17,9 @@ from pipeline.evaluation.benchmark import Benchmark, load_benchmark
 from pipeline.evaluation.dataset import Settings
 from pipeline.evaluation.encode import Precision
 from pipeline.evaluation.ranks import Ranks, launched_ranks
-from pipeline.evaluation.record import track_results
+from pipeline.evaluation.record import track_curve, track_results
 from pipeline.evaluation.run import evaluate, evaluate_run
-from pipeline.evaluation.strength import evaluate_strength, format_curve
+from pipeline.evaluation.strength import STRENGTH_FILE, evaluate_strength, format_curve
 from pipeline.evaluation.summary import format_summary
 from pipeline.model.clip import CONFIG_FILE, Clip, load_clip
 from pipeline.model.restore import find_run, is_run
@@ -117,8 +117,11 @@ def _curve(run: Path, config: Config, table: Benchmark, options: Asked, ranks: R
         datasets=options.datasets,
         say=progress,
     )
-    if ranks.rank == 0:
-        sys.stdout.write(format_curve(curve) + f"\nresults in {folder}\n")
+    if ranks.rank != 0:
+        return
+    sys.stdout.write(format_curve(curve) + f"\nresults in {folder}\n")
+    if options.out is None and options.limit is None and options.datasets is None:
+        track_curve(run, config, folder / STRENGTH_FILE, curve["groups"])
 
 
 def _places(run: Path, options: Asked) -> tuple[Path, Path]:

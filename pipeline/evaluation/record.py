@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.evaluation.results import Result
 from pipeline.evaluation.summary import Summary
-from pipeline.tracking.tracker import open_tracker
+from pipeline.tracking.tracker import RunTracker, open_tracker
 
 
 def track_results(run_dir: Path, config: Config, step: int, results: dict[str, Result], summary: Summary) -> None:
@@ -29,7 +30,22 @@ def track_results(run_dir: Path, config: Config, step: int, results: dict[str, R
             values[f"eval/change/{group}"] = found["change"]
     if summary["forgetting"] is not None and complete == summary["groups"].keys():
         values["eval/forgetting"] = summary["forgetting"]
-    tracker = open_tracker(
+    with _tracker(run_dir, config) as tracker:
+        tracker.metrics(step, values)
+        for file in sorted((run_dir / "eval").glob("*.json")):
+            tracker.artifact(file, "eval")
+
+
+def track_curve(run_dir: Path, config: Config, file: Path, groups: Mapping[str, Mapping[str, float]]) -> None:
+    """Add a strength curve: the file, and `strength/<group>` with the step counting percents of α. Rank 0 only."""
+    with _tracker(run_dir, config) as tracker:
+        for alpha, means in groups.items():
+            tracker.metrics(round(100 * float(alpha)), {f"strength/{group}": mean for group, mean in means.items()})
+        tracker.artifact(file, "eval")
+
+
+def _tracker(run_dir: Path, config: Config) -> RunTracker:
+    return open_tracker(
         run_dir,
         run_name=config.name,
         uri=config.tracking.uri,
@@ -37,6 +53,3 @@ def track_results(run_dir: Path, config: Config, step: int, results: dict[str, R
         enabled=config.tracking.enabled,
         owns_status=False,
     )
-    with tracker:
-        tracker.metrics(step, values)
-        tracker.artifact(run_dir / "eval")

@@ -110,10 +110,13 @@ def test_the_command_prints_the_curve(
     tmp_path: Path, make_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(tmp_path / "run")
-    evaluate_command(run, strength=(0.0, 0.5), datasets=["few"])
+    evaluate_command(run, strength=(0.0, 0.5))
     printed = capsys.readouterr().out
     assert "0.5" in printed
     assert "zero-shot" in printed
+    journal = (run / "journal.jsonl").read_text()
+    assert '"strength/zero-shot"' in journal
+    assert '"eval/strength.json"' in journal
     with pytest.raises(ConfigError, match="from 0"):
         evaluate_command(run, strength=(1.5,))
     with pytest.raises(ConfigError, match="is no run"):
