@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.config import Config
+
 # Weights are kept in fp32 and cast for the matrix products, so this holds for model.precision=bf16, too.
 WEIGHT_BYTES = 4
 MOMENT_BYTES = 8  # both of AdamW

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
-from pipeline.tuning.files import OVER, read_state, steps_done, trial_dir, write_state
+from pipeline.tuning.files import OVER, TrialState, read_state, steps_done, trial_dir, write_state
 from pipeline.tuning.grid import Asha, Resources
 from pipeline.tuning.plan import Capacity, Node
 from pipeline.tuning.trial import (
@@ -38,6 +38,7 @@ _OBJECT_STORE_BYTES = 100 * 2**20  # nothing but configs passes through it
 # A trial's own process waits for its workers and must take no core from them, but Tune wants it to take something.
 _TRIAL_SHARE = {"memory": float(2**20)}
 _PASSED_ON = ("MLFLOW_TRACKING_URI", "HF_HUB_OFFLINE", "HF_HOME", "MLFLOW_DISABLE_TELEMETRY", "DS_ACCELERATOR")
+_TEARDOWN_SECONDS = 5.0
 _CHANCES = 4  # of a local cluster to start
 _PASSED_PREFIXES = ("NCCL_", "GLOO_")
 # Of the driver and of the trials' processes: no usage report over the network, no doubled prints, our own paths.
@@ -49,6 +50,7 @@ _QUIET = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "RAY_worker_register_timeout_seconds": "300",
     "RAY_agent_register_timeout_ms": "300000",
+    "RAY_worker_niceness": "0",  # as `selora train` runs; Ray's own 15 starves a trial beside anything else
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -215,6 +217,7 @@ def run_trials(
             name=f"tune-{int(time.time())}",
             storage_path=str(job.sweep_dir / "ray"),
             verbose=0,
+            failure_config=tune.FailureConfig(max_failures=job.resources.retries),  # of the trial's own process
             callbacks=[_ticking(tick)],
         ),
     )
@@ -250,8 +253,18 @@ def _trial(config: Mapping[str, Any], job: Job) -> dict[str, Any]:
             _evaluate(name, job)
             state = write_state(run_dir, status="finished")
     except Exception as error:  # noqa: BLE001 - whatever ends a trial is told in its state, and the others go on
-        state = write_state(run_dir, status="failed", step=steps_done(run_dir), error=_reason(run_dir, error))
+        state = _note_failure(run_dir, job, error)
     return {"status": state.status}
+
+
+def _note_failure(run_dir: Path, job: Job, error: BaseException) -> TrialState:
+    """A failure is one only if it is not the end of the whole cluster, which takes this process with it."""
+    if failure_of(run_dir) is None:
+        time.sleep(_TEARDOWN_SECONDS)
+    step = steps_done(run_dir)
+    if StopWatch(job.sweep_dir).stop_requested():
+        return write_state(run_dir, status="waiting", step=step)
+    return write_state(run_dir, status="failed", step=step, error=_reason(run_dir, error))
 
 
 def _fit(name: str, job: Job) -> None:
