@@ -134,7 +134,7 @@ class Train(Section):
 
 
 class Data(Section):
-    train: str = Field(min_length=1, description="directory of training shards (made by selora pack)")
+    train: str = Field(min_length=1, description="directory or URL of training shards (made by selora pack)")
     streams: int = Field(default=64, ge=1, description="equal parts of an epoch; ranks must divide it")
     shuffle_window: int = Field(default=2048, ge=1, description="samples among which a stream is shuffled")
     workers: int = Field(default=2, ge=0, description="decoding processes per rank; 0: in the training process")

@@ -141,7 +141,7 @@ def _add_verify(commands: Any) -> None:
         "selora verify shards/train",
         text_only=True,
     )
-    parser.add_argument("shards", type=Path, help="directory with index.json")
+    parser.add_argument("shards", help="directory with index.json")
     parser.add_argument("--no-decode", action="store_true", help="checksums only, without decoding the images")
 
 

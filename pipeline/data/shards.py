@@ -21,6 +21,7 @@ from pipeline.data.formats import Format, Sample, Source, read_source
 from pipeline.data.images import MAX_PIXELS, STORED_EXTENSIONS, BadImageError, decode, stored_extension
 from pipeline.data.order import seeded_permutation, stable_hash
 from pipeline.data.readable import usable_samples
+from pipeline.data.remote import is_remote
 from pipeline.data.tar import TarError, TarIndex
 
 FORMAT_NAME, FORMAT_VERSION = "selora-shards", 1
@@ -278,6 +279,10 @@ def verify(
 
     Every fault is reported, none stops the check. Raises ConfigError when the index itself cannot be read.
     """
+    if is_remote(directory):
+        raise ConfigError(
+            f"{directory}: verify reads a directory; a shard behind a URL is checked by its sha256 when it is fetched"
+        )
     index = _read_index(LocalFolder(Path(directory)))
     known = {shard.name for shard in index.shards}
     faults = [

@@ -24,7 +24,7 @@ from pipeline.data import remote
 from pipeline.data.cache import Cache
 from pipeline.data.formats import read_source
 from pipeline.data.remote import local_copy, remote_place
-from pipeline.data.shards import ShardIndex, load_index, open_shard
+from pipeline.data.shards import ShardIndex, load_index, open_shard, verify
 from pipeline.data.stream import TrainDataset, train_loader
 from pipeline.data.wds_layout import EvalSet, eval_loader, open_eval_set, write_wds_eval
 
@@ -332,6 +332,8 @@ def test_a_copy_that_was_pushed_out_is_fetched_again_when_it_is_read(
     tar.close()
     shutil.rmtree(cache.directory)
     assert tar.read(0, "jpg") == open_shard(shards, 0).read(0, "jpg")
+    with pytest.raises(ConfigError, match=rf"{server.url}/train: verify reads a directory"):
+        verify(f"{server.url}/train")
     (server.root / "train/shard-00001.tar").write_bytes(b"x" * shards.shards[1].bytes)
     with pytest.raises(ConfigError, match=r"train/shard-00001.tar: its content is not what its index says"):
         open_shard(load_index(f"{server.url}/train", cache), 1)
