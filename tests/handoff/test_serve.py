@@ -1,0 +1,102 @@
+"""The registered model behind MLflow's own server, asked over HTTP."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import Promote
+from pipeline.handoff.predict import predict_files
+from pipeline.handoff.promote import promote
+
+START_SECONDS = 540
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def serving(model_uri: str, store: str, log: Path) -> Iterator[str]:
+    """`mlflow models serve` in this environment, in a session of its own; yields its address."""
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", model_uri, "--env-manager", "local"]
+    settings = {"MLFLOW_TRACKING_URI": store, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # mlflow starts uvicorn by name
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port), "--timeout", "600"],
+            env=os.environ | settings | {"PATH": path},
+            cwd=log.parent,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        wait_until_healthy(address, server, log)
+        yield address
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
+
+
+def wait_until_healthy(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    until = time.monotonic() + START_SECONDS
+    while time.monotonic() < until:
+        assert server.poll() is None, log.read_text()[-2000:]
+        try:
+            with urllib.request.urlopen(f"{address}/ping", timeout=5):
+                return
+        except (OSError, urllib.error.URLError):
+            time.sleep(0.5)
+    raise AssertionError(f"no answer in {START_SECONDS} s: {log.read_text()[-2000:]}")
+
+
+def ask(address: str, **request: Any) -> Any:
+    body = json.dumps(request).encode()
+    headers = {"Content-Type": "application/json"}
+    with urllib.request.urlopen(urllib.request.Request(f"{address}/invocations", body, headers), timeout=240) as answer:
+        return json.load(answer)["predictions"]
+
+
+@pytest.mark.slow
+def test_the_champion_answers_a_png_over_http_with_the_label_it_gives_here(
+    make_run: Callable[..., Path], evaluated: Callable[[Path], Path], store: str, photo: bytes, tmp_path: Path
+) -> None:
+    run = evaluated(make_run("lora", True, directory=tmp_path / "run", seed=1))
+    promote(run, "served", Promote(), champion=True, uri=store)
+    (tmp_path / "photo.png").write_bytes(photo)
+    (here,) = predict_files("models:/served@champion", [tmp_path / "photo.png"], uri=store, top_k=5)
+    picture = base64.b64encode(photo).decode()
+    with serving("models:/served@champion", store, tmp_path / "serve.log") as address:
+        (there,) = ask(address, dataframe_records=[{"image": picture}])
+        assert there["label"] == here["label"]
+        assert there["labels"] == here["labels"]
+        assert there["scores"] == pytest.approx(here["scores"], abs=1e-5)
+        (other,) = ask(
+            address, dataframe_records=[{"image": picture}], params={"class_names": ["a shoe", "a tree"], "top_k": 1}
+        )
+        assert other["label"] in ("a shoe", "a tree")
+        (text,) = ask(address, dataframe_records=[{"text": "a photo of a shoe."}], params={"task": "embed_texts"})
+        assert sum(value**2 for value in text["embedding"]) == pytest.approx(1, abs=1e-4)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            ask(address, dataframe_records=[{"path": str(tmp_path / "photo.png")}])
+        assert refused.value.code >= 400
+        assert b"a server reads no files" in refused.value.read()
