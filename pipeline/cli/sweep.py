@@ -36,6 +36,7 @@ def run_sweep(arguments: argparse.Namespace) -> int:
 
     config, grid = load_config(arguments.config, arguments.overrides), load_grid(arguments.grid)
     from pipeline.tuning.plan import describe_plan
+    from pipeline.tuning.scale import planned
     from pipeline.tuning.sweep import plan_sweep, sweep
 
     if arguments.plan:
@@ -44,6 +45,8 @@ def run_sweep(arguments: argparse.Namespace) -> int:
                 plan_sweep(config, grid, address=arguments.address, seconds_per_step=arguments.seconds_per_step)
             )
         )
+        if on_paper := planned(config, grid.resources.workers):
+            print(on_paper)
         return OK
     outcome = sweep(
         config,

@@ -192,6 +192,22 @@ def store_gbit(images_per_second: float, bytes_each: float) -> float:
     return images_per_second * bytes_each * 8 / _GB
 
 
+def planned(config: Config, ranks: int) -> str:
+    """What `describe` says of a config; empty for a model whose shape is not in SHAPES, and for full fine-tuning."""
+    shape = SHAPES.get(config.model.name.removesuffix("-quickgelu"))
+    if shape is None or config.adapter.kind not in ("lora", "dora"):
+        return ""
+    return describe(
+        shape,
+        stage=config.train.zero_stage,
+        ranks=ranks,
+        global_batch=config.train.global_batch_size,
+        rank=config.adapter.rank,
+        rest=config.train.train_rest == "all",
+        dora=config.adapter.kind == "dora",
+    )
+
+
 def describe(shape: ClipShape, *, stage: int, ranks: int, global_batch: int, rank: int, rest: bool, dora: bool) -> str:
     """Three lines about a planned training, for `selora sweep --plan`."""
     trained, micro = shape.trained(rank, rest=rest, dora=dora), max(1, global_batch // ranks)

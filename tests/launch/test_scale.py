@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config import load_config, override
 from pipeline.tuning import scale
 from pipeline.tuning.scale import SHAPES, Machine
 from pipeline.tuning.scale_page import page
@@ -64,6 +65,15 @@ def test_efficiency_falls_with_nodes_and_rises_with_the_link() -> None:
         assert found == sorted(found, reverse=True)
         assert 0 < found[-1] < found[0] <= 1
     assert at(16, 400.0) > at(16, 25.0)
+
+
+def test_a_plan_says_them_for_the_users_config() -> None:
+    config = load_config(Path(__file__).parents[2] / "configs" / "imagenet_vit_b16.yaml")
+    text = scale.planned(config, ranks=8)
+    assert "434.9 MB for ZeRO-1" in text
+    assert "with 64 images" in text
+    assert "of 149.6 M parameters" in text
+    assert scale.planned(override(config, {"model.name": "local-dir:elsewhere"}), ranks=8) == ""
 
 
 def test_the_page_is_what_the_module_says() -> None:
