@@ -236,8 +236,8 @@ def _reader(run: Run) -> Callable[[str, str | None], float | None]:
 def _notes(columns: _Columns, paper: Published | None) -> list[str]:
     notes = ["mean: of the sets of this table; both: mean of in-distribution and of that mean, as in the paper."]
     if columns.group == "retrieval":
-        notes[0] = (
-            "mean: of all recalls of this table; both: mean of in-distribution and of that mean, as in the paper."
+        notes[0] = "IR@k: image to text, TR@k: text to image, as the paper names them. " + notes[0].replace(
+            "sets", "recalls"
         )
     if columns.outside:
         notes.append("† not part of the mean.")
