@@ -105,8 +105,10 @@ def _write_end(run_dir: Path, state: TrialState) -> None:
     try:
         if state.status == "waiting" and journal.status != "RUNNING":
             return
-        tags = {STATUS_TAG: state.status, REASON_TAG: state.error or ""}
-        journal.write("tags", values={name: value for name, value in tags.items() if value})
+        tags = {STATUS_TAG: state.status}
+        if state.error or state.attempts > 1:  # also to take back the reason of an earlier attempt
+            tags[REASON_TAG] = state.error or "none"
+        journal.write("tags", values=tags)
         if journal.status != _ENDS[state.status]:
             journal.write("status", status=_ENDS[state.status])
     finally:
