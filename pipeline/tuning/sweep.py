@@ -122,7 +122,7 @@ def _prepare(config: Config, grid: Grid) -> tuple[list[Trial], dict[str, int]]:
     from pipeline.training.settings import total_steps
 
     trials = expand(config, grid)
-    samples = {path: load_index(Path(path)).samples for path in {one.config.data.train for one in trials}}
+    samples = {path: load_index(path).samples for path in {one.config.data.train for one in trials}}
     for benchmark in {one.config.eval.benchmark for one in trials} - {None}:
         load_benchmark(str(benchmark)).check_paths()
     uri = config.tracking.uri
