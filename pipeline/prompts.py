@@ -12,8 +12,8 @@ from pipeline.config import ConfigError
 
 PLACEHOLDER = "{c}"
 
-# "openai" are the 80 ImageNet sentences of CLIP's authors, which FLYP trains on; "openai7" their best seven. "cifar" and "dtd"
-# are theirs for those sets.
+# "openai" are the 80 ImageNet sentences of CLIP's authors, which FLYP trains on; "openai7" their best seven. "cifar"
+# and "dtd" are theirs for those sets.
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "name": ("{c}",),
     "simple": ("a photo of a {c}.",),
