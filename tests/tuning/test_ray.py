@@ -16,6 +16,7 @@ GRID = (
 NAMES = ("gated_lora_r2_lam0.3", "gated_lora_r2_lam1")
 
 
+@pytest.mark.slow  # two minutes of CPU, of which Ray's own start takes most
 @pytest.mark.timeout(3000)
 def test_a_killed_worker_costs_the_sweep_nothing_but_time(command, make_config, make_grid, by_hand) -> None:
     common = ("train.steps=60", "train.checkpoint_every=5")
