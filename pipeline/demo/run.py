@@ -32,7 +32,7 @@ def demo(out: Path, seed: int = 0) -> Path:
     Raises ConfigError when a trial failed; the others' results stay, and the same call goes on.
     """
     from pipeline.handoff.promote import promote
-    from pipeline.report.run import report
+    from pipeline.report.run import report_sweep
     from pipeline.tuning.grid import load_grid
     from pipeline.tuning.sweep import sweep
 
@@ -48,7 +48,7 @@ def demo(out: Path, seed: int = 0) -> Path:
     if outcome.failed:
         told = (f"{name}: {outcome.trials[name].error}" for name in outcome.failed)
         raise ConfigError("\n".join([*told, "the same command tries again what failed"]))
-    page = _stage("report", f"selora report {outcome.directory}", lambda: report(outcome.directory))
+    page = _stage("report", f"selora report {outcome.directory}", lambda: report_sweep(outcome.directory, config))
     promoted = _stage(
         "promotion",
         f"selora promote {outcome.directory} --name {NAME} --champion",

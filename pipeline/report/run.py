@@ -10,13 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from pipeline.config import ConfigError
+from pipeline.config import Config, ConfigError
 from pipeline.report import block_map, by_run, by_setting, directories, stored
 from pipeline.report.costs import run_costs
 from pipeline.report.page import Drawing, render
 from pipeline.report.records import Collection
 from pipeline.report.style import NoData, styled
 from pipeline.report.tables import Table, tables
+from pipeline.tracking.tracker import open_tracker
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,6 +82,22 @@ def report(target: Path | str, out: Path | None = None, uri: str | None = None) 
         collection, folder = directories.collect(Path(target)), Path(target) / "report"
     folder = folder if out is None else out
     return write(collection, folder)
+
+
+def report_sweep(sweep_dir: Path, config: Config) -> Path:
+    """The report of a sweep that has ended, which its run in MLflow gets, too; `config` is that of the sweep."""
+    page = report(sweep_dir)
+    with open_tracker(
+        sweep_dir,
+        run_name=config.name,
+        uri=config.tracking.uri,
+        experiment=config.tracking.experiment,
+        enabled=config.tracking.enabled,
+        owns_status=False,
+    ) as tracker:
+        for made in (page, page.parent / "figures", page.parent / "tables"):
+            tracker.artifact(made, "report")
+    return page
 
 
 def write(collection: Collection, out: Path) -> Path:

@@ -50,6 +50,10 @@ class SweepOutcome:
         return all(state.status in OVER for state in self.trials.values())
 
     @property
+    def finished(self) -> list[str]:
+        return [name for name, state in self.trials.items() if state.status == "finished"]
+
+    @property
     def failed(self) -> list[str]:
         return [name for name, state in self.trials.items() if state.status == "failed"]
 
