@@ -1,22 +1,22 @@
 """The config: one frozen tree, filled from YAML files, `key=value` and Ray Tune points by the same path.
 
-Every option stands here once, with its type, range, default and unit. Nothing writes into a config after load; values
-that follow from others (number of steps, scale of a block) are computed where they are used.
+The options stand in config_sections.py. Nothing writes into a config after load; values that follow from others
+(number of steps, scale of a block) are computed where they are used.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.config_faults import at, did_you_mean, faults_of
 from pipeline.config_file import ConfigError, Raw, dump_yaml, read_chain, read_overrides
+from pipeline.config_sections import Adapter, Data, Eval, Gate, Model, Promote, Section, Tracking, Train
 
 __all__ = [
     "Adapter",
@@ -27,6 +27,7 @@ __all__ = [
     "Gate",
     "Model",
     "Promote",
+    "Section",
     "Tracking",
     "Train",
     "describe",
@@ -39,173 +40,6 @@ __all__ = [
 ]
 
 DEFAULT = "default"
-
-Tower = Literal["image", "text"]
-Projection = Literal["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-_FromList = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
-Towers = Annotated[tuple[Tower, ...], _FromList]
-Projections = Annotated[tuple[Projection, ...], _FromList]
-Texts = Annotated[tuple[str, ...], _FromList]
-Pair = Annotated[tuple[float, float], _FromList]
-_FLOOR = re.compile(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)\s*>=\s*(\d+(?:\.\d*)?|\.\d+)\s*")
-
-
-class Section(BaseModel):
-    """Strict: a bool is no number, "4" is no count, inf and nan are no value, an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Model(Section):
-    name: str = Field(
-        default="ViT-B-16-quickgelu", min_length=1, description="open_clip name, local-dir:PATH or hf-hub:ORG/NAME"
-    )
-    pretrained: str | None = Field(
-        default=None, description="open_clip tag (openai) or weights file; null: as the name says, or random"
-    )
-    precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="precision of the frozen weights and activations"
-    )
-
-
-class Adapter(Section):
-    kind: Literal["full", "none", "lora", "dora"] = Field(
-        default="lora", description="full: every weight trains (FLYP); none: no block, only train_rest"
-    )
-    rank: int = Field(default=16, ge=1, description="rank of each block")
-    alpha: float | None = Field(default=None, gt=0, description="a block is scaled by alpha / rank; null: scale 1")
-    towers: Towers = Field(default=("image", "text"), min_length=1, description="towers that carry blocks")
-    projections: Projections = Field(
-        default=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-        min_length=1,
-        description="linears that carry blocks",
-    )
-    targets: Texts | None = Field(
-        default=None,
-        min_length=1,
-        description="globs over target names (image.3.q_proj), instead of towers and projections",
-    )
-    random_k: int | None = Field(
-        default=None, ge=1, description="baseline: this many blocks drawn by seed, always on, no gate"
-    )
-
-
-class Gate(Section):
-    enabled: bool = Field(
-        default=True, description="each block carries a learned gate (never for random_k, full, none)"
-    )
-    threshold: float = Field(default=0.1, ge=0, description="tau: a gate is open where its score >= tau")
-    init: float = Field(default=0.15, ge=0, description="score of every gate before training")
-    penalty: Literal["l1", "l2", "hinge"] = Field(
-        default="l1", description="form of the sparsity penalty on the scores"
-    )
-    reduction: Literal["mean", "sum"] = Field(
-        default="mean", description="over the scores; sum is the paper's eq. 4 to the letter"
-    )
-    lam: float = Field(default=1.0, ge=0, description="lambda, weight of the penalty")
-    delay_steps: int = Field(default=0, ge=0, description="optimizer steps before the penalty sets in")
-    lr: float | None = Field(default=None, gt=0, description="learning rate of the scores; null: train.lr")
-
-
-class Train(Section):
-    train_rest: Literal["all", "proj_ln", "none"] = Field(
-        default="all", description="what trains outside the transformer layers; proj_ln: projections and outer norms"
-    )
-    lr: float = Field(default=1e-5, gt=0, description="peak learning rate")
-    rest_lr: float | None = Field(default=None, gt=0, description="peak learning rate of train_rest; null: lr")
-    weight_decay: float = Field(default=0.1, ge=0, description="AdamW; never on scores, magnitudes, logit scale")
-    betas: Pair = Field(default=(0.9, 0.999), description="AdamW betas")
-    eps: float = Field(default=1e-8, gt=0, description="AdamW eps")
-    warmup_steps: int = Field(default=500, ge=0, description="optimizer steps of linear warmup, then cosine to 0")
-    epochs: float = Field(default=10.0, gt=0, description="passes over the images")
-    steps: int | None = Field(default=None, ge=1, description="optimizer steps, instead of epochs")
-    global_batch_size: int = Field(default=512, ge=2, description="images of one optimizer step over all ranks")
-    grad_clip: float | None = Field(default=None, gt=0, description="largest norm of the gradient; null: no clipping")
-    zero_stage: int = Field(default=1, ge=0, le=3, description="DeepSpeed ZeRO stage")
-    log_every: int = Field(default=10, ge=1, description="steps between records of losses and speed")
-    gates_every: int = Field(default=50, ge=1, description="steps between records of every gate")
-    checkpoint_every: int = Field(
-        default=500, ge=1, description="steps between checkpoints; the last step always has one"
-    )
-    keep_last: int = Field(default=2, ge=1, description="checkpoints kept on disk")
-    timeout_s: float = Field(
-        default=1800.0, gt=0, description="seconds that ranks wait for each other, at the start and in any collective"
-    )
-
-
-class Data(Section):
-    train: str = Field(min_length=1, description="directory or URL of training shards (made by selora pack)")
-    streams: int = Field(default=64, ge=1, description="equal parts of an epoch; ranks must divide it")
-    shuffle_window: int = Field(default=2048, ge=1, description="samples among which a stream is shuffled")
-    workers: int = Field(default=2, ge=0, description="decoding processes per rank; 0: in the training process")
-    templates: str | Texts = Field(
-        default="openai", min_length=1, description="name of a caption template set, or a list with {c}"
-    )
-    crop_scale: Pair = Field(
-        default=(0.9, 1.0), description="share of the image area kept by the random crop, low and high"
-    )
-    preprocessing: Literal["fast", "reference"] = Field(
-        default="fast", description="reference: PIL, for published numbers"
-    )
-    max_bad_share: float = Field(default=0.001, ge=0, le=1, description="share of unreadable images that stops the run")
-    max_pixels: int = Field(default=2**28, ge=1, description="an image with more pixels counts as unreadable")
-
-
-class Eval(Section):
-    benchmark: str | None = Field(
-        default=None, description="evaluation datasets: paper, quick, wds, or a YAML file; null: no evaluation"
-    )
-    root: str | None = Field(
-        default=None, min_length=1, description="where the benchmark's datasets lie; null: as its file says"
-    )
-    batch_size: int = Field(default=64, ge=1, description="images per rank and forward")
-    workers: int = Field(default=2, ge=0, description="decoding processes per rank")
-    preprocessing: Literal["fast", "reference"] = Field(
-        default="reference", description="of a sweep's evaluations; reference: PIL, for published numbers"
-    )
-
-
-class Tracking(Section):
-    uri: str | None = Field(
-        default=None, min_length=1, description="MLflow tracking server; null: sqlite:///OUT/mlflow.db"
-    )
-    experiment: str = Field(default="selora", min_length=1, description="MLflow experiment")
-    enabled: bool = Field(default=True, description="send the journal to MLflow; the journal itself is always written")
-    machine_every_s: float | None = Field(
-        default=None, gt=0, description="seconds between samples of every node's CPU, memory and GPUs; null: none"
-    )
-
-
-class Promote(Section):
-    """What a run must reach before it enters the registry; accuracies and their changes are shares, 0.02 = 2 points."""
-
-    min_id: float | None = Field(default=None, ge=0, le=1, description="smallest mean accuracy of the id group")
-    min_gain: float | None = Field(
-        default=None, ge=-1, le=1, description="smallest rise of the id mean over the untouched model"
-    )
-    max_forgetting: float | None = Field(
-        default=None, ge=-1, le=1, description="largest mean drop over the groups other than id"
-    )
-    max_drop: float | None = Field(
-        default=None, ge=-1, le=1, description="largest drop of any one dataset against the untouched model"
-    )
-    min_dataset: Texts | None = Field(
-        default=None, min_length=1, description="smallest result of single datasets, as in ['pets >= 0.85']"
-    )
-    champion: Literal["by_hand", "if_better", "always"] = Field(
-        default="by_hand",
-        description="when a version becomes champion; if_better: no worse than it in id and forgetting, better in one",
-    )
-
-    def floors(self) -> dict[str, float]:
-        """{dataset: smallest result} of min_dataset; ValueError for an entry that is no `KEY >= SHARE`."""
-        floors = {}
-        for entry in self.min_dataset or ():
-            found = _FLOOR.fullmatch(entry)
-            if found is None or float(found[2]) > 1:
-                raise ValueError(f"promote.min_dataset: {entry!r} should be KEY >= SHARE, as in pets >= 0.85")
-            floors[found[1]] = float(found[2])
-        return floors
 
 
 class Config(Section):
