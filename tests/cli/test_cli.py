@@ -110,7 +110,12 @@ def test_interrupt_ends_in_130_without_a_traceback(repository, tmp_path):
     fifo = tmp_path / "never.yaml"
     os.mkfifo(fifo)  # reading it waits for a writer, so the command is surely busy when the signal comes
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline", "train", str(fifo)], cwd=repository, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "pipeline", "train", str(fifo)],
+        cwd=repository,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that starts the tests in the background has them ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     writer = os.open(fifo, os.O_WRONLY)  # returns when the command has opened the other end
     process.send_signal(signal.SIGINT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from PIL import Image
 
 from pipeline.data.formats import Sample
 from pipeline.data.shards import Shard, ShardIndex, pack, sha256_of, write_index, write_tar
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the trees that more than one test file could want
 
 
 @pytest.fixture(scope="session")
