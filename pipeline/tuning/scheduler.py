@@ -92,6 +92,8 @@ def cluster(address: str | None, resources: Resources) -> Iterator[Capacity]:
     if address is None:
         # What Ray does on a laptop with macOS or Windows: a cluster of one machine talks over its loopback alone.
         settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        # Nobody reclaims this machine; the watcher is a process of every start of workers.
+        settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     with _environment(settings):
         import ray
 
@@ -121,7 +123,7 @@ def _connect(address: str | None, resources: Resources) -> None:
 def _init_settings(address: str | None, resources: Resources) -> dict[str, Any]:
     environment = {key: value for key, value in os.environ.items() if key in _PASSED_ON}
     environment |= {key: value for key, value in os.environ.items() if key.startswith(_PASSED_PREFIXES)}
-    environment |= {key: value for key, value in _QUIET.items() if key.startswith("RAY_TRAIN")}
+    environment |= {key: value for key, value in os.environ.items() if key.startswith("RAY_TRAIN_")}
     environment |= {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, int(resources.cpus_per_worker)))),
         "PYTHONPATH": os.pathsep.join(filter(None, [_PACKAGE_ROOT, os.environ.get("PYTHONPATH")])),
