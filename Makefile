@@ -6,11 +6,12 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
 # The environment is set up again only when what it is made from changes, or when the checkout moved.
 STAMP := .venv/.made-$(shell { pwd; cat pyproject.toml uv.lock; } | cksum | tr -d ' ')
 
-.PHONY: help demo test test-slow lint format env clean
+.PHONY: help demo test test-slow bench lint format env clean
 
 help:
 	@echo "make demo   the whole story on the embedded data, from environment to table and figure"
 	@echo "make test   lint, types, import rows and all tests; no network once the environment stands"
+	@echo "make bench  how fast it is beside its peers, into build/benchmarks;  make test-slow  the tests of minutes"
 	@echo "make lint   the checks alone;  make format  puts the code into shape"
 	@echo "make env    the environment alone;  make clean  removes it and all caches"
 
@@ -22,6 +23,9 @@ test: lint
 
 test-slow: env
 	$(BIN)/pytest -m slow
+
+bench: env
+	$(BIN)/python tests/benchmarks/bench.py --out build/benchmarks
 
 lint: env
 	$(BIN)/ruff check .
