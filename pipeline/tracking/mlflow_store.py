@@ -134,7 +134,7 @@ class MlflowStore:
 
     def set_status(self, run_id: str, status: str, end_ms: int) -> None:
         with self.calling() as client:
-            if status == "RUNNING":
+            if status in ("SCHEDULED", "RUNNING"):
                 client.update_run(run_id, status=status)
             else:
                 client.set_terminated(run_id, status, end_ms)

@@ -74,7 +74,11 @@ class Record:
             if read_identity(run_dir) is not None:
                 continue
             settle_identity(run_dir, trial.name, above.experiment, above.uri, above.run)
-            _write(run_dir, tags={TRIAL_TAG: trial.id, "selora.label": trial.label, "selora.sweep": self._config.name})
+            tags = {TRIAL_TAG: trial.id, "selora.label": trial.label, "selora.sweep": self._config.name}
+            journal = Journal(run_dir)
+            journal.write("tags", values=tags)
+            journal.write("status", status="SCHEDULED")
+            journal.close()
 
     def _deliver(self, run_dirs: Sequence[Path]) -> None:
         """What the trials' own processes could not bring to the store, as long as the store answers."""
@@ -113,12 +117,6 @@ def _write_end(run_dir: Path, state: TrialState) -> None:
             journal.write("status", status=_ENDS[state.status])
     finally:
         journal.close()
-
-
-def _write(run_dir: Path, tags: Mapping[str, str]) -> None:
-    journal = Journal(run_dir)
-    journal.write("tags", values=dict(tags))
-    journal.close()
 
 
 def _delivered(run_dir: Path, uri: str) -> bool:
