@@ -94,8 +94,8 @@ def _read_index(folder: Folder) -> ShardIndex:
     file = f"{folder.location}/{INDEX_NAME}"
     text = folder.read_text(INDEX_NAME)
     if text is None:
-        hint = "no index.json in it; `selora pack SOURCE OUT` writes one" if folder.exists() else "no such folder"
-        raise ConfigError(f"{folder.location}: {hint}")
+        hint = "no index.json in it" if folder.exists() else "no such folder"
+        raise ConfigError(f"{folder.location}: {hint}; `selora pack SOURCE OUT` writes a folder of shards")
     try:
         content = json.loads(text)
         if (content["format"], content["version"]) != (FORMAT_NAME, FORMAT_VERSION):

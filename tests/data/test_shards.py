@@ -195,7 +195,7 @@ def test_keys_that_would_run_into_each_other_are_refused(class_folders: Path, tm
         ),
         (lambda folder: (folder / "shard-00001.tar").unlink(), "shard-00001.tar: missing, with 12 samples"),
         (lambda folder: (folder / "shard-00001.tar").open("ab").write(b"x"), "shard-00001.tar: longer than its index"),
-        (lambda folder: (folder / "index.json").unlink(), "no index.json in it; `selora pack SOURCE OUT` writes one"),
+        (lambda folder: (folder / "index.json").unlink(), "no index.json in it; `selora pack SOURCE OUT` writes"),
         (lambda folder: (folder / "index.json").write_text("{"), "index.json: damaged"),
         (lambda folder: (folder / "index.json").write_text("[]"), "index.json: damaged"),
         (
