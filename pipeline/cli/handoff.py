@@ -91,7 +91,8 @@ def _add_promote(commands: Any) -> None:
 
 
 def run_promote(arguments: argparse.Namespace) -> int:
-    from pipeline.handoff.promote import promote, rollback, rule_of
+    from pipeline.handoff.choice import rule_of
+    from pipeline.handoff.promote import promote, rollback
 
     if arguments.rollback:
         if arguments.target is not None or arguments.champion:
@@ -104,7 +105,7 @@ def run_promote(arguments: argparse.Namespace) -> int:
     done = promote(
         arguments.target,
         arguments.name,
-        rule_of(arguments.target, arguments.rule or []),
+        rule_of(Path(arguments.target), arguments.rule or []),
         champion=arguments.champion,
         uri=arguments.uri,
         class_names=None if arguments.classnames is None else _lines(arguments.classnames),

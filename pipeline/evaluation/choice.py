@@ -1,11 +1,12 @@
 """Which of many fine-tuned models to take: gain on the own data against what was kept of the rest.
 
-The demo, the report and the promotion share this one rule: the model marked in the figure is the one registered.
+The demo, the report and the promotion share this one rule: the model marked in the figure is the one registered, so a
+model that may not be registered is not chosen where another may.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 
@@ -48,8 +49,10 @@ def pareto_front(points: Mapping[str, Point]) -> list[str]:
     return sorted((name for name, one in points.items() if not beaten(one)), key=lambda name: (points[name].id, name))
 
 
-def choose(points: Mapping[str, Point]) -> str:
+def choose(points: Mapping[str, Point], allowed: Collection[str] | None = None) -> str:
     """The model of the Pareto front with the largest harmonic mean of gain / best gain and kept.
+
+    allowed: the names that keep the rule of promotion; the others count only where it holds for none.
 
     A harmonic mean wants both: neither a model that learned nothing nor one that forgot everything can win by the other
     half. Between equals the one that kept more wins, then the first name.
@@ -58,6 +61,7 @@ def choose(points: Mapping[str, Point]) -> str:
     """
     if not points:
         raise ValueError("no model to choose from: none has results for id, another group and the untouched model")
+    points = {name: point for name, point in points.items() if allowed is None or name in allowed} or points
     best = max(point.gain for point in points.values())
     return min(pareto_front(points), key=lambda name: (-_balance(points[name], best), -points[name].kept, name))
 

@@ -17,10 +17,10 @@ from pipeline.data.images import decode, eval_resize, normalize
 from pipeline.data.shards import load_index
 from pipeline.evaluation.encode import Encoder
 from pipeline.evaluation.ranks import Ranks
+from pipeline.evaluation.rule import Clause, check
 from pipeline.evaluation.summary import Summary, read_summary
 from pipeline.evaluation.zeroshot import classifier_head
 from pipeline.handoff.choice import chosen_run
-from pipeline.handoff.rule import Clause, check
 from pipeline.handoff.source import Mismatch, Source, read_source
 from pipeline.model.clip import save_open_clip
 from pipeline.prompts import caption, resolve_templates
@@ -76,7 +76,7 @@ def promote(
     with by itself (default: those it was trained on). Results that are missing or of other weights, and a store
     that does not answer, are ConfigErrors.
     """
-    run_dir, chosen = chosen_run(Path(target))
+    run_dir, chosen = chosen_run(Path(target), rule)
     config = load_config(run_dir / "config.yaml", [])
     rule = config.promote if rule is None else rule
     uri = resolve_uri(uri or config.tracking.uri, run_dir.absolute().parent)
@@ -103,12 +103,6 @@ def promote(
         before = registry.make_champion(version)
     aliases = tuple(registry.aliases(version))
     return Promotion(name, uri, run_dir, clauses, version, new, aliases, before, notes)
-
-
-def rule_of(target: str | Path, changes: Sequence[str] = ()) -> Promote:
-    """The rule in the config of a run, or of a sweep's chosen trial, with "min_id=0.75" and the like over it."""
-    prefixed = [change if change.startswith("promote.") else f"promote.{change}" for change in changes]
-    return load_config(chosen_run(Path(target))[0] / "config.yaml", prefixed).promote
 
 
 def rollback(name: str, uri: str | None = None) -> tuple[str, str]:

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 import yaml
 
+from pipeline.config import Promote
 from pipeline.evaluation.choice import Point, choose, pareto_front, point_of
+from pipeline.evaluation.rule import holds
 from pipeline.evaluation.summary import Summary
 
 # "trained": the schedule is complete and no result of an evaluation is there yet.
@@ -103,6 +105,15 @@ class Run:
         return None if self.summary is None else point_of(self.summary)
 
     @property
+    def may_be_promoted(self) -> bool:
+        """Whether the rule of promotion in its config holds."""
+        given = {
+            key.removeprefix("promote."): value for key, value in self.config.items() if key.startswith("promote.")
+        }
+        rule = Promote(**{key: yaml.safe_load(v) if isinstance(v, str) else v for key, v in given.items()})
+        return self.summary is not None and holds(rule, self.summary)
+
+    @property
     def active_share(self) -> float | None:
         """Share of open blocks in [0, 1]; None without blocks, or before the first record of them."""
         return sum(self.gates.values()) / len(self.gates) if self.gates else None
@@ -138,7 +149,8 @@ class Collection:
         """The model by the rule of evaluation.choice; None before the first result, and where there is no choice."""
         if len(self.points) < 2:
             return None
-        name = choose(self.points)
+        allowed = [run.name for run in self.runs if run.may_be_promoted]
+        name = choose(self.points, allowed)
         return next(run for run in self.runs if run.name == name)
 
     @cached_property

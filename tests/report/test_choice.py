@@ -51,6 +51,12 @@ def test_the_chosen_model_learned_and_kept() -> None:
     assert choose(points) == "balanced"
 
 
+def test_a_model_that_may_not_be_promoted_is_chosen_only_where_none_may() -> None:
+    points = {"forgot": FORGOT_ALL, "balanced": BALANCED, "nothing": LEARNED_NOTHING}
+    assert choose(points, ["forgot", "nothing"]) == "forgot"
+    assert choose(points, []) == choose(points) == "balanced"
+
+
 def test_between_equals_the_first_name_wins_whatever_the_order() -> None:
     assert choose({"b": BALANCED, "a": BALANCED}) == choose({"a": BALANCED, "b": BALANCED}) == "a"
 

@@ -37,6 +37,11 @@ def check(rule: Promote, summary: Mapping[str, Any]) -> list[Clause]:
     return list(_clauses(rule, summary))
 
 
+def holds(rule: Promote, summary: Mapping[str, Any]) -> bool:
+    """Whether every clause of the rule holds."""
+    return all(clause.holds for clause in check(rule, summary))
+
+
 def _clauses(rule: Promote, summary: Mapping[str, Any]) -> Iterator[Clause]:
     groups = summary["groups"]
     own, others = groups.get("id"), [name for name in groups if name != "id"]

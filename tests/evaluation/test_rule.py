@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import Promote
-from pipeline.handoff.rule import check
+from pipeline.evaluation.rule import check
 
 
 def results(**changes: Any) -> dict[str, Any]:

@@ -1,0 +1,54 @@
+"""Which trial of a sweep is handed on, on written results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import ConfigError, Promote
+from pipeline.handoff.choice import chosen_run, rule_of
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Three trials whose rule allows to forget 0.1: one learned and forgot most, one less, one has no results."""
+    (tmp_path / "sweep.json").write_text(json.dumps({"trials": [{"name": name} for name in ("wild", "mild", "late")]}))
+    for name, gain, drop in (("wild", 0.4, 0.2), ("mild", 0.2, 0.05), ("late", None, None)):
+        folder = tmp_path / "trials" / name
+        (folder / "eval").mkdir(parents=True)
+        (folder / "config.yaml").write_text("name: x\ndata: {train: shards}\npromote: {max_forgetting: 0.1}\n")
+        if gain is None or drop is None:
+            continue
+        groups = {
+            "id": {"mean": 0.5 + gain, "change": gain, "missing": []},
+            "shift": {"mean": 0.8 - drop, "change": -drop, "missing": []},
+        }
+        summary = {"groups": groups, "forgetting": drop, "datasets": {}}
+        (folder / "eval" / "summary.json").write_text(json.dumps(summary))
+    return tmp_path
+
+
+def test_a_trial_that_keeps_its_rule_is_taken_before_a_better_one_that_does_not(sweep: Path) -> None:
+    run_dir, told = chosen_run(sweep)
+    assert run_dir.name == "mild"
+    assert told.startswith("chosen of 2 trials: mild")
+    assert told.endswith("the rule of promotion holds for 1 of them; 1 without results")
+
+
+def test_another_rule_takes_another_trial(sweep: Path) -> None:
+    assert chosen_run(sweep, Promote(max_forgetting=0.3))[0].name == "wild"
+    assert chosen_run(sweep, rule_of(sweep, ["max_forgetting=0.3"]))[0].name == "wild"
+
+
+def test_where_the_rule_holds_for_none_the_best_of_all_is_shown(sweep: Path) -> None:
+    run_dir, told = chosen_run(sweep, Promote(min_gain=0.9))
+    assert run_dir.name == "wild"
+    assert "holds for none of them" in told
+
+
+def test_a_sweep_file_that_cannot_be_read_is_told(sweep: Path) -> None:
+    (sweep / "sweep.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        chosen_run(sweep)
