@@ -56,10 +56,10 @@ def run_sweep(arguments: argparse.Namespace) -> int:
         seconds_per_step=arguments.seconds_per_step,
     )
     print(f"{outcome.table}\n{outcome.directory}")
+    if not outcome.complete:
+        return INTERRUPTED
     if outcome.finished:
         from pipeline.report.run import report_sweep
 
         print(report_sweep(outcome.directory, config))
-    if not outcome.complete:
-        return INTERRUPTED
     return FAILED if outcome.failed else OK

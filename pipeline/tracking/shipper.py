@@ -1,4 +1,4 @@
-"""The process beside a training that brings its journal to MLflow while it grows.
+"""The process beside a training, or a sweep, that brings its journals to MLflow while they grow.
 
 A process and not a thread: importing mlflow holds the interpreter for seconds, a thread that lives when data-loading
 workers are forked may leave them a locked lock, and a client that hangs or crashes takes nothing with it. The trainer
@@ -16,11 +16,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 from pipeline.tracking.delivery import SHIPPING_LOCK, Delivery
 from pipeline.tracking.identity import read_identity
-from pipeline.tracking.locks import Busy, FileLock
+from pipeline.tracking.journal import JOURNAL, lock_path
+from pipeline.tracking.locks import Busy, FileLock, is_held
 from pipeline.tracking.mlflow_store import CLIENT_ENVIRONMENT, Away
 from pipeline.tracking.system import SystemSampler
 
@@ -43,10 +46,15 @@ class Shipper:
         run_dir: the run; its log of this process goes to run_dir/mlflow.log.
         uri: where to ship; None: nowhere, only sample the machine.
         system: (node, seconds) to sample the machine, or None.
+        below: a folder of run directories; what is written there is shipped, too.
     """
 
-    def __init__(self, run_dir: Path, uri: str | None, system: tuple[str, float] | None = None) -> None:
+    def __init__(
+        self, run_dir: Path, uri: str | None, system: tuple[str, float] | None = None, below: Path | None = None
+    ) -> None:
         arguments = [sys.executable, "-m", __name__, str(run_dir), str(os.getpid())]
+        if below is not None:
+            arguments += ["--below", str(below)]
         if system is not None:
             arguments += ["--node", system[0], "--seconds", str(system[1])]
         environment = {**CLIENT_ENVIRONMENT, **os.environ, "OMP_NUM_THREADS": "1"}
@@ -81,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pipeline.tracking.shipper", description=__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("trainer", type=int)
+    parser.add_argument("--below", type=Path, default=None)
     parser.add_argument("--node", default=None)
     parser.add_argument("--seconds", type=float, default=10.0)
     options = parser.parse_args(argv)
@@ -96,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
             while not trainer.ended(_ORPHAN_SECONDS):
                 pass
             return 0
-        return _ship(options.run_dir, uri, trainer, sampler)
+        return _ship(options.run_dir, uri, trainer, sampler, options.below)
     finally:
         if sampler is not None:
             sampler.stop()
@@ -125,25 +134,72 @@ class _Trainer:
         return True
 
 
-def _ship(run_dir: Path, uri: str, trainer: _Trainer, sampler: SystemSampler | None) -> int:
-    identity = read_identity(run_dir)
-    assert identity is not None, "the tracker writes run.json before it starts this process"
+def _ship(run_dir: Path, uri: str, trainer: _Trainer, sampler: SystemSampler | None, below: Path | None) -> int:
     lock = _take_lock(run_dir, trainer)
     if lock is None:
         return 1
-    with lock:
-        delivery = Delivery(run_dir, uri, identity)
+    with lock, _Fleet(run_dir, uri, below) as fleet:
         delay, well = 0.0, True
         while not trainer.ended(delay):
             try:
-                delivery.deliver()
+                fleet.deliver()
                 delay, well = _POLL_SECONDS, True
             except Away as away:
                 delay, well = min(max(1.0, 2 * delay), _MAX_BACKOFF_SECONDS), False
                 logger.warning("%s: %s; next attempt in %.0f s", time.strftime("%H:%M:%S"), away, delay)
         if sampler is not None:
             sampler.stop()
-        return 0 if _deliver_last(delivery, well, _ORPHAN_SECONDS if trainer.killed else _LAST_SECONDS) else 1
+        if trainer.killed:
+            fleet.wait_for_writers(_ORPHAN_SECONDS)
+        return 0 if _deliver_last(fleet, well, _ORPHAN_SECONDS if trainer.killed else _LAST_SECONDS) else 1
+
+
+class _Fleet:
+    """The run beside which this process stands and those in the folder `below`; this process alone delivers them."""
+
+    def __init__(self, run_dir: Path, uri: str, below: Path | None) -> None:
+        identity = read_identity(run_dir)
+        assert identity is not None, "the tracker writes run.json before it starts this process"
+        self._uri, self._below = uri, below
+        self._locks: list[FileLock] = []
+        self._deliveries = {run_dir: Delivery(run_dir, uri, identity)}
+
+    def deliver(self, *, last: bool = False) -> None:
+        """Send what all journals hold; raises Away at the first run that fails, which is then tried after the others.
+
+        So a store that is away costs one attempt, and a run that it does not take holds up nobody.
+        """
+        self._look_below()
+        for run_dir, delivery in list(self._deliveries.items()):
+            try:
+                delivery.deliver(last=last)
+            except Away:
+                self._deliveries[run_dir] = self._deliveries.pop(run_dir)
+                raise
+
+    def wait_for_writers(self, seconds: float) -> None:
+        """Until the processes below are gone, as they go when the one above them was killed; at most so long."""
+        deadline = time.monotonic() + seconds
+        while any(is_held(lock_path(run_dir / JOURNAL)) for run_dir in self._deliveries):
+            if time.monotonic() >= deadline:
+                return
+            time.sleep(1.0)
+
+    def _look_below(self) -> None:
+        for path in sorted(self._below.glob(f"*/{JOURNAL}")) if self._below is not None else ():
+            run_dir, identity = path.parent, read_identity(path.parent)
+            if run_dir in self._deliveries or identity is None:
+                continue
+            with suppress(Busy):  # `selora track sync` is there, or an earlier attempt's process
+                self._locks.append(FileLock(run_dir / SHIPPING_LOCK))
+                self._deliveries[run_dir] = Delivery(run_dir, self._uri, identity)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for lock in self._locks:
+            lock.release()
 
 
 def _take_lock(run_dir: Path, trainer: _Trainer) -> FileLock | None:
@@ -158,7 +214,7 @@ def _take_lock(run_dir: Path, trainer: _Trainer) -> FileLock | None:
                 return None
 
 
-def _deliver_last(delivery: Delivery, well: bool, seconds: float) -> bool:
+def _deliver_last(fleet: _Fleet, well: bool, seconds: float) -> bool:
     """Deliver to the end: one short attempt at a store that was away, several at one that was well."""
     if not well:
         os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = min(
@@ -167,7 +223,7 @@ def _deliver_last(delivery: Delivery, well: bool, seconds: float) -> bool:
     deadline = time.monotonic() + (seconds if well else 0.0)
     while True:
         try:
-            delivery.deliver(last=True)
+            fleet.deliver(last=True)
             return True
         except Away as away:
             logger.warning("%s", away)

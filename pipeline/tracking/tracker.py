@@ -22,6 +22,7 @@ from pipeline.tracking.uris import redact, resolve_uri, sqlite_path
 __all__ = ["NullTracker", "RunTracker", "Status", "Tracker", "environment_tags", "open_tracker", "watch_machine"]
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+SHIPPED_VARIABLE = "SELORA_SHIPPED"  # set where a process of the run above ships this one, too
 PARENT_ID_TAG = "mlflow.parentRunId"
 _WATCH_SECONDS = 15.0
 _SERVER_WAIT_SECONDS = 20.0
@@ -177,6 +178,7 @@ def open_tracker(
     extra_tags: Mapping[str, object] | None = None,
     system_metrics: tuple[str, float] | None = None,
     owns_status: bool = True,
+    below: Path | None = None,
 ) -> RunTracker:
     """Start, or go on with, the tracking of the run in `run_dir`. One process per run: other ranks take a NullTracker.
 
@@ -188,6 +190,7 @@ def open_tracker(
         enabled: False: the journal only.
         system_metrics: (node, seconds): sample this machine every so many seconds.
         owns_status: False for a later stage (an evaluation) that adds to a run and must not change how it ended.
+        below: a folder of run directories; one process ships them with this run.
 
     Raises:
         ConfigError: a malformed address, or a run directory that cannot be written or is being written.
@@ -210,7 +213,9 @@ def open_tracker(
     tags = _texts({**(extra_tags or {}), **above})
     if tags:
         journal.write("tags", values=tags)
-    shipper = _start_shipper(run_dir, address, system_metrics)
+    if SHIPPED_VARIABLE in os.environ:
+        address = None
+    shipper = _start_shipper(run_dir, address, system_metrics, below)
     return RunTracker(run_dir, journal, address, shipper, owns_status=owns_status)
 
 
@@ -219,11 +224,13 @@ def watch_machine(run_dir: Path, node: str, seconds: float) -> Shipper:
     return Shipper(run_dir.absolute(), None, (node, seconds))
 
 
-def _start_shipper(run_dir: Path, uri: str | None, system: tuple[str, float] | None) -> Shipper | None:
+def _start_shipper(
+    run_dir: Path, uri: str | None, system: tuple[str, float] | None, below: Path | None
+) -> Shipper | None:
     if uri is None and system is None:
         return None
     try:
-        return Shipper(run_dir, uri, system)
+        return Shipper(run_dir, uri, system, below)
     except OSError as error:
         logger.warning("tracking: %s; this run has its journal only until `selora track sync %s`", error, run_dir)
         return None

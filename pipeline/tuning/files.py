@@ -19,7 +19,7 @@ from pipeline.config import Config, ConfigError, flatten
 from pipeline.evaluation.results import write_json
 from pipeline.tuning.grid import Grid, Trial
 
-SWEEP_FILE, TRIAL_FILE, STOP_FILE = "sweep.json", "trial.json", "stop"
+SWEEP_FILE, TRIAL_FILE, STOP_FILE, TRIALS = "sweep.json", "trial.json", "stop", "trials"
 Status = Literal["waiting", "training", "evaluating", "finished", "failed", "stopped"]
 OVER: tuple[Status, ...] = ("finished", "failed", "stopped")
 
@@ -38,7 +38,7 @@ class TrialState:
 
 def trial_dir(sweep_dir: Path, name: str) -> Path:
     """Run directory of a trial."""
-    return sweep_dir / "trials" / name
+    return sweep_dir / TRIALS / name
 
 
 def read_state(run_dir: Path) -> TrialState:
@@ -51,9 +51,12 @@ def read_state(run_dir: Path) -> TrialState:
 
 
 def write_state(run_dir: Path, **changes: Any) -> TrialState:
-    """Change some fields of trial.json; one process at a time has the right to."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    state = replace(read_state(run_dir), **changes, updated=now)
+    """Change some fields of trial.json; one process at a time has the right to. Without a change it stays as it is."""
+    before = read_state(run_dir)
+    state = replace(before, **changes)
+    if state == before:
+        return before
+    state = replace(state, updated=datetime.now(UTC).isoformat(timespec="seconds"))
     write_json(run_dir / TRIAL_FILE, asdict(state))
     return state
 

@@ -17,7 +17,7 @@ from pipeline.tracking.locks import is_held
 from pipeline.tracking.mlflow_tracker import sync
 from pipeline.tracking.tracker import RunTracker, environment_tags, open_tracker
 from pipeline.tracking.uris import resolve_uri
-from pipeline.tuning.files import OVER, SWEEP_FILE, TrialState, trial_dir
+from pipeline.tuning.files import OVER, SWEEP_FILE, TRIALS, TrialState, trial_dir
 from pipeline.tuning.grid import Grid, Trial
 
 MACHINE_SECONDS = 15.0
@@ -47,6 +47,7 @@ class Record:
             enabled=tracking.enabled,
             extra_tags={"selora.kind": "sweep", **environment_tags()},
             system_metrics=(socket.gethostname(), MACHINE_SECONDS),
+            below=sweep_dir / TRIALS,
         )
         self._tracker.params({**flatten(config), "grid": grid.source})
         self._place_children()
@@ -59,9 +60,9 @@ class Record:
         (self._dir / TABLE_FILE).write_text(table + "\n", encoding="utf-8")
         for name in (SWEEP_FILE, TABLE_FILE):
             self._tracker.artifact(self._dir / name)
-        self._tracker.finish("FINISHED" if complete else "KILLED")
         for name, state in states.items():
             _write_end(trial_dir(self._dir, name), state)
+        self._tracker.finish("FINISHED" if complete else "KILLED")
         self._deliver([trial_dir(self._dir, name) for name in states])
 
     def _place_children(self) -> None:
@@ -81,7 +82,7 @@ class Record:
             journal.close()
 
     def _deliver(self, run_dirs: Sequence[Path]) -> None:
-        """What the trials' own processes could not bring to the store, as long as the store answers."""
+        """What the process beside the sweep could not bring to the store, as long as the store answers."""
         tracking = self._trials[0].config.tracking
         if not tracking.enabled:
             return

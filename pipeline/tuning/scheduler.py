@@ -20,16 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
+from pipeline.tracking.tracker import SHIPPED_VARIABLE
 from pipeline.tuning.files import OVER, TrialState, read_state, steps_done, trial_dir, write_state
 from pipeline.tuning.grid import Asha, Resources
 from pipeline.tuning.plan import Capacity, Node
+from pipeline.tuning.reasons import told
 from pipeline.tuning.trial import (
     StopWatch,
     after_training,
     begin,
     evaluation_stage,
     failure_of,
-    final_reason,
     train_stage,
 )
 
@@ -117,7 +118,7 @@ def _connect(address: str | None, resources: Resources) -> None:
             if address is None and chance:
                 continue
             where = "start a Ray cluster on this machine" if address is None else f"use the Ray cluster at {address}"
-            raise ConfigError(f"cannot {where}: {_first_line(error)}") from error
+            raise ConfigError(f"cannot {where}: {told(error)}") from error
 
 
 def _init_settings(address: str | None, resources: Resources) -> dict[str, Any]:
@@ -128,6 +129,7 @@ def _init_settings(address: str | None, resources: Resources) -> dict[str, Any]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, int(resources.cpus_per_worker)))),
         "PYTHONPATH": os.pathsep.join(filter(None, [_PACKAGE_ROOT, os.environ.get("PYTHONPATH")])),
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        SHIPPED_VARIABLE: "by the sweep",
     }
     if not resources.gpus_per_worker:
         environment["DS_ACCELERATOR"] = "cpu"
@@ -223,7 +225,7 @@ def run_trials(
             callbacks=[_ticking(tick)],
         ),
     )
-    return {one.config["trial"]: _first_line(one.error) for one in tuner.fit() if one.error and one.config}
+    return {one.config["trial"]: told(one.error) for one in tuner.fit() if one.error and one.config}
 
 
 def _dirname(trial: Any) -> str:
@@ -344,15 +346,7 @@ def _stand_in(workdir: Path) -> None:
 
 def _reason(run_dir: Path, error: BaseException) -> str:
     """Why a trial failed, in a line or two: what a rank has written, else what Ray knows of the end of its worker."""
-    kept = failure_of(run_dir)
-    if kept is not None:
-        return kept
-    return final_reason(error) or f"{type(error).__name__}: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return failure_of(run_dir) or told(error)
 
 
 @contextmanager

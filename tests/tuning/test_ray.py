@@ -37,8 +37,8 @@ def test_a_killed_worker_costs_the_sweep_nothing_but_time(command, make_config, 
         mine, other = (json.loads((run / "eval" / "summary.json").read_text()) for run in (ours, theirs))
         assert mine["groups"] == other["groups"]
     assert [sweep.statuses(name) for name in NAMES] == [
-        ["RUNNING", "RUNNING", "FINISHED"],
-        ["RUNNING", "FINISHED"],
+        ["SCHEDULED", "RUNNING", "RUNNING", "FINISHED"],
+        ["SCHEDULED", "RUNNING", "FINISHED"],
     ]
     assert [sweep.state(name).status for name in NAMES] == ["finished", "finished"]
     assert NAMES[0] in sweep.text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
@@ -55,6 +56,11 @@ def runs(store: Path) -> dict[str, dict]:
     return {run["name"]: run for run in found.values()}
 
 
+def groups(run_dir: Path) -> dict:
+    """The accuracies of a trial's evaluation."""
+    return json.loads((run_dir / "eval" / "summary.json").read_text())["groups"]
+
+
 def test_the_same_command_after_a_dead_driver_runs_nothing_twice(
     command, make_config, make_grid, by_hand, store
 ) -> None:
@@ -75,6 +81,7 @@ def test_the_same_command_after_a_dead_driver_runs_nothing_twice(
     for name in NAMES:
         by_hand(hand.directory, name)
         assert sweep.losses(name) == hand.losses(name)
+        assert groups(sweep.run_dir(name)) == groups(hand.run_dir(name))
     assert [sweep.statuses(name).count("RUNNING") for name in NAMES] == [1, 2, 2]
     found = runs(store)
     assert {name: (run["status"], run["parent"]) for name, run in found.items()} == {
@@ -101,7 +108,12 @@ def test_a_signal_lets_every_trial_save_and_the_same_command_continues(
     assert [state.status for state in states] == ["waiting"] * 3
     assert states[1].step >= 20
     assert states[2].step == 0
-    assert {run["status"] for run in runs(store).values()} <= {"KILLED", "RUNNING"}
+    assert {name: run["status"] for name, run in runs(store).items()} == {
+        "sweep": "KILLED",
+        NAMES[0]: "KILLED",
+        NAMES[1]: "KILLED",
+        NAMES[2]: "SCHEDULED",
+    }
     sweep.start()
     sweep.until(lambda: max(sweep.losses(NAMES[1])) > states[1].step + 20, "more steps")
     sweep.signal(signal.SIGTERM)
