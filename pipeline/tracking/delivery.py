@@ -74,7 +74,7 @@ class Delivery:
 
     def __init__(self, run_dir: Path, uri: str, identity: RunIdentity, *, full: bool = False) -> None:
         self.run_dir, self.uri, self.identity = run_dir, uri, identity
-        self.store = MlflowStore(uri, identity.experiment)
+        self.store = MlflowStore(uri, identity.experiment, run_dir.parent)
         self.state = load_state(run_dir, uri)
         self.sent = 0
         self.corrupt: list[str] = []

@@ -69,11 +69,15 @@ def client_environment(settings: Mapping[str, str] = MappingProxyType({})) -> It
 
 
 class MlflowStore:
-    """One experiment of one tracking store; every method raises Away, Refused or Gone and nothing else."""
+    """One experiment of one tracking store; every method raises Away, Refused or Gone and nothing else.
 
-    def __init__(self, uri: str, experiment: str) -> None:
+    A new experiment of a bare database keeps its files below `out`.
+    """
+
+    def __init__(self, uri: str, experiment: str, out: Path = Path("runs")) -> None:
         self.uri = uri
         self.experiment = experiment
+        self._out = out
         self._client: MlflowClient | None = None
         self._experiment_id = ""
 
@@ -169,7 +173,7 @@ class MlflowStore:
         found = client.get_experiment_by_name(self.experiment)
         if found is None:
             try:
-                return client.create_experiment(self.experiment, artifact_location=artifact_root(self.uri))
+                return client.create_experiment(self.experiment, artifact_location=artifact_root(self.uri, self._out))
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise

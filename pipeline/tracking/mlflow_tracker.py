@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ def sync(run_dir: Path, uri: str | None = None, *, full: bool = False) -> SyncRe
     identity = read_identity(run_dir)
     if identity is None or not (run_dir / JOURNAL).is_file():
         raise ConfigError(f"{run_dir}: not the directory of a tracked run, it has no {JOURNAL}")
-    uri = resolve_uri(uri or _usable(identity.uri), run_dir.absolute().parent)
+    uri = resolve_uri(uri or _remembered(run_dir, identity.uri), run_dir.absolute().parent)
     try:
         with FileLock(run_dir / SHIPPING_LOCK, _LOCK_SECONDS), client_environment():
             return _sync_locked(run_dir, uri, identity, full)
@@ -102,9 +103,13 @@ def sync_all(paths: Iterable[Path], uri: str | None = None, *, full: bool = Fals
     return [sync(run, uri, full=full) for run in sorted(runs, key=_is_child)]
 
 
-def _usable(uri: str | None) -> str | None:
-    """The address in run.json, unless its password was left out of it."""
-    return None if uri is None or ":***@" in uri else uri
+def _remembered(run_dir: Path, uri: str | None) -> str | None:
+    """The address in run.json; its password was left out there and has to come from somewhere."""
+    if uri is None or ":***@" not in uri:
+        return uri
+    if "MLFLOW_TRACKING_URI" in os.environ:
+        return None
+    raise ConfigError(f"{run_dir}: the password of {uri} is kept nowhere; give the address by --uri")
 
 
 def _is_child(run_dir: Path) -> bool:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from pipeline.config import ConfigError
 
 _SERVERS = ("http", "https", "databricks")
-_DRIVERS = {"postgresql": "psycopg2", "mysql": "pymysql", "mssql": "pyodbc"}
+# The drivers that MLflow is run with; an address without one gets the first that is installed, not SQLAlchemy's choice.
+_DRIVERS = {"postgresql": ("psycopg2", "psycopg"), "mysql": ("pymysql",), "mssql": ("pyodbc",)}
 _PASSWORD = re.compile(r"(?<=://)([^/@\s:]*):([^/@\s]*)@")
 
 
@@ -38,7 +40,7 @@ def resolve_uri(uri: str | None, out: Path) -> str:
     if dialect in _SERVERS:
         return _checked_server(uri)
     if dialect in _DRIVERS:
-        return _checked_database(uri, driver or _DRIVERS[dialect])
+        return _with_driver(uri, dialect, (driver,) if driver else _DRIVERS[dialect])
     raise ConfigError(
         f"tracking.uri={redact(uri)!r}: unknown scheme {scheme!r}; known: http, https, sqlite, {', '.join(_DRIVERS)}"
     )
@@ -54,8 +56,10 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
-def artifact_root(uri: str) -> str | None:
-    """Where a new experiment keeps its files: beside the SQLite file; None leaves it to the server."""
+def artifact_root(uri: str, out: Path) -> str | None:
+    """Where a new experiment keeps its files: beside the SQLite file, else in `out`; None leaves it to the server."""
+    if uri.partition("+")[0] in _DRIVERS:
+        return str(out.absolute() / "mlartifacts")
     path = sqlite_path(uri)
     return None if path is None else str(path.parent / "mlartifacts")
 
@@ -83,7 +87,10 @@ def _checked_server(uri: str) -> str:
     return uri.rstrip("/")
 
 
-def _checked_database(uri: str, driver: str) -> str:
-    if importlib.util.find_spec(driver) is None:
-        raise ConfigError(f"tracking.uri={redact(uri)!r}: needs the Python package {driver}, which is not installed")
-    return uri
+def _with_driver(uri: str, dialect: str, drivers: Sequence[str]) -> str:
+    found = next((one for one in drivers if importlib.util.find_spec(one) is not None), None)
+    if found is None:
+        raise ConfigError(
+            f"tracking.uri={redact(uri)!r}: needs the Python package {drivers[0]}, which is not installed"
+        )
+    return f"{dialect}+{found}://{uri.partition('://')[2]}"

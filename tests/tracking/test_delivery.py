@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.config import ConfigError
 from pipeline.tracking.delivery import STATE_FILE
-from pipeline.tracking.identity import RUN_FILE
+from pipeline.tracking.identity import RUN_FILE, settle_identity
 from pipeline.tracking.journal import JOURNAL, Journal
 from pipeline.tracking.mlflow_tracker import SyncReport, sync, sync_all
 from pipeline.tracking.tracker import NullTracker, open_tracker
@@ -347,3 +347,12 @@ def test_null_tracker_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
         tracker.artifact(tmp_path)
         tracker.finish()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_password_that_is_kept_nowhere_is_asked_for_and_no_other_store_taken(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with open_tracker(run_dir, run_name="run", enabled=False):
+        settle_identity(run_dir, "run", "selora", "http://me:***@host", None)
+    with pytest.raises(ConfigError, match=r"the password of http://me:\*\*\*@host is kept nowhere; .* --uri"):
+        sync(run_dir)
+    assert not (tmp_path / "mlflow.db").exists()

@@ -48,8 +48,15 @@ def test_default_store_lies_beside_the_runs_and_the_environment_goes_before_it(
     monkeypatch.chdir(tmp_path)
     uri = resolve_uri(None, Path("runs"))
     assert uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
-    assert artifact_root(uri) == f"{tmp_path}/runs/mlartifacts"
+    assert artifact_root(uri, Path("runs")) == f"{tmp_path}/runs/mlartifacts"
     assert resolve_uri("sqlite:///near.db", Path("runs")) == f"sqlite:///{tmp_path}/near.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example.org")
     assert resolve_uri(None, Path("runs")) == "https://mlflow.example.org"
-    assert artifact_root("https://mlflow.example.org") is None
+    assert artifact_root("https://mlflow.example.org", Path("runs")) is None
+
+
+def test_bare_database_gets_the_driver_that_is_there_and_a_place_for_files(tmp_path: Path) -> None:
+    uri = resolve_uri("postgresql://me:secret@host/db", tmp_path)
+    assert uri == "postgresql+psycopg2://me:secret@host/db"
+    assert artifact_root(uri, tmp_path) == f"{tmp_path}/mlartifacts"
+    assert resolve_uri(uri, tmp_path) == uri
