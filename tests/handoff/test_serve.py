@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -100,3 +101,58 @@ def test_the_champion_answers_a_png_over_http_with_the_label_it_gives_here(
             ask(address, dataframe_records=[{"path": str(tmp_path / "photo.png")}])
         assert refused.value.code >= 400
         assert b"a server reads no files" in refused.value.read()
+
+
+ASK_ALONE = """
+import importlib.util, json, sys
+import mlflow, pandas
+assert importlib.util.find_spec("pipeline") is None
+table = pandas.DataFrame({"image": [open(sys.argv[2], "rb").read()]})
+print(json.dumps(mlflow.pyfunc.load_model(sys.argv[1]).predict(table).to_dict("records")))
+"""
+
+
+@pytest.mark.slow
+def test_the_champion_answers_in_an_environment_of_nothing_but_its_own_requirements(
+    make_run: Callable[..., Path], evaluated: Callable[[Path], Path], store: str, photo: bytes, tmp_path: Path
+) -> None:
+    run = evaluated(make_run("lora", True, directory=tmp_path / "run", seed=1))
+    promote(run, "alone", Promote(), champion=True, uri=store)
+    (tmp_path / "photo.png").write_bytes(photo)
+    (here,) = predict_files("models:/alone@champion", [tmp_path / "photo.png"], uri=store, top_k=5)
+    model = registered_files("alone", store, tmp_path / "model")
+    python = empty_environment(tmp_path / "venv", model / "requirements.txt")
+    bare = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    answer = subprocess.run(
+        [python, "-c", ASK_ALONE, str(model), str(tmp_path / "photo.png")],
+        env=bare | {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "HF_HUB_OFFLINE": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert answer.returncode == 0, answer.stderr
+    (there,) = json.loads(answer.stdout)
+    assert there["labels"] == here["labels"]
+    assert there["scores"] == pytest.approx(here["scores"], abs=1e-5)
+
+
+def registered_files(name: str, store: str, target: Path) -> Path:
+    """The champion's files, as a registry hands them to a server."""
+    import mlflow
+
+    mlflow.set_tracking_uri(store)
+    return Path(mlflow.artifacts.download_artifacts(f"models:/{name}@champion", dst_path=str(target)))
+
+
+def empty_environment(folder: Path, requirements: Path) -> Path:
+    """A new environment with these requirements alone, from the index; returns its Python."""
+    python = folder / "bin" / "python"
+    if uv := shutil.which("uv"):
+        commands = [[uv, "venv", "--python", sys.executable, folder], [uv, "pip", "install", "--python", python]]
+    else:
+        commands = [[sys.executable, "-m", "venv", folder], [python, "-m", "pip", "install"]]
+    commands[1] += ["-r", requirements]
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return python
