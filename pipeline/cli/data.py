@@ -73,9 +73,11 @@ def _add_pack(commands: Any) -> None:
         "an evaluation set, imagenet-train becomes training shards",
     )
     parser.add_argument(
-        "--part", type=part, metavar="I/N", help="imagenet-train: only part I of N, for N parallel jobs"
+        "--part",
+        type=part,
+        metavar="I/N",
+        help="imagenet-train: only part I of N, for N parallel jobs; the last one to end writes the index",
     )
-    parser.add_argument("--merge", action="store_true", help="imagenet-train: join the parts when all are packed")
     parser.set_defaults(default_of=parser.get_default)
 
 
@@ -84,8 +86,8 @@ def run_pack(arguments: argparse.Namespace) -> int:
         from pipeline.cli.originals import pack_dataset
 
         return pack_dataset(arguments)
-    if arguments.part is not None or arguments.merge:
-        raise ConfigError("--part and --merge go with --dataset imagenet-train")
+    if arguments.part is not None:
+        raise ConfigError("--part goes with --dataset imagenet-train")
     if arguments.eval:
         return _pack_eval(arguments)
     from pipeline.data.shards import pack

@@ -11,8 +11,7 @@ from pipeline.config import ConfigError
 from pipeline.data.originals.convert import convert, original
 from pipeline.data.originals.imagenet import wnids
 from pipeline.data.originals.train import list_imagenet_train
-from pipeline.data.parallel_pack import Packing, merge, pack_in_parallel
-from pipeline.data.shards import ShardIndex
+from pipeline.data.parallel_pack import Packing, pack_in_parallel
 from pipeline.evaluation.benchmark import load_benchmark
 from pipeline.evaluation.rows import Row
 
@@ -29,7 +28,7 @@ _FOR_OWN_IMAGES = (
     "templates",
     "max_unreadable",
 )
-_FOR_TRAINING = ("samples_per_shard", "seed", "part", "merge")
+_FOR_TRAINING = ("samples_per_shard", "seed", "part")
 
 
 def pack_dataset(arguments: argparse.Namespace) -> int:
@@ -74,16 +73,10 @@ def _pack_train(arguments: argparse.Namespace, rows: Sequence[Row]) -> int:
         decoded=arguments.check == "decode",
     )
     part = arguments.part or (1, 1)
-    if arguments.merge:
-        return _packed(merge(packing))
     index = pack_in_parallel(packing, workers=arguments.workers, part=part, force=arguments.force, told=_tell)
-    if index is not None:
-        return _packed(index)
-    print(f"{arguments.out}: part {part[0]} of {part[1]} is packed; when all are, give the same command with --merge")
-    return OK
-
-
-def _packed(index: ShardIndex) -> int:
+    if index is None:
+        print(f"{arguments.out}: part {part[0]} of {part[1]} is packed; the last one writes the index")
+        return OK
     classes = f", {len(index.classes)} classes" if index.classes else ""
     print(f"{index.directory}: {index.samples} samples{classes} in {len(index.shards)} shards")
     return OK

@@ -5,7 +5,8 @@
     OUT/index.json               all are; the two above are gone
 
 Which image goes into which shard follows from the listing and the seed alone, so parts of one job share nothing but the
-folder. What is held in memory are the names of the files.
+folder, may begin and end at the same moment, and may be cut anew on another day. What is held in memory are the names
+of the files.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import multiprocessing
 import os
 import shutil
 import threading
+import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -133,7 +135,7 @@ def pack_in_parallel(
     force: bool = False,
     told: Callable[[int, int], None] | None = None,
 ) -> ShardIndex | None:
-    """Write the shards of part i of n; None until `merge` joins several parts, else the finished folder.
+    """Write the shards of part i of n, and the index if all others are complete by then; None while some are not.
 
     The same call again continues: shards that are complete and have their recorded sha256 are kept. ``told`` is given
     the finished and all shards of the part. Raises ConfigError for an unreadable image and when the folder holds
@@ -158,27 +160,21 @@ def pack_in_parallel(
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
-    return merge(packing) if part[1] == 1 else None
+    return _join(packing)
 
 
-def merge(packing: Packing) -> ShardIndex:
-    """Join complete parts: write the index and clear away what was only for the packing. ConfigError if one lacks."""
-    finished = _finished(packing)
-    if finished is not None:
-        return finished
-    _check_plan(packing)
+def _join(packing: Packing) -> ShardIndex | None:
+    """Write the index once all shards are there. Parts that end together may all do it: they write the same."""
     records = [read_record(packing.out / PARTS / f"shard-{shard:05d}.json") for shard in range(len(packing))]
-    missing = [f"shard-{number:05d}" for number, record in enumerate(records) if record is None]
-    if missing:
-        raise ConfigError(
-            f"{packing.out}: {len(missing)} of {len(packing)} shards are not packed yet ({', '.join(missing[:5])}); "
-            "run their parts again, then merge"
-        )
     shards = [record for record in records if record is not None]
-    source = {"format": "imagefolder", "name": packing.listing.root.name, "seed": packing.seed, "left_out": []}
-    index = write_index(packing.out, shards, packing.classes, {**source, "plan": packing.digest})
-    (packing.out / PLAN).unlink(missing_ok=True)
-    shutil.rmtree(packing.out / PARTS, ignore_errors=True)
+    if len(shards) == len(packing):
+        source = {"format": "imagefolder", "name": packing.listing.root.name, "seed": packing.seed, "left_out": []}
+        index = write_index(packing.out, shards, packing.classes, {**source, "plan": packing.digest})
+    else:
+        index = _finished(packing)  # by another part, which has removed the records since
+    if index is not None:
+        (packing.out / PLAN).unlink(missing_ok=True)
+        shutil.rmtree(packing.out / PARTS, ignore_errors=True)
     return index
 
 
@@ -206,14 +202,21 @@ def _claim(packing: Packing, *, force: bool, alone: bool) -> ShardIndex | None:
     if force:
         _clear(packing.out)
     if not (packing.out / PLAN).is_file():
-        check_empty(packing.out, force)
-        with disk_faults_told(packing.out / PLAN):
-            (packing.out / PARTS).mkdir(parents=True, exist_ok=True)
+        finished = _finished(packing)  # by another part, since the look above
+        if finished is not None:
+            return finished
+        _check_unclaimed(packing.out, force)
         _write_json(
             packing.out / PLAN, {"digest": packing.digest, "images": len(packing.listing), "shards": len(packing)}
         )
     _check_plan(packing)
     return None
+
+
+def _check_unclaimed(out: Path, force: bool) -> None:
+    """ConfigError when something lies in the folder; other parts of the job may begin at this same moment."""
+    if not (out.is_dir() and all(path.name.startswith((PLAN, PARTS)) for path in out.iterdir())):
+        check_empty(out, force)
 
 
 def _clear(out: Path) -> None:
@@ -233,10 +236,10 @@ def _finished(packing: Packing) -> ShardIndex | None:
 
 
 def _check_plan(packing: Packing) -> None:
-    file = packing.out / PLAN
-    if not file.is_file():
-        raise ConfigError(f"{packing.out}: no packing has begun here (no {PLAN}); pack its parts first")
-    known = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        known = json.loads((packing.out / PLAN).read_text(encoding="utf-8"))
+    except FileNotFoundError:  # another part has written the index since
+        return
     if known["digest"] != packing.digest:
         raise ConfigError(
             f"{packing.out}: holds the begun packing of other files or settings ({known['images']} images in "
@@ -246,9 +249,10 @@ def _check_plan(packing: Packing) -> None:
 
 
 def _write_json(file: Path, content: dict[str, object]) -> None:
-    # Parts on several machines may write the same plan at once.
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.part")
+    # Parts on several machines may write the same file at once.
+    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")
     with disk_faults_told(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
         temporary.replace(file)
 

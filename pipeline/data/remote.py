@@ -2,14 +2,17 @@
 
 A location is a folder, any fsspec URL (s3://, gs://, https://, file://, memory://) or a dataset of the hub, written
 ``hf:ORG/NAME[@REVISION]`` or as its page. The cache is a matter of the machine, not of a run, so the environment places
-it: SELORA_CACHE (default ~/.cache/selora) and SELORA_CACHE_GB (default 100).
+it: SELORA_CACHE (default ~/.cache/selora) and SELORA_CACHE_GB (default 100). An S3 store that is not Amazon's is named
+by AWS_ENDPOINT_URL_S3.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +26,7 @@ from pipeline.config import ConfigError
 from pipeline.data.cache import Cache, entry_of, lock_of, make_room, touch
 
 CHUNK = 8 * 2**20
+_WARN_FROM = 3  # a store that fails so often in a row is worth a line in the log
 PUBLIC_HUB = "https://huggingface.co"
 _HUB = re.compile(
     r"(?:hf:(?!//)|(?P<endpoint>https?://[^/]+)/datasets/)(?P<name>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/?"
@@ -37,6 +41,15 @@ _STORES: Mapping[str, tuple[str, str]] = {
     "https": ("pip install aiohttp", "HF_TOKEN for the hub"),
 }
 T = TypeVar("T")
+
+logger = logging.getLogger("selora.data")
+_counting = threading.Lock()
+_retries = 0
+
+
+def retries() -> int:
+    """How often this process has asked a store again because it failed or sent something else."""
+    return _retries
 
 
 class MissingError(ConfigError):
@@ -114,8 +127,10 @@ def _fetch(url: str, path: Path, attempts: int, size: int | None, sha256: str | 
             part.replace(path)
             return
         part.unlink()
+        wrong = f"its content is not what its index says (sha256 {found}, not {sha256})"
         if last:
-            raise ConfigError(f"{url}: its content is not what its index says (sha256 {found}, not {sha256})")
+            raise ConfigError(f"{url}: {wrong}")
+        _note_retry(url, wrong, _WARN_FROM)
 
 
 def _download(url: str, part: Path, attempts: int, size: int | None) -> None:
@@ -169,7 +184,12 @@ def _store(url: str) -> tuple[Any, str]:
         token = os.environ.get("HF_TOKEN")
         if token and url.startswith(_hub() + "/"):
             options["headers"]["Authorization"] = f"Bearer {token}"
-    return fsspec.core.url_to_fs(url, **options)
+    if protocol != "s3":
+        return fsspec.core.url_to_fs(url, **options)
+    # Left alone, botocore and s3fs ask again by themselves, 125 times in all and without a word.
+    store, path = fsspec.core.url_to_fs(url, config_kwargs={"retries": {"total_max_attempts": 1}})
+    store.retries = 1
+    return store, path
 
 
 def _retried(url: str, attempts: int, once: Callable[[], T]) -> T:
@@ -187,8 +207,17 @@ def _retried(url: str, attempts: int, once: Callable[[], T]) -> T:
                     f"{url}: failed {attempts} times, last with {type(error).__name__}: {error}; what has come is "
                     "kept, so the same command continues when the store answers again"
                 ) from error
+            _note_retry(url, f"{type(error).__name__}: {error}", attempt)
             time.sleep(min(0.2 * 2 ** (attempt - 1), 30))
     raise AssertionError("attempts is at least 1")
+
+
+def _note_retry(url: str, reason: str, failures: int) -> None:
+    global _retries
+    with _counting:
+        _retries += 1
+    level = logging.WARNING if failures >= _WARN_FROM else logging.INFO
+    logger.log(level, "%s: failed %d time%s in a row, asking again (%s)", url, failures, "s"[: failures > 1], reason)
 
 
 def _refusal(url: str, error: Exception) -> ConfigError | None:

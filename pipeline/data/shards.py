@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -185,7 +186,7 @@ def write_index(
         "classes": None if classes is None else list(classes),
         "shards": [vars(shard) for shard in shards],
     }
-    temporary = folder / (INDEX_NAME + ".part")
+    temporary = folder / f"{INDEX_NAME}.{uuid.uuid4().hex}.part"  # parts of a packing may end at the same moment
     with disk_faults_told(folder / INDEX_NAME):
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         temporary.replace(folder / INDEX_NAME)

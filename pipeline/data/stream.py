@@ -13,6 +13,7 @@ from pipeline.config import ConfigError
 from pipeline.data.batches import Batches
 from pipeline.data.images import MAX_PIXELS, STORED_EXTENSIONS, BadImageError, Preprocessing, decode, train_crop
 from pipeline.data.order import Order, check_split, draw_without_repetition, rank_positions, stable_hash
+from pipeline.data.remote import retries
 from pipeline.data.shards import ShardIndex, open_shard, sample_texts
 from pipeline.data.tar import TarIndex
 from pipeline.prompts import caption, resolve_templates
@@ -38,7 +39,7 @@ class Batch:
     """What this rank trains on in ``step``.
 
     images: uint8 (B, 3, H, W). labels: int64 (B,), -1 without a class. keys: "shard/key" of what is really there. bad:
-    "shard/key: reason" of each sample that another one stands in for.
+    "shard/key: reason" of each sample that another one stands in for. retries: how often a store had to be asked again.
     """
 
     step: int
@@ -47,6 +48,7 @@ class Batch:
     keys: list[str]
     labels: Tensor
     bad: list[str]
+    retries: int = 0
 
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader when it pins."""
@@ -137,6 +139,7 @@ class _MakeBatch:
     global_batch: int
 
     def __call__(self, positions: Sequence[int]) -> Batch:
+        before = retries()
         samples = [self.dataset[position] for position in positions]
         return Batch(
             step=positions[0] // self.global_batch,
@@ -145,6 +148,7 @@ class _MakeBatch:
             keys=[sample.key for sample in samples],
             labels=torch.tensor([sample.label for sample in samples], dtype=torch.int64),
             bad=[sample.bad for sample in samples if sample.bad],
+            retries=retries() - before,
         )
 
 

@@ -32,6 +32,7 @@ class TrainingBatch(Protocol):
     captions: list[str]
     keys: list[str]
     bad: list[str]
+    retries: int
 
 
 class TrainingFailed(ConfigError):
@@ -57,6 +58,7 @@ class Monitor:
     bad_limit: float
     _window: list[tuple[int, dict[str, Tensor], list[str]]] = field(default_factory=list)
     _bad: set[str] = field(default_factory=set)
+    _retries: int = 0
     _since: float = field(default_factory=time.perf_counter)
     _open: dict[str, bool] = field(default_factory=dict)
     _bar: tqdm | None = None
@@ -66,6 +68,7 @@ class Monitor:
         shards = sorted({key.rpartition("/")[0] for key in batch.keys})
         self._window.append((batch.step, losses, shards))
         self._bad.update(batch.bad)
+        self._retries += batch.retries
         done = batch.step + 1
         if done % self.log_every and done != self.total_steps:
             return
@@ -76,6 +79,7 @@ class Monitor:
             "train/effective_negatives": self._effective_negatives(batch.captions),
             "train/samples_seen": float(done * self.global_batch_size),
             "data/bad_samples": self._count_bad(),
+            "data/retries": float(gather_numbers(torch.tensor([self._retries]), self.control).sum()),
         }
         values |= self._gate_values(done)
         self._window.clear()
@@ -151,7 +155,8 @@ class Monitor:
         if not self.world.is_main:
             return
         active = f" active {sum(self._open.values())}/{len(self._open)}" if self._open else ""
-        text = f"loss {values['train/loss']:.4f} lr {values['train/lr']:.2e}{active}"
+        retries = f" retries {values['data/retries']:.0f}" if values["data/retries"] else ""
+        text = f"loss {values['train/loss']:.4f} lr {values['train/lr']:.2e}{active}{retries}"
         if sys.stderr.isatty():
             if self._bar is None:
                 self._bar = tqdm(total=self.total_steps, unit="step", dynamic_ncols=True)

@@ -62,7 +62,7 @@ def test_a_dataset_of_the_right_counts_becomes_the_benchmarks_set(
         (["--dataset", "cifar"], "'cifar' is not known; there are imagenet, imagenetv2"),
         (["--dataset", "cifar10", "--format", "csv", "--part", "1/2"], "cifar10: does not go with --format, --part"),
         (["--dataset", "imagenet-train", "--templates", "simple"], "imagenet-train: does not go with --templates"),
-        (["--merge"], "--part and --merge go with --dataset imagenet-train"),
+        (["--part", "1/2"], "--part goes with --dataset imagenet-train"),
         (["--dataset", "imagenet-train"], "no folder n01440764 in it or in train/"),
         (["--dataset", "stl10"], "it must hold class_names.txt, test_X.bin and test_y.bin"),
     ],

@@ -18,7 +18,7 @@ from PIL import Image
 from pipeline.config import ConfigError
 from pipeline.data.originals.imagenet import wnids
 from pipeline.data.originals.train import list_imagenet_train
-from pipeline.data.parallel_pack import Packing, merge, pack_in_parallel
+from pipeline.data.parallel_pack import Packing, pack_in_parallel
 from pipeline.data.shards import ShardIndex, load_index, verify
 from pipeline.data.tar import TarIndex
 
@@ -91,18 +91,37 @@ def test_shards_hold_every_image_once_with_its_label_and_its_bytes(
 
 def test_parts_of_a_cluster_job_give_the_same_bytes_as_one_process(packing: Callable[..., Packing]) -> None:
     whole = pack(packing("whole"), workers=1)
-    with pytest.raises(ConfigError, match="no packing has begun here"):
-        merge(packing())
     assert pack_in_parallel(packing(), part=(2, 3), workers=1) is None
-    with pytest.raises(ConfigError, match=r"4 of 6 shards are not packed yet \(shard-00000, shard-00002"):
-        merge(packing())
     with pytest.raises(ConfigError, match="--force: would remove what the other parts have written"):
         pack_in_parallel(packing(), part=(1, 3), force=True)
-    for number in (1, 3):
-        assert pack_in_parallel(packing(), part=(number, 3)) is None
-    assert merge(packing()).digest == whole.digest
+    assert pack_in_parallel(packing(), part=(3, 3)) is None
+    # What is left may be shared out anew.
+    assert pack_in_parallel(packing(), part=(2, 2)) is None
+    index = pack_in_parallel(packing(), part=(1, 2))
+    assert index == load_index(packing().out)
+    assert index.digest == whole.digest
     assert_same(whole.directory, packing().out)
-    assert merge(packing()) == load_index(packing().out)
+    assert pack_in_parallel(packing(), part=(2, 3)) == index
+
+
+def test_parts_that_begin_and_end_at_the_same_moment_make_one_folder(packing: Callable[..., Packing]) -> None:
+    whole = pack(packing("whole"), workers=1)
+    context = multiprocessing.get_context("fork")
+    for out in ("first", "second"):
+        starting = context.Barrier(6)
+
+        def run(part: int, out: str = out, starting=starting) -> None:
+            job = packing(out)
+            starting.wait()
+            pack_in_parallel(job, part=(part, 6), workers=1)
+
+        parts = [context.Process(target=run, args=(number,)) for number in range(1, 7)]
+        for process in parts:
+            process.start()
+        for process in parts:
+            process.join()
+        assert [process.exitcode for process in parts] == [0] * 6
+        assert_same(whole.directory, packing(out).out)
 
 
 def test_after_kill_9_finished_shards_are_kept_and_the_rest_is_packed(
@@ -199,4 +218,4 @@ def test_a_damaged_record_is_named(packing: Callable[..., Packing]) -> None:
     record = begun.out / "parts/shard-00000.json"
     record.write_text(json.dumps({"name": "x"}))
     with pytest.raises(ConfigError, match=r"shard-00000.json: damaged \(.*remove it"):
-        merge(begun)
+        pack_in_parallel(begun, part=(2, 6))
