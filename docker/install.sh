@@ -17,7 +17,7 @@ requirements() {
 case ${1:?names the step} in
 packages)
     uv venv --quiet --python "$python" "$VENV"
-    requirements
+    requirements --extra s3 --extra gcs # shards from object stores
     # Versions are exact, so whichever index has one gives the same release.
     uv pip install --quiet --python "$VENV/bin/python" --requirement "$VENV.txt" \
         ${TORCH_INDEX:+--index "$TORCH_INDEX" --index-strategy unsafe-best-match}

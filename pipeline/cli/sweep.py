@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
 
 def run_sweep(arguments: argparse.Namespace) -> int:
     from pipeline.config import load_config
-    from pipeline.tuning.grid import load_grid
+    from pipeline.tuning.grid import expand, load_grid
 
     config, grid = load_config(arguments.config, arguments.overrides), load_grid(arguments.grid)
     from pipeline.tuning.plan import describe_plan
@@ -45,7 +45,7 @@ def run_sweep(arguments: argparse.Namespace) -> int:
                 plan_sweep(config, grid, address=arguments.address, seconds_per_step=arguments.seconds_per_step)
             )
         )
-        if on_paper := planned(config, grid.resources.workers):
+        if on_paper := planned([trial.config for trial in expand(config, grid)], grid.resources.workers):
             print(on_paper)
         return OK
     outcome = sweep(

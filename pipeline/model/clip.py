@@ -72,6 +72,11 @@ def load_clip(name: str, pretrained: str | None = None, *, seed: int = 0) -> Cli
     return Clip(split_attention(model), tokenizer, preprocess_cfg, model_cfg, digest, name, pretrained)
 
 
+def model_config(name: str) -> dict[str, Any]:
+    """The architecture that `load_clip` would build, as open_clip names its parts. Raises ConfigError."""
+    return _model_config(_full_name(name))
+
+
 def _create(name: str, pretrained: str | None, weight_file: str | None, quick_gelu: bool, seed: int) -> Any:
     """open_clip's module, by open_clip's own loading code; the global random generator is left as it was."""
     import open_clip

@@ -69,8 +69,10 @@ class Outcome:
         return self.step >= self.total_steps
 
 
-def train(config: Config, watch: Watch | None = None) -> Outcome:
+def train(config: Config, watch: Watch | None = None, label: str | None = None) -> Outcome:
     """Train until the schedule ends or a signal asks to stop; the same call again continues from the last checkpoint.
+
+    `label` is what the logs call the run, where its name does not say all.
 
     Raises ConfigError for every mistake of the user's, before the first step wherever it can be known; PeerLost when
     other ranks do not come or are lost.
@@ -78,7 +80,7 @@ def train(config: Config, watch: Watch | None = None) -> Outcome:
     world = read_world()
     share_threads(world)
     keep_heap(world)
-    label_logs(world, config.name)
+    label_logs(world, label or config.name)
     run_dir = Path(config.out).absolute() / config.name
     with held(run_dir, world.is_main) as lease:
         outcome = _train_held(config, run_dir, world, lease, watch)

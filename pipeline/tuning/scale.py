@@ -6,7 +6,9 @@ here is measured. docs/scaling.md is printed from this module.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.config import Config
 
@@ -84,19 +86,46 @@ class ClipShape:
 
 
 def clip_shape(
-    name: str, embed: int, image: tuple[int, int, int, int, int], text: tuple[int, int, int], *, pixels: int = 224
+    name: str,
+    embed: int,
+    image: tuple[int, int, int, int, int],
+    text: tuple[int, int, int],
+    *,
+    pixels: int = 224,
+    context: int = 77,
+    vocabulary: int = 49408,
 ) -> ClipShape:
     """From open_clip's numbers: image (layers, width, mlp, heads, patch), text (layers, width, heads)."""
     layers, width, mlp, heads, patch = image
     grid = (pixels // patch) ** 2
     outside = 3 * patch**2 * width + width + (grid + 1) * width + 4 * width + width * embed
     text_layers, text_width, text_heads = text
-    text_outside = 49408 * text_width + 77 * text_width + 2 * text_width + text_width * embed
+    text_outside = (vocabulary + context + 2 + embed) * text_width
     return ClipShape(
         name,
         Tower(layers, width, mlp, heads, grid + 1, outside),
-        Tower(text_layers, text_width, 4 * text_width, text_heads, 77, text_outside),
+        Tower(text_layers, text_width, 4 * text_width, text_heads, context, text_outside),
         embed,
+    )
+
+
+def shape_of(name: str, model_cfg: Mapping[str, Any]) -> ClipShape | None:
+    """The shape of an architecture as open_clip writes it; None where a tower is not open_clip's own transformer."""
+    image, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
+    if not all(isinstance(image.get(key), int) for key in ("layers", "width", "patch_size", "image_size")):
+        return None
+    if not all(isinstance(text.get(key), int) for key in ("layers", "width", "heads")):
+        return None
+    width = image["width"]
+    mlp, heads = int(width * image.get("mlp_ratio", 4.0)), width // image.get("head_width", 64)
+    return clip_shape(
+        name,
+        model_cfg["embed_dim"],
+        (image["layers"], width, mlp, heads, image["patch_size"]),
+        (text["layers"], text["width"], text["heads"]),
+        pixels=image["image_size"],
+        context=text.get("context_length", 77),
+        vocabulary=text.get("vocab_size", 49408),
     )
 
 
@@ -120,12 +149,13 @@ def gradient_traffic(stage: int, total: int, trained: int, ranks: int) -> float:
 
 
 def contrastive_traffic(batch: int, embed: int, ranks: int) -> float:
-    """Bytes that one rank sends in a step for the loss over the global `batch`.
+    """Bytes that one rank sends in a step for the loss over the global `batch`, with ring collectives, in fp32.
 
-    Both embeddings of every pair are gathered in fp32; their gradients come back by an all-reduce of the same size.
+    The texts' embeddings are gathered and their gradients come back by an all-reduce; the images stay where they are,
+    for which every rank tells the others a log-sum-exp for each text.
     """
-    share, size = (ranks - 1) / ranks, 2 * batch * embed * 4
-    return size * share + 2 * size * share
+    share, size = (ranks - 1) / ranks, batch * embed * 4
+    return size * share + 2 * size * share + batch * 4 * (ranks - 1)
 
 
 def rank_memory(
@@ -192,10 +222,16 @@ def store_gbit(images_per_second: float, bytes_each: float) -> float:
     return images_per_second * bytes_each * 8 / _GB
 
 
-def planned(config: Config, ranks: int) -> str:
-    """What `describe` says of a config; empty for a model whose shape is not in SHAPES, and for full fine-tuning."""
-    shape = SHAPES.get(config.model.name.removesuffix("-quickgelu"))
-    if shape is None or config.adapter.kind not in ("lora", "dora"):
+def planned(configs: Sequence[Config], ranks: int) -> str:
+    """What `describe` says of the one among the trials that trains most; empty where no formula here holds."""
+    from pipeline.model.clip import model_config
+
+    adapted = [config for config in configs if config.adapter.kind in ("lora", "dora")]
+    if not adapted:
+        return ""
+    config = max(adapted, key=lambda one: one.adapter.rank)
+    shape = shape_of(config.model.name, model_config(config.model.name))
+    if shape is None:
         return ""
     return describe(
         shape,
@@ -209,13 +245,21 @@ def planned(config: Config, ranks: int) -> str:
 
 
 def describe(shape: ClipShape, *, stage: int, ranks: int, global_batch: int, rank: int, rest: bool, dora: bool) -> str:
-    """Three lines about a planned training, for `selora sweep --plan`."""
+    """Some lines about a planned training, for `selora sweep --plan`."""
     trained, micro = shape.trained(rank, rest=rest, dora=dora), max(1, global_batch // ranks)
-    traffic = gradient_traffic(stage, shape.parameters, trained, ranks)
-    loss = contrastive_traffic(global_batch, shape.embed, ranks)
     memory = rank_memory(shape, stage, ranks, trained=trained, micro_batch=micro)
+
+    def moved(ranks: int) -> tuple[float, float]:
+        weights = gradient_traffic(stage, shape.parameters, trained, ranks)
+        return weights / _MB, contrastive_traffic(global_batch, shape.embed, ranks) / _MB
+
+    weights, loss = moved(ranks)
+    more = [2**power * ranks for power in range(1, 5)]
+    volumes = ", ".join(f"{sum(moved(number)):.1f}" for number in more)
     return (
-        f"per step and rank (computed): {traffic / _MB:.1f} MB for ZeRO-{stage}, {loss / _MB:.1f} MB for the loss\n"
-        f"per rank (computed): {memory / _GB:.1f} GB with {micro} images and bf16 activations\n"
-        f"trained: {trained / 1e6:.2f} M of {shape.parameters / 1e6:.1f} M parameters"
+        f"on paper, for rank {rank}:\n"
+        f"  a step moves {weights:.1f} MB per rank for ZeRO-{stage} and {loss:.1f} MB for the loss\n"
+        f"  on {', '.join(map(str, more))} ranks with the same global batch: {volumes} MB\n"
+        f"  a rank holds {memory / _GB:.1f} GB with {micro} images and bf16 activations\n"
+        f"  {trained / 1e6:.2f} M of {shape.parameters / 1e6:.1f} M parameters train"
     )

@@ -60,7 +60,7 @@ def train_stage(sweep_dir: Path, name: str, watch: Watch | None = None) -> None:
         return
     with _log(run_dir):
         try:
-            train(trial_config(sweep_dir, name), watch)
+            train(trial_config(sweep_dir, name), watch, label=f"{sweep_dir.name}/{name}")
         except TrainingFailed as error:
             _keep_failure(run_dir, f"diverged: {error}" if "not finite" in str(error) else str(error))
         except Exception as error:

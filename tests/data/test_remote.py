@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import multiprocessing
 import os
@@ -254,6 +255,42 @@ def test_the_oldest_used_leave_first_and_what_is_open_stays_readable(server: Ser
         local_copy(f"{server.url}/big", cache)
 
 
+def _read_at_random(cache: Cache, files: dict[str, bytes], seed: int, reads: int) -> None:
+    draw = random.Random(seed)
+    for _ in range(reads):
+        url = draw.choice(sorted(files))
+        for _attempt in range(50):
+            with contextlib.suppress(FileNotFoundError):  # pushed out before it was opened
+                content = local_copy(url, cache, size=len(files[url])).read_bytes()
+                assert content == files[url]
+                break
+        else:
+            os._exit(2)
+
+
+def test_a_tight_cache_holds_its_bound_under_many_readers_of_whom_some_are_killed(tmp_path: Path) -> None:
+    files = {}
+    for number in range(8):
+        path = tmp_path / f"file-{number}"
+        path.write_bytes(random.Random(number).randbytes(20_000 + 1000 * number))
+        files[path.as_uri()] = path.read_bytes()
+    tight = Cache(tmp_path / "cache", 3 * 28_000)
+    context, draw = multiprocessing.get_context("fork"), random.Random(0)
+    readers = [context.Process(target=_read_at_random, args=(tight, files, seed, 120)) for seed in range(6)]
+    for reader in readers:
+        reader.start()
+    for victim in readers[:3]:
+        time.sleep(draw.uniform(0.05, 0.2))
+        os.kill(victim.pid or 0, signal.SIGKILL)
+    for reader in readers:
+        reader.join()
+    assert [reader.exitcode for reader in readers] == [-signal.SIGKILL] * 3 + [0] * 3
+    for url, content in files.items():
+        assert local_copy(url, tight, size=len(content)).read_bytes() == content
+    held = sum(path.stat().st_size for path in (tight.directory / "files").glob("*/*"))
+    assert 28_000 <= held <= tight.max_bytes
+
+
 def test_a_changed_file_is_fetched_anew(server: Server, cache: Cache) -> None:
     first = put(server, "a.tar", 1000)
     assert local_copy(f"{server.url}/a.tar", cache).read_bytes() == first
@@ -279,8 +316,8 @@ def test_wrong_content_and_refusals_name_the_url_and_the_way_out(
     server.errors, server.status = 1.0, 403
     with pytest.raises(ConfigError, match=r"/a.tar: access refused .*credentials are taken from HF_TOKEN"):
         local_copy(f"{server.url}/a.tar", cache)
-    with pytest.raises(ConfigError, match=r"s3://bucket/a.tar: reading it needs another package .*pip install"):
-        local_copy("s3://bucket/a.tar", cache)
+    with pytest.raises(ConfigError, match=r"gs://bucket/a.tar: reading it needs another package .*selora\[gcs\]"):
+        local_copy("gs://bucket/a.tar", cache)
     with pytest.raises(ConfigError, match=r"nonsense://a: cannot be read .*nonsense"):
         local_copy("nonsense://a", cache)
     blocked = server.root / "file"

@@ -38,13 +38,23 @@ def slurm_environment(open_folder: Path) -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def two_hosts(tmp_path: Path):
+    with _hosts(tmp_path / "net", 2) as found:
+        yield found
+
+
+@pytest.fixture
+def three_hosts(tmp_path: Path):
+    with _hosts(tmp_path / "net", 3) as found:
+        yield found
+
+
+def _hosts(folder: Path, number: int):
     import net_hosts
 
     reason = net_hosts.why_not()
     if reason:
         pytest.skip(f"no hosts of network namespaces here: {reason}")
-    with net_hosts.hosts(tmp_path / "net", 2) as found:
-        yield found
+    return net_hosts.hosts(folder, number)
 
 
 @pytest.fixture(scope="session")
@@ -69,8 +79,15 @@ def training(open_folder: Path) -> list[str]:
 
 
 def losses(run_dir: Path) -> dict[int, float]:
-    records = [json.loads(line) for line in (run_dir / "journal.jsonl").read_text().splitlines()]
+    lines = (run_dir / "journal.jsonl").read_text().split("\n")[:-1]  # the last one may be half written while we look
+    records = [json.loads(line) for line in lines]
     return {r["step"]: r["values"]["train/loss"] for r in records if "train/loss" in r.get("values", {})}
+
+
+@pytest.fixture(scope="session")
+def losses_of() -> Callable[[Path], dict[int, float]]:
+    """{step: loss} by a run's journal."""
+    return losses
 
 
 @pytest.fixture(scope="session")

@@ -79,6 +79,26 @@ class Hosts:
     def plug_cable(self, name: str) -> None:
         _ip("link", "set", _port(self.names.index(name)), "up")
 
+    def processes(self, name: str) -> dict[int, str]:
+        """{id: command line} of what runs on a host."""
+        found = {}
+        command = ["ip", "netns", "pids", _space(name)]
+        for pid in subprocess.run(command, capture_output=True, text=True).stdout.split():
+            with suppress(OSError):
+                found[int(pid)] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+        return found
+
+    def power_off(self, name: str) -> None:
+        """The cable goes first: nobody hears the processes die."""
+        self.pull_cable(name)
+        self.end_processes(name)
+
+    def end_processes(self, name: str) -> None:
+        """kill -9 whatever runs on a host."""
+        for pid in self.processes(name):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
 
 @contextmanager
 def hosts(folder: Path, number: int) -> Iterator[Hosts]:
@@ -106,6 +126,8 @@ def hosts(folder: Path, number: int) -> Iterator[Hosts]:
         for daemon in daemons:
             daemon.terminate()
             daemon.wait()
+        for name in made.names:
+            made.end_processes(name)
         for index, name in enumerate(made.names):
             subprocess.run(["ip", "netns", "delete", _space(name)], capture_output=True)
             subprocess.run(["ip", "link", "delete", _port(index)], capture_output=True)

@@ -51,6 +51,29 @@ def test_stages_below_three_move_only_what_trains_and_stage_three_the_whole_mode
     assert scale.gradient_traffic(2, B16.parameters, trained, 1) == 0
 
 
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_the_traffic_of_the_loss_is_what_its_collectives_send(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from pipeline.method import contrastive
+
+    sent = []
+
+    def all_gather(parts: list, local: torch.Tensor, group: object) -> None:
+        sent.append(local.nbytes * (ranks - 1))
+        for part in parts:
+            part.copy_(local)
+
+    monkeypatch.setattr(contrastive, "_world", lambda group: (0, ranks))
+    monkeypatch.setattr(contrastive.dist, "all_gather", all_gather)
+    monkeypatch.setattr(
+        contrastive.dist, "all_reduce", lambda whole, group: sent.append(2 * whole.nbytes * (ranks - 1) / ranks)
+    )
+    image, text = (torch.randn(6, 16, requires_grad=True) for _ in range(2))
+    contrastive.flyp_loss(image, text, torch.tensor(10.0)).backward()
+    assert sum(sent) == scale.contrastive_traffic(6 * ranks, 16, ranks)
+
+
 def test_memory_falls_with_the_stage() -> None:
     memory = [scale.rank_memory(B16, stage, 64, trained=B16.trained(16), micro_batch=0) for stage in (1, 2, 3)]
     assert memory[0] > memory[1] > memory[2]
@@ -67,13 +90,37 @@ def test_efficiency_falls_with_nodes_and_rises_with_the_link() -> None:
     assert at(16, 400.0) > at(16, 25.0)
 
 
-def test_a_plan_says_them_for_the_users_config() -> None:
+def test_a_plan_says_them_for_the_trial_that_trains_most() -> None:
     config = load_config(Path(__file__).parents[2] / "configs" / "imagenet_vit_b16.yaml")
-    text = scale.planned(config, ranks=8)
-    assert "434.9 MB for ZeRO-1" in text
+    trials = [config, override(config, {"adapter.kind": "full"}), override(config, {"adapter.rank": 4})]
+    text = scale.planned(trials, ranks=8)
+    assert "434.9 MB per rank for ZeRO-1" in text
+    # What a ring moves grows with (ranks - 1) / ranks, and that is all.
+    seven_eighths = sum(float(text.partition(word)[2].split()[0]) for word in ("moves ", "and "))
+    volumes = text.partition("global batch: ")[2].partition(" MB")[0].split(", ")
+    expected = [seven_eighths * 8 / 7 * (ranks - 1) / ranks for ranks in (16, 32, 64, 128)]
+    assert [float(volume) for volume in volumes] == pytest.approx(expected, rel=1e-3)
     assert "with 64 images" in text
-    assert "of 149.6 M parameters" in text
-    assert scale.planned(override(config, {"model.name": "local-dir:elsewhere"}), ranks=8) == ""
+    assert "of 149.6 M parameters train" in text
+    assert scale.planned(trials[1:2], ranks=8) == ""
+    assert scale.planned([override(config, {"model.name": "RN50"})], ranks=8) == ""
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_shapes_are_those_of_open_clips_own_configs(name: str) -> None:
+    from pipeline.model.clip import model_config
+
+    assert scale.shape_of(name, model_config(name)) == SHAPES[name]
+
+
+def test_the_shape_of_a_model_on_the_disk_is_that_of_the_model() -> None:
+    from pipeline.demo.assets import MODEL, asset
+    from pipeline.model.clip import load_clip, model_config
+
+    name = f"local-dir:{asset(MODEL)}"
+    shape = scale.shape_of(name, model_config(name))
+    assert shape is not None
+    assert shape.parameters == sum(parameter.numel() for parameter in load_clip(name).model.parameters())
 
 
 def test_the_page_is_what_the_module_says() -> None:

@@ -81,7 +81,8 @@ def test_a_signal_saves_requeues_and_the_run_ends_bit_equal(
 
 
 @pytest.mark.slow
-def test_a_sweep_finishes_on_ray_inside_the_allocation_and_leaves_no_process(
+@pytest.mark.timeout(2400)
+def test_a_sweep_on_ray_inside_the_allocation_is_requeued_finishes_and_leaves_no_process(
     slurm_environment: dict[str, str], open_folder: Path, training: list[str]
 ) -> None:
     grid, log = open_folder / "grid.yaml", open_folder / "sweep.txt"
@@ -89,14 +90,75 @@ def test_a_sweep_finishes_on_ray_inside_the_allocation_and_leaves_no_process(
         "grid: {gate.lam: [0.3, 1.0]}\nresources: {workers: 1, cpus_per_worker: 1, gpus_per_worker: 0, eval_cpus: 1}\n"
     )
     config, *settings = training
-    settings += ["name=sweep", "train.steps=4", "train.zero_stage=1"]
+    settings += ["name=sweep", "train.zero_stage=1", "train.checkpoint_every=16"]
     more = {"SELORA_BIN": str(Path(sys.executable).parent), "CPUS": "2"}
     job = submit(slurm_environment, log, "sweep.sbatch", config, str(grid), *settings, **more)
+    run_dirs = open_folder / "runs" / "sweep" / "trials"
+    wait(slurm_environment, job, log, lambda: any("train/loss" in text for text in _journals(run_dirs)), 900)
+    subprocess.run(["scancel", "--batch", "--signal=TERM", job], env=slurm_environment, check=True)
+    wait(slurm_environment, job, log, lambda: state(slurm_environment, job) == "PENDING", 300)
+    assert not _processes_of(job)
+    assert any((path / "checkpoints" / "latest").exists() for path in run_dirs.iterdir()), log.read_text()[-3000:]
     wait(slurm_environment, job, log, lambda: state(slurm_environment, job) in ("COMPLETED", "FAILED"), 1500)
     assert state(slurm_environment, job) == "COMPLETED", log.read_text()[-3000:]
-    trials = sorted((open_folder / "runs" / "sweep" / "trials").glob("*/checkpoints/latest"))
-    assert [path.read_text().strip() for path in trials] == ["step-00000004"] * 2
+    trials = sorted(run_dirs.glob("*/checkpoints/latest"))
+    assert [path.read_text().strip() for path in trials] == ["step-00000016"] * 2
+    for text in _journals(run_dirs):
+        assert text.count('"train/loss"') == 16
+    assert any(text.count('"RUNNING"') == 2 for text in _journals(run_dirs))
     assert not _processes_of(job)
+
+
+def _journals(run_dirs: Path) -> list[str]:
+    return [path.read_text() for path in sorted(run_dirs.glob("*/journal.jsonl"))]
+
+
+PACK = """#!{python}
+import functools, sys
+import pipeline.cli.originals as originals
+originals.list_imagenet_train = functools.partial(originals.list_imagenet_train, images=1040)
+from pipeline.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_the_tasks_of_an_array_pack_one_dataset_and_the_last_writes_the_index(
+    slurm_environment: dict[str, str], open_folder: Path
+) -> None:
+    from PIL import Image
+
+    from pipeline.data.originals.imagenet import wnids
+    from pipeline.data.shards import load_index, verify
+
+    source, bin_folder, out = open_folder / "imagenet", open_folder / "pack-bin", open_folder / "packed"
+    for number in range(1040):
+        folder = source / wnids()[number % 1000]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (number % 256, number // 256, 0)).save(folder / f"{number}.JPEG")
+    bin_folder.mkdir()
+    (bin_folder / "selora").write_text(PACK.format(python=sys.executable))
+    (bin_folder / "selora").chmod(0o755)
+    command = ["sbatch", "--parsable", "--array=1-3", f"--output={open_folder}/pack-%a.txt", "launch/slurm/pack.sbatch"]
+    command += [str(source), str(out), "--samples-per-shard", "100"]
+    environment = slurm_environment | {"SELORA_BIN": str(bin_folder)}
+    job = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    first = open_folder / "pack-1.txt"
+    wait(slurm_environment, job, first, lambda: (out / "index.json").exists(), 300)
+    wait(slurm_environment, job, first, lambda: not _queued(slurm_environment, job), 120)
+    index = load_index(out)
+    assert (index.samples, len(index.shards)) == (1040, 11)
+    assert verify(out).ok
+    assert not (out / "parts").exists()
+    said = [(open_folder / f"pack-{task}.txt").read_text() for task in (1, 2, 3)]
+    assert any("1040 samples, 1000 classes in 11 shards" in text for text in said)
+    assert [f"{done} of {done} shards" in text for text, done in zip(said, (4, 4, 3), strict=True)] == [True] * 3
+
+
+def _queued(environment: dict[str, str], job: str) -> str:
+    return subprocess.run(
+        ["squeue", "--noheader", "--jobs", job], env=environment, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def _processes_of(job: str) -> list[str]:

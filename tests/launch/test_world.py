@@ -62,5 +62,6 @@ def test_every_log_line_says_run_rank_and_host_and_says_it_once(capsys: pytest.C
     for run in ("first", "trial"):
         label_logs(world, run)
     logging.getLogger("selora.training").warning("disk is slow")
+    logging.getLogger("selora").handlers.clear()  # its stream ends with this test
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition("WARNING ")[2] for line in lines] == [f"[trial rank 2 on {world.host}] disk is slow"]
