@@ -149,7 +149,7 @@ def digest(config: Config) -> str:
             "out": True,
             "tracking": True,
             "promote": True,
-            "eval": {"root"},
+            "eval": {"root", "cache"},
             "train": {"timeout_s"},
         },
     )

@@ -130,6 +130,11 @@ class Eval(Section):
     preprocessing: Literal["fast", "reference"] = Field(
         default="reference", description="of a sweep's evaluations; reference: PIL, for published numbers"
     )
+    cache: str | None = Field(
+        default=None,
+        min_length=1,
+        description="directory where decoded images are kept for the next model; null: SELORA_CACHE; off: nowhere",
+    )
 
 
 class Tracking(Section):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +22,18 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 for _inherited in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "MLFLOW_TRACKING_URI"):
     os.environ.pop(_inherited, None)
 
+# What a test decodes must not lie in the user's cache; all processes of a session share one.
+_own_cache = "SELORA_CACHE" not in os.environ
+if _own_cache:
+    os.environ["SELORA_CACHE"] = tempfile.mkdtemp(prefix="selora-cache-")
+
 REPOSITORY = Path(__file__).parent.parent
+
+
+def pytest_unconfigure() -> None:
+    """Remove the session's cache, by the process that made it."""
+    if _own_cache:
+        shutil.rmtree(os.environ["SELORA_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -116,6 +116,7 @@ def _look_at_benchmark(arguments: argparse.Namespace) -> int:
 
 
 def _golden(benchmark: Any, arguments: argparse.Namespace) -> int:
+    from pipeline.data.cache import Cache
     from pipeline.evaluation.command import find_device, load_plain, progress
     from pipeline.evaluation.dataset import Settings
     from pipeline.evaluation.doctor import compare_with_published, format_comparison
@@ -123,7 +124,8 @@ def _golden(benchmark: Any, arguments: argparse.Namespace) -> int:
 
     tag = arguments.pretrained or (GOLDEN_TAG if arguments.golden == GOLDEN_MODEL else None)
     clip = load_plain(arguments.golden, tag)
-    outcome = evaluate(clip, benchmark, arguments.out, Settings(device=find_device(None)), say=progress)
+    settings = Settings(device=find_device(None), cache=Cache.named(None))
+    outcome = evaluate(clip, benchmark, arguments.out, settings, say=progress)
     compared = compare_with_published(benchmark, outcome.results)
     print(format_comparison(compared))
     return OK if all(each.agrees for each in compared) else FAILED

@@ -77,6 +77,11 @@ def _add_evaluate(commands: Any) -> None:
         default="reference",
         help="reference: PIL, for published numbers (default)",
     )
+    parser.add_argument(
+        "--cache",
+        metavar="DIR|off",
+        help="where decoded images are kept for the next model (default: the run's, or SELORA_CACHE, ~/.cache/selora)",
+    )
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:

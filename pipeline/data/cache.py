@@ -4,7 +4,8 @@
     CACHE/files/<digest ..>/NAME.part                   begun
     CACHE/locks/<digest ..>.lock                        held while it is fetched or removed
 
-A removed file stays readable for whoever has it open. Locks end with the process that holds them, however it ends.
+Decoded evaluation images are entries, too (pixels.py). A removed file stays readable for whoever has it open. Locks
+end with the process that holds them, however it ends.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from pipeline.config import ConfigError
+
+OFF = "off"
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,14 @@ class Cache:
     directory: Path
     max_bytes: int
     attempts: int = 9
+
+    @staticmethod
+    def named(place: str | None) -> Cache | None:
+        """By what a user says: a directory, "off" for none, None for the machine's own."""
+        if place == OFF:
+            return None
+        machine = Cache.from_environment()
+        return machine if place is None else replace(machine, directory=Path(place).expanduser().absolute())
 
     @staticmethod
     def from_environment() -> Cache:
@@ -91,7 +102,8 @@ class _Entry:
         try:
             for file in folder.iterdir():
                 status = file.stat()
-                used, size = max(used, status.st_mtime), size + status.st_size
+                # What it takes of the disk: files of decoded images have holes.
+                used, size = max(used, status.st_mtime), size + 512 * status.st_blocks
         except FileNotFoundError:
             # Another process removed or renamed it in this moment; what it held is counted as gone.
             return _Entry(used, size, folder)

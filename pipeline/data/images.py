@@ -113,7 +113,8 @@ def train_crop(image: Pixels, size: int | Sequence[int], *, scale: tuple[float, 
     """The random crop of training, resized bicubically: uint8 (3, H, W). Equal seed and image size give equal crops."""
     with _torch_seed(seed):
         box = RandomResizedCrop.get_params(cast(Tensor, image), scale=list(scale), ratio=[3 / 4, 4 / 3])
-    return _tensor(functional.resized_crop(image, *box, list(_pair(size)), InterpolationMode.BICUBIC, antialias=True))
+    how = InterpolationMode.BICUBIC
+    return _tensor(functional.resized_crop(image, *box, list(size_pair(size)), how, antialias=True))
 
 
 def eval_resize(image: Pixels, cfg: Mapping[str, Any]) -> Tensor:
@@ -121,7 +122,7 @@ def eval_resize(image: Pixels, cfg: Mapping[str, Any]) -> Tensor:
 
     ``cfg`` is open_clip's preprocessing: size (int or (H, W)), interpolation, resize_mode shortest | longest | squash.
     """
-    height, width = _pair(cfg["size"])
+    height, width = size_pair(cfg["size"])
     how = InterpolationMode(cfg.get("interpolation", "bicubic"))
     if how not in (InterpolationMode.BICUBIC, InterpolationMode.BILINEAR):
         raise ConfigError(f"preprocessing: interpolation {how.value!r} is neither bicubic nor bilinear")
@@ -151,14 +152,15 @@ def without_border(image: Pixels, border: int) -> Pixels:
     return functional.crop(image, border, border, height - 2 * border, width - 2 * border)
 
 
+def size_pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """(H, W) of a size that is one number or two."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 (B, 3, H, W) to float32, bit for bit ToTensor and Normalize, on the device the images are on."""
     mean_, std_ = (torch.tensor(v, dtype=torch.float32, device=images.device).view(1, -1, 1, 1) for v in (mean, std))
     return images.to(torch.float32).div_(255).sub_(mean_).div_(std_)
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def _tensor(image: Pixels) -> Tensor:

@@ -1,41 +1,32 @@
 """Evaluation sets in the layout of huggingface.co/clip-benchmark (`wds_*` folders): read, and written for own data.
 
-    NAME/classnames.txt                          one class a line, label = line; only for classification
-    NAME/zeroshot_classification_templates.txt   one sentence with {c} a line
-    NAME/dataset_type.txt                        "retrieval"; absent or "classification" otherwise
-    NAME/test/nshards.txt, 0.tar, 1.tar ..       members KEY.webp|png|jpg and KEY.cls or KEY.txt (a caption a line)
-
-Counts are exact: each sample goes to one rank, no batch is filled up, and a sample that cannot be read is an error.
+NAME/classnames.txt                          one class a line, label = line; only for classification
+NAME/zeroshot_classification_templates.txt   one sentence with {c} a line
+NAME/dataset_type.txt                        "retrieval"; absent or "classification" otherwise
+NAME/test/nshards.txt, 0.tar, 1.tar ..       members KEY.webp|png|jpg and KEY.cls or KEY.txt (a caption a line)
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from PIL import Image
-from torch import Tensor
 
 from pipeline.config import ConfigError
-from pipeline.data.batches import Batches
 from pipeline.data.cache import Cache
 from pipeline.data.folders import Folder, folder_at, open_tars
 from pipeline.data.formats import Format, Sample, read_source
 from pipeline.data.images import (
     MAX_PIXELS,
-    STORED_EXTENSIONS,
     BadImageError,
-    Preprocessing,
     decode,
-    eval_resize,
     looks_the_same_to_all,
     stored_extension,
-    without_border,
 )
 from pipeline.data.readable import usable_samples
 from pipeline.data.shards import check_empty, disk_faults_told, sample_members, write_tar
@@ -76,21 +67,6 @@ class EvalSet:
         return f"{self.tars[tar].path.name}/{self.tars[tar].samples[number].key}"
 
 
-@dataclass(frozen=True)
-class EvalBatch:
-    """images: uint8 (B, 3, H, W). labels: int64 (B,), empty for retrieval. captions: a tuple an image, empty for
-    classification. indices: int64 (B,), the numbers of the samples in the set."""
-
-    images: Tensor
-    labels: Tensor
-    captions: list[tuple[str, ...]]
-    indices: Tensor
-
-    def pin_memory(self) -> EvalBatch:
-        """Called by torch's DataLoader when it pins."""
-        return replace(self, images=self.images.pin_memory())
-
-
 def open_eval_set(location: str | Path, *, split: str = "test", cache: Cache | None = None) -> EvalSet:
     """Scan the headers and read labels or captions of a set. Raises ConfigError that names the file at fault.
 
@@ -117,67 +93,6 @@ def open_eval_set(location: str | Path, *, split: str = "test", cache: Cache | N
     content = kind, classnames, templates, labels, captions, [(tar.path.name, tar.samples) for tar in tars]
     digest = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
     return EvalSet(folder.name, kind, classnames, templates, labels, captions, places, tars, digest)
-
-
-def eval_loader(
-    eval_set: EvalSet,
-    cfg: Mapping[str, Any],
-    *,
-    batch_size: int,
-    rank: int = 0,
-    world: int = 1,
-    workers: int = 2,
-    preprocessing: Preprocessing = "reference",
-    limit: int | None = None,
-    only: Sequence[int] | None = None,
-    border: int = 0,
-    max_pixels: int = MAX_PIXELS,
-    pin: bool = False,
-) -> Batches[EvalBatch]:
-    """This rank's part of the set, a contiguous one: the ranks' parts after one another are the set in its order.
-
-    ``cfg`` is open_clip's preprocessing (see images.eval_resize); "reference" is its ``image_transform`` up to the
-    normalisation. ``only`` names the samples to take, ``limit`` takes that many of them, evenly spread. ``border``
-    pixels are cut off each side before the resize. Raises ConfigError for an unreadable image.
-    """
-    pool = range(len(eval_set)) if only is None else only
-    total = len(pool) if limit is None else min(limit, len(pool))
-    mine = range(rank * total // world, (rank + 1) * total // world)
-    chosen = [pool[i * len(pool) // total] for i in mine]
-    plan = [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
-    make = _MakeEvalBatch(eval_set, dict(cfg), preprocessing, max_pixels, border)
-    return Batches(make, plan, workers=workers, pin=pin)
-
-
-@dataclass(frozen=True)
-class _MakeEvalBatch:
-    eval_set: EvalSet
-    cfg: dict[str, Any]
-    preprocessing: Preprocessing
-    max_pixels: int
-    border: int
-
-    def __call__(self, indices: Sequence[int]) -> EvalBatch:
-        chosen = self.eval_set
-        return EvalBatch(
-            images=torch.stack([self._image(i) for i in indices]),
-            labels=torch.tensor([chosen.labels[i] for i in indices] if chosen.labels else [], dtype=torch.int64),
-            captions=[chosen.captions[i] for i in indices] if chosen.captions else [],
-            indices=torch.tensor(indices, dtype=torch.int64),
-        )
-
-    def _image(self, i: int) -> Tensor:
-        tar, number = self.eval_set.places[i]
-        index = self.eval_set.tars[tar]
-        ext = next((ext for ext in STORED_EXTENSIONS if ext in index.samples[number].members), None)
-        try:
-            if ext is None:
-                raise BadImageError("no image among its members")
-            data = index.read(number, ext)
-            pixels = decode(data, form=self.preprocessing, max_pixels=self.max_pixels, as_stored=True)
-            return eval_resize(without_border(pixels, self.border), self.cfg)
-        except BadImageError as error:
-            raise ConfigError(f"{index.name}: {index.samples[number].key}: {error}") from error
 
 
 @dataclass(frozen=True)

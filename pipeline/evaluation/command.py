@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from pipeline.config import Config, ConfigError, load_config
+from pipeline.data.cache import Cache
 from pipeline.data.images import Preprocessing
 from pipeline.evaluation.benchmark import Benchmark, load_benchmark
 from pipeline.evaluation.dataset import Settings
@@ -40,6 +41,7 @@ class Asked:
     pretrained: str | None = None
     precision: Precision = "fp32"
     preprocessing: Preprocessing = "reference"
+    cache: str | None = None
     strength: Sequence[float] | None = None
 
     def settings(self, config: Config | None) -> Settings:
@@ -51,6 +53,7 @@ class Asked:
             precision=self.precision,
             preprocessing=self.preprocessing,
             limit=self.limit,
+            cache=Cache.named(self.cache or (config.eval.cache if config is not None else None)),
         )
 
     def table(self, config: Config | None) -> Benchmark:

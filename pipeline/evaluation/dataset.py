@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from pipeline.config import ConfigError
+from pipeline.data.cache import Cache
 from pipeline.data.images import Preprocessing
 from pipeline.data.order import seeded_permutation, stable_hash
 from pipeline.data.wds_layout import EvalSet, open_eval_set
@@ -29,6 +30,8 @@ class Settings:
     preprocessing: Preprocessing = "reference"
     # Take this many samples, evenly spaced over each dataset, for a quick look.
     limit: int | None = None
+    # Where decoded images are kept for the next model; None: nowhere.
+    cache: Cache | None = None
 
 
 @dataclass(frozen=True)

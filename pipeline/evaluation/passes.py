@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.data.eval_batches import EvalBatch, eval_loader
 from pipeline.data.images import normalize
-from pipeline.data.wds_layout import EvalBatch, eval_loader
 from pipeline.evaluation.dataset import Dataset, Settings
 from pipeline.evaluation.encode import Encoder
 from pipeline.evaluation.metrics import (
@@ -165,6 +166,11 @@ def _batches(clip: Clip, dataset: Dataset, ranks: Ranks, settings: Settings) -> 
         only=dataset.chosen,
         border=dataset.row.border,
         pin=settings.device.type == "cuda",
+        pixels=settings.cache,
     )
+    told = ""
     for batch in loader:
+        if batch.trouble and batch.trouble != told:
+            told = batch.trouble
+            sys.stderr.write(f"{dataset.row.key}: {told}\n")
         yield batch, normalize(batch.images.to(settings.device), config["mean"], config["std"])

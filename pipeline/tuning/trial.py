@@ -76,6 +76,7 @@ def evaluation_stage(sweep_dir: Path, name: str) -> Mapping[str, Any] | None:
 
     The untouched model is evaluated by the first trial that comes here; the others wait for it.
     """
+    from pipeline.data.cache import Cache
     from pipeline.evaluation.benchmark import load_benchmark
     from pipeline.evaluation.dataset import Settings
     from pipeline.evaluation.record import track_results
@@ -91,6 +92,7 @@ def evaluation_stage(sweep_dir: Path, name: str) -> Mapping[str, Any] | None:
         batch_size=config.eval.batch_size,
         workers=config.eval.workers,
         preprocessing=config.eval.preprocessing,
+        cache=Cache.named(config.eval.cache),
     )
     benchmark, baselines = load_benchmark(config.eval.benchmark, config.eval.root), sweep_dir / "baselines"
     with _log(run_dir):

@@ -23,11 +23,12 @@ import pytest
 from pipeline.config import ConfigError
 from pipeline.data import remote
 from pipeline.data.cache import Cache
+from pipeline.data.eval_batches import eval_loader
 from pipeline.data.formats import read_source
 from pipeline.data.remote import local_copy, remote_place
 from pipeline.data.shards import ShardIndex, load_index, open_shard, verify
 from pipeline.data.stream import TrainDataset, train_loader
-from pipeline.data.wds_layout import EvalSet, eval_loader, open_eval_set, write_wds_eval
+from pipeline.data.wds_layout import EvalSet, open_eval_set, write_wds_eval
 
 CFG = {"size": 32, "interpolation": "bicubic", "resize_mode": "shortest"}
 LARGE = 9_000_000  # two chunks

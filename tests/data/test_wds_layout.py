@@ -16,9 +16,10 @@ from open_clip.transform import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, image_t
 from PIL import Image
 
 from pipeline.config import ConfigError
+from pipeline.data.eval_batches import EvalBatch, eval_loader
 from pipeline.data.formats import Sample, read_source
 from pipeline.data.images import normalize
-from pipeline.data.wds_layout import EvalBatch, EvalSet, eval_loader, open_eval_set, pack_eval, write_wds_eval
+from pipeline.data.wds_layout import EvalSet, open_eval_set, pack_eval, write_wds_eval
 
 CFG = {"size": 32, "interpolation": "bicubic", "resize_mode": "shortest"}
 TEMPLATES = ["a photo of a {c}.", "the {c}"]

@@ -16,8 +16,9 @@ from clip_benchmark.metrics import zeroshot_classification
 from PIL import Image
 
 from pipeline.config import Config, override, to_yaml
+from pipeline.data.eval_batches import eval_loader
 from pipeline.data.images import normalize
-from pipeline.data.wds_layout import eval_loader, open_eval_set
+from pipeline.data.wds_layout import open_eval_set
 from pipeline.model.clip import Clip, load_clip, save_open_clip
 from pipeline.training.checkpoint import save_checkpoint
 from pipeline.training.distributed import read_world

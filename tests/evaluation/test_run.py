@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import pytest
 import torch
 
 from pipeline.config import ConfigError
+from pipeline.data.cache import Cache
+from pipeline.data.eval_batches import eval_loader
 from pipeline.data.images import normalize
-from pipeline.data.wds_layout import eval_loader, open_eval_set
+from pipeline.data.wds_layout import open_eval_set
 from pipeline.evaluation.benchmark import load_benchmark
 from pipeline.evaluation.command import evaluate_command
 from pipeline.evaluation.dataset import Settings
@@ -87,6 +90,23 @@ def test_a_result_of_something_else_is_computed_anew(
     assert again.skipped == []
     assert json.loads((out / "a.json").read_text()) == again.results["a"]
     assert evaluate(clip, table, out, settings).skipped == ["a"]
+
+
+def test_a_second_model_takes_kept_images_and_scores_the_same(tmp_path: Path, clip: Clip, benchmark_file: Path) -> None:
+    table, keeping = load_benchmark(benchmark_file), replace(SETTINGS, cache=Cache(tmp_path / "cache", 10**9))
+
+    def scores(settings: Settings, name: str) -> dict[str, dict[str, object]]:
+        results = evaluate(clip, table, tmp_path / name, settings).results
+        return {key: {**result, "seconds": None} for key, result in results.items()}
+
+    assert scores(keeping, "kept") == scores(SETTINGS, "plain")
+    files = list((tmp_path / "cache" / "files").glob("*/*.pixels"))
+    assert len(files) == len(table.rows)
+    times = {file: file.stat().st_mtime_ns for file in files}
+    with torch.no_grad():
+        clip.model.get_parameter("visual.proj").mul_(-1)
+    assert scores(keeping, "other kept") == scores(SETTINGS, "other plain")
+    assert all(file.stat().st_mtime_ns > time for file, time in times.items())
 
 
 def test_chosen_datasets_are_run_and_finished_ones_stay_in_the_summary(
@@ -210,7 +230,8 @@ def test_a_run_is_compared_with_its_untouched_base(
     tmp_path: Path, make_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(tmp_path / "runs" / "mine", kind="full")
-    assert evaluate_command(run) == 0
+    assert evaluate_command(run, cache=str(tmp_path / "kept")) == 0
+    assert len(list((tmp_path / "kept" / "files").glob("*/*.pixels"))) == len(FOUR)
     printed = capsys.readouterr()
     assert "untouched model: ours" in printed.err
     assert "forgetting" in printed.out

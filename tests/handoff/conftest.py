@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Config, load_config, to_yaml
+from pipeline.data.eval_batches import eval_loader
 from pipeline.data.images import decode, eval_resize, normalize
 from pipeline.data.shards import load_index
-from pipeline.data.wds_layout import eval_loader, open_eval_set, pack_eval
+from pipeline.data.wds_layout import open_eval_set, pack_eval
 from pipeline.demo.assets import FINETUNE, MODEL, asset, unpack
 from pipeline.evaluation.benchmark import load_benchmark
 from pipeline.evaluation.dataset import Settings
