@@ -83,16 +83,16 @@ class TrainDataset:
 
         Raises TarError when a shard is broken, ConfigError when too many samples in a row are bad.
         """
-        epoch = self.order.locate(position).epoch
+        first = place = self.order.locate(position)
         fault = ""
-        for further in range(SUBSTITUTES):
-            place = self.order.locate(position + further * self.order.streams)
+        for further in range(1, SUBSTITUTES + 1):
             tar = self._tar(place.shard)
             key = f"{self.index.shards[place.shard].name}/{tar.samples[place.sample].key}"
             try:
-                return replace(self._load(tar, place.sample, key, epoch), bad=fault)
+                return replace(self._load(tar, place.sample, key, first.epoch), bad=fault)
             except BadImageError as error:
                 fault = fault or f"{key}: {error}"
+            place = self.order.locate(position + further * self.order.streams)
         raise ConfigError(
             f"{self.index.folder.location}: {SUBSTITUTES} samples in a row are bad, first {fault}; "
             "`selora verify` lists all"

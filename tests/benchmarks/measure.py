@@ -6,6 +6,8 @@ stays in the process for every variant alike, or elementwise operations would pa
 
 from __future__ import annotations
 
+import gc
+import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -76,22 +78,39 @@ def prepare() -> None:
     keep_heap(read_world())
 
 
-def alternate(variants: Mapping[str, Callable[[], object]], rounds: int) -> Times:
+def cpu_seconds(call: Callable[[], object]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def alternate(
+    variants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    clock: Callable[[Callable[[], object]], float] = cpu_seconds,
+) -> Times:
     """Run every variant once a round, in an order that turns each round; the first round warms up and is dropped."""
     times = Times({name: [] for name in variants})
     names = list(variants)
     for turn in range(rounds + 1):
         for name in names if turn % 2 else reversed(names):
-            spent = cpu_seconds(variants[name])
+            spent = clock(variants[name])
             if turn:
                 times.seconds[name].append(spent)
     return times
 
 
-def cpu_seconds(call: Callable[[], object]) -> float:
-    start = time.process_time()
+def cpu_seconds_with_workers(call: Callable[[], object]) -> float:
+    """CPU seconds of this process and of the processes that it started and that have ended since."""
+    start = _used()
     call()
-    return time.process_time() - start
+    gc.collect()  # a DataLoader waits for its workers when its iterator goes
+    return _used() - start
+
+
+def _used() -> float:
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, who))
 
 
 def saved_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:

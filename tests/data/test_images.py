@@ -178,11 +178,12 @@ def test_fast_crops_are_within_two_levels_of_the_reference(photo: Photo, encode:
 
 
 def test_the_reference_crop_is_open_clips_training_transform(photo: Photo) -> None:
-    image = photo(9, 120, 90)
-    theirs = RandomResizedCrop(64, scale=(0.9, 1.0), interpolation=InterpolationMode.BICUBIC)
-    torch.manual_seed(1234)
-    expected = tensor(theirs(image))
-    assert torch.equal(train_crop(image, 64, scale=(0.9, 1.0), seed=1234), expected)
+    sizes = [(120, 90), (64, 64), (61, 133), (300, 20), (20, 300)]  # the last two are never met: the central crop
+    for seed, (size, scale) in enumerate(itertools.product(sizes, [(0.9, 1.0), (0.08, 1.0), (1.0, 1.0)])):
+        image = photo(9, *size)
+        theirs = RandomResizedCrop(64, scale=scale, interpolation=InterpolationMode.BICUBIC)
+        torch.manual_seed(seed)
+        assert torch.equal(train_crop(image, 64, scale=scale, seed=seed), tensor(theirs(image)))
 
 
 def test_a_crop_leaves_the_random_state_alone(photo: Photo) -> None:
