@@ -26,6 +26,7 @@ test-slow: env
 
 bench: env
 	$(BIN)/python tests/benchmarks/bench.py --out build/benchmarks
+	$(BIN)/python tests/benchmarks/scaling.py | tee build/benchmarks/scaling.md
 
 lint: env
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import time
@@ -41,6 +42,7 @@ def main() -> int:
         parser.error(f"--rows: {unknown} are none of {sorted(table)}")
     if refused := [f"row {row}: {left_out[row]}" for row in wanted if row in left_out]:
         parser.error("; ".join(refused))
+    logging.disable(logging.WARNING)  # models without weights are meant
     prepare()
     arguments.out.mkdir(parents=True, exist_ok=True)
     measured, start = _earlier(arguments.out / "benchmarks.json", set(wanted)), time.monotonic()

@@ -15,15 +15,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT))
-
 import torch
 import torch.distributed as dist
+
+ROOT = Path(__file__).parent.parent.parent
 
 # How often a ring sends the largest tensor of a call, in units of (N - 1) / N.
 TIMES_SENT = {
@@ -135,7 +135,7 @@ def lines(folder: Path, wanted: list[int], steps: int, more: list[str]) -> Itera
         overrides = settings(folder, ranks, steps, more)
         config = load_config(asset(FINETUNE), overrides)
         marks = run(folder, ranks, overrides)
-        spans = list(zip(marks, marks[1:], strict=False))  # the first span starts with the model's broadcast
+        spans = list(pairwise(marks))  # the first span starts with the model's broadcast
         batch = config.train.global_batch_size
         rate = median((b[0] - a[0]) * batch / (b[1] - a[1]) for a, b in spans)
         share = median((b[2] - a[2]) / (b[1] - a[1]) for a, b in spans)
@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the training")
     arguments = parser.parse_args()
+    sys.path.insert(0, str(ROOT))  # the checkout, where it is not installed
     if arguments.measure is not None:
         measure(arguments.measure, Path(arguments.overrides[0]), arguments.overrides[1:])
         return
