@@ -25,7 +25,8 @@ gates on, `train.train_rest=none` unless said.
 
 _MEASURED = """## Measured, and what is not
 
-- Slurm, ssh hosts and link failures were run for real on one machine (tests/launch), for behaviour and not for speed.
+- Slurm, ssh hosts and a Ray cluster of hosts with addresses of their own, cut links and lost nodes were run for real on
+  one machine (tests/launch), for behaviour and not for speed.
 - No multi-node GPU measurement stands behind this page. Before you reserve 64 nodes, run `selora doctor --launch` on
   two of them: it measures the bandwidth of the collectives, which these tables take from the data sheet.
 """
