@@ -187,8 +187,9 @@ class _Fleet:
 
     def _look_below(self) -> None:
         for path in sorted(self._below.glob(f"*/{JOURNAL}")) if self._below is not None else ():
-            run_dir, identity = path.parent, read_identity(path.parent)
-            if run_dir in self._deliveries or identity is None:
+            run_dir = path.parent
+            identity = None if run_dir in self._deliveries else read_identity(run_dir)
+            if identity is None:
                 continue
             with suppress(Busy):  # `selora track sync` is there, or an earlier attempt's process
                 self._locks.append(FileLock(run_dir / SHIPPING_LOCK))
