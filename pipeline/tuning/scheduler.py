@@ -95,6 +95,8 @@ def cluster(address: str | None, resources: Resources) -> Iterator[Capacity]:
         settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         # Nobody reclaims this machine; the watcher is a process of every start of workers.
         settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+        # The process of an evaluation waits for the next one: its imports take as long as a small benchmark.
+        settings["RAY_idle_worker_killing_time_threshold_ms"] = "3600000"
     with _environment(settings):
         import ray
 
