@@ -130,6 +130,7 @@ def test_the_champion_answers_in_an_environment_of_nothing_but_its_own_requireme
         capture_output=True,
         text=True,
     )
+    shutil.rmtree(python.parents[1])  # gigabytes
     assert answer.returncode == 0, answer.stderr
     (there,) = json.loads(answer.stdout)
     assert there["labels"] == here["labels"]
