@@ -46,6 +46,7 @@ class Meter:
 
     seconds: float = 0.0
     sent: float = 0.0
+    by: dict[str, float] = field(default_factory=dict)
     inside: bool = False
     marks: list[tuple[int, float, float, float]] = field(default_factory=list)
 
@@ -68,7 +69,9 @@ class Meter:
                 self.seconds += time.perf_counter() - start
                 largest = max((_bytes(each) for each in (*arguments, *named.values())), default=0)
                 ranks = dist.get_world_size() if dist.is_initialized() else 1
-                self.sent += TIMES_SENT[name] * largest * (ranks - 1) / ranks
+                sent = TIMES_SENT[name] * largest * (ranks - 1) / ranks
+                self.sent += sent
+                self.by[name] = self.by.get(name, 0.0) + (sent if self.marks else 0.0)
 
         return wrapped
 
@@ -91,7 +94,7 @@ def measure(result: Path, config_file: Path, overrides: list[str]) -> None:
 
     train(load_config(config_file, overrides), meter)
     if os.environ["RANK"] == "0":
-        result.write_text(json.dumps(meter.marks))
+        result.write_text(json.dumps({"marks": meter.marks, "by": meter.by}))
 
 
 def settings(folder: Path, ranks: int, steps: int, more: list[str]) -> list[str]:
@@ -110,11 +113,11 @@ def settings(folder: Path, ranks: int, steps: int, more: list[str]) -> list[str]
     return [f"{key}={value}" for key, value in wanted.items()] + more
 
 
-def run(folder: Path, ranks: int, overrides: list[str]) -> list[tuple[int, float, float, float]]:
+def run(folder: Path, ranks: int, overrides: list[str]) -> dict[str, Any]:
     from pipeline.demo.assets import FINETUNE, asset
 
     result = folder / f"ranks-{ranks}.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += [__file__, "--measure", str(result), str(asset(FINETUNE)), *overrides]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -131,10 +134,12 @@ def lines(folder: Path, wanted: list[int], steps: int, more: list[str]) -> Itera
 
     yield "| ranks | images/s | in collectives | MB sent per step and rank: measured | computed |"
     yield "| --: | --: | --: | --: | --: |"
+    notes: list[str] = []
     for ranks in wanted:
         overrides = settings(folder, ranks, steps, more)
         config = load_config(asset(FINETUNE), overrides)
-        marks = run(folder, ranks, overrides)
+        found = run(folder, ranks, overrides)
+        marks = found["marks"]
         spans = list(pairwise(marks))  # the first span starts with the model's broadcast
         batch = config.train.global_batch_size
         rate = median((b[0] - a[0]) * batch / (b[1] - a[1]) for a, b in spans)
@@ -147,6 +152,9 @@ def lines(folder: Path, wanted: list[int], steps: int, more: list[str]) -> Itera
         computed = gradient_traffic(config.train.zero_stage, shape.parameters, trained, ranks)
         computed += contrastive_traffic(batch, shape.embed, ranks)
         yield f"| {ranks} | {rate:.0f} | {100 * share:.1f} % | {sent / 1e6:.2f} | {computed / 1e6:.2f} |"
+        by = ", ".join(f"{name} {sent / 1e6:.1f} MB" for name, sent in found["by"].items() if sent)
+        notes += [f"{ranks} ranks, {marks[-1][0] - marks[0][0]} steps: {by}"] if by else []
+    yield from ["", *notes]
 
 
 def main() -> None:
