@@ -152,12 +152,12 @@ def kept_pixels(subject: Subject, rounds: int) -> list[Line]:
     """A cache that is new in every round, but for the later pass, which finds all it wants."""
     name = f"eval cache, {subject.name}"
 
-    def anew(form: Preprocessing) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            subject.evaluation(form, Cache(Path(folder), ENOUGH))
-
     with tempfile.TemporaryDirectory() as folder:
-        filled = Cache(Path(folder), ENOUGH)
+
+        def anew(form: Preprocessing) -> None:
+            subject.evaluation(form, Cache(Path(tempfile.mkdtemp(dir=folder)), ENOUGH))
+
+        filled = Cache(Path(folder) / "filled", ENOUGH)
         subject.evaluation("reference", filled, passes=1)
         passes = {
             "3 from JPEG": lambda: subject.evaluation("reference", None),
