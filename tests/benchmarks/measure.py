@@ -15,6 +15,7 @@ from statistics import median, quantiles
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.training.distributed import keep_heap, read_world
 
@@ -111,6 +112,13 @@ def cpu_seconds_with_workers(call: Callable[[], object]) -> float:
 def _used() -> float:
     who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, who))
+
+
+def flops(call: Callable[[], object]) -> int:
+    """FLOPs of the matrix products, convolutions and attention in it."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
 
 def saved_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:

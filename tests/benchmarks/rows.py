@@ -7,7 +7,7 @@ from copy import deepcopy
 
 import open_clip
 import torch
-from measure import Line, Ratio, alternate, saved_bytes
+from measure import Line, Ratio, alternate, flops, saved_bytes
 from subjects import PEFT_TARGETS, Linear, SmallClip, features, gates_of, own, peft_of, vit_b_16
 from torch import nn
 
@@ -48,11 +48,12 @@ def model_steps(rounds: int) -> list[Line]:
             "peft lora": subject.peft(rank, "lora"),
             "peft dora": subject.peft(rank, "dora"),
         }
-        times = alternate({name: subject.step(model) for name, model in models.items()}, rounds)
+        steps = {name: subject.step(model) for name, model in models.items()}
+        times, counted = alternate(steps, rounds), {name: flops(step) for name, step in steps.items()}
         for kind in ("lora", "dora"):
             peer = min(("full", f"peft {kind}"), key=times.median)
             what = f"selora {kind} / better of PEFT and full ({peer})"
-            limit = "1.0 where the peer is full and T is large"
+            limit = f"{counted[f'own {kind}'] / counted[peer]:.2f} by FLOPs"
             lines.append(Line(4, f"model-{kind}-r{rank}", what, times.ratio(f"own {kind}", peer), 1.03, False, limit))
         if rank == max(RANKS):
             for kind, target in (("lora", 1.4), ("dora", 1.5)):
