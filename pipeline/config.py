@@ -85,6 +85,12 @@ def broken_rules(config: Config) -> Iterator[tuple[set[str], str]]:
             {"gate.init", "gate.threshold"},
             f"gate.init: {gate.init} is below gate.threshold ({gate.threshold}): every gate would start closed",
         )
+    if config.gated and gate.settle_steps is not None and gate.settle_margin >= gate.threshold:
+        yield (
+            {"gate.settle_margin", "gate.settle_steps", "gate.threshold"},
+            f"gate.settle_margin: {gate.settle_margin} should be below gate.threshold ({gate.threshold}), "
+            f"or no score lies low enough to settle",
+        )
     if adapter.kind == "none" and train.train_rest == "none":
         yield (
             {"adapter.kind", "train.train_rest"},

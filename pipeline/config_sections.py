@@ -72,6 +72,15 @@ class Gate(Section):
     lam: float = Field(default=1.0, ge=0, description="lambda, weight of the penalty")
     delay_steps: int = Field(default=0, ge=0, description="optimizer steps before the penalty sets in")
     lr: float | None = Field(default=None, gt=0, description="learning rate of the scores; null: train.lr")
+    settle_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="steps in a row that a gate stays closed before its block is shut for good and leaves the "
+        "computation; null: never",
+    )
+    settle_margin: float = Field(
+        default=0.02, ge=0, description="how far below the threshold a score must lie for gate.settle_steps to count it"
+    )
 
 
 class Train(Section):
@@ -87,6 +96,16 @@ class Train(Section):
     epochs: float = Field(default=10.0, gt=0, description="passes over the images")
     steps: int | None = Field(default=None, ge=1, description="optimizer steps, instead of epochs")
     global_batch_size: int = Field(default=512, ge=2, description="images of one optimizer step over all ranks")
+    micro_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="images of a rank that go through the towers at a time: less memory, one more forward, the same "
+        "gradient; null: all its images of the step",
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="compute the inside of each layer again in the backward instead of keeping it"
+    )
+    compile: bool = Field(default=False, description="torch.compile each layer")
     grad_clip: float | None = Field(default=None, gt=0, description="largest norm of the gradient; null: no clipping")
     zero_stage: int = Field(default=1, ge=0, le=3, description="DeepSpeed ZeRO stage")
     log_every: int = Field(default=10, ge=1, description="steps between records of losses and speed")

@@ -70,16 +70,26 @@ class Block(nn.Module):
         return gated_add(base_out, self.delta_out(x, base_out), self.gate)
 
     def _known_open(self) -> bool | None:
-        """What the host knows of the gate in this step; None asks the device."""
-        return True if self.gate is None else self.gate.known_open
+        """What the host knows of the gate in this step; None asks the device.
+
+        A compiled block always asks the device: its graph is then the same for an open and a closed gate.
+        """
+        if self.gate is None:
+            return True
+        return None if torch.compiler.is_compiling() else self.gate.known_open
 
     def _is_shut(self) -> bool:
         """Closed, known to be, and never to open again: nothing of the block is in the graph."""
-        return self.gate is not None and self.gate.known_open is False and not self.gate.score.requires_grad
+        return self.gate is not None and not self.gate.score.requires_grad and self.gate.known_open is False
 
     def scale_parameter(self) -> Tensor | None:
         """The magnitude (out,) where the form has one."""
         return None
+
+    def undecayed(self) -> list[nn.Parameter]:
+        """What weight decay does not touch: the score and the magnitude, those that there are."""
+        named = dict(self.named_parameters())
+        return [named[name] for name in ("gate.score", "magnitude") if name in named]
 
     def delta_out(self, x: Tensor, base_out: Tensor) -> Tensor:
         """What an open block adds to `base_out = base(x)`."""

@@ -176,6 +176,18 @@ def adapter_targets(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     return targets
 
 
+def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
+    """torch.compile the forward of every residual layer, in place: one graph serves all layers of a tower.
+
+    The forward alone, so that hooks of the layer stay outside the graph: those of ZeRO-3 gather its parameters. Opening
+    and closing gates leave the graph as it is; blocks that settle leave it, which asks for a graph per pattern of them.
+    """
+    torch._dynamo.config.recompile_limit = 64
+    for tower in TOWERS:
+        for layer in layers(model, tower):
+            layer.forward = torch.compile(layer.forward, backend=backend, dynamic=False)
+
+
 def inside_layers(name: str) -> bool:
     """Whether a parameter of this name belongs to a residual layer (adapters do)."""
     return _LAYER.search(name) is not None

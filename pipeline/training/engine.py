@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -76,8 +76,13 @@ def deepspeed_config(config: Config, world: World) -> dict[str, Any]:
     return settings
 
 
-def build_engine(model: nn.Module, groups: list[dict], config: Config, world: World) -> Any:
-    """Wrap `model` into a DeepSpeed engine that trains exactly the parameters of `groups` with AdamW."""
+def build_engine(
+    model: nn.Module, groups: list[dict], config: Config, world: World, whole: Sequence[type[nn.Module]] = ()
+) -> Any:
+    """Wrap `model` into a DeepSpeed engine that trains exactly the parameters of `groups` with AdamW.
+
+    whole: classes of modules whose parameters ZeRO-3 gathers all at once, before their forward.
+    """
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     optimizer = torch.optim.AdamW(
@@ -94,6 +99,10 @@ def build_engine(model: nn.Module, groups: list[dict], config: Config, world: Wo
         # The shared-memory op serves inference only; building it takes a minute and leaks files in /dev/shm.
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        if whole and config.train.zero_stage == 3:
+            from deepspeed.utils import set_z3_leaf_modules
+
+            set_z3_leaf_modules(model, list(whole))
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
@@ -138,10 +147,22 @@ def full_parameters(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tens
 
     state = {}
     for name, parameter in named:
-        value = safe_get_full_fp32_param(parameter)
+        with _answering(parameter):
+            value = safe_get_full_fp32_param(parameter)
         # Stage 0 keeps plain parameters and answers None.
         state[name] = (parameter if value is None else value).detach().to("cpu", torch.float32).clone()
     return state
+
+
+@contextmanager
+def _answering(parameter: nn.Parameter) -> Iterator[None]:
+    """ZeRO-3 gives and takes the state of parameters that require a gradient; to others it silently does nothing."""
+    before = parameter.requires_grad
+    parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        parameter.requires_grad_(before)
 
 
 def optimizer_state(engine: Any, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
@@ -156,7 +177,8 @@ def optimizer_state(engine: Any, named: Iterable[tuple[str, nn.Parameter]]) -> d
             if parameter in plain and moment in plain[parameter]:
                 value: Tensor = plain[parameter][moment]
             else:
-                value = _known(safe_get_full_optimizer_state(parameter, moment), name)
+                with _answering(parameter):
+                    value = _known(safe_get_full_optimizer_state(parameter, moment), name)
             state[f"{name}/{moment}"] = value.detach().to("cpu").clone()
     state["step"] = torch.tensor([_step_count(engine)])
     return state
@@ -173,20 +195,56 @@ def restore_moments(engine: Any, named: Iterable[tuple[str, nn.Parameter]], mome
 
     The parameters themselves are loaded into the model before the engine is built, so its fp32 masters start from them.
     """
-    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
     _create_moments(engine, float(moments["step"].item()))
-    stage = engine.zero_optimization_stage()
     for name, parameter in named:
         for moment in _MOMENTS:
-            value = moments[f"{name}/{moment}"].to(engine.device)
-            if stage == 0:
-                engine.basic_optimizer.state[parameter][moment].copy_(value)
-            elif stage < 3:
-                safe_set_full_optimizer_state(parameter, value, moment)
-            else:
-                # DeepSpeed's own whole-tensor setter slices past the end where ranks do not divide the size.
-                safe_set_local_optimizer_state(parameter, _partition(value, parameter), moment)
+            _set_moment(engine, parameter, moment, moments[f"{name}/{moment}"].to(engine.device))
+
+
+def rest(engine: Any, parameters: Iterable[nn.Parameter], *, at_zero: bool) -> None:
+    """Make AdamW leave parameters alone that get no gradient any more: without momentum nothing moves them.
+
+    at_zero: set them to zero, too, which is where weight decay does not move them either.
+    """
+    _link_moments(engine)
+    for parameter in parameters:
+        nothing = torch.zeros(_whole_shape(parameter), device=engine.device)
+        with _answering(parameter):
+            for moment in _MOMENTS:
+                _set_moment(engine, parameter, moment, nothing)
+            if at_zero:
+                _set_value(engine, parameter, nothing)
+
+
+def _whole_shape(parameter: Any) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _set_moment(engine: Any, parameter: nn.Parameter, moment: str, value: Tensor) -> None:
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        engine.basic_optimizer.state[parameter][moment].copy_(value)
+    elif stage < 3:
+        safe_set_full_optimizer_state(parameter, value, moment)
+    else:
+        # DeepSpeed's own whole-tensor setter slices past the end where ranks do not divide the size.
+        safe_set_local_optimizer_state(parameter, _partition(value, parameter), moment)
+
+
+@torch.no_grad()
+def _set_value(engine: Any, parameter: Any, value: Tensor) -> None:
+    """The fp32 master and what the model computes with; under ZeRO-3 the latter follows with the next step."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        safe_set_local_fp32_param(parameter, _partition(value, parameter))
+        return
+    if stage > 0:
+        safe_set_full_fp32_param(parameter, value)
+    parameter.copy_(value)
 
 
 def _partition(value: Tensor, parameter: Any) -> Tensor:
@@ -198,10 +256,9 @@ def _partition(value: Tensor, parameter: Any) -> Tensor:
 
 
 def _step_count(engine: Any) -> float:
-    counts = {float(entry["step"]) for entry in engine.basic_optimizer.state.values() if "step" in entry}
-    if len(counts) > 1:
-        raise RuntimeError(f"the optimizer counts different steps for different parameters: {sorted(counts)}")
-    return counts.pop() if counts else 0.0
+    # Stage 0 stops counting for a parameter that gets no gradient any more; its count means nothing then.
+    counts = (float(entry["step"]) for entry in engine.basic_optimizer.state.values() if "step" in entry)
+    return max(counts, default=0.0)
 
 
 def _create_moments(engine: Any, step: float) -> None:

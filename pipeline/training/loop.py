@@ -58,6 +58,7 @@ def train_steps(
     peak_lr: float,
     seed: int,
     gradients: GradientWatch,
+    settle: Callable[[], None],
     monitor: Monitor,
     save: Callable[[int], None],
     checkpoint_every: int,
@@ -67,7 +68,8 @@ def train_steps(
 ) -> int:
     """Train over `batches`, which start at the step to be done next; return the number of steps done in all.
 
-    `save(step)` is called with the number of finished steps: at intervals, at the end, and when a stop is requested.
+    `settle()` is called after each step, `save(step)` with the number of finished steps: at intervals, at the end, and
+    when a stop is requested.
     """
     done, watching = 0, True
     for batch in batches:
@@ -83,6 +85,7 @@ def train_steps(
         if watching:  # after the step, when ZeRO-3 has put the scores together again
             _check(gradients)
             watching = False
+        settle()
         done = step + 1
         monitor.after_step(batch, losses, factor(step), peak_lr)
         stopping = any_rank(stop.requested, control)

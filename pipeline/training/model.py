@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from pipeline.config import Config, ConfigError
-from pipeline.method.adapter import attach_adapter, gate_map, gate_scores, random_targets, select_targets
+from pipeline.method.adapter import attach_adapter, blocks, gate_map, gate_scores, random_targets, select_targets
+from pipeline.method.settle import Settling
 from pipeline.model.clip import Clip, load_clip
 from pipeline.model.restore import check_base, copy_parameters
-from pipeline.model.towers import adapter_targets, apply_trainable
+from pipeline.model.towers import TOWERS, adapter_targets, apply_trainable, compile_layers, layers
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.distributed import World
+from pipeline.training.objective import Objective, PenaltySettings
 
 
 def build_model(config: Config) -> Clip:
@@ -43,6 +45,30 @@ def build_model(config: Config) -> Clip:
     return clip
 
 
+def objective_of(config: Config, clip: Clip) -> Objective:
+    """What the run minimises, computed as section train says: in micro-batches, layers kept or computed again."""
+    gate = config.gate
+    if config.train.activation_checkpointing:
+        clip.model.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
+    if config.train.compile:
+        compile_layers(clip.model)
+    return Objective(
+        clip.model,
+        [block.gate for block in blocks(clip.model).values() if block.gate is not None],
+        PenaltySettings(gate.penalty, gate.reduction, gate.lam, gate.threshold, gate.delay_steps),
+        mean=clip.preprocess_cfg["mean"],
+        std=clip.preprocess_cfg["std"],
+        precision=config.model.precision,
+        micro_batch=config.train.micro_batch_size,
+    )
+
+
+def compiled_layers(config: Config, clip: Clip) -> list[type[nn.Module]]:
+    """Classes of the layers that are compiled."""
+    every = [layer for tower in TOWERS for layer in layers(clip.model, tower)]
+    return list(dict.fromkeys(type(layer) for layer in every)) if config.train.compile else []
+
+
 def load_trainable(clip: Clip, checkpoint: Checkpoint) -> None:
     """Put a checkpoint's parameters into a freshly built model.
 
@@ -57,9 +83,17 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def gate_values(model: nn.Module) -> dict[str, float]:
+def settling_of(config: Config, clip: Clip) -> Settling | None:
+    """None where gates do not settle."""
+    gate = config.gate
+    if gate.settle_steps is None or not config.gated:
+        return None
+    return Settling(clip.model, gate.settle_steps, gate.settle_margin)
+
+
+def gate_values(model: nn.Module, settling: Settling | None = None) -> dict[str, float]:
     """Scores and states of all gates, as the monitor reads them; empty without gates."""
-    values = {}
+    values = {} if settling is None else {"adapter/settled_blocks": float(settling.settled)}
     for target, gate in gate_map(model).items():
         if gate["score"] is not None:
             values[f"gate/{target}"] = gate["score"]
@@ -67,7 +101,9 @@ def gate_values(model: nn.Module) -> dict[str, float]:
     return values
 
 
-def checkpoint_state(config: Config, clip: Clip, data_digest: str, step: int, world: World) -> dict[str, Any]:
+def checkpoint_state(
+    config: Config, clip: Clip, data_digest: str, step: int, world: World, settling: Settling | None = None
+) -> dict[str, Any]:
     """What state.json says: enough to rebuild the model around the saved parameters, and the gates as they stand."""
     gates = gate_map(clip.model)
     return {
@@ -87,6 +123,7 @@ def checkpoint_state(config: Config, clip: Clip, data_digest: str, step: int, wo
             "threshold": config.gate.threshold,
         },
         "gate_map": gates,
+        **({} if settling is None else {"settling": settling.state()}),
         "written_by": {
             "world_size": world.world_size,
             "zero_stage": config.train.zero_stage,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.method.contrastive import flyp_loss
 from pipeline.method.gate import Gate, read_gates
@@ -49,7 +50,13 @@ class _CapScale(torch.autograd.Function):
 
 
 class Objective(nn.Module):
-    """CLIP under the FLYP loss (method notes 3.1) with the gate penalty (paper eq. 4)."""
+    """CLIP under the FLYP loss (method notes 3.1) with the gate penalty (paper eq. 4).
+
+    micro_batch: pairs that go through the towers at a time (None: all). It bounds the memory and leaves loss and
+    gradient those of the whole batch (GradCache, arXiv 2101.06983): features are computed without keeping what led to
+    them, and in the backward each micro-batch is computed again when its features have their gradients. To autograd it
+    is one graph, so every parameter gets its gradient once, and DeepSpeed reduces it once, under any ZeRO stage.
+    """
 
     _mean: Tensor
     _std: Tensor
@@ -63,12 +70,14 @@ class Objective(nn.Module):
         mean: tuple[float, ...],
         std: tuple[float, ...],
         precision: str,
+        micro_batch: int | None = None,
     ) -> None:
         super().__init__()
         self.clip = clip
         self._gates = gates  # a plain list: their blocks own them
         self._penalty = penalty
         self._precision = precision
+        self._micro_batch = micro_batch
         self.register_buffer("_mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("_std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
 
@@ -76,13 +85,27 @@ class Objective(nn.Module):
         """images (B, 3, H, W) uint8, tokens (B, context) of this rank -> scalars total, task, penalty, logit_scale."""
         read_gates(self._gates)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self._precision == "bf16"):
-            pixels = (images.float() - self._mean) / self._std
-            image_features, text_features, scale = self.clip(pixels, tokens)
-        scale = _CapScale.apply(scale.float().squeeze())
-        task = flyp_loss(image_features.float(), text_features.float(), scale)
+            image_features, text_features, scale = self._features(images, tokens)
+        scale = _CapScale.apply(scale.squeeze())
+        task = flyp_loss(image_features, text_features, scale)
         penalty = self._gate_penalty(step, task)
         parts = {"task": task, "penalty": penalty, "logit_scale": scale}
         return {"total": task + penalty, **{name: value.detach() for name, value in parts.items()}}
+
+    def _features(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised features (B, D) of both towers and the logit scale."""
+        size = self._micro_batch or len(images)
+        if size >= len(images):
+            return self._towers(images, tokens)
+        parts = [
+            checkpoint(self._towers, *pairs, use_reentrant=False)
+            for pairs in zip(images.split(size), tokens.split(size), strict=True)
+        ]
+        image_features, text_features, scales = zip(*parts, strict=True)
+        return torch.cat(image_features), torch.cat(text_features), scales[-1]
+
+    def _towers(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.clip((images.to(self._mean.dtype) - self._mean) / self._std, tokens)
 
     def _gate_penalty(self, step: int, like: Tensor) -> Tensor:
         settings = self._penalty

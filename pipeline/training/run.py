@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-import os
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -16,33 +11,41 @@ from typing import Protocol
 
 import torch.distributed as dist
 
-from pipeline.config import Config, ConfigError, flatten, load_config, to_yaml
+from pipeline.config import Config, ConfigError
 from pipeline.data.batches import Batches
 from pipeline.data.shards import ShardIndex, load_index
 from pipeline.data.stream import Batch, TrainDataset, train_loader
-from pipeline.method.adapter import GradientWatch, blocks
+from pipeline.method.adapter import GradientWatch
 from pipeline.model.clip import Clip
 from pipeline.model.towers import inside_layers
-from pipeline.tracking.tracker import NullTracker, Tracker, environment_tags, open_tracker, watch_machine
+from pipeline.tracking.tracker import Tracker
 from pipeline.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from pipeline.training.directory import claim, leave_mark, say, tracked
 from pipeline.training.distributed import World, keep_heap, label_logs, read_world, share_threads
 from pipeline.training.engine import (
     build_engine,
     full_parameters,
     optimizer_state,
+    rest,
     restore_moments,
     start_process_group,
 )
 from pipeline.training.lease import Lease, held
 from pipeline.training.loop import StopRequest, train_steps
-from pipeline.training.model import build_model, checkpoint_state, gate_values, load_trainable, trainable
-from pipeline.training.monitor import Monitor, Sink
-from pipeline.training.objective import Objective, PenaltySettings
+from pipeline.training.model import (
+    build_model,
+    checkpoint_state,
+    compiled_layers,
+    gate_values,
+    load_trainable,
+    objective_of,
+    settling_of,
+    trainable,
+)
+from pipeline.training.monitor import Monitor, Sink, TrainingFailed
 from pipeline.training.optim import Rates, lr_factor, parameter_groups
 from pipeline.training.peers import meet, watched_peers
-from pipeline.training.settings import changed_settings, total_steps
-
-_WATCHER_SECONDS = 10.0  # for a node's last sample of its machine
+from pipeline.training.settings import total_steps
 
 
 class Watch(Protocol):
@@ -69,6 +72,18 @@ class Outcome:
         return self.step >= self.total_steps
 
 
+@dataclass(frozen=True)
+class _Watched:
+    """The tracker, and the one who watches."""
+
+    tracker: Tracker
+    watch: Watch
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        self.tracker.metrics(step, values)
+        self.watch.recorded(step, values)
+
+
 def train(config: Config, watch: Watch | None = None, label: str | None = None) -> Outcome:
     """Train until the schedule ends or a signal asks to stop; the same call again continues from the last checkpoint.
 
@@ -85,39 +100,47 @@ def train(config: Config, watch: Watch | None = None, label: str | None = None) 
     with held(run_dir, world.is_main) as lease:
         outcome = _train_held(config, run_dir, world, lease, watch)
     if not outcome.finished and world.local_rank == 0:
-        _leave_mark()
+        leave_mark()
     return outcome
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is settled before anything is built."""
+
+    config: Config
+    run_dir: Path
+    world: World
+    index: ShardIndex
+    total: int
 
 
 def _train_held(config: Config, run_dir: Path, world: World, lease: Lease | None, watch: Watch | None) -> Outcome:
     index = load_index(config.data.train)
     total = total_steps(config, index.samples)
-    _claim(run_dir, config, world)
+    job = _Job(config, run_dir, world, index, total)
+    claim(run_dir, config, world)
     timeout = timedelta(seconds=config.train.timeout_s)
     store = meet(world, timeout)
     control = start_process_group(world, timeout, store)
     # Only now: rank 0 may have waited for an earlier job that was still saving, and all must find the same checkpoint.
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is not None and checkpoint.step >= total:
-        _say(world, f"{run_dir}: already trained for {total} steps")
+        say(world, f"{run_dir}: already trained for {total} steps")
         return Outcome(run_dir, checkpoint.step, total)
     for warning in warnings_of(config, total):
-        _say(world, f"warning: {warning}")
+        say(world, f"warning: {warning}")
     with watched_peers(store, world):
         clip = build_model(config)
         if checkpoint is not None:
             _check_data(checkpoint, index)
             load_trainable(clip, checkpoint)
-            _say(world, f"{run_dir}: continuing at step {checkpoint.step} of {total}")
-        with _tracked(config, run_dir, world, clip, index, total) as tracker:
-            step = _train(config, run_dir, world, control, clip, checkpoint, tracker, index, total, watch, lease)
+            say(world, f"{run_dir}: continuing at step {checkpoint.step} of {total}")
+        digests = {"selora.base_digest": clip.digest, "selora.data_digest": index.digest}
+        with tracked(config, run_dir, world, digests, total) as tracker:
+            sink = tracker if watch is None else _Watched(tracker, watch)
+            step = _train(job, clip, checkpoint, control, sink, watch, lease)
     return Outcome(run_dir, step, total)
-
-
-def _leave_mark() -> None:
-    """Tell the launch script, which torchrun gives no exit code, that the run was stopped before its end."""
-    if "SELORA_STOPPED" in os.environ:
-        Path(os.environ["SELORA_STOPPED"]).touch()
 
 
 def _check_data(checkpoint: Checkpoint, index: ShardIndex) -> None:
@@ -148,51 +171,59 @@ def warnings_of(config: Config, total: int) -> list[str]:
 
 
 def _train(
-    config: Config,
-    run_dir: Path,
-    world: World,
-    control: dist.ProcessGroup,
+    job: _Job,
     clip: Clip,
     checkpoint: Checkpoint | None,
-    tracker: Tracker,
-    index: ShardIndex,
-    total: int,
+    control: dist.ProcessGroup,
+    sink: Sink,
     watch: Watch | None,
     lease: Lease | None,
 ) -> int:
-    model, settings = clip.model, config.train
+    config, model, settings, total = job.config, clip.model, job.config.train, job.total
     rates = Rates(settings.lr, settings.rest_lr or settings.lr, config.gate.lr or settings.lr)
     groups = parameter_groups(trainable(model), inside_layers, rates, settings.weight_decay)
     gradients = GradientWatch(model)
-    engine = build_engine(_objective(config, clip), groups, config, world)
+    engine = build_engine(objective_of(config, clip), groups, config, job.world, compiled_layers(config, clip))
     named = trainable(model)
+    settling = settling_of(config, clip)
     start = 0
     if checkpoint is not None:
         restore_moments(engine, named, checkpoint.moments())
         start = checkpoint.step
-    sink = tracker if watch is None else _Watched(tracker, watch)
-    monitor = _monitor(config, clip, world, control, sink, index, total)
-    batches = _batches(config, clip, index, world, start, total)
+        if settling is not None:
+            settling.restore(checkpoint.state["settling"])
+    monitor = _monitor(job, sink, control, partial(gate_values, model, settling))
+
+    def settle() -> None:
+        for block in settling.observe() if settling is not None else []:
+            rest(engine, block.lowrank.parameters(), at_zero=True)
+            rest(engine, block.undecayed(), at_zero=False)
+        if not trainable(model):
+            raise TrainingFailed(
+                "every gate has settled and train.train_rest=none: nothing is left to train. "
+                "Lower gate.lam, or set gate.settle_steps=null"
+            )
 
     def save(done: int) -> None:
         parameters, moments = full_parameters(named), optimizer_state(engine, named)
-        if world.is_main:
+        if job.world.is_main:
             if lease is not None:
                 lease.check()
-            state = checkpoint_state(config, clip, index.digest, done, world)
-            save_checkpoint(run_dir, parameters, moments, state, keep_last=settings.keep_last)
+            state = checkpoint_state(config, clip, job.index.digest, done, job.world, settling)
+            save_checkpoint(job.run_dir, parameters, moments, state, keep_last=settings.keep_last)
         dist.barrier(control)
 
     with StopRequest(None if watch is None else watch.stop_requested) as stop:
         try:
             done = train_steps(
                 engine,
-                batches,
+                _batches(job, clip, start),
                 tokenize=clip.tokenizer,
                 factor=lambda step: lr_factor(step, settings.warmup_steps, total),
                 peak_lr=settings.lr,
                 seed=config.seed,
                 gradients=gradients,
+                settle=settle,
                 monitor=monitor,
                 save=save,
                 checkpoint_every=settings.checkpoint_every,
@@ -203,48 +234,29 @@ def _train(
         finally:
             monitor.close()
     if done < total:
-        _say(world, f"stopped by a signal at step {done} of {total}, saved; the same command continues")
+        say(job.world, f"stopped by a signal at step {done} of {total}, saved; the same command continues")
     return done
 
 
-@dataclass(frozen=True)
-class _Watched:
-    """The tracker, and the one who watches."""
-
-    tracker: Tracker
-    watch: Watch
-
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        self.tracker.metrics(step, values)
-        self.watch.recorded(step, values)
-
-
-def _monitor(
-    config: Config,
-    clip: Clip,
-    world: World,
-    control: dist.ProcessGroup,
-    sink: Sink,
-    index: ShardIndex,
-    total: int,
-) -> Monitor:
+def _monitor(job: _Job, sink: Sink, control: dist.ProcessGroup, gates: Callable[[], dict[str, float]]) -> Monitor:
+    config = job.config
     return Monitor(
-        world=world,
+        world=job.world,
         control=control,
         sink=sink,
-        gates=partial(gate_values, clip.model),
-        total_steps=total,
+        gates=gates,
+        total_steps=job.total,
         global_batch_size=config.train.global_batch_size,
         log_every=config.train.log_every,
         gates_every=config.train.gates_every,
-        bad_limit=config.data.max_bad_share * index.samples,
+        bad_limit=config.data.max_bad_share * job.index.samples,
     )
 
 
-def _batches(config: Config, clip: Clip, index: ShardIndex, world: World, start: int, total: int) -> Batches[Batch]:
-    data = config.data
+def _batches(job: _Job, clip: Clip, start: int) -> Batches[Batch]:
+    config, data = job.config, job.config.data
     dataset = TrainDataset(
-        index,
+        job.index,
         size=clip.preprocess_cfg["size"],
         seed=config.seed,
         streams=data.streams,
@@ -258,101 +270,9 @@ def _batches(config: Config, clip: Clip, index: ShardIndex, world: World, start:
         dataset,
         global_batch=config.train.global_batch_size,
         start_step=start,
-        stop_step=total,
-        rank=world.rank,
-        world=world.world_size,
+        stop_step=job.total,
+        rank=job.world.rank,
+        world=job.world.world_size,
         workers=data.workers,
-        pin=world.device.type == "cuda",
+        pin=job.world.device.type == "cuda",
     )
-
-
-def _objective(config: Config, clip: Clip) -> Objective:
-    gate = config.gate
-    return Objective(
-        clip.model,
-        [block.gate for block in blocks(clip.model).values() if block.gate is not None],
-        PenaltySettings(gate.penalty, gate.reduction, gate.lam, gate.threshold, gate.delay_steps),
-        mean=clip.preprocess_cfg["mean"],
-        std=clip.preprocess_cfg["std"],
-        precision=config.model.precision,
-    )
-
-
-def _claim(run_dir: Path, config: Config, world: World) -> None:
-    """Write the resolved config into the run's directory, or refuse a directory that holds another run.
-
-    Rank 0 alone looks and writes; when it refuses, the launcher ends the others.
-    """
-    if not world.is_main:
-        return
-    path = run_dir / "config.yaml"
-    if path.exists():
-        changed = changed_settings(load_config(path, []), config)
-        if changed and latest_checkpoint(run_dir) is None:
-            _set_aside(run_dir, world)
-        elif changed:
-            raise ConfigError(
-                f"{run_dir} holds a run with other settings; choose another name=… or restore them:\n"
-                + "\n".join(changed)
-            )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_suffix(".partial")
-    partial_path.write_text(to_yaml(config))
-    partial_path.replace(path)
-
-
-def _set_aside(run_dir: Path, world: World) -> None:
-    """Nothing was trained here yet, so other settings are a second attempt: the record of the first makes room."""
-    number = next(n for n in itertools.count(1) if not run_dir.with_name(f"{run_dir.name}.abandoned-{n}").exists())
-    old = run_dir.rename(run_dir.with_name(f"{run_dir.name}.abandoned-{number}"))
-    _say(world, f"an attempt with other settings, without a checkpoint, moved to {old}")
-
-
-@contextmanager
-def _tracked(
-    config: Config, run_dir: Path, world: World, clip: Clip, index: ShardIndex, total: int
-) -> Iterator[Tracker]:
-    """A tracker on rank 0 that records how the run ended, whatever ends it; every node's machine is watched, too."""
-    tracker: Tracker = NullTracker()
-    every, watcher = config.tracking.machine_every_s, None
-    if world.is_main:
-        tracker = open_tracker(
-            run_dir,
-            run_name=config.name,
-            uri=config.tracking.uri,
-            experiment=config.tracking.experiment,
-            enabled=config.tracking.enabled,
-            system_metrics=None if every is None else (world.host, every),
-        )
-    elif every is not None and world.local_rank == 0:
-        watcher = watch_machine(run_dir, world.host, every)
-    tracker.params(flatten(config))
-    tracker.tags({"selora.base_digest": clip.digest, "selora.data_digest": index.digest, **environment_tags()})
-    status = "FAILED"
-    try:
-        yield tracker
-        reached = latest_checkpoint(run_dir)
-        status = "FINISHED" if reached is not None and reached.step >= total else "KILLED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        if world.is_main:
-            _record_artifacts(tracker, run_dir)
-        if watcher is not None:
-            watcher.finish(_WATCHER_SECONDS)
-        tracker.finish(status)
-
-
-def _record_artifacts(tracker: Tracker, run_dir: Path) -> None:
-    tracker.artifact(run_dir / "config.yaml")
-    checkpoint = latest_checkpoint(run_dir)
-    if checkpoint is not None:
-        gates = run_dir / "gate_map.json"
-        gates.write_text(json.dumps(checkpoint.state["gate_map"], indent=1))
-        tracker.artifact(gates)
-
-
-def _say(world: World, text: str) -> None:
-    if world.is_main:
-        sys.stderr.write(text + "\n")

@@ -156,6 +156,7 @@ def test_no_rule_is_told_about_a_value_that_is_itself_wrong(write):
     [
         (["train.global_batch_size=100"], "train.global_batch_size: 100 should be a multiple of data.streams (64)"),
         (["gate.init=0.05"], "every gate would start closed"),
+        (["gate.settle_steps=9", "gate.settle_margin=0.1"], "0.1 should be below gate.threshold (0.1)"),
         (["adapter.kind=none", "train.train_rest=none"], "trains nothing"),
         (["adapter.towers=[image, image]"], "adapter.towers: image, image names one twice"),
         (["train.betas=[0.9, 1.0]"], "should lie in 0 <= beta < 1"),

@@ -1,0 +1,66 @@
+"""Gates that settle: a block that has stayed closed for long, and well below the threshold, is shut for good."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import torch
+from torch import nn
+
+from pipeline.method.adapter import blocks
+from pipeline.method.linear import Block
+
+
+class SettlingState(TypedDict):
+    """What a checkpoint keeps: names of the settled blocks, and steps in a row that each other one has been closed."""
+
+    settled: list[str]
+    closed_for: dict[str, int]
+
+
+class Settling:
+    """Counts, step by step, for how long each gate has been closed, and shuts those that reach `steps`.
+
+    A step counts where the score lies below `threshold - margin`; any other step starts the count again. A settled
+    block leaves the graph: its forward is the base layer, it keeps no activation and nothing of it trains. All ranks
+    hold the same scores and so decide the same. The scores are read on the host once a step.
+    """
+
+    def __init__(self, model: nn.Module, steps: int, margin: float) -> None:
+        self._steps, self._margin = steps, margin
+        self._blocks = {name: block for name, block in blocks(model).items() if block.gate is not None}
+        self._closed_for = dict.fromkeys(self._blocks, 0)
+        self._settled: list[str] = []
+
+    @property
+    def settled(self) -> int:
+        """Number of settled blocks."""
+        return len(self._settled)
+
+    def observe(self) -> list[Block]:
+        """Take note of one finished step; the blocks that settle with it, shut already."""
+        names = list(self._closed_for)
+        closed = [self._below(self._blocks[name]) for name in names]
+        for name, is_closed in zip(names, torch.stack(closed).tolist() if closed else [], strict=True):
+            self._closed_for[name] = self._closed_for[name] + 1 if is_closed else 0
+        ready = [name for name in names if self._closed_for[name] >= self._steps]
+        self._shut(ready)
+        return [self._blocks[name] for name in ready]
+
+    def state(self) -> SettlingState:
+        return {"settled": list(self._settled), "closed_for": dict(self._closed_for)}
+
+    def restore(self, state: SettlingState) -> None:
+        """Shut what was settled, and count on where the counts stood."""
+        self._closed_for |= {name: count for name, count in state["closed_for"].items() if name in self._blocks}
+        self._shut([name for name in state["settled"] if name in self._blocks])
+
+    def _below(self, block: Block) -> torch.Tensor:
+        assert block.gate is not None
+        return (block.gate.score.detach() < block.gate.threshold - self._margin).squeeze()
+
+    def _shut(self, names: list[str]) -> None:
+        for name in names:
+            del self._closed_for[name]
+            self._settled.append(name)
+            self._blocks[name].requires_grad_(False)

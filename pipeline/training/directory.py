@@ -1,0 +1,104 @@
+"""The directory of a run: claimed for one config, told to the tracker, marked when the run is left."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.config import Config, ConfigError, flatten, load_config, to_yaml
+from pipeline.tracking.tracker import NullTracker, Tracker, environment_tags, open_tracker, watch_machine
+from pipeline.training.checkpoint import latest_checkpoint
+from pipeline.training.distributed import World
+from pipeline.training.settings import changed_settings
+
+_WATCHER_SECONDS = 10.0  # for a node's last sample of its machine
+
+
+def claim(run_dir: Path, config: Config, world: World) -> None:
+    """Write the resolved config into the run's directory, or refuse a directory that holds another run.
+
+    Rank 0 alone looks and writes; when it refuses, the launcher ends the others.
+    """
+    if not world.is_main:
+        return
+    path = run_dir / "config.yaml"
+    if path.exists():
+        changed = changed_settings(load_config(path, []), config)
+        if changed and latest_checkpoint(run_dir) is None:
+            _set_aside(run_dir, world)
+        elif changed:
+            raise ConfigError(
+                f"{run_dir} holds a run with other settings; choose another name=… or restore them:\n"
+                + "\n".join(changed)
+            )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_suffix(".partial")
+    partial_path.write_text(to_yaml(config))
+    partial_path.replace(path)
+
+
+def _set_aside(run_dir: Path, world: World) -> None:
+    """Nothing was trained here yet, so other settings are a second attempt: the record of the first makes room."""
+    number = next(n for n in itertools.count(1) if not run_dir.with_name(f"{run_dir.name}.abandoned-{n}").exists())
+    old = run_dir.rename(run_dir.with_name(f"{run_dir.name}.abandoned-{number}"))
+    say(world, f"an attempt with other settings, without a checkpoint, moved to {old}")
+
+
+@contextmanager
+def tracked(config: Config, run_dir: Path, world: World, digests: dict[str, str], total: int) -> Iterator[Tracker]:
+    """A tracker on rank 0 that records how the run ended, whatever ends it; every node's machine is watched, too."""
+    tracker: Tracker = NullTracker()
+    every, watcher = config.tracking.machine_every_s, None
+    if world.is_main:
+        tracker = open_tracker(
+            run_dir,
+            run_name=config.name,
+            uri=config.tracking.uri,
+            experiment=config.tracking.experiment,
+            enabled=config.tracking.enabled,
+            system_metrics=None if every is None else (world.host, every),
+        )
+    elif every is not None and world.local_rank == 0:
+        watcher = watch_machine(run_dir, world.host, every)
+    tracker.params(flatten(config))
+    tracker.tags({**digests, **environment_tags()})
+    status = "FAILED"
+    try:
+        yield tracker
+        reached = latest_checkpoint(run_dir)
+        status = "FINISHED" if reached is not None and reached.step >= total else "KILLED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        if world.is_main:
+            _record_artifacts(tracker, run_dir)
+        if watcher is not None:
+            watcher.finish(_WATCHER_SECONDS)
+        tracker.finish(status)
+
+
+def _record_artifacts(tracker: Tracker, run_dir: Path) -> None:
+    tracker.artifact(run_dir / "config.yaml")
+    checkpoint = latest_checkpoint(run_dir)
+    if checkpoint is not None:
+        gates = run_dir / "gate_map.json"
+        gates.write_text(json.dumps(checkpoint.state["gate_map"], indent=1))
+        tracker.artifact(gates)
+
+
+def leave_mark() -> None:
+    """Tell the launch script, which torchrun gives no exit code, that the run was stopped before its end."""
+    if "SELORA_STOPPED" in os.environ:
+        Path(os.environ["SELORA_STOPPED"]).touch()
+
+
+def say(world: World, text: str) -> None:
+    """A line for the user, once whatever the number of ranks."""
+    if world.is_main:
+        sys.stderr.write(text + "\n")
