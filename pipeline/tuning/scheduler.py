@@ -136,8 +136,13 @@ def _init_settings(address: str | None, resources: Resources) -> dict[str, Any]:
     if not resources.gpus_per_worker:
         environment["DS_ACCELERATOR"] = "cpu"
     shared = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": "error"}
+    # A stopped trial's workers are freed by a process that asks the dashboard; without an address it would ask that of
+    # the cluster that was started last on its machine, whosesoever that is.
     if address is not None:
+        environment["RAY_ADDRESS"] = address
         return {"address": address, **shared}
+    port = _free_port()
+    environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
     return {
         "address": "local",
         "num_cpus": len(os.sched_getaffinity(0)),
@@ -145,8 +150,15 @@ def _init_settings(address: str | None, resources: Resources) -> dict[str, Any]:
         # The dashboard finds and frees the workers of stopped trials; without it they would block the next ones.
         "include_dashboard": True,
         "dashboard_host": "127.0.0.1",
+        "dashboard_port": port,
         **shared,
     }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _capacity() -> Capacity:
@@ -208,6 +220,7 @@ def run_trials(
             max_t=steps,
             grace_period=min(asha.grace_steps, steps),
             reduction_factor=asha.reduction,
+            stop_last_trials=False,  # after the last step comes the evaluation
         )
     tuner = tune.Tuner(
         tune.with_resources(partial(_trial, job=job), _TRIAL_SHARE),
