@@ -68,16 +68,6 @@ def test_a_settled_block_rests_and_a_resume_is_exact(launch, stage: int) -> None
 
 
 @pytest.mark.slow
-def test_settling_leaves_the_task_loss_as_it_is_where_no_gate_would_have_opened_again(launch) -> None:
-    settled, free = launch("name=settled", *FALLING, SETTLE), launch("name=free", *FALLING)
-    for run in (settled, free):
-        assert run.wait() == [0, 0], run.text()
-    assert metrics(settled.directory, "adapter/settled_blocks")[-1] > 0
-    assert metrics(free.directory, "adapter/settled_blocks") == []
-    assert metrics(settled.directory, "train/task") == pytest.approx(metrics(free.directory, "train/task"), abs=1e-5)
-
-
-@pytest.mark.slow
 def test_a_run_in_which_nothing_is_left_to_train_says_so(launch) -> None:
     run = launch(*FALLING, SETTLE, "train.train_rest=none", "gate.lam=1000", world=1)
     assert run.wait() == [2], run.text()
