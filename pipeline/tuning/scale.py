@@ -139,12 +139,12 @@ SHAPES = {
 def gradient_traffic(stage: int, total: int, trained: int, ranks: int) -> float:
     """Bytes that one rank sends in a step for weights and gradients, with ring collectives.
 
-    Stages 0 to 2 move what trains twice: gradients summed (all-reduce, or reduce-scatter and then the new values
-    gathered). Stage 3 keeps nothing whole: all weights, the frozen ones too, are gathered in the forward and again in
-    the backward pass.
+    Stage 0 sums the gradients of what trains, an all-reduce that moves them twice. DeepSpeed's stages 1 and 2 do the
+    same, each rank keeps its part, and the new values are gathered. Stage 3 keeps nothing whole: all weights, the
+    frozen ones too, are gathered in the forward and again in the backward pass.
     """
     share = (ranks - 1) / ranks
-    moved = 2 * trained if stage < 3 else 2 * total + trained
+    moved = {0: 2 * trained, 1: 3 * trained, 2: 3 * trained}.get(stage, 2 * total + trained)
     return moved * WEIGHT_BYTES * share
 
 

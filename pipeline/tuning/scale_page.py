@@ -49,8 +49,9 @@ def _traffic() -> str:
             for shape in SHAPES.values()]  # fmt: skip
     return (
         "## Bytes over the network per step and rank (computed, 64 ranks)\n\n"
-        "Weights and gradients, MB. ZeRO 1 moves what ZeRO 2 does. ZeRO 3 gathers the frozen weights twice a step:\n"
-        "with adapters only that is 34 to 69 times the traffic, so take it only where the model does not fit.\n\n"
+        "Weights and gradients, MB. ZeRO 1 and 2 all-reduce the gradients and gather the new values. ZeRO 3 gathers\n"
+        "the frozen weights twice a step: with adapters only that is 23 to 46 times the traffic of ZeRO 2, so take it\n"
+        "only where the model does not fit.\n\n"
         + _table(["model", "train_rest", "trained, M", "ZeRO 0", "ZeRO 1, 2", "ZeRO 3"], rows)
         + "\nThe contrastive gather and its backward, MB, by global batch:\n\n"
         + _table(["model", "512", "4,096", "32,768"], loss)

@@ -46,8 +46,8 @@ def test_the_adapters_are_counted_as_the_method_attaches_them(kind) -> None:
 def test_stages_below_three_move_only_what_trains_and_stage_three_the_whole_model() -> None:
     trained = B16.trained(16)
     low = [scale.gradient_traffic(stage, B16.parameters, trained, 8) for stage in (0, 1, 2)]
-    assert low[0] == low[1] == low[2] == pytest.approx(2 * trained * 4 * 7 / 8)
-    assert scale.gradient_traffic(3, B16.parameters, trained, 8) > 30 * low[0]
+    assert low == pytest.approx([times * trained * 4 * 7 / 8 for times in (2, 3, 3)])
+    assert scale.gradient_traffic(3, B16.parameters, trained, 8) > 20 * low[2]
     assert scale.gradient_traffic(2, B16.parameters, trained, 1) == 0
 
 
