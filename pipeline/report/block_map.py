@@ -65,7 +65,7 @@ def _draw(axes: Axes, shares: dict[tuple[int, str], float], tower: str) -> None:
     axes.set_yticks(range(len(rows)), [PROJECTIONS[name] for name in rows])
     axes.tick_params(length=0)
     axes.grid(visible=False)
-    axes.set_title(f"{tower} tower: {sum(shares.values()):.4g} of {len(shares)} on average", loc="left")
+    axes.set_title(f"{tower} tower: {sum(shares.values()):.1f} of {len(shares)} on average", loc="left")
     axes.set_xlabel("transformer layer")
     axes.set_ylabel("linear that carries the block")
 
