@@ -225,8 +225,9 @@ def _base_and_open(
     A zero row of the base has next to no magnitude: its output is the bias and says nothing, but its p is 0.
     """
     wide = torch.promote_types(grad.dtype, torch.float32)
-    out = out.reshape(grad.shape).to(wide)
-    h = (grad.to(wide) * (out if bias is None else out - bias.to(wide))).sum(0)[:, None]
+    grad = grad.to(wide)
+    h = (grad * out.reshape(grad.shape).to(wide)).sum(0)
+    h = (h if bias is None else h.addcmul_(bias.to(wide), grad.sum(0), value=-1))[:, None]
     open_q = torch.where(rho.abs() < torch.finfo(rho.dtype).eps ** 0.5, c, h / rho)
     if is_open is True:
         return open_q - c, open_q
