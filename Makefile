@@ -27,6 +27,7 @@ test-slow: env
 bench: env
 	$(BIN)/python tests/benchmarks/bench.py --out build/benchmarks
 	$(BIN)/python tests/benchmarks/scaling.py | tee build/benchmarks/scaling.md
+	$(BIN)/python tests/benchmarks/settling.py --out build/benchmarks
 
 lint: env
 	$(BIN)/ruff check .
