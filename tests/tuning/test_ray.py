@@ -42,5 +42,5 @@ def test_a_killed_worker_costs_the_sweep_nothing_but_time(command, make_config, 
     ]
     assert [sweep.state(name).status for name in NAMES] == ["finished", "finished"]
     assert NAMES[0] in sweep.text()
-    # No token, no result folder: kept pixels and what matplotlib leaves.
+    # No token and no result folder, only what matplotlib keeps.
     assert {one.name for one in sweep.home.iterdir()} <= {".cache", ".config"}
