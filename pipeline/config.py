@@ -96,6 +96,7 @@ def broken_rules(config: Config) -> Iterator[tuple[set[str], str]]:
             {"adapter.kind", "train.train_rest"},
             "adapter.kind: none together with train.train_rest: none trains nothing",
         )
+    yield from _compiling_rules(train)
     for key, values in (("adapter.towers", adapter.towers), ("adapter.projections", adapter.projections)):
         if len(set(values)) < len(values):
             yield {key}, f"{key}: {', '.join(values)} names one twice"
@@ -110,6 +111,20 @@ def broken_rules(config: Config) -> Iterator[tuple[set[str], str]]:
     for template in data.templates if isinstance(data.templates, tuple) else ():
         if "{c}" not in template:
             yield {"data.templates"}, f"data.templates: {template!r} has no {{c}} for the class name"
+
+
+def _compiling_rules(train: Train) -> Iterator[tuple[set[str], str]]:
+    again = {
+        "train.micro_batch_size": train.micro_batch_size,
+        "train.activation_checkpointing": train.activation_checkpointing,
+    }
+    for key, value in again.items():
+        if value and train.compile and train.zero_stage == 3:
+            yield (
+                {"train.compile", "train.zero_stage", key},
+                f"train.compile: true does not go with {key} under train.zero_stage=3, which then reduces gradients "
+                "twice; take stage 2 or leave one of them out",
+            )
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
