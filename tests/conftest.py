@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def make_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """make(size) -> a file system of its own, as in "128k"; skips where none can be mounted."""
+    folder = tmp_path / "small"
+
+    def make(size: str) -> Path:
+        folder.mkdir()
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
+        if mounted.returncode:
+            pytest.skip(f"cannot mount a small tmpfs here: {mounted.stderr.decode().strip()}")
+        return folder
+
+    yield make
+    if os.path.ismount(folder):
+        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture(scope="session")

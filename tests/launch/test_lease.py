@@ -60,5 +60,9 @@ def test_a_silent_job_of_another_host_is_overtaken_and_may_not_write_when_it_wak
 
 
 def test_a_lease_cut_in_the_middle_of_writing_is_no_lease(tmp_path: Path) -> None:
-    (tmp_path / ".run.lease").write_text('{"holder": "x')
-    Lease(tmp_path / "run", **QUICK).release()
+    path = tmp_path / ".run.lease"
+    path.write_text('{"holder": "x')
+    taken = Lease(tmp_path / "run", **QUICK)
+    taken.check()
+    taken.release()
+    assert not path.exists()
