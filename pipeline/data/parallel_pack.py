@@ -201,22 +201,23 @@ def _claim(packing: Packing, *, force: bool, alone: bool) -> ShardIndex | None:
         return finished
     if force:
         _clear(packing.out)
-    if not (packing.out / PLAN).is_file():
-        finished = _finished(packing)  # by another part, since the look above
+    # Looked at first: whatever another part of this job writes comes after its plan, which goes after its index.
+    occupied = _holds_other_things(packing.out)
+    plan = packing.out / PLAN
+    if not plan.is_file():
+        finished = _finished(packing)
         if finished is not None:
             return finished
-        _check_unclaimed(packing.out, force)
-        _write_json(
-            packing.out / PLAN, {"digest": packing.digest, "images": len(packing.listing), "shards": len(packing)}
-        )
+        if occupied:
+            check_empty(packing.out, force)
+        _write_json(plan, {"digest": packing.digest, "images": len(packing.listing), "shards": len(packing)})
     _check_plan(packing)
     return None
 
 
-def _check_unclaimed(out: Path, force: bool) -> None:
-    """ConfigError when something lies in the folder; other parts of the job may begin at this same moment."""
-    if not (out.is_dir() and all(path.name.startswith((PLAN, PARTS)) for path in out.iterdir())):
-        check_empty(out, force)
+def _holds_other_things(out: Path) -> bool:
+    """Whether anything but a plan, half written by another part that begins at this moment, lies in the folder."""
+    return out.exists() and not (out.is_dir() and all(path.name.startswith((PLAN, PARTS)) for path in out.iterdir()))
 
 
 def _clear(out: Path) -> None:

@@ -7,8 +7,11 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import pytest
 from PIL import Image
 
 from pipeline.config import ConfigError
+from pipeline.data import parallel_pack
 from pipeline.data.originals.imagenet import wnids
 from pipeline.data.originals.train import list_imagenet_train
 from pipeline.data.parallel_pack import Packing, pack_in_parallel
@@ -122,6 +126,24 @@ def test_parts_that_begin_and_end_at_the_same_moment_make_one_folder(packing: Ca
             process.join()
         assert [process.exitcode for process in parts] == [0] * 6
         assert_same(whole.directory, packing(out).out)
+
+
+def test_parts_that_claim_the_folder_at_the_same_moment_all_get_it(packing: Callable[..., Packing]) -> None:
+    """Six threads that change places at nearly every instruction: without care a third of the rounds fail."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            for number in range(60):
+                starting = threading.Barrier(6)
+
+                def claim(job: Packing, starting: threading.Barrier = starting) -> ShardIndex | None:
+                    starting.wait()
+                    return parallel_pack._claim(job, force=False, alone=False)
+
+                assert list(pool.map(claim, [packing(f"out{number}")] * 6)) == [None] * 6
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_after_kill_9_finished_shards_are_kept_and_the_rest_is_packed(
