@@ -1,22 +1,19 @@
-"""A folder of fetched files under a bound, shared by the processes of a machine; the oldest used leave first.
+"""A folder of fetched files under a bound (room.py), shared by the processes of a machine.
 
     CACHE/files/<digest of url and version>/NAME        complete, for it is renamed to that; its mtime is its last use
     CACHE/files/<digest ..>/NAME.part                   begun
     CACHE/locks/<digest ..>.lock                        held while it is fetched or removed
 
-Decoded evaluation images are entries, too (pixels.py). A removed file stays readable for whoever has it open. Locks
-end with the process that holds them, however it ends.
+Decoded evaluation images are entries, too (pixels.py). A removed file stays readable for whoever has it open, and takes
+its room on the disk until then. Locks end with the process that holds them, however it ends.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from pipeline.config import ConfigError
 
@@ -25,8 +22,8 @@ OFF = "off"
 
 @dataclass(frozen=True)
 class Cache:
-    """``max_bytes`` bounds the files together, except for those that are just being fetched. ``attempts``: how often a
-    failing store is asked before it counts as gone."""
+    """``max_bytes`` bounds what files take of the disk, also those that are just being written. ``attempts``: how often
+    a failing store is asked before it counts as gone."""
 
     directory: Path
     max_bytes: int
@@ -73,38 +70,3 @@ def touch(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-def make_room(cache: Cache, wanted: int, *, keep: Path) -> None:
-    """Remove the oldest used entries until ``wanted`` bytes fit in; ``keep`` and what others just fetch stay."""
-    entries = sorted(_Entry.of(folder) for folder in (cache.directory / "files").glob("*") if folder != keep)
-    total = wanted + _Entry.of(keep).size + sum(entry.size for entry in entries)
-    for entry in entries:
-        if total <= cache.max_bytes:
-            return
-        try:
-            with FileLock(lock_of(cache, entry.folder / "any"), blocking=False):
-                shutil.rmtree(entry.folder, ignore_errors=True)
-        except Timeout:
-            continue
-        total -= entry.size
-
-
-@dataclass(frozen=True, order=True)
-class _Entry:
-    used: float
-    size: int
-    folder: Path
-
-    @staticmethod
-    def of(folder: Path) -> _Entry:
-        used, size = 0.0, 0
-        try:
-            for file in folder.iterdir():
-                status = file.stat()
-                # What it takes of the disk: files of decoded images have holes.
-                used, size = max(used, status.st_mtime), size + 512 * status.st_blocks
-        except FileNotFoundError:
-            # Another process removed or renamed it in this moment; what it held is counted as gone.
-            return _Entry(used, size, folder)
-        return _Entry(used, size, folder)

@@ -5,9 +5,9 @@ One set under one preprocessing is an entry of the cache (cache.py) with two fil
     NAME.pixels   image i, uint8 (3, H, W), at byte i * 3HW
     NAME.sums     8 bytes for each image: the sum of its pixels, taken as 64-bit words; 0 where there is none
 
-Nothing is locked. Writers of one image write the same bytes, and an image counts only with its sum, so neither a killed
-writer nor a disk that lost a page can give other pixels than decoding does. Training crops are drawn anew each epoch
-and never come here.
+Their room is promised beforehand (room.py), but nothing is locked. Writers of one image write the same bytes, and an
+image counts only with its sum, so neither a killed writer nor a disk that lost a page can give other pixels than
+decoding does. Training crops are drawn anew each epoch and never come here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache as once
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ import torchvision
 from torch import Tensor
 
 from pipeline.data import images as image_code
-from pipeline.data.cache import Cache, entry_of, make_room
+from pipeline.data.cache import Cache, entry_of
+from pipeline.data.room import PAGE, Promise, on_disk, room_to_decode, unwritten
 
 SUM_BYTES = 8
 # The cache leaves as much of the disk as it takes.
@@ -39,16 +40,24 @@ FREE_SHARE = 0.5
 
 @dataclass(frozen=True)
 class KeptPixels:
-    """The images of one set, as far as a process of this machine has decoded them. Plain values: workers get copies."""
+    """The images of one set, as far as a process of this machine has decoded them. Workers get copies.
+
+    ``room`` is what they are read and written under; without it nothing is.
+    """
 
     path: Path
     height: int
     width: int
+    room: Promise | None = None
 
     @property
     def bytes(self) -> int:
         """Of one image."""
         return 3 * self.height * self.width
+
+    def takes(self, images: Sequence[int]) -> int:
+        """Bytes of the disk that these images may need."""
+        return on_disk(_pages(images, self.bytes)) + on_disk(_pages(images, SUM_BYTES))
 
     def missing(self, wanted: Sequence[int]) -> list[int]:
         """Those of the images `wanted` that have not been decoded yet."""
@@ -84,6 +93,8 @@ class KeptPixels:
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[int, int]]:
+        if self.room is None or not self.room.stands():
+            raise OSError(errno.ENOSPC, "their room was taken for fetched files")
         pixels = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             sums = os.open(self._sums, os.O_RDWR | os.O_CREAT, 0o666)
@@ -114,24 +125,36 @@ class KeptPixels:
 def open_pixels(cache: Cache, name: str, key: object, size: tuple[int, int], wanted: Sequence[int]) -> KeptPixels:
     """The entry for a set and a preprocessing, with room for the images `wanted`: what was used longest ago leaves.
 
-    ``key`` is all that decides the pixels, besides this code and its libraries. Raises OSError where there is no room.
+    ``key`` is all that decides the pixels, besides this code and its libraries. The room is given back when nobody
+    holds the result any more. Raises OSError where there is no room.
     """
     text = repr((key, size, _code()))
     pixels = KeptPixels(entry_of(cache, "pixels", text, f"{name}.pixels"), *size)
+    share = hashlib.sha256(np.asarray(wanted, dtype=np.int64).tobytes()).hexdigest()
+    room = room_to_decode(cache, pixels.path.parent, lambda: pixels.takes(pixels.missing(wanted)), share)
     needed = pixels.bytes * len(pixels.missing(wanted))
-    pixels.path.parent.mkdir(parents=True, exist_ok=True)
-    if needed > cache.max_bytes:
-        raise _no_room(needed, cache.directory, f"SELORA_CACHE_GB allows {cache.max_bytes / 1e9:.3g} in all")
-    make_room(cache, needed, keep=pixels.path.parent)
+    if room is None:
+        allowed = f"SELORA_CACHE_GB allows {cache.max_bytes / 1e9:.3g} with all that is just being written"
+        raise _no_room(needed, cache.directory, allowed)
     free = shutil.disk_usage(cache.directory).free
-    if needed > free * FREE_SHARE:
+    if needed and unwritten(cache) > free * FREE_SHARE:
+        room.close()
         raise _no_room(needed, cache.directory, f"and no more than half of the free {free / 1e9:.3g} is taken")
+    pixels.path.parent.mkdir(parents=True, exist_ok=True)
     pixels.path.touch()  # used now
-    return pixels
+    return replace(pixels, room=room)
 
 
 def _no_room(needed: int, where: Path, why: str) -> OSError:
     return OSError(errno.ENOSPC, f"the decoded images need {needed / 1e9:.3g} GB, {why}", str(where))
+
+
+def _pages(numbers: Sequence[int], each: int) -> int:
+    """How many pages of a file records of ``each`` bytes with these numbers lie on."""
+    ordered = np.unique(np.asarray(numbers, dtype=np.int64))
+    first, last = ordered * each // PAGE, ((ordered + 1) * each - 1) // PAGE
+    first[1:] = np.maximum(first[1:], last[:-1] + 1)
+    return int((last - first + 1).sum())
 
 
 def trouble_with(directory: Path, error: OSError) -> str:

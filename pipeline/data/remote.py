@@ -23,7 +23,8 @@ import fsspec
 from filelock import FileLock
 
 from pipeline.config import ConfigError
-from pipeline.data.cache import Cache, entry_of, lock_of, make_room, touch
+from pipeline.data.cache import Cache, entry_of, lock_of, touch
+from pipeline.data.room import room_to_fetch
 
 CHUNK = 8 * 2**20
 _WARN_FROM = 3  # a store that fails so often in a row is worth a line in the log
@@ -92,10 +93,6 @@ def local_copy(url: str, cache: Cache, *, size: int | None = None, sha256: str |
     if version is None or size is None:
         told = _info(url, cache.attempts)
         size, version = told.get("size"), version or _version(told)
-    if size is not None and size > cache.max_bytes:
-        raise ConfigError(
-            f"{url}: {size} bytes are more than the whole cache may hold ({cache.max_bytes}); raise SELORA_CACHE_GB"
-        )
     path = entry_of(cache, url, version, _file_name(url))
     try:
         if touch(path):
@@ -103,10 +100,8 @@ def local_copy(url: str, cache: Cache, *, size: int | None = None, sha256: str |
         with FileLock(lock_of(cache, path)):
             if touch(path):
                 return path
-            make_room(cache, size or 0, keep=path.parent)
-            _fetch(url, path, cache.attempts, size, sha256)
+            _fetch(url, path, cache, size, sha256)
             touch(path)
-            make_room(cache, 0, keep=path.parent)
     except OSError as error:
         raise ConfigError(
             f"{url}: cannot be kept in {cache.directory}: {error.strerror or error}; name a place with "
@@ -115,29 +110,43 @@ def local_copy(url: str, cache: Cache, *, size: int | None = None, sha256: str |
     return path
 
 
-def _fetch(url: str, path: Path, attempts: int, size: int | None, sha256: str | None) -> None:
+def _fetch(url: str, path: Path, cache: Cache, size: int | None, sha256: str | None) -> None:
     """Write ``path`` whole or not at all. What another process had begun is continued, unless its content is wrong."""
     part = path.with_name(path.name + ".part")
     for last in (False, True):
-        if part.exists() and size is not None and part.stat().st_size > size:
-            part.unlink()
-        _download(url, part, attempts, size)
-        found = None if sha256 is None else _sha256(part)
+        found = _fetched(url, path, part, cache, size, sha256)
         if found == sha256:
-            part.replace(path)
             return
-        part.unlink()
         wrong = f"its content is not what its index says (sha256 {found}, not {sha256})"
         if last:
             raise ConfigError(f"{url}: {wrong}")
         _note_retry(url, wrong, _WARN_FROM)
 
 
-def _download(url: str, part: Path, attempts: int, size: int | None) -> None:
-    part.parent.mkdir(parents=True, exist_ok=True)
-    if size is None:
-        part.write_bytes(read_bytes(url, attempts))
-        return
+def _fetched(url: str, path: Path, part: Path, cache: Cache, size: int | None, sha256: str | None) -> str | None:
+    """Fetch once and keep it if its content is right; the sha256 that was found, None where none is known."""
+    whole = None
+    if size is None:  # the store does not tell it, so the file comes in one piece
+        whole = read_bytes(url, cache.attempts)
+        size = len(whole)
+    # Held over the renaming, for nobody can count a file while it changes its name.
+    with room_to_fetch(cache, url, path.parent, size):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        if whole is None:
+            _download(url, part, cache.attempts, size)
+        else:
+            part.write_bytes(whole)
+        found = None if sha256 is None else _sha256(part)
+        if found == sha256:
+            part.replace(path)
+        else:
+            part.unlink()
+        return found
+
+
+def _download(url: str, part: Path, attempts: int, size: int) -> None:
+    if part.exists() and part.stat().st_size > size:
+        part.unlink()
     with part.open("ab") as file:
         while (at := file.tell()) < size:
             file.write(read_bytes(url, attempts, (at, min(at + CHUNK, size))))
