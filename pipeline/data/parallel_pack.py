@@ -18,7 +18,6 @@ import multiprocessing
 import os
 import shutil
 import threading
-import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -36,6 +35,7 @@ from pipeline.data.shards import (
     INDEX_NAME,
     Shard,
     ShardIndex,
+    appearing,
     check_empty,
     disk_faults_told,
     load_index,
@@ -110,8 +110,17 @@ class Packing:
         done = read_record(record)
         if done is not None and _agrees(path, done):
             return done
-        made = write_tar(path, self.samples(shard), self._members)
-        _write_json(record, asdict(made))
+        finished = _finished(self)  # by another job with the same shards
+        if finished is not None:
+            return finished.shards[shard]
+        try:
+            made = write_tar(path, self.samples(shard), self._members)
+            _write_json(record, asdict(made))
+        except ConfigError:
+            finished = _finished(self)
+            if finished is None:
+                raise
+            return finished.shards[shard]  # its end has cleared away all that was begun, this one's file as well
         return made
 
     def _members(self, sample: Sample) -> dict[str, bytes]:
@@ -173,9 +182,16 @@ def _join(packing: Packing) -> ShardIndex | None:
     else:
         index = _finished(packing)  # by another part, which has removed the records since
     if index is not None:
-        (packing.out / PLAN).unlink(missing_ok=True)
-        shutil.rmtree(packing.out / PARTS, ignore_errors=True)
+        _clear_begun(packing.out)
     return index
+
+
+def _clear_begun(out: Path) -> None:
+    """What is left over when the index is there, the begun shards of killed processes included."""
+    (out / PLAN).unlink(missing_ok=True)
+    shutil.rmtree(out / PARTS, ignore_errors=True)
+    for begun in out.glob("shard-*.part"):
+        begun.unlink(missing_ok=True)
 
 
 def read_record(file: Path) -> Shard | None:
@@ -222,11 +238,10 @@ def _holds_other_things(out: Path) -> bool:
 
 def _clear(out: Path) -> None:
     with disk_faults_told(out / PLAN):
-        for name in (INDEX_NAME, PLAN):
-            (out / name).unlink(missing_ok=True)
-        shutil.rmtree(out / PARTS, ignore_errors=True)
+        (out / INDEX_NAME).unlink(missing_ok=True)
         for old in out.glob("shard-*.tar"):
             old.unlink()
+        _clear_begun(out)
 
 
 def _finished(packing: Packing) -> ShardIndex | None:
@@ -250,12 +265,10 @@ def _check_plan(packing: Packing) -> None:
 
 
 def _write_json(file: Path, content: dict[str, object]) -> None:
-    # Parts on several machines may write the same file at once.
-    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")
     with disk_faults_told(file):
         file.parent.mkdir(parents=True, exist_ok=True)
+    with appearing(file) as temporary:
         temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-        temporary.replace(file)
 
 
 _packing: Packing | None = None

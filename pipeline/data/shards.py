@@ -164,7 +164,7 @@ def _write(
     with disk_faults_told(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / INDEX_NAME).unlink(missing_ok=True)
-        for old in folder.glob("shard-*.tar"):
+        for old in folder.glob("shard-*.tar*"):
             old.unlink()
     shards = tuple(
         write_tar(folder / f"shard-{number:05d}.tar", samples[start : start + per_shard])
@@ -186,10 +186,8 @@ def write_index(
         "classes": None if classes is None else list(classes),
         "shards": [vars(shard) for shard in shards],
     }
-    temporary = folder / f"{INDEX_NAME}.{uuid.uuid4().hex}.part"  # parts of a packing may end at the same moment
-    with disk_faults_told(folder / INDEX_NAME):
+    with appearing(folder / INDEX_NAME) as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(folder / INDEX_NAME)
     return load_index(folder)
 
 
@@ -198,16 +196,27 @@ def write_tar(
 ) -> Shard:
     """One shard, under a temporary name until it is complete. Equal samples give equal bytes."""
     files_of = members or sample_members
-    temporary = path.with_name(path.name + ".part")
-    with disk_faults_told(path):
+    with appearing(path) as temporary:
         with temporary.open("wb") as file:
             with TarWriter(file, user="", group="", mtime=0, encoder=False) as writer:
                 for sample in samples:
                     writer.write({"__key__": sample.key, **files_of(sample)})
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
-    return Shard(path.name, len(samples), path.stat().st_size, sha256_of(path))
+        size, sha256 = temporary.stat().st_size, sha256_of(temporary)
+    return Shard(path.name, len(samples), size, sha256)
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A name that no other writer of ``path`` uses; the file takes its place after the block, or is gone."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    with disk_faults_told(path):
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -216,7 +225,6 @@ def disk_faults_told(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        path.with_name(path.name + ".part").unlink(missing_ok=True)
         what = f"{error.filename or path}: {error.strerror}"
         raise ConfigError(f"{what}; what is packed so far is not complete") from error
 

@@ -163,7 +163,7 @@ def write_wds_eval(
     with disk_faults_told(count_file):
         count_file.parent.mkdir(parents=True, exist_ok=True)
         count_file.unlink(missing_ok=True)
-        for old in count_file.parent.glob("*.tar"):
+        for old in count_file.parent.glob("*.tar*"):
             old.unlink()
     numbered = [replace(sample, key=f"s{number:07d}") for number, sample in enumerate(listed)]
     parts = list(_parts(numbered, samples_per_shard, bytes_per_shard))

@@ -10,8 +10,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from PIL import Image
 
 from pipeline.config import ConfigError
 from pipeline.data import parallel_pack
+from pipeline.data.formats import Sample
 from pipeline.data.originals.imagenet import wnids
 from pipeline.data.originals.train import list_imagenet_train
 from pipeline.data.parallel_pack import Packing, pack_in_parallel
@@ -126,6 +128,74 @@ def test_parts_that_begin_and_end_at_the_same_moment_make_one_folder(packing: Ca
             process.join()
         assert [process.exitcode for process in parts] == [0] * 6
         assert_same(whole.directory, packing(out).out)
+
+
+@pytest.fixture
+def packing_that_stops(packing: Callable[..., Packing], tmp_path: Path) -> Iterator[Callable[..., BaseProcess]]:
+    """start(name, shard=0) -> a process that packs all, stops in the middle of a shard till `NAME.go` is there."""
+    started: list[BaseProcess] = []
+
+    def run(name: str, shard: int) -> None:
+        job, members = packing(), parallel_pack.sample_members
+        middle = job.samples(shard)[20].key
+
+        def stop_in_the_middle(sample: Sample) -> dict[str, bytes]:
+            if sample.key == middle:
+                (tmp_path / f"{name}.stands").touch()
+                wait_for(tmp_path / f"{name}.go")
+            return members(sample)
+
+        parallel_pack.sample_members = stop_in_the_middle
+        pack_in_parallel(job, workers=1)
+
+    def start(name: str, shard: int = 0) -> BaseProcess:
+        process = multiprocessing.get_context("fork").Process(target=run, args=(name, shard))
+        process.start()
+        started.append(process)
+        wait_for(tmp_path / f"{name}.stands")
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert file.exists()
+
+
+def test_two_jobs_that_write_the_same_shard_at_the_same_moment_make_one_folder(
+    packing: Callable[..., Packing], packing_that_stops: Callable[..., BaseProcess], tmp_path: Path
+) -> None:
+    whole = pack(packing("whole"), workers=1)
+    both = [packing_that_stops(name) for name in ("one", "two")]  # both are in the middle of the first shard
+    assert len(list(packing().out.glob("shard-00000.tar.*.part"))) == 2
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.go").touch()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert_same(whole.directory, packing().out)
+
+
+def test_a_job_that_others_have_overtaken_ends_well_and_one_that_was_killed_leaves_nothing(
+    packing: Callable[..., Packing], packing_that_stops: Callable[..., BaseProcess], tmp_path: Path
+) -> None:
+    whole = pack(packing("whole"), workers=1)
+    slow, victim = packing_that_stops("slow", 3), packing_that_stops("victim", 4)
+    victim.kill()
+    victim.join()
+    assert list(packing().out.glob("shard-00004.tar.*.part"))
+    pack(packing())
+    assert_same(whole.directory, packing().out)
+    (tmp_path / "slow.go").touch()
+    slow.join()
+    assert slow.exitcode == 0
+    assert_same(whole.directory, packing().out)
 
 
 def test_parts_that_claim_the_folder_at_the_same_moment_all_get_it(packing: Callable[..., Packing]) -> None:
