@@ -15,7 +15,27 @@ from pipeline.config import Config
 # Weights are kept in fp32 and cast for the matrix products, so this holds for model.precision=bf16, too.
 WEIGHT_BYTES = 4
 MOMENT_BYTES = 8  # both of AdamW
+WIDE_BYTES = 4  # what is fp32 under autocast, too: the inputs of norms and layers, features, logits
 _MB, _GB = 1e6, 1e9
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """What a step computes again to keep less: train.micro_batch_size and train.activation_checkpointing."""
+
+    micro_batch: int | None = None
+    layers: bool = False
+
+    def pairs(self, images: int) -> int:
+        """Of a rank's `images`, how many pairs the towers keep at a time."""
+        return min(images, self.micro_batch or images)
+
+    def passes(self, images: int) -> int:
+        """Walks through the towers in a step: forward and backward, and one more for what is computed again."""
+        return 2 + (self.pairs(images) < images) + self.layers
+
+
+PLAIN = Recompute()
 
 
 @dataclass(frozen=True)
@@ -52,13 +72,20 @@ class Tower:
         pairs = 4 * rank * 2 * w + 2 * rank * (w + m)
         return self.layers * (pairs + 6 + (5 * w + m if dora else 0))
 
-    def activation_bytes(self, bytes_each: int) -> int:
-        """What one sample leaves for the backward pass in all layers, without attention maps (fused attention).
+    def activation_bytes(self, pairs: int, bytes_each: int, *, recompute: bool = False) -> int:
+        """What all layers keep for the backward pass of `pairs`, without attention maps (fused attention).
 
-        Per layer the inputs of two norms, of q/k/v, of out, of fc1, the outputs of q, k, v, and the hidden layer of the
-        mlp before and after its activation; frozen weights need no inputs of their own for a gradient, adapters do.
+        Per layer and token the inputs of two norms, and of q/k/v, of out, of fc1, the outputs of q, k, v, and the
+        hidden layer of the mlp before and after its activation; frozen weights need no inputs of their own for a
+        gradient, adapters do. Per layer besides the six weights in effect. `recompute`: only what enters the layers,
+        and one layer's all.
         """
-        return self.layers * self.tokens * (8 * self.width + 2 * self.mlp) * bytes_each
+        rows, weights = pairs * self.tokens, 4 * self.width**2 + 2 * self.width * self.mlp
+        values = rows * (6 * self.width + 2 * self.mlp) + weights
+        layer = values * bytes_each + rows * 2 * self.width * WIDE_BYTES
+        if recompute:
+            return layer + self.layers * rows * self.width * WIDE_BYTES
+        return self.layers * layer
 
 
 @dataclass(frozen=True)
@@ -78,6 +105,18 @@ class ClipShape:
     def macs(self) -> int:
         """Of one pair."""
         return self.image.macs + self.text.macs
+
+    def activation_bytes(self, images: int, ranks: int, bytes_each: int, recompute: Recompute = PLAIN) -> int:
+        """What a rank with `images` keeps of a step: both towers of the pairs at a time, all features, the logits."""
+        from pipeline.method.contrastive import MOST_LOGITS
+
+        pairs = recompute.pairs(images)
+        towers = (
+            tower.activation_bytes(pairs, bytes_each, recompute=recompute.layers) for tower in (self.image, self.text)
+        )
+        every = images * ranks
+        loss = (2 * images + every) * self.embed + min(images * every, MOST_LOGITS)
+        return sum(towers) + loss * WIDE_BYTES
 
     def trained(self, rank: int, *, rest: bool = False, dora: bool = False) -> int:
         """Parameters that train; `rest`: those outside the layers, too (train.train_rest=all)."""
@@ -159,18 +198,26 @@ def contrastive_traffic(batch: int, embed: int, ranks: int) -> float:
 
 
 def rank_memory(
-    shape: ClipShape, stage: int, ranks: int, *, trained: int, micro_batch: int, activation_bytes: int = 2
+    shape: ClipShape,
+    stage: int,
+    ranks: int,
+    *,
+    trained: int,
+    images: int,
+    activation_bytes: int = 2,
+    recompute: Recompute = PLAIN,
 ) -> float:
     """Bytes on one rank: weights, gradients, AdamW, fp32 masters (stages 1 to 3 keep them apart), activations.
 
-    Stage 1 shares out the optimizer's state, stage 2 the gradients besides, stage 3 the weights besides.
+    Stage 1 shares out the optimizer's state, stage 2 the gradients besides, stage 3 the weights besides. `images` are
+    those of the rank in a step.
     """
     whole, part = trained * WEIGHT_BYTES, trained * WEIGHT_BYTES / ranks
     weights = shape.parameters * WEIGHT_BYTES / (ranks if stage == 3 else 1)
     gathered = 2 * shape.image.layer_parameters * WEIGHT_BYTES if stage == 3 else 0
     gradients = whole if stage < 2 else part
     optimizer = trained * MOMENT_BYTES if stage == 0 else trained * MOMENT_BYTES / ranks + part
-    activations = micro_batch * sum(tower.activation_bytes(activation_bytes) for tower in (shape.image, shape.text))
+    activations = shape.activation_bytes(images, ranks, activation_bytes, recompute)
     return weights + gathered + gradients + optimizer + activations
 
 
@@ -185,17 +232,22 @@ class Machine:
     inside_gbyte: float = 300.0
 
 
-def step_seconds(shape: ClipShape, micro_batch: int, machine: Machine) -> float:
-    """Computing time of a step: a forward, and a backward that skips the gradients of frozen weights (2 of 3 parts)."""
-    return 2 * 2 * shape.macs * micro_batch / machine.flops
+def step_flops(shape: ClipShape, images: int, recompute: Recompute = PLAIN) -> int:
+    """Of one rank in a step. A backward that skips the gradients of frozen weights costs what a forward costs."""
+    return 2 * shape.macs * images * recompute.passes(images)
+
+
+def step_seconds(shape: ClipShape, images: int, machine: Machine) -> float:
+    """Computing time of a step."""
+    return step_flops(shape, images) / machine.flops
 
 
 def communication_seconds(
-    shape: ClipShape, stage: int, ranks: int, *, trained: int, micro_batch: int, machine: Machine
+    shape: ClipShape, stage: int, ranks: int, *, trained: int, images: int, machine: Machine
 ) -> float:
     """Time of a step's collectives when nothing overlaps: a ring passes each node's link once, plus its hops."""
     traffic = gradient_traffic(stage, shape.parameters, trained, ranks)
-    traffic += contrastive_traffic(micro_batch * ranks, shape.embed, ranks)
+    traffic += contrastive_traffic(images * ranks, shape.embed, ranks)
     inside = ranks <= machine.cards
     rate = machine.inside_gbyte * _GB if inside else machine.link_gbit / 8 * _GB
     rounds = 6 if stage < 3 else 6 + 2 * (shape.image.layers + shape.text.layers)
@@ -203,12 +255,10 @@ def communication_seconds(
     return traffic / rate + rounds * (machine.cards + nodes) * machine.latency_s
 
 
-def efficiency(shape: ClipShape, stage: int, nodes: int, *, trained: int, micro_batch: int, machine: Machine) -> float:
+def efficiency(shape: ClipShape, stage: int, nodes: int, *, trained: int, images: int, machine: Machine) -> float:
     """Share of the time that computes, without any overlap: the lower bound."""
-    compute = step_seconds(shape, micro_batch, machine)
-    waits = communication_seconds(
-        shape, stage, nodes * machine.cards, trained=trained, micro_batch=micro_batch, machine=machine
-    )
+    compute = step_seconds(shape, images, machine)
+    waits = communication_seconds(shape, stage, nodes * machine.cards, trained=trained, images=images, machine=machine)
     return compute / (compute + waits)
 
 
@@ -241,13 +291,29 @@ def planned(configs: Sequence[Config], ranks: int) -> str:
         rank=config.adapter.rank,
         rest=config.train.train_rest == "all",
         dora=config.adapter.kind == "dora",
+        precision=config.model.precision,
+        recompute=Recompute(config.train.micro_batch_size, config.train.activation_checkpointing),
     )
 
 
-def describe(shape: ClipShape, *, stage: int, ranks: int, global_batch: int, rank: int, rest: bool, dora: bool) -> str:
+def describe(
+    shape: ClipShape,
+    *,
+    stage: int,
+    ranks: int,
+    global_batch: int,
+    rank: int,
+    rest: bool,
+    dora: bool,
+    precision: str,
+    recompute: Recompute,
+) -> str:
     """Some lines about a planned training, for `selora sweep --plan`."""
-    trained, micro = shape.trained(rank, rest=rest, dora=dora), max(1, global_batch // ranks)
-    memory = rank_memory(shape, stage, ranks, trained=trained, micro_batch=micro)
+    trained, images = shape.trained(rank, rest=rest, dora=dora), max(1, global_batch // ranks)
+    each = 2 if precision == "bf16" else 4
+    memory = rank_memory(
+        shape, stage, ranks, trained=trained, images=images, activation_bytes=each, recompute=recompute
+    )
 
     def moved(ranks: int) -> tuple[float, float]:
         weights = gradient_traffic(stage, shape.parameters, trained, ranks)
@@ -260,6 +326,20 @@ def describe(shape: ClipShape, *, stage: int, ranks: int, global_batch: int, ran
         f"on paper, for rank {rank}:\n"
         f"  a step moves {weights:.1f} MB per rank for ZeRO-{stage} and {loss:.1f} MB for the loss\n"
         f"  on {', '.join(map(str, more))} ranks with the same global batch: {volumes} MB\n"
-        f"  a rank holds {memory / _GB:.1f} GB with {micro} images and bf16 activations\n"
+        f"  a rank holds {memory / _GB:.1f} GB with {images} images and {precision} activations"
+        f"{_kept(recompute, images)}\n"
+        f"  a step computes {step_flops(shape, images, recompute) / 1e12:.3g} TFLOP per rank"
+        f"{_again(recompute, images)}\n"
         f"  {trained / 1e6:.2f} M of {shape.parameters / 1e6:.1f} M parameters train"
     )
+
+
+def _kept(recompute: Recompute, images: int) -> str:
+    parts = [f"{recompute.pairs(images)} of them at a time"] if recompute.pairs(images) < images else []
+    parts += ["one layer at a time"] if recompute.layers else []
+    return "".join(f", {part}" for part in parts)
+
+
+def _again(recompute: Recompute, images: int) -> str:
+    passes, plain = recompute.passes(images), PLAIN.passes(images)
+    return f": {passes} passes instead of {plain}, so {passes / plain - 1:.0%} more hours" if passes > plain else ""

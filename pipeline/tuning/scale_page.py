@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from pipeline.tuning import scale
-from pipeline.tuning.scale import SHAPES, Machine
+from pipeline.tuning.scale import SHAPES, Machine, Recompute
 
 RANK, BATCH, MICRO = 16, 512, 64
 RANKS = (4, 8, 16, 64, 256)
@@ -37,7 +37,7 @@ _MEASURED = """## Measured, and what is not
 
 def page() -> str:
     """The whole page."""
-    parts = [_INTRODUCTION, _traffic(), _memory(), _efficiency(), _strong(), _data(), _MEASURED]
+    parts = [_INTRODUCTION, _traffic(), _memory(), _large_batches(), _efficiency(), _strong(), _data(), _MEASURED]
     return "\n".join(parts)
 
 
@@ -66,14 +66,33 @@ def _memory() -> str:
     for shape in SHAPES.values():
         for stage in (1, 2, 3):
             found = [
-                scale.rank_memory(shape, stage, ranks, trained=shape.trained(RANK), micro_batch=16) / _GB
-                for ranks in RANKS
+                scale.rank_memory(shape, stage, ranks, trained=shape.trained(RANK), images=16) / _GB for ranks in RANKS
             ]
             rows.append([shape.name, str(stage), *(f"{value:.2f}" for value in found)])
     return (
         "## Memory per rank (computed, GB, 16 images a rank, bf16 activations)\n\n"
         "fp32 weights + gradients + AdamW + activations, without the allocator's slack (count on 10 to 20 % more).\n\n"
         + _table(["model", "ZeRO", *(f"{ranks} ranks" for ranks in RANKS)], rows)
+    )
+
+
+def _large_batches() -> str:
+    ways = (Recompute(), Recompute(layers=True), Recompute(micro_batch=16), Recompute(micro_batch=16, layers=True))
+    rows = []
+    for shape in SHAPES.values():
+        trained = shape.trained(RANK)
+        for images in (64, 512):
+            found = [
+                scale.rank_memory(shape, 1, 8, trained=trained, images=images, recompute=way) / _GB for way in ways
+            ]
+            rows.append([shape.name, str(images), *(f"{value:.1f}" for value in found)])
+    passes = ["passes over the towers", "", *(str(way.passes(512)) for way in ways)]
+    return (
+        "## Larger batches (computed, GB on each of 8 ranks, ZeRO 1, bf16 activations)\n\n"
+        "`train.activation_checkpointing` computes the inside of each layer again, `train.micro_batch_size=16` each\n"
+        "forward: less is kept, and a step makes 3 or 4 passes over the towers instead of 2, so it computes 1.5 or 2\n"
+        "times as long. A test measures on a small CLIP what the formulas say is kept and computed.\n\n"
+        + _table(["model", "images a rank", "whole", "checkpointing", "micro-batches", "both"], [*rows, passes])
     )
 
 
@@ -124,7 +143,7 @@ def _data() -> str:
 def _share(name: str, stage: int, nodes: int, micro: int, link: float) -> float:
     shape = SHAPES[name]
     machine = Machine(link_gbit=link)
-    return scale.efficiency(shape, stage, nodes, trained=shape.trained(RANK), micro_batch=micro, machine=machine)
+    return scale.efficiency(shape, stage, nodes, trained=shape.trained(RANK), images=micro, machine=machine)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -75,13 +75,29 @@ def test_the_traffic_of_the_loss_is_what_its_collectives_send(ranks: int, monkey
 
 
 def test_memory_falls_with_the_stage() -> None:
-    memory = [scale.rank_memory(B16, stage, 64, trained=B16.trained(16), micro_batch=0) for stage in (1, 2, 3)]
+    memory = [scale.rank_memory(B16, stage, 64, trained=B16.trained(16), images=0) for stage in (1, 2, 3)]
     assert memory[0] > memory[1] > memory[2]
+
+
+def test_what_is_computed_again_lowers_the_memory_and_raises_the_hours() -> None:
+    config = load_config(Path(__file__).parents[2] / "configs" / "imagenet_vit_b16.yaml")
+    changes = {"train.micro_batch_size": 16, "train.activation_checkpointing": True}
+    ways = [{}, *({key: value} for key, value in changes.items()), changes]
+    texts = [scale.planned([override(config, way)], ranks=8) for way in ways]
+    held, computed = (
+        [float(text.partition(word)[2].split()[0]) for text in texts] for word in ("a rank holds ", "a step computes ")
+    )
+    assert held[0] > 2 * held[1] > held[2] > held[3]
+    assert computed == pytest.approx([part / 2 * computed[0] for part in (2, 3, 3, 4)], rel=1e-2)
+    assert "more hours" not in texts[0]
+    assert "with 64 images and bf16 activations, 16 of them at a time, one layer at a time" in texts[3]
+    assert "4 passes instead of 2, so 100% more hours" in texts[3]
+    assert scale.planned([override(config, {"train.micro_batch_size": 64})], ranks=8) == texts[0]
 
 
 def test_efficiency_falls_with_nodes_and_rises_with_the_link() -> None:
     def at(nodes: int, gbit: float) -> float:
-        return scale.efficiency(B16, 1, nodes, trained=B16.trained(16), micro_batch=64, machine=Machine(link_gbit=gbit))
+        return scale.efficiency(B16, 1, nodes, trained=B16.trained(16), images=64, machine=Machine(link_gbit=gbit))
 
     for gbit in (25.0, 400.0):
         found = [at(nodes, gbit) for nodes in (1, 2, 8, 64)]

@@ -31,7 +31,7 @@ def inputs(rank: int, world: int) -> tuple[Tensor, Tensor]:
     return images[share], tokens[share]
 
 
-def prepared(folder: str, precision: str, stage: int, way: dict[str, Any]) -> tuple[Any, Any, Any]:
+def prepared(folder: str, precision: str, stage: int, way: dict[str, Any], kind: str = "dora") -> tuple[Any, Any, Any]:
     """Config, CLIP and objective with B away from zero and two gates closed."""
     from pipeline.config import Config
     from pipeline.method.adapter import blocks
@@ -40,7 +40,7 @@ def prepared(folder: str, precision: str, stage: int, way: dict[str, Any]) -> tu
     config = Config.model_validate(
         {
             "model": {"name": f"local-dir:{folder}", "precision": precision},
-            "adapter": {"kind": "dora", "rank": 3},
+            "adapter": {"kind": kind, "rank": 3},
             "train": {"global_batch_size": BATCH, "zero_stage": stage, "lr": 0.01, **way},
             "data": {"train": "unused", "streams": 1},
         }

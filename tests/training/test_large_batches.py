@@ -81,6 +81,41 @@ def test_micro_batches_keep_their_features_and_one_micro_batch(small_clip: str) 
     assert kept[layers] < 0.3 * kept[whole]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_the_plan_counts_what_is_kept_and_what_is_computed(small_clip: str, kind: str, precision: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from pipeline.model.clip import model_config
+    from pipeline.tuning.scale import Recompute, shape_of, step_flops
+
+    shape = shape_of("small", model_config(f"local-dir:{small_clip}"))
+    assert shape is not None
+    images, tokens = (part.repeat(16, *[1] * (part.ndim - 1)) for part in inputs(0, 1))
+    count, size, each = len(images), len(images) // 2, 2 if precision == "bf16" else 4
+    recomputes = {"whole": Recompute(), "layers": Recompute(layers=True), "micro": Recompute(micro_batch=size)}
+    kept, flops = {}, {}
+    for name, way in {"whole": {}, "layers": WAYS["layers"], "micro": {"micro_batch_size": size}}.items():
+        objective = prepared(small_clip, precision, 0, {"train_rest": "none", **way}, kind)[2]
+        kept[name] = kept_bytes(objective, lambda each=objective: each(images, tokens, 0))
+        with FlopCounterMode(display=False) as counter:
+            objective(images, tokens, 0)["total"].backward()
+        flops[name] = counter.get_total_flops()
+    kept["micro"] -= images.nbytes + tokens.nbytes  # the batch itself
+    # in the backward, what is computed again is kept too: one of the two layers, one of the two micro-batches
+    peak = {
+        "whole": kept["whole"],
+        "layers": kept["layers"] + kept["whole"] / 2,
+        "micro": kept["micro"] + kept["whole"] / 2,
+    }
+    for name, recompute in recomputes.items():
+        planned = shape.activation_bytes(count, 1, each, recompute)
+        assert planned == pytest.approx(peak[name], rel=0.13), name
+        more = step_flops(shape, count, recompute) - step_flops(shape, count)
+        # the towers' ends (patches, projection) are a large part of a model as small as this
+        assert more <= 1.01 * (flops[name] - flops["whole"]) <= 1.2 * more, name
+
+
 def test_compiled_layers_are_two_graphs_whatever_the_gates_do(small_clip: str) -> None:
     from torch._dynamo.utils import counters
 
