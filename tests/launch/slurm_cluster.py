@@ -46,8 +46,7 @@ def slurm(folder: Path, cpus: int = 2) -> Iterator[dict[str, str]]:
         _wait(lambda: (folder / "munge/socket").exists(), folder, "munged")
         started.append(_start(folder, "slurmctld", ["slurmctld", "-D"], environment))
         for node in NODES:
-            # A name of its own for each node, and only for its processes.
-            script = f"mount --bind {folder}/hosts /etc/hosts && exec slurmd -D -N {node}"
+            script = f"{_own_tmp(folder, node)}mount --bind {folder}/hosts /etc/hosts && exec slurmd -D -N {node}"
             started.append(_start(folder, f"slurmd-{node}", ["unshare", "-m", "bash", "-c", script], environment))
         _wait(lambda: _idle(environment) == len(NODES), folder, "two idle nodes")
         yield environment
@@ -60,6 +59,22 @@ def slurm(folder: Path, cpus: int = 2) -> Iterator[dict[str, str]]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def node_tmp(folder: Path, node: str) -> Path:
+    """A node's /tmp, as this process finds it."""
+    return folder / f"tmp-{node}"
+
+
+def _own_tmp(folder: Path, node: str) -> str:
+    """Shell lines that give a node a /tmp of its own, in which what lies beside `folder` is shared by all nodes."""
+    own, shared = node_tmp(folder, node), folder.parent
+    own.mkdir(mode=0o1777, parents=True)
+    if not shared.is_relative_to("/tmp"):
+        return f"mount --bind {own} /tmp && "
+    inside = own / shared.relative_to("/tmp")
+    inside.mkdir(parents=True)
+    return f"mount --bind {shared} {inside} && mount --rbind {own} /tmp && "
 
 
 def _write_configuration(folder: Path, cpus: int) -> Path:

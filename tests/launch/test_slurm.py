@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+from slurm_cluster import NODES, node_tmp
+
 ROOT = Path(__file__).parents[2]
 FAKE = """#!/usr/bin/env bash
 printf '%s ' "$SLURMD_NODENAME" "$@" >>"$RECORD"; echo "stopped=$SELORA_STOPPED hosts=$SELORA_HOSTS" >>"$RECORD"
@@ -95,9 +98,11 @@ def test_a_sweep_on_ray_inside_the_allocation_is_requeued_finishes_and_leaves_no
     job = submit(slurm_environment, log, "sweep.sbatch", config, str(grid), *settings, **more)
     run_dirs = open_folder / "runs" / "sweep" / "trials"
     wait(slurm_environment, job, log, lambda: any("train/loss" in text for text in _journals(run_dirs)), 900)
+    assert [_left_of_ray(open_folder, node, job) for node in NODES] == [True, True]
     subprocess.run(["scancel", "--batch", "--signal=TERM", job], env=slurm_environment, check=True)
     wait(slurm_environment, job, log, lambda: state(slurm_environment, job) == "PENDING", 300)
     assert not _processes_of(job)
+    assert [_left_of_ray(open_folder, node, job) for node in NODES] == [False, False]
     assert any((path / "checkpoints" / "latest").exists() for path in run_dirs.iterdir()), log.read_text()[-3000:]
     wait(slurm_environment, job, log, lambda: state(slurm_environment, job) in ("COMPLETED", "FAILED"), 1500)
     assert state(slurm_environment, job) == "COMPLETED", log.read_text()[-3000:]
@@ -107,6 +112,12 @@ def test_a_sweep_on_ray_inside_the_allocation_is_requeued_finishes_and_leaves_no
         assert text.count('"train/loss"') == 16
     assert any(text.count('"RUNNING"') == 2 for text in _journals(run_dirs))
     assert not _processes_of(job)
+    assert [_left_of_ray(open_folder, node, job) for node in NODES] == [False, False]
+
+
+def _left_of_ray(open_folder: Path, node: str, job: str) -> bool:
+    """Whether Ray's directory of a job lies on a node."""
+    return (node_tmp(open_folder / "slurm", node) / f"ray-{job}").exists()
 
 
 def _journals(run_dirs: Path) -> list[str]:
