@@ -12,6 +12,7 @@ import os
 import secrets
 import socket
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,7 +122,18 @@ def _connect(address: str | None, resources: Resources) -> None:
             if address is None and chance:
                 continue
             where = "start a Ray cluster on this machine" if address is None else f"use the Ray cluster at {address}"
-            raise ConfigError(f"cannot {where}: {told(error)}") from error
+            raise ConfigError(f"cannot {where}: {_token_fault(error) or told(error)}") from error
+
+
+def _token_fault(error: BaseException) -> str | None:
+    """What to do where the cluster asked for a token; None for another error. Ray tells that in a cause of a cause."""
+    if "AuthenticationError" not in "".join(traceback.format_exception(error)):
+        return None
+    mode = os.environ.get("RAY_AUTH_MODE", "not set")
+    return (
+        f"the token is missing or not the cluster's (RAY_AUTH_MODE is {mode}); set RAY_AUTH_MODE=token, and "
+        "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token that the cluster was started with"
+    )
 
 
 def _init_settings(address: str | None, resources: Resources) -> dict[str, Any]:

@@ -65,12 +65,14 @@ def test_a_sweep_survives_the_loss_of_a_node_and_ends_with_equal_numbers(
     sweep_dir = open_folder / "runs" / "raynet"
     command = f"{BIN}/python -m pipeline sweep {training[0]} {grid} {' '.join(training[1:])} name=raynet --address "
     with ray_cluster(three_hosts, open_folder, token) as address:
-        stranger = three_hosts.start(
-            "n2", f"{ON_A_NODE}RAY_AUTH_MODE=token RAY_AUTH_TOKEN=other {command}{address}", log
-        )
-        assert stranger.wait(300) == 2, log.read_text()
-        assert f"cannot use the Ray cluster at {address}" in log.read_text()
-        assert not any(steps().values())
+        for stranger in ("RAY_AUTH_MODE=token RAY_AUTH_TOKEN=other", "RAY_AUTH_MODE=disabled"):
+            refused = open_folder / f"{stranger.split('=')[-1]}.txt"
+            assert three_hosts.start("n2", f"{ON_A_NODE}{stranger} {command}{address}", refused).wait(300) == 2
+            said = refused.read_text()
+            assert f"cannot use the Ray cluster at {address}: the token is missing or not the cluster's" in said
+            assert f"(RAY_AUTH_MODE is {stranger.split()[0].split('=')[1]}); set RAY_AUTH_MODE=token, and" in said
+            assert "Traceback" not in said
+            assert not any(steps().values())
 
         driver = three_hosts.start(
             "n1", f"{ON_A_NODE}RAY_AUTH_MODE=token RAY_AUTH_TOKEN={token} exec {command}{address}", log
