@@ -19,9 +19,11 @@ from pipeline.data.images import (
     STORED_EXTENSIONS,
     BadImageError,
     Preprocessing,
+    Resize,
     decode,
     eval_resize,
     size_pair,
+    with_resize,
     without_border,
 )
 from pipeline.data.pixels import KeptPixels, open_pixels, trouble_with
@@ -59,6 +61,7 @@ def eval_loader(
     limit: int | None = None,
     only: Sequence[int] | None = None,
     border: int = 0,
+    resize: Resize | None = None,
     max_pixels: int = MAX_PIXELS,
     pin: bool = False,
     pixels: Cache | None = None,
@@ -67,15 +70,18 @@ def eval_loader(
 
     ``cfg`` is open_clip's preprocessing (see images.eval_resize); "reference" is its ``image_transform`` up to the
     normalisation. ``only`` names the samples to take, ``limit`` takes that many of them, evenly spread. ``border``
-    pixels are cut off each side before the resize. ``pixels`` keeps what was decoded for the next time, and without it
-    the batches are the same. Raises ConfigError for an unreadable image.
+    pixels are cut off each side before the resize, which ``resize`` replaces (see images.with_resize). ``pixels`` keeps
+    what was decoded for the next time, and without it the batches are the same. Raises ConfigError for an unreadable
+    image.
     """
     pool = range(len(eval_set)) if only is None else only
     total = len(pool) if limit is None else min(limit, len(pool))
     everywhere = [pool[i * len(pool) // total] for i in range(total)]
     chosen = everywhere[rank * total // world : (rank + 1) * total // world]
     plan = [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
-    make = _MakeEvalBatch(eval_set, dict(cfg), preprocessing, max_pixels, border).keeping(pixels, everywhere)
+    make = _MakeEvalBatch(eval_set, with_resize(cfg, resize), preprocessing, max_pixels, border).keeping(
+        pixels, everywhere
+    )
     if make.kept is not None and not pin and not make.kept.missing(chosen):
         workers = 0  # reading is cheaper than handing over; for a GPU workers still read ahead
     return Batches(make, plan, workers=workers, pin=pin)
@@ -95,7 +101,7 @@ class _MakeEvalBatch:
         """The same with the cache's entry for these pixels, or with the reason why there is none."""
         if cache is None:
             return self
-        deciding = {name: self.cfg.get(name) for name in ("interpolation", "resize_mode", "fill_color")}
+        deciding = {name: self.cfg.get(name) for name in ("interpolation", "resize_mode", "fill_color", "shorter_side")}
         key = self.eval_set.digest, self._few_bytes(), self.preprocessing, self.border, deciding
         try:
             found = open_pixels(cache, self.eval_set.name, key, size_pair(self.cfg["size"]), wanted)

@@ -26,6 +26,8 @@ from torchvision.transforms.v2 import functional as annotated_functional
 from pipeline.config import ConfigError
 
 Preprocessing = Literal["fast", "reference"]
+# Another resize than the model's own: see `with_resize`.
+Resize = Literal["squash"] | int
 Pixels = Tensor | Image.Image
 # These functions take Pillow images as well as tensors; their annotations say tensors only.
 functional: Any = annotated_functional
@@ -125,6 +127,7 @@ def eval_resize(image: Pixels, cfg: Mapping[str, Any]) -> Tensor:
     """The resize of open_clip's `image_transform(is_train=False)`: uint8 (3, H, W).
 
     ``cfg`` is open_clip's preprocessing: size (int or (H, W)), interpolation, resize_mode shortest | longest | squash.
+    With ``shorter_side`` (see `with_resize`) the image is resized to that and the size cut out of its middle.
     """
     height, width = size_pair(cfg["size"])
     how = InterpolationMode(cfg.get("interpolation", "bicubic"))
@@ -138,12 +141,28 @@ def eval_resize(image: Pixels, cfg: Mapping[str, Any]) -> Tensor:
         return _tensor(_center_crop_or_pad(resized, height, width, int(cfg.get("fill_color", 0))))
     if mode != "shortest":
         raise ConfigError(f"preprocessing: resize_mode {mode!r} is none of shortest, longest, squash")
-    if height == width:
-        resized = functional.resize(image, [height], how, antialias=True)
+    if height == width or "shorter_side" in cfg:
+        resized = functional.resize(image, [cfg.get("shorter_side", height)], how, antialias=True)
     else:
         # open_clip does not hand its interpolation on here.
         resized = _resize_keeping_ratio(image, height, width, min, InterpolationMode.BICUBIC)
     return _tensor(functional.center_crop(resized, [height, width]))
+
+
+def with_resize(cfg: Mapping[str, Any], resize: Resize | None) -> dict[str, Any]:
+    """A model's preprocessing with another resize: "squash" to the size whatever the shape of the image, or a number of
+    pixels for the shorter side, of which the size is cut out of the middle; None: as it is.
+
+    Raises ConfigError where less would be left than the model takes.
+    """
+    if resize is None:
+        return dict(cfg)
+    if resize == "squash":
+        return {**cfg, "resize_mode": "squash"}
+    size = size_pair(cfg["size"])
+    if resize < max(size):
+        raise ConfigError(f"resize: {resize} is less than the {max(size)} pixels that the model takes; give it more")
+    return {**cfg, "resize_mode": "shortest", "shorter_side": resize}
 
 
 def without_border(image: Pixels, border: int) -> Pixels:

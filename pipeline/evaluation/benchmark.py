@@ -162,7 +162,10 @@ def _changed(rows: list[Row], values: Mapping[str, Any], counts: Mapping[str, An
     faults += [f"images.{key}: {n!r} is no count" for key, n in counts.items() if not isinstance(n, int) or n < 1]
     everywhere = {key: values[key] for key in ("sample", "seed") if values.get(key) is not None}
     changed = [
-        row.model_copy(update=everywhere | ({"images": counts[row.key], "texts": None} if row.key in counts else {}))
+        row.model_copy(
+            update=everywhere
+            | ({"images": counts[row.key], "texts": None, "bank_images": None} if row.key in counts else {})
+        )
         for row in rows
     ]
     return [row.as_shipped() if mode == "wds" else row for row in changed], faults

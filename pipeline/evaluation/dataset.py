@@ -28,7 +28,7 @@ class Settings:
     workers: int = 2
     precision: Precision = "fp32"
     preprocessing: Preprocessing = "reference"
-    # Take this many samples, evenly spaced over each dataset, for a quick look.
+    # Take this many samples, evenly spaced over each dataset, for a quick look; of a bank for K-NN the same share.
     limit: int | None = None
     # Where decoded images are kept for the next model; None: nowhere.
     cache: Cache | None = None
@@ -36,15 +36,21 @@ class Settings:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A row with its opened directory; the row's class names and templates come before those of the directory."""
+    """A row with its opened directory; the row's class names and templates come before those of the directory.
+
+    `bank` is what K-NN looks among. It asks for nothing by name, so names and templates are empty then.
+    """
 
     row: Row
     data: EvalSet
     classnames: tuple[str, ...]
     templates: tuple[str, ...]
+    bank: EvalSet | None = None
 
     @property
     def classes(self) -> int:
+        if self.bank is not None:
+            return len(self.bank.classnames or ()) or 1 + max(*self.data.labels, *self.bank.labels)
         return len(self.classnames if self.row.subset is None else self.row.subset)
 
     @property
@@ -61,6 +67,9 @@ class Dataset:
         """sha256 over the images' names and sizes, the labels and everything else that decides a result."""
         row, chosen = self.row, self.chosen
         parts = [self.data.digest, self.classnames, self.templates, row.subset, row.border, row.metric, chosen]
+        # Only where they are asked for: the results of all other rows keep their digests.
+        parts += [] if row.resize is None else [row.resize]
+        parts += [] if self.bank is None else [[self.bank.digest, row.neighbours, row.temperature]]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -73,6 +82,8 @@ def open_dataset(row: Row) -> Dataset:
         raise ConfigError("\n".join(faults))
     if row.is_retrieval:
         return Dataset(row, data, (), ())
+    if row.bank is not None:
+        return _with_bank(row, data, row.bank)
     classnames, templates = _names(row, data), row.templates or data.templates or ()
     for name, value in (("classnames", classnames), ("templates", templates)):
         if not value:
@@ -86,6 +97,21 @@ def open_dataset(row: Row) -> Dataset:
         raise ConfigError(f"{row.key}: {name} has label {label}, but the row leaves {dataset.classes} classes")
     if row.classes is not None and dataset.classes != row.classes:
         raise ConfigError(f"{row.key}: {dataset.classes} class names where {row.classes} classes are expected")
+    return dataset
+
+
+def _with_bank(row: Row, data: EvalSet, split: str) -> Dataset:
+    try:
+        bank = open_eval_set(row.path, split=split)
+    except ConfigError as error:
+        raise ConfigError(f"{row.key}: its bank: {error}") from error
+    if row.bank_images is not None and len(bank) != row.bank_images:
+        raise ConfigError(
+            f"{row.key}: {len(bank)} images in {row.path}/{split}, its bank, where {row.bank_images} are expected"
+        )
+    dataset = Dataset(row, data, (), (), bank)
+    if row.classes is not None and dataset.classes != row.classes:
+        raise ConfigError(f"{row.key}: {dataset.classes} classes where {row.classes} are expected")
     return dataset
 
 

@@ -47,10 +47,11 @@ class ClassCounts:
         return total
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Count one batch: logits (B, K) fp32, labels (B,) int64 in [0, K)."""
+        """Count one batch: logits (B, K) fp32, labels (B,) int64 in [0, K). A class at -inf is no answer."""
         classes = self.confusion.shape[0]
         logits, labels = logits.cpu(), labels.cpu()
-        hits = logits.topk(min(TOP_K, classes), dim=1).indices == labels[:, None]
+        best = logits.topk(min(TOP_K, classes), dim=1)
+        hits = (best.indices == labels[:, None]) & (best.values > -torch.inf)
         self.top1 += int(hits[:, 0].sum())
         self.top5 += int(hits.sum())
         self.n += len(labels)

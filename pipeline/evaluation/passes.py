@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from pipeline.data.eval_batches import EvalBatch, eval_loader
 from pipeline.data.images import normalize
+from pipeline.data.wds_layout import EvalSet
 from pipeline.evaluation.dataset import Dataset, Settings
 from pipeline.evaluation.encode import Encoder
+from pipeline.evaluation.knn import Nearest, count_votes, merged
 from pipeline.evaluation.metrics import (
     ClassCounts,
     RecallCounts,
@@ -28,6 +30,7 @@ from pipeline.evaluation.metrics import (
 from pipeline.evaluation.ranks import Ranks
 from pipeline.evaluation.results import Identity, Result
 from pipeline.evaluation.retrieval import Embeddings, embed_batch, join, recall_both_ways
+from pipeline.evaluation.rows import Row, Task
 from pipeline.evaluation.zeroshot import class_logits, classifier_head
 from pipeline.model.clip import Clip, to_open_clip_state, weights_digest
 
@@ -69,14 +72,14 @@ def evaluate_dataset(subjects: Sequence[Subject], dataset: Dataset, ranks: Ranks
         raise ValueError("models that share a pass must share their preprocessing")
     started = time.perf_counter()
     with torch.inference_mode():
-        outcomes = (_retrieval if dataset.row.is_retrieval else _classification)(subjects, dataset, ranks, settings)
+        outcomes = _PASSES[dataset.row.task](subjects, dataset, ranks, settings)
     seconds = round(time.perf_counter() - started, 3)
     return [
         {
             "dataset": dataset.row.key,
             "model": subject.clip.name,
             "pretrained": subject.clip.pretrained,
-            "task": "zeroshot_retrieval" if dataset.row.is_retrieval else "zeroshot_classification",
+            "task": dataset.row.task,
             "language": "en",
             "metrics": outcome.pop("metrics"),
             "metric": dataset.row.metric,
@@ -96,7 +99,7 @@ def _classification(
 
     def count_share() -> list[ClassCounts]:
         counts = [ClassCounts.empty(dataset.classes) for _ in subjects]
-        for batch, pixels in _batches(subjects[0].clip, dataset, ranks, settings):
+        for batch, pixels in _queries(subjects[0].clip, dataset, ranks, settings):
             for subject, head, own in zip(subjects, heads, counts, strict=True):
                 own.add(class_logits(subject.encoder, head, pixels, dataset.row.subset), batch.labels)
         return counts
@@ -125,7 +128,7 @@ def _retrieval(subjects: Sequence[Subject], dataset: Dataset, ranks: Ranks, sett
     def embed_share() -> list[list[Embeddings]]:
         return [
             [embed_batch(subject.encoder, pixels, batch.captions) for subject in subjects]
-            for batch, pixels in _batches(subjects[0].clip, dataset, ranks, settings)
+            for batch, pixels in _queries(subjects[0].clip, dataset, ranks, settings)
         ]
 
     batches = [batch for share in ranks.gather(embed_share) for batch in share]
@@ -151,20 +154,88 @@ def _recalled(image_to_text: RecallCounts, text_to_image: RecallCounts, dataset:
     }
 
 
-def _batches(clip: Clip, dataset: Dataset, ranks: Ranks, settings: Settings) -> Iterable[tuple[EvalBatch, Tensor]]:
+def _neighbours(
+    subjects: Sequence[Subject], dataset: Dataset, ranks: Ranks, settings: Settings
+) -> list[dict[str, Any]]:
+    """Every rank has all queries and looks for their neighbours in its own part of the bank."""
+    bank, row = dataset.bank, dataset.row
+    assert bank is not None
+    limit, size = _share_of_bank(dataset, bank, settings.limit)
+    k = min(row.neighbours, size)
+
+    def embed_share() -> list[tuple[Tensor, list[Tensor]]]:
+        return [
+            (batch.labels, [subject.encoder.images(pixels).cpu() for subject in subjects])
+            for batch, pixels in _queries(subjects[0].clip, dataset, ranks, settings)
+        ]
+
+    def search_share() -> list[Tensor]:
+        found = [
+            Nearest.of(torch.cat([own[i] for _, own in queries]), k, settings.device) for i in range(len(subjects))
+        ]
+        for batch, pixels in _batches(subjects[0].clip, bank, row, ranks, settings, limit=limit):
+            for subject, nearest in zip(subjects, found, strict=True):
+                nearest.add(subject.encoder.images(pixels), batch.indices)
+        return [nearest.keys.cpu() for nearest in found]
+
+    queries = [batch for share in ranks.gather(embed_share) for batch in share]
+    labels, of_bank = torch.cat([own for own, _ in queries]), torch.tensor(bank.labels)
+    shares = ranks.gather(search_share)
+    outcomes = []
+    for i in range(len(subjects)):
+        keys = merged(share[i] for share in shares)
+        counts = count_votes(keys, of_bank, labels, dataset.classes, row.temperature)
+        asked = {"bank": size, "neighbours": k, "temperature": row.temperature}
+        outcomes.append({**_counted(counts, dataset), **asked})
+    return outcomes
+
+
+def _share_of_bank(dataset: Dataset, bank: EvalSet, limit: int | None) -> tuple[int | None, int]:
+    """How many images of the bank are taken at most, and how many these are: the share that is taken of the queries."""
+    asked = len(dataset.data if dataset.chosen is None else dataset.chosen)
+    if limit is None or limit >= asked:
+        return None, len(bank)
+    share = -(-len(bank) * limit // asked)
+    return share, share
+
+
+_PASSES: dict[Task, Callable[[Sequence[Subject], Dataset, Ranks, Settings], list[dict[str, Any]]]] = {
+    "zeroshot_classification": _classification,
+    "zeroshot_retrieval": _retrieval,
+    "knn_classification": _neighbours,
+}
+
+
+def _queries(clip: Clip, dataset: Dataset, ranks: Ranks, settings: Settings) -> Iterable[tuple[EvalBatch, Tensor]]:
+    """The images that the row asks about."""
+    chosen = dataset.chosen
+    return _batches(clip, dataset.data, dataset.row, ranks, settings, limit=settings.limit, only=chosen)
+
+
+def _batches(
+    clip: Clip,
+    data: EvalSet,
+    row: Row,
+    ranks: Ranks,
+    settings: Settings,
+    *,
+    limit: int | None,
+    only: Sequence[int] | None = None,
+) -> Iterable[tuple[EvalBatch, Tensor]]:
     """This rank's contiguous part of the samples with their pixels: nothing padded, nothing dropped."""
     config = clip.preprocess_cfg
     loader = eval_loader(
-        dataset.data,
+        data,
         config,
         batch_size=settings.batch_size,
         rank=ranks.rank,
         world=ranks.size,
         workers=settings.workers,
         preprocessing=settings.preprocessing,
-        limit=settings.limit,
-        only=dataset.chosen,
-        border=dataset.row.border,
+        limit=limit,
+        only=only,
+        border=row.border,
+        resize=row.resize,
         pin=settings.device.type == "cuda",
         pixels=settings.cache,
     )
@@ -172,5 +243,5 @@ def _batches(clip: Clip, dataset: Dataset, ranks: Ranks, settings: Settings) -> 
     for batch in loader:
         if batch.trouble and batch.trouble != told:
             told = batch.trouble
-            sys.stderr.write(f"{dataset.row.key}: {told}\n")
+            sys.stderr.write(f"{row.key}: {told}\n")
         yield batch, normalize(batch.images.to(settings.device), config["mean"], config["std"])

@@ -9,8 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_
 
 from pipeline.data.remote import is_remote
 
-Group = Literal["id", "shift", "zero-shot", "retrieval"]
-GROUPS: tuple[Group, ...] = ("id", "shift", "zero-shot", "retrieval")
+# source: what the model was pretrained on, asked by K-NN.
+Group = Literal["id", "shift", "zero-shot", "retrieval", "source"]
+GROUPS: tuple[Group, ...] = ("id", "shift", "zero-shot", "retrieval", "source")
+# What a row asks of a model: texts against images, or images against images alone.
+Task = Literal["zeroshot_classification", "zeroshot_retrieval", "knn_classification"]
 Metric = Literal["acc1", "mean_per_class_recall", "mean_recall"]
 # "wds": class names and templates as the directory ships them and no rule of the row, as clip_benchmark scores.
 Mode = Literal["paper", "wds"]
@@ -52,6 +55,15 @@ class Row(BaseModel):
     subset: tuple[ClassIds, ...] | None = None
     # Pixels that are cut off each side before the resize.
     border: Annotated[StrictInt, Field(ge=0)] = 0
+    # Instead of the model's own resize. squash: to its size, whatever the shape of the image; a number of pixels: the
+    # shorter side to that, then the model's size out of the middle.
+    resize: Literal["squash"] | Count | None = None
+    # K-NN (knn.py): no class is asked for by name, the images of this split of the same directory tell what is theirs.
+    # `bank_images` must be in it; the most similar `neighbours` of them vote with exp(cosine / temperature).
+    bank: Annotated[str, Field(min_length=1)] | None = None
+    bank_images: Count | None = None
+    neighbours: Count = 20
+    temperature: Annotated[float, Field(gt=0)] = 0.07
     # The number that is shown and averaged. acc1, or mean_recall for retrieval.
     metric: Metric = "acc1"
     in_mean: StrictBool = True
@@ -64,15 +76,23 @@ class Row(BaseModel):
     # {acc1: 68.3, tolerance: 0.1}.
     published: dict[str, Percent] = {}
     published_wds: dict[str, Percent] = {}
+    # The same for other models, by name: {vit_small_patch16_224.dino: {acc1: 87.2, tolerance: 0.3}}.
+    published_of: dict[str, dict[str, Percent]] = {}
 
     @property
     def is_retrieval(self) -> bool:
         return self.group == "retrieval"
 
+    @property
+    def task(self) -> Task:
+        if self.bank is not None:
+            return "knn_classification"
+        return "zeroshot_retrieval" if self.is_retrieval else "zeroshot_classification"
+
     def as_shipped(self) -> Row:
         """The row in mode "wds"."""
-        plain = {"classnames": None, "spellings": None, "templates": None, "subset": None, "border": 0}
-        return self.model_copy(update={**plain, "published": self.published_wds})
+        plain = {"classnames": None, "spellings": None, "templates": None, "subset": None, "border": 0, "resize": None}
+        return self.model_copy(update={**plain, "published": self.published_wds, "published_of": {}})
 
     @field_validator("path", mode="before")
     @classmethod
@@ -89,10 +109,11 @@ class Row(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_metric(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("group") == "retrieval":
+    def _defaults_of_group(cls, values: Any) -> Any:
+        group = values.get("group") if isinstance(values, dict) else None
+        if group == "retrieval":
             return {"metric": "mean_recall", **values}
-        return values
+        return {"bank": "train", **values} if group == "source" else values
 
     @model_validator(mode="after")
     def _check(self) -> Row:
@@ -108,9 +129,24 @@ class Row(BaseModel):
         if self.classnames is not None and self.spellings is not None:
             raise ValueError("give classnames (in label order) or spellings (in any order), not both")
         self._check_subset()
-        for numbers in (self.published, self.published_wds):
+        self._check_bank()
+        for numbers in (self.published, self.published_wds, *self.published_of.values()):
             _check_published(numbers, RETRIEVAL_METRICS if self.is_retrieval else CLASSIFICATION_METRICS)
         return self
+
+    def _check_bank(self) -> None:
+        if self.bank is None:
+            if self.group == "source":
+                raise ValueError("group 'source' is K-NN: bank should name a split")
+            if useless := {"bank_images", "neighbours", "temperature"} & self.model_fields_set:
+                raise ValueError(f"{', '.join(sorted(useless))}: for K-NN, which a row with a bank is")
+            return
+        if self.is_retrieval or self.classnames or self.spellings or self.templates or self.subset:
+            raise ValueError(
+                "a row with a bank is K-NN: neither retrieval nor classnames, spellings, templates and subset apply"
+            )
+        if self.bank == self.split:
+            raise ValueError(f"bank: every image of {self.split!r} would find itself; name another split")
 
     def _check_subset(self) -> None:
         if self.subset is None:

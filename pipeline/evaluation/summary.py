@@ -1,4 +1,4 @@
-"""The four groups of results: their means, the change against the untouched model, and what was forgotten."""
+"""The groups of results: their means, the change against the untouched model, and what was forgotten."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def format_summary(summary: Summary) -> str:
 def _closing_lines(summary: Summary) -> list[str]:
     lines = []
     if summary["limit"] is not None:
-        lines.append(f"(at most {summary['limit']} samples of each dataset)")
+        lines.append(f"(at most {summary['limit']} samples of each dataset, and of a bank for K-NN the same share)")
     absent = [key for group in summary["groups"].values() for key in group["missing"]]
     if absent:
         lines.append(f"not evaluated: {', '.join(absent)}")

@@ -35,7 +35,7 @@ _LOOK = {"lora": (BLUE, "o"), "dora": (VERMILLION, "s")}
 
 
 def by_rank(collection: Collection, *, narrow: bool) -> Figure:
-    """Accuracy of the four groups over rank, with and without gates (the paper's Figures 3 and 6)."""
+    """Accuracy of the groups over rank, with and without gates (the paper's Figures 3 and 6)."""
     lines = families(run for run in collection.runs if run.summary is not None)
     ranks = sorted({rank for family in lines for rank in family.ranks})
     if len(ranks) < 2:
@@ -53,7 +53,7 @@ def by_rank(collection: Collection, *, narrow: bool) -> Figure:
 
 
 def by_lam(collection: Collection, *, narrow: bool) -> Figure:
-    """The four groups over lambda, a line per rank, the same rank without gates at the left end (Figure 7)."""
+    """The groups over lambda, a line per rank, the same rank without gates at the left end (Figure 7)."""
     lines = [family for family in families(collection.runs) if family.gated and len(_evaluated_lams(family)) > 1]
     if not lines:
         raise NoData("needs a gated method with results at two values of gate.lam or more")

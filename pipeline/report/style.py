@@ -34,8 +34,14 @@ ON_DARK = {
 }
 CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, GREY)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-# The four groups as figures name them.
-GROUPS = {"id": "in-distribution", "shift": "distribution shift", "zero-shot": "zero-shot", "retrieval": "retrieval"}
+# The groups as figures and tables name them.
+GROUPS = {
+    "id": "in-distribution",
+    "shift": "distribution shift",
+    "zero-shot": "zero-shot",
+    "retrieval": "retrieval",
+    "source": "source set",
+}
 
 _ONE, _WIDE, _NARROW = 8.0, 10.6, 3.75  # inches; the page shows the narrow drawing on a phone
 

@@ -26,6 +26,7 @@ _TITLES = {
     "shift": "Distribution shift",
     "zero-shot": "Zero-shot classification",
     "retrieval": "Retrieval",
+    "source": "What the model was pretrained on (K-NN)",
 }
 
 
@@ -59,7 +60,7 @@ class Table:
 
 
 def tables(collection: Collection) -> list[Table]:
-    """The runs, then shift, zero-shot and retrieval for each kind of adapter that has results."""
+    """The runs, then every group but id for each kind of adapter that has results."""
     kinds = [kind for kind in ("lora", "dora") if any(run.settings.kind == kind for run in _evaluated(collection))]
     # Without adapters among the runs there is still full fine-tuning to show.
     return [overview(collection)] + [
@@ -75,16 +76,18 @@ def _evaluated(collection: Collection) -> list[Run]:
 
 
 def overview(collection: Collection) -> Table:
-    """A row per run: what it was, how far it came, the four groups, what it kept."""
+    """A row per run: what it was, how far it came, the groups that were evaluated, what it kept."""
+    known = {entry["group"] for entry in collection.datasets.values()}
+    groups = [name for name in GROUPS if name in known or name == "id"]
     head = (
         ("", ("run", "method", "rank", "λ", "seed", "state", "active blocks")),
-        ("mean of the group (%)", tuple(GROUPS.values())),
+        ("mean of the group (%)", tuple(GROUPS[name] for name in groups)),
         ("", ("kept (%)", "forgetting (points)")),
     )
     rows, kinds = [], []
     named = labels(collection.runs)
     if collection.untouched:
-        means = [percent(collection.untouched.get(name)) for name in GROUPS]
+        means = [percent(collection.untouched.get(name)) for name in groups]
         rows.append(["untouched model", "", "", "", "", "", "", *means, "100.0", "0.00"])
         kinds.append("reference")
     for run in collection.runs:
@@ -99,7 +102,7 @@ def overview(collection: Collection) -> Table:
                 str(settings.seed),
                 state(run),
                 f"{sum(run.gates.values())} of {len(run.gates)}" if run.gates else "",
-                *(percent(run.group(name)) for name in GROUPS),
+                *(percent(run.group(name)) for name in groups),
                 percent(run.point.kept if run.point else None),
                 "" if forgetting is None else f"{100 * forgetting:.2f}",
             ]

@@ -75,6 +75,7 @@ def write_classification(
     templates: Sequence[str] = TEMPLATES,
     shards: int = 2,
     seed: int = 0,
+    split: str = "test",
 ) -> Path:
     """n images in all three formats, classes drawn unevenly; one class may well have none."""
     labels = np.random.default_rng(seed).integers(0, len(classnames), n)
@@ -86,7 +87,7 @@ def write_classification(
         "classnames.txt": "\n".join(classnames),
         "zeroshot_classification_templates.txt": "\n".join(templates),
     }
-    return write_wds(root, samples, shards, texts)
+    return write_wds(root, samples, shards, texts, split)
 
 
 def write_retrieval(root: Path, *, n: int = 31, seed: int = 7, shards: int = 2) -> Path:
@@ -169,6 +170,13 @@ def benchmark_file(datasets: Path) -> Path:
         "  - {key: pairs, group: retrieval, path: wds_pairs}\n"
     )
     return file
+
+
+@pytest.fixture(scope="session")
+def known_set(datasets: Path) -> Path:
+    """wds_known: 45 images to ask about and a bank of 70, for K-NN."""
+    write_classification(datasets / "wds_known", n=45, seed=4)
+    return write_classification(datasets / "wds_known", n=70, seed=5, shards=3, split="train")
 
 
 @pytest.fixture(scope="session", name="write_wds")

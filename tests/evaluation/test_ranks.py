@@ -38,6 +38,7 @@ assert not dist.is_initialized()
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=world)
 scene("single")
+scene("knn")
 scene("broken")
 dist.barrier()
 dist.destroy_process_group()
@@ -80,6 +81,7 @@ def two_ranks(
     tmp_path_factory: pytest.TempPathFactory,
     trained_clip_dir: Path,
     benchmark_file: Path,
+    known_set: Path,
     make_classification: Any,
     make_retrieval: Any,
     make_broken: Any,
@@ -92,6 +94,7 @@ def two_ranks(
     (root / "single.yaml").write_text(
         "datasets: [{key: a, group: id, path: wds_a}, {key: b, group: retrieval, path: wds_b}]"
     )
+    (root / "knn.yaml").write_text(f"datasets: [{{key: known, group: source, path: {known_set}, neighbours: 5}}]")
     (root / "broken.yaml").write_text("datasets: [{key: c, group: id, path: wds_c}]")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -115,6 +118,14 @@ def test_two_ranks_give_the_results_of_one(tmp_path: Path, trained_clip_dir: Pat
     assert one.keys() == two.keys()
     for name in one:
         assert one[name] == two[name]
+
+
+def test_two_ranks_share_a_bank(tmp_path: Path, trained_clip_dir: Path, two_ranks: TwoRanks) -> None:
+    clip, table = load_clip(f"local-dir:{trained_clip_dir}"), load_benchmark(two_ranks.root / "knn.yaml")
+    evaluate(clip, table, tmp_path, Settings(batch_size=8, workers=0))
+    one, two = read_results(tmp_path), two_ranks.results("knn")
+    assert (one["known.json"]["n"], one["known.json"]["bank"]) == (45, 70)
+    assert one == two
 
 
 def test_only_the_first_rank_speaks_and_prints_the_table(two_ranks: TwoRanks) -> None:

@@ -106,6 +106,30 @@ def test_the_tables_have_the_layout_of_the_papers(sweep_page: Path) -> None:
     assert retrieval[0]["emoji_names IR@1"] == "9.0" and retrieval[-1]["emoji_names TR@5"] == "5.0"
 
 
+def test_a_group_stands_in_the_page_where_it_was_evaluated(make_run: MakeRun, sweep_page: Path, tmp_path: Path) -> None:
+    """The set that the model was pretrained on, for which the demo's benchmark has no row; and no group but that."""
+    (tmp_path / "vision.yaml").write_text(
+        "datasets:\n  - {key: cifar100, group: id, path: a}\n  - {key: imagenet100, group: source, path: b}\n"
+    )
+    table = load_benchmark(tmp_path / "vision.yaml")
+    before = {"cifar100": 0.3, "imagenet100": 0.87}
+    for rank, known in ((4, 0.85), (8, 0.81)):
+        values = {"cifar100": 0.8, "imagenet100": known}
+        make_run(f"r{rank}", {"adapter.rank": rank}, table=table, values=values, untouched=before)
+    page = report(tmp_path / "runs")
+    groups = ["mean of the group (%) in-distribution", "mean of the group (%) source set"]
+    first, second, third = rows(page.parent / "tables" / "runs.csv")
+    assert [name for name in first if "group" in name] == groups
+    assert [[row[name] for name in groups] for row in (first, second, third)] == [
+        ["30.0", "87.0"], ["80.0", "85.0"], ["80.0", "81.0"]
+    ]  # fmt: skip
+    assert [row["forgetting (points)"] for row in (second, third)] == ["2.00", "6.00"]
+    shown = rows(page.parent / "tables" / "source-lora.csv")
+    assert [row["source set imagenet100"] for row in shown] == ["87.0", "85.0", "81.0"]
+    assert "source set" in Page(page).text
+    assert "source set" not in sweep_page.read_text()
+
+
 def test_the_chosen_model_is_marked_and_said(sweep_page: Path) -> None:
     overview = rows(sweep_page.parent / "tables" / "runs.csv")
     chosen = [row["run"] for row in overview if row["row"] == "chosen"]
