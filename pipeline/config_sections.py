@@ -124,6 +124,12 @@ class Data(Section):
     streams: int = Field(default=64, ge=1, description="equal parts of an epoch; ranks must divide it")
     shuffle_window: int = Field(default=2048, ge=1, description="samples among which a stream is shuffled")
     workers: int = Field(default=2, ge=0, description="decoding processes per rank; 0: in the training process")
+    read_ahead: int = Field(
+        default=2,
+        ge=0,
+        description="shards behind a URL fetched before they are needed, per stream and as far as SELORA_CACHE_GB has "
+        "room; 0: none",
+    )
     templates: str | Texts = Field(
         default="openai", min_length=1, description="name of a caption template set, or a list with {c}"
     )

@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pipeline.config import ConfigError
 
@@ -95,6 +95,12 @@ class _Maker(Dataset[Any]):
             return self._make(positions)
         except ConfigError as error:
             return error
+
+
+def taking_turns() -> int:
+    """How many processes, this one among them, make every so-manieth batch of the plan."""
+    worker = get_worker_info()
+    return 1 if worker is None else worker.num_workers
 
 
 def _as_it_is(made: Any) -> Any:

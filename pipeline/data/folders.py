@@ -39,6 +39,15 @@ class Folder(Protocol):
         """A tar, at hand for reading. What is known of it is checked when it is fetched. Raises ConfigError."""
         ...
 
+    @property
+    def cache(self) -> Cache | None:
+        """Where copies of its tars are kept; None where they are read in place."""
+        ...
+
+    def fetch(self, path: str, *, size: int, sha256: str) -> None:
+        """Have a tar at hand before it is opened, unless another process is just fetching it. Raises ConfigError."""
+        ...
+
 
 @dataclass(frozen=True)
 class LocalFolder:
@@ -61,6 +70,12 @@ class LocalFolder:
 
     def open_tar(self, path: str, *, size: int | None = None, sha256: str | None = None) -> TarIndex:  # noqa: ARG002
         return TarIndex(self.path / path)
+
+    @property
+    def cache(self) -> None:
+        return None
+
+    def fetch(self, path: str, *, size: int, sha256: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -88,6 +103,9 @@ class RemoteFolder:
         url = f"{self.place.files}/{path}"
         fetch = partial(local_copy, url, self.cache, size=size, sha256=sha256)
         return TarIndex(fetch(), fetch=fetch, name=url)
+
+    def fetch(self, path: str, *, size: int, sha256: str) -> None:
+        local_copy(f"{self.place.files}/{path}", self.cache, size=size, sha256=sha256, wait=False)
 
 
 def folder_at(location: str | Path, cache: Cache | None = None) -> Folder:

@@ -83,6 +83,25 @@ class Order:
         before = int(ends[at - 1]) if at else 0
         return Place(epoch, int(shards[at]), rank_in_order - before)
 
+    def windows(self) -> int:
+        """Windows of the longest stream in an epoch."""
+        return -(-self.samples // (self.streams * self.window))
+
+    def in_window(self, epoch: int, stream: int, number: int) -> tuple[Ints, Ints]:
+        """The positions of one window of a stream, rising, and the shard of each: two arrays of at most ``window``."""
+        start = epoch * self.samples
+        first = start + (stream - start) % self.streams
+        _, run_start, count, _ = self._in_run(first)
+        before = number * self.window
+        size = min(self.window, count - before)
+        # Where an epoch has fewer samples than streams, this one's first position may lie in the next epoch.
+        if size <= 0 or first >= start + self.samples:
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        in_order = run_start + before + self._window(epoch, stream, number, size)
+        shards, ends = self._shard_order(epoch)
+        positions = first + self.streams * np.arange(before, before + size, dtype=np.int64)
+        return positions, shards[np.searchsorted(ends, in_order, side="right")]
+
     def epoch_places(self, epoch: int) -> tuple[Ints, Ints]:
         """Shard and sample numbers of a whole epoch in the order of positions: two arrays (N,)."""
         start = epoch * self.samples
@@ -160,7 +179,12 @@ def check_split(global_batch: int, streams: int, world: int) -> None:
         )
 
 
+def rank_streams(streams: int, rank: int, world: int) -> list[int]:
+    """The streams of ``rank``, rising."""
+    return [stream for stream in range(streams) if stream * world // streams == rank]
+
+
 def rank_positions(step: int, global_batch: int, streams: int, rank: int, world: int) -> list[int]:
     """The positions of ``rank`` in ``step``, rising; the ranks' lists are disjoint and make up the global batch."""
-    start = step * global_batch
-    return [start + j for j in range(global_batch) if (j % streams) * world // streams == rank]
+    start, mine = step * global_batch, rank_streams(streams, rank, world)
+    return [start + turn + stream for turn in range(0, global_batch, streams) for stream in mine]

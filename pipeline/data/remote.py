@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from pipeline.config import ConfigError
 from pipeline.data.cache import Cache, entry_of, lock_of, touch
@@ -82,12 +82,15 @@ def remote_place(location: str) -> RemotePlace:
     return RemotePlace(found["name"].rpartition("/")[2], f"{base}/raw/{revision}", f"{base}/resolve/{revision}")
 
 
-def local_copy(url: str, cache: Cache, *, size: int | None = None, sha256: str | None = None) -> Path:
+def local_copy(
+    url: str, cache: Cache, *, size: int | None = None, sha256: str | None = None, wait: bool = True
+) -> Path:
     """The path of a copy of the file behind ``url``, fetched unless the cache has it.
 
     With ``sha256`` the copy is checked when it is fetched, and found again without asking the store; without, it is
     found by the size and version that the store tells now. Another process may push the copy out at any time, so open
-    it at once and ask again when it is gone. Raises ConfigError that names the URL.
+    it at once and ask again when it is gone. Without ``wait`` a file that another is just fetching is left to it, and
+    the path need not be there yet. Raises ConfigError that names the URL.
     """
     version = sha256
     if version is None or size is None:
@@ -97,11 +100,13 @@ def local_copy(url: str, cache: Cache, *, size: int | None = None, sha256: str |
     try:
         if touch(path):
             return path
-        with FileLock(lock_of(cache, path)):
+        with FileLock(lock_of(cache, path), blocking=wait):
             if touch(path):
                 return path
             _fetch(url, path, cache, size, sha256)
             touch(path)
+    except Timeout:
+        return path
     except OSError as error:
         raise ConfigError(
             f"{url}: cannot be kept in {cache.directory}: {error.strerror or error}; name a place with "

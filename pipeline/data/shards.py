@@ -91,6 +91,12 @@ def open_shard(index: ShardIndex, number: int) -> TarIndex:
     return tar
 
 
+def fetch_shard(index: ShardIndex, number: int) -> None:
+    """Have the copy of a shard made before it is opened, unless another process is at it. Raises ConfigError."""
+    shard = index.shards[number]
+    index.folder.fetch(shard.name, size=shard.bytes, sha256=shard.sha256)
+
+
 def _read_index(folder: Folder) -> ShardIndex:
     file = f"{folder.location}/{INDEX_NAME}"
     text = folder.read_text(INDEX_NAME)

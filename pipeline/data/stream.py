@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pipeline.config import ConfigError
-from pipeline.data.batches import Batches
+from pipeline.data.ahead import ReadAhead, Turns, read_ahead
+from pipeline.data.batches import Batches, taking_turns
 from pipeline.data.images import MAX_PIXELS, STORED_EXTENSIONS, BadImageError, Preprocessing, decode, train_crop
 from pipeline.data.order import Order, check_split, draw_without_repetition, rank_positions, stable_hash
 from pipeline.data.remote import retries
@@ -39,7 +40,8 @@ class Batch:
     """What this rank trains on in ``step``.
 
     images: uint8 (B, 3, H, W). labels: int64 (B,), -1 without a class. keys: "shard/key" of what is really there. bad:
-    "shard/key: reason" of each sample that another one stands in for. retries: how often a store had to be asked again.
+    "shard/key: reason" of each sample that another one stands in for. retries: how often a store had to be asked again
+    since the last batch of the same process.
     """
 
     step: int
@@ -77,6 +79,11 @@ class TrainDataset:
         self.preprocessing: Preprocessing = preprocessing
         self.crop_scale, self.max_pixels = crop_scale, max_pixels
         self._tars: OrderedDict[int, TarIndex] = OrderedDict()
+
+    @property
+    def opened(self) -> Container[int]:
+        """The shards that this process has open."""
+        return self._tars
 
     def __getitem__(self, position: int) -> TrainSample:
         """The sample at ``position``; when it is bad, the next good one of its stream, cropped for this epoch.
@@ -132,27 +139,6 @@ class TrainDataset:
 
 
 @dataclass(frozen=True)
-class _MakeBatch:
-    """Positions of one rank and step into a Batch."""
-
-    dataset: TrainDataset
-    global_batch: int
-
-    def __call__(self, positions: Sequence[int]) -> Batch:
-        before = retries()
-        samples = [self.dataset[position] for position in positions]
-        return Batch(
-            step=positions[0] // self.global_batch,
-            images=torch.stack([sample.image for sample in samples]),
-            captions=[sample.caption for sample in samples],
-            keys=[sample.key for sample in samples],
-            labels=torch.tensor([sample.label for sample in samples], dtype=torch.int64),
-            bad=[sample.bad for sample in samples if sample.bad],
-            retries=retries() - before,
-        )
-
-
-@dataclass(frozen=True)
 class RankSteps:
     """For each step in [start, stop) the positions of one rank."""
 
@@ -171,6 +157,53 @@ class RankSteps:
         return max(0, self.stop - self.start)
 
 
+class _MakeBatch:
+    """Positions of one rank and step into a Batch, in the process that makes it; see `train_loader` for the options."""
+
+    def __init__(self, dataset: TrainDataset, plan: RankSteps, *, ahead: int, sharing: int) -> None:
+        self.dataset, self.plan = dataset, plan
+        self._ahead, self._sharing = ahead, sharing
+        self._reading: ReadAhead | None = None
+        self._next, self._retries = -1, 0
+
+    def __call__(self, positions: Sequence[int]) -> Batch:
+        step, every = positions[0] // self.plan.global_batch, taking_turns()
+        # A step that does not follow this process's last one begins an iteration.
+        begins, self._next = step != self._next, step + every
+        if begins:
+            self._stop_reading()
+            self._retries = retries()
+        elif self._reading is not None:
+            self._reading.reached(step)
+        samples = [self.dataset[position] for position in positions]
+        if begins:
+            # Not before, for the first batch should not have to share the line with those that come later.
+            self._reading = self._read_ahead(step, every)
+        before, self._retries = self._retries, retries()
+        return Batch(
+            step=step,
+            images=torch.stack([sample.image for sample in samples]),
+            captions=[sample.caption for sample in samples],
+            keys=[sample.key for sample in samples],
+            labels=torch.tensor([sample.label for sample in samples], dtype=torch.int64),
+            bad=[sample.bad for sample in samples if sample.bad],
+            retries=self._retries - before,
+        )
+
+    def __del__(self) -> None:
+        self._stop_reading()
+
+    def _stop_reading(self) -> None:
+        if self._reading is not None:
+            self._reading.close()
+            self._reading = None
+
+    def _read_ahead(self, step: int, every: int) -> ReadAhead | None:
+        plan, data = self.plan, self.dataset
+        turns = Turns(step, plan.stop, every, plan.global_batch, plan.rank, plan.world)
+        return read_ahead(data.index, data.order, turns, self._ahead, self._sharing, data.opened)
+
+
 def train_loader(
     dataset: TrainDataset,
     *,
@@ -179,13 +212,17 @@ def train_loader(
     stop_step: int,
     rank: int = 0,
     world: int = 1,
+    sharing: int = 1,
     workers: int = 2,
     prefetch: int = 4,
+    ahead: int = 2,
     pin: bool = False,
     start_method: str | None = None,
 ) -> Batches[Batch]:
     """Batches of this rank for steps [start_step, stop_step), in order and the same with any number of workers.
 
+    ``ahead``: shards behind a URL that are fetched before they are needed, per stream of the rank. ``sharing``: ranks
+    on this machine, which share its cache.
     Raises ConfigError when streams, batch and ranks do not fit each other, and while iterating when a shard is broken.
     """
     streams = dataset.order.streams
@@ -193,5 +230,5 @@ def train_loader(
     if not 0 <= rank < world:
         raise ConfigError(f"rank {rank} is not in a world of {world}")
     plan = RankSteps(start_step, stop_step, global_batch, streams, rank, world)
-    make = _MakeBatch(dataset, global_batch)
+    make = _MakeBatch(dataset, plan, ahead=ahead, sharing=sharing)
     return Batches(make, plan, workers=workers, prefetch=prefetch, pin=pin, start_method=start_method)

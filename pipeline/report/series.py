@@ -13,8 +13,8 @@ from pipeline.report.records import Run
 # What tells no two methods apart: the axes of the figures, places, and settings that leave the result alone.
 _NOT_A_METHOD = (
     "seed", "name", "out", "tracking.", "eval.", "adapter.kind", "adapter.rank", "gate.lam", "gate.enabled",
-    "data.workers", "train.zero_stage", "train.log_every", "train.gates_every", "train.checkpoint_every",
-    "train.keep_last",
+    "data.workers", "data.read_ahead", "train.zero_stage", "train.log_every", "train.gates_every",
+    "train.checkpoint_every", "train.keep_last",
 )  # fmt: skip
 
 

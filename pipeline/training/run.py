@@ -273,6 +273,8 @@ def _batches(job: _Job, clip: Clip, start: int) -> Batches[Batch]:
         stop_step=job.total,
         rank=job.world.rank,
         world=job.world.world_size,
+        sharing=job.world.local_world_size,
         workers=data.workers,
+        ahead=data.read_ahead,
         pin=job.world.device.type == "cuda",
     )

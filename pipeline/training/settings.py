@@ -12,6 +12,7 @@ FREE_SETTINGS = (
     "promote.",
     "eval.",
     "data.workers",
+    "data.read_ahead",
     "train.zero_stage",
     "train.micro_batch_size",
     "train.activation_checkpointing",

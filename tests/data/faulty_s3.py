@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,7 +35,8 @@ def rclone() -> str | None:
 @dataclass
 class FaultyStore:
     """``root/BUCKET/KEY`` is s3://BUCKET/KEY behind ``url``. ``done``: requests by what was done to them. ``served``:
-    whole answers by path."""
+    whole answers by path. ``asked`` is called with the path of each request before it is answered: it may wait, and
+    name a fault."""
 
     root: Path
     url: str
@@ -45,6 +46,7 @@ class FaultyStore:
     served: Counter[str] = field(default_factory=Counter)
     draw: random.Random = field(default_factory=lambda: random.Random(0))
     kinds: Iterator[str] = field(default_factory=lambda: itertools.cycle(FAULTS))
+    asked: Callable[[str], str | None] = lambda path: None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def environment(self) -> dict[str, str]:
@@ -60,10 +62,11 @@ class FaultyStore:
         """Requests that failed."""
         return sum(self.done[kind] for kind in FAULTS)
 
-    def choose(self, path: str) -> str:
+    def choose(self, path: str, named: str | None) -> str:
         with self.lock:
             number = self.draw.random()
-            kind = next(self.kinds) if number < self.errors else "slow" if number < self.errors + self.slow else ""
+            drawn = next(self.kinds) if number < self.errors else "slow" if number < self.errors + self.slow else ""
+            kind = drawn if named is None else named
             self.done[kind] += 1
             if kind not in FAULTS:
                 self.served[path] += 1
@@ -113,7 +116,7 @@ class _Proxy(BaseHTTPRequestHandler):
         self.pass_on()
 
     def pass_on(self) -> None:
-        fault = self.store.choose(self.path)
+        fault = self.store.choose(self.path, self.store.asked(self.path))
         if fault == "503":
             self.send(503, {"Content-Type": "application/xml"}, _SLOW_DOWN)
             return
