@@ -28,6 +28,9 @@ _MEASURED = """## Measured, and what is not
 - One and two ranks on two cores of an x86 server (`python tests/benchmarks/scaling.py`: the demo's gated LoRA of
   rank 64, ZeRO 1, gloo, one thread a rank): 133 and 217 images/s, so 82 % of twice the speed, with 6.5 % of the time
   in collectives. A rank sent 18.68 MB a step; the formulas say 18.68.
+- One rank with two workers on two cores, shards of 64 MB from a web server held to about 7 MB/s, 256 steps of 0.3 s:
+  after its first batch the rank waited 54 s for shards with `data.read_ahead=0`, up to 19 s at a time, and 1 s with
+  1 or 2. The wait for the first batch, 19 to 24 s, stays.
 - Slurm, ssh hosts and a Ray cluster of hosts with addresses of their own, cut links and lost nodes were run for real on
   one machine (tests/launch), for behaviour and not for speed.
 - No multi-node GPU measurement stands behind this page. Before you reserve 64 nodes, run `selora doctor --launch` on
