@@ -66,13 +66,13 @@ def deepspeed_config(config: Config, world: World) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        # Said in any case: since 0.19 DeepSpeed clips at 1.0 where nothing is said.
+        "gradient_clipping": config.train.grad_clip or 0.0,
         "zero_optimization": {"stage": config.train.zero_stage},
         "steps_per_print": 10**9,
     }
     if config.train.zero_stage == 3:
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = PERSISTENT_ELEMENTS
-    if config.train.grad_clip is not None:
-        settings["gradient_clipping"] = config.train.grad_clip
     return settings
 
 
