@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from pipeline.config_faults import at, did_you_mean, faults_of
 from pipeline.config_file import ConfigError, Raw, dump_yaml, read_chain, read_overrides
 from pipeline.config_sections import Adapter, Data, Eval, Gate, Model, Promote, Section, Tracking, Train
+from pipeline.passwords import redact
 
 __all__ = [
     "Adapter",
@@ -147,18 +148,28 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
 
 
 def flatten(config: Config) -> dict[str, str | int | float | bool | None]:
-    """{dotted key: scalar} in the order of the tree; a list becomes the YAML text `[a, b]`."""
+    """{dotted key: scalar} in the order of the tree, without passwords; a list becomes the YAML text `[a, b]`."""
     return {
         key: "[" + ", ".join(dump_yaml(each).splitlines()[0] for each in value) + "]"
         if isinstance(value, list)
         else value
-        for key, value in _leaves(config).items()
+        for key, value in _leaves(_without_password(config)).items()
     }
 
 
 def to_yaml(config: Config) -> str:
-    """The whole config as YAML that `load_config` reads back as an equal config."""
-    return dump_yaml(config.model_dump(mode="json"))
+    """The whole config as YAML that `load_config` reads back as an equal config.
+
+    Only the password of `tracking.uri` is left out as ***: the file is kept, copied and uploaded. Where it is needed
+    again, tracking/uris.py finds it.
+    """
+    return dump_yaml(_without_password(config).model_dump(mode="json"))
+
+
+def _without_password(config: Config) -> Config:
+    uri = config.tracking.uri
+    tracking = config.tracking.model_copy(update={"uri": None if uri is None else redact(uri)})
+    return config.model_copy(update={"tracking": tracking})
 
 
 def digest(config: Config) -> str:
@@ -221,7 +232,7 @@ def _resolve(raw: Mapping[str, Raw], faults: list[str]) -> Config:
     config, wrong = _validate(values, raw)
     faults += wrong
     if faults or config is None:
-        raise ConfigError("\n".join(faults))
+        raise ConfigError(redact("\n".join(faults)))
     return config
 
 

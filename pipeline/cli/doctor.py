@@ -212,7 +212,8 @@ def _tracking(config: Config | None) -> Finding:
     from urllib.error import URLError
     from urllib.request import urlopen
 
-    from pipeline.tracking.uris import redact, resolve_uri, sqlite_path
+    from pipeline.passwords import redact
+    from pipeline.tracking.uris import resolve_uri, sqlite_path, without_user
 
     out = Path(config.out if config is not None else "runs")
     try:
@@ -222,7 +223,7 @@ def _tracking(config: Config | None) -> Finding:
     if sqlite_path(uri) is not None or not uri.startswith("http"):
         return Finding("tracking", redact(uri))
     try:
-        with urlopen(f"{uri.rstrip('/')}/health", timeout=5) as answer:  # noqa: S310 - resolve_uri let http only pass
+        with urlopen(f"{without_user(uri)}/health", timeout=5) as answer:  # noqa: S310 - resolve_uri let http only pass
             return Finding("tracking", f"{redact(uri)} answers ({answer.status})")
     except (URLError, OSError) as error:
         reason = getattr(error, "reason", error)

@@ -23,11 +23,12 @@ from pipeline.evaluation.zeroshot import classifier_head
 from pipeline.handoff.choice import chosen_run
 from pipeline.handoff.source import Mismatch, Source, read_source
 from pipeline.model.clip import save_open_clip
+from pipeline.passwords import redact
 from pipeline.prompts import caption, resolve_templates
 from pipeline.tracking.mlflow_tracker import sync
 from pipeline.tracking.registry import CHAMPION, DIGEST_TAG, Registry
 from pipeline.tracking.served import Labels, example_image, load_served, predict, save_served
-from pipeline.tracking.uris import redact, resolve_uri
+from pipeline.tracking.uris import resolve_uri
 
 TOLERANCE = 1e-4  # largest difference of an embedding between the run's model and the registered one
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.passwords import redact
 from pipeline.tracking.identity import RunIdentity, replace_json
 from pipeline.tracking.journal import JOURNAL, Corrupt, Record, decode, journals, lock_path, read
 from pipeline.tracking.locks import is_held
@@ -24,7 +25,6 @@ from pipeline.tracking.mlflow_store import (
     Refused,
     legal_param,
 )
-from pipeline.tracking.uris import redact
 
 STATE_FILE = "mlflow.json"
 SHIPPING_LOCK = ".mlflow.lock"

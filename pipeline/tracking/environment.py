@@ -12,7 +12,7 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pipeline.tracking.uris import redact
+from pipeline.passwords import redact
 
 _LIBRARIES = (
     "selora", "torch", "torchvision", "deepspeed", "ray", "mlflow", "open_clip_torch", "timm", "webdataset",

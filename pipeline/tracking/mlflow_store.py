@@ -16,8 +16,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from pipeline.config import ConfigError
+from pipeline.passwords import redact
 from pipeline.tracking.locks import Busy, FileLock
-from pipeline.tracking.uris import artifact_root, redact, sqlite_path
+from pipeline.tracking.uris import artifact_root, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import ConfigError
+from pipeline.passwords import redact
 from pipeline.tracking.delivery import SHIPPING_LOCK, Delivery, load_state, pending
 from pipeline.tracking.identity import RunIdentity, read_identity
 from pipeline.tracking.journal import JOURNAL
 from pipeline.tracking.locks import Busy, FileLock
 from pipeline.tracking.mlflow_store import Away, client_environment
-from pipeline.tracking.uris import redact, resolve_uri
+from pipeline.tracking.uris import resolve_uri
 
 _LOCK_SECONDS = 5.0
 
@@ -57,7 +57,7 @@ def sync(run_dir: Path, uri: str | None = None, *, full: bool = False) -> SyncRe
     identity = read_identity(run_dir)
     if identity is None or not (run_dir / JOURNAL).is_file():
         raise ConfigError(f"{run_dir}: not the directory of a tracked run, it has no {JOURNAL}")
-    uri = resolve_uri(uri or _remembered(run_dir, identity.uri), run_dir.absolute().parent)
+    uri = resolve_uri(uri or identity.uri, run_dir.absolute().parent)
     try:
         with FileLock(run_dir / SHIPPING_LOCK, _LOCK_SECONDS), client_environment():
             return _sync_locked(run_dir, uri, identity, full)
@@ -101,15 +101,6 @@ def sync_all(paths: Iterable[Path], uri: str | None = None, *, full: bool = Fals
             raise ConfigError(f"{path}: no run there, and none below it (a run directory has a {JOURNAL})")
         runs |= dict.fromkeys(found)
     return [sync(run, uri, full=full) for run in sorted(runs, key=_is_child)]
-
-
-def _remembered(run_dir: Path, uri: str | None) -> str | None:
-    """The address in run.json; its password was left out there and has to come from somewhere."""
-    if uri is None or ":***@" not in uri:
-        return uri
-    if "MLFLOW_TRACKING_URI" in os.environ:
-        return None
-    raise ConfigError(f"{run_dir}: the password of {uri} is kept nowhere; give the address by --uri")
 
 
 def _is_child(run_dir: Path) -> bool:

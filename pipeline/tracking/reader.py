@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import ConfigError
+from pipeline.passwords import redact
 from pipeline.tracking.mlflow_store import PARENT_TAG, client_environment
-from pipeline.tracking.uris import redact, resolve_uri, sqlite_path
+from pipeline.tracking.uris import resolve_uri, sqlite_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import ConfigError
+from pipeline.passwords import redact
 from pipeline.tracking.mlflow_store import Away, Gone, MlflowStore, Refused, client_environment
 from pipeline.tracking.served import load_served, quiet
-from pipeline.tracking.uris import redact
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -12,12 +12,13 @@ from types import TracebackType
 from typing import Literal, Protocol, Self
 
 from pipeline.config import ConfigError
+from pipeline.passwords import redact
 from pipeline.tracking.delivery import file_digest, load_state, pending
 from pipeline.tracking.environment import environment_tags
 from pipeline.tracking.identity import read_identity, settle_identity
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.shipper import LOG_FILE, Shipper
-from pipeline.tracking.uris import redact, resolve_uri, sqlite_path
+from pipeline.tracking.uris import PasswordMissing, checked_uri, sqlite_path, with_password
 
 __all__ = ["NullTracker", "RunTracker", "Status", "Tracker", "environment_tags", "open_tracker", "watch_machine"]
 
@@ -196,7 +197,7 @@ def open_tracker(
         ConfigError: a malformed address, or a run directory that cannot be written or is being written.
     """
     run_dir = run_dir.absolute()
-    address = resolve_uri(uri, run_dir.parent) if enabled else None
+    address = checked_uri(uri, run_dir.parent) if enabled else None
     if address is not None and importlib.util.find_spec("mlflow") is None:
         logger.warning("tracking: mlflow is not installed; %s has the journal only", run_dir)
         address = None
@@ -213,8 +214,7 @@ def open_tracker(
     tags = _texts({**(extra_tags or {}), **above})
     if tags:
         journal.write("tags", values=tags)
-    if SHIPPED_VARIABLE in os.environ:
-        address = None
+    address = None if address is None or SHIPPED_VARIABLE in os.environ else _to_ship_to(run_dir, address)
     shipper = _start_shipper(run_dir, address, system_metrics, below)
     return RunTracker(run_dir, journal, address, shipper, owns_status=owns_status)
 
@@ -222,6 +222,14 @@ def open_tracker(
 def watch_machine(run_dir: Path, node: str, seconds: float) -> Shipper:
     """Sample the machine of another node into the run's directory; `finish(wait_s)` of the result ends it."""
     return Shipper(run_dir.absolute(), None, (node, seconds))
+
+
+def _to_ship_to(run_dir: Path, address: str) -> str | None:
+    try:
+        return with_password(address)
+    except PasswordMissing as error:
+        logger.warning("tracking: %s; until `selora track sync %s` this run has its journal only", error, run_dir)
+        return None
 
 
 def _start_shipper(

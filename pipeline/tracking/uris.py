@@ -1,4 +1,7 @@
-"""Tracking addresses: which are accepted, where the default lies, and how they are shown without passwords."""
+"""Tracking addresses: which are accepted, where the default lies, and where a password comes from that was left out.
+
+Nothing that is written holds a password: config.yaml, run.json and what MLflow gets say *** in its place.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,60 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from pipeline.config import ConfigError
+from pipeline.passwords import MASK, redact
 
 _SERVERS = ("http", "https", "databricks")
+_PASSWORD_VARIABLES = dict.fromkeys(("http", "https"), "MLFLOW_TRACKING_PASSWORD") | {"postgresql": "PGPASSWORD"}
 # The drivers that MLflow is run with; an address without one gets the first that is installed, not SQLAlchemy's choice.
 _DRIVERS = {"postgresql": ("psycopg2", "psycopg"), "mysql": ("pymysql",), "mssql": ("pyodbc",)}
-_PASSWORD = re.compile(r"(?<=://)([^/@\s:]*):([^/@\s]*)@")
+
+
+class PasswordMissing(ConfigError):
+    """The password of an address was left out where it was written down, and nobody gives it."""
 
 
 def resolve_uri(uri: str | None, out: Path) -> str:
-    """The address to use: the given one, else MLFLOW_TRACKING_URI, else sqlite:///OUT/mlflow.db.
+    """The address to use, see `checked_uri`, with its password if that was left out as ***.
+
+    Raises:
+        ConfigError: see there; PasswordMissing when the password is to be found nowhere.
+    """
+    return with_password(checked_uri(uri, out))
+
+
+def with_password(uri: str) -> str:
+    """`uri`, a *** in it replaced: by MLFLOW_TRACKING_URI if it is the same address, else by the client's own means.
+
+    Those are MLFLOW_TRACKING_PASSWORD for a server, and for PostgreSQL PGPASSWORD or ~/.pgpass, which libpq reads.
+    """
+    if MASK not in uri:
+        return uri
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    if given and MASK not in given and redact(whole := checked_uri(given, Path())) == uri:
+        return whole
+    variable = _PASSWORD_VARIABLES.get(re.split(r"[+:]", uri)[0])
+    if variable is not None and os.environ.get(variable):
+        return uri.replace(MASK, quote(os.environ[variable], safe=""))
+    if variable == "PGPASSWORD" and Path(os.environ.get("PGPASSFILE", "~/.pgpass")).expanduser().is_file():
+        return uri.replace(f":{MASK}@", "@")
+    own = "" if variable is None else f", or the password alone by {variable}"
+    own += " or ~/.pgpass" if variable == "PGPASSWORD" else ""
+    raise PasswordMissing(
+        f"the password of {uri} is kept nowhere; give the whole address by MLFLOW_TRACKING_URI, tracking.uri or "
+        f"--uri{own}"
+    )
+
+
+def without_user(uri: str) -> str:
+    """A server's address without name and password, for a request that needs neither."""
+    return re.sub(r"(?<=://)[^/@]*@", "", uri)
+
+
+def checked_uri(uri: str | None, out: Path) -> str:
+    """The given address, else MLFLOW_TRACKING_URI, else sqlite:///OUT/mlflow.db; *** may stand for its password.
 
     A server that does not answer is no error here; an address that cannot be right is.
 
@@ -44,11 +89,6 @@ def resolve_uri(uri: str | None, out: Path) -> str:
     raise ConfigError(
         f"tracking.uri={redact(uri)!r}: unknown scheme {scheme!r}; known: http, https, sqlite, {', '.join(_DRIVERS)}"
     )
-
-
-def redact(text: str) -> str:
-    """`text` with the password of every address in it replaced by ***."""
-    return _PASSWORD.sub(r"\1:***@", text)
 
 
 def sqlite_path(uri: str) -> Path | None:

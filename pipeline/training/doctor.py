@@ -24,6 +24,8 @@ import torch.distributed as dist
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.shards import load_index
+from pipeline.passwords import redact
+from pipeline.tracking.uris import without_user
 from pipeline.training.distributed import World, read_world
 from pipeline.training.engine import start_process_group
 from pipeline.training.peers import meet
@@ -220,11 +222,12 @@ def _tracking(cluster: Cluster, config: Config) -> Finding:
     uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if not config.tracking.enabled or not uri.startswith("http"):
         return Finding("tracking", True, "no server: runs are tracked in a file below `out`")
-    everybody = cluster.gather((cluster.world.host, _request(uri.rstrip("/") + "/health")))
+    everybody = cluster.gather((cluster.world.host, _request(without_user(uri).rstrip("/") + "/health")))
     faults = dict.fromkeys(f"from {host}: {text}" for host, text in everybody if text)
     if faults:
-        return Finding("tracking", False, f"{uri} {'; '.join(faults)} (training goes on, the journal keeps everything)")
-    return Finding("tracking", True, f"{uri} answers on every host")
+        told = f"{redact(uri)} {'; '.join(faults)} (training goes on, the journal keeps everything)"
+        return Finding("tracking", False, told)
+    return Finding("tracking", True, f"{redact(uri)} answers on every host")
 
 
 def _request(url: str) -> str:

@@ -16,7 +16,7 @@ from pipeline.tracking.journal import JOURNAL, Journal, lock_path
 from pipeline.tracking.locks import is_held
 from pipeline.tracking.mlflow_tracker import sync
 from pipeline.tracking.tracker import RunTracker, environment_tags, open_tracker
-from pipeline.tracking.uris import resolve_uri
+from pipeline.tracking.uris import PasswordMissing, resolve_uri
 from pipeline.tuning.files import OVER, SWEEP_FILE, TRIALS, TrialState, trial_dir
 from pipeline.tuning.grid import Grid, Trial
 
@@ -86,7 +86,10 @@ class Record:
         tracking = self._trials[0].config.tracking
         if not tracking.enabled:
             return
-        uri = resolve_uri(tracking.uri, self._dir.parent)
+        try:
+            uri = resolve_uri(tracking.uri, self._dir.parent)
+        except PasswordMissing:
+            return  # the tracker has said so
         for run_dir in run_dirs:
             if not (run_dir / JOURNAL).is_file() or _delivered(run_dir, uri):
                 continue

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
+from pipeline.passwords import redact
 from pipeline.tracking.tracker import SHIPPED_VARIABLE
 from pipeline.tuning.files import OVER, TrialState, read_state, steps_done, trial_dir, write_state
 from pipeline.tuning.grid import Asha, Resources
@@ -137,7 +138,8 @@ def _token_fault(error: BaseException) -> str | None:
 
 
 def _init_settings(address: str | None, resources: Resources) -> dict[str, Any]:
-    environment = {key: value for key, value in os.environ.items() if key in _PASSED_ON}
+    # Ray writes it into its logs. No trial needs a password: the sweep's own process ships the journals.
+    environment = {key: redact(value) for key, value in os.environ.items() if key in _PASSED_ON}
     environment |= {key: value for key, value in os.environ.items() if key.startswith(_PASSED_PREFIXES)}
     environment |= {key: value for key, value in os.environ.items() if key.startswith("RAY_TRAIN_")}
     environment |= {

@@ -122,7 +122,7 @@ def _prepare(config: Config, grid: Grid) -> tuple[list[Trial], dict[str, int]]:
     """The trials with one store for all, and the steps of each; everything that can be read is read now."""
     from pipeline.data.shards import load_index
     from pipeline.evaluation.benchmark import load_benchmark
-    from pipeline.tracking.uris import resolve_uri
+    from pipeline.tracking.uris import checked_uri
     from pipeline.training.settings import total_steps
 
     trials = expand(config, grid)
@@ -131,7 +131,7 @@ def _prepare(config: Config, grid: Grid) -> tuple[list[Trial], dict[str, int]]:
         load_benchmark(str(benchmark)).check_paths()
     uri = config.tracking.uri
     if config.tracking.enabled and uri is None and "MLFLOW_TRACKING_URI" not in os.environ:
-        uri = resolve_uri(None, Path(config.out).absolute())
+        uri = checked_uri(None, Path(config.out).absolute())
     trials = [replace(one, config=override(one.config, {"tracking.uri": uri})) for one in trials]
     return trials, {one.name: total_steps(one.config, samples[one.config.data.train]) for one in trials}
 

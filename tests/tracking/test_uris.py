@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import ConfigError
+from pipeline.passwords import redact
 from pipeline.tracking.tracker import open_tracker
-from pipeline.tracking.uris import artifact_root, redact, resolve_uri
+from pipeline.tracking.uris import artifact_root, resolve_uri
 
 
 @pytest.mark.parametrize(
