@@ -47,6 +47,7 @@ def _add_pack(commands: Any) -> None:
         "selora pack photos_test/ eval_sets/photos --eval --templates simple",
         "selora pack --dataset objectnet originals/objectnet-1.0 eval_sets/wds_objectnet",
         "selora pack --dataset imagenet-train originals/ILSVRC shards/imagenet --workers 32",
+        "selora pack --dataset cifar100 --split train originals/cifar shards/cifar100",
     )
     _add_source(parser)
     parser.add_argument("out", type=Path, help="directory for the shards, new or empty")
@@ -73,6 +74,11 @@ def _add_pack(commands: Any) -> None:
         "an evaluation set, imagenet-train becomes training shards",
     )
     parser.add_argument(
+        "--split",
+        metavar="NAME",
+        help="--dataset: other images of it than the benchmark's: train as training shards, val as an evaluation set",
+    )
+    parser.add_argument(
         "--part",
         type=part,
         metavar="I/N",
@@ -88,6 +94,8 @@ def run_pack(arguments: argparse.Namespace) -> int:
         return pack_dataset(arguments)
     if arguments.part is not None:
         raise ConfigError("--part goes with --dataset imagenet-train")
+    if arguments.split is not None:
+        raise ConfigError("--split goes with --dataset")
     if arguments.eval:
         return _pack_eval(arguments)
     from pipeline.data.shards import pack

@@ -51,7 +51,9 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--launch", action="store_true", help="ask all ranks of this launch together; start it as `train` is started"
     )
-    parser.add_argument("--benchmark", metavar="NAME", help="paper, quick, wds or a YAML file: look at its data")
+    parser.add_argument(
+        "--benchmark", metavar="NAME", help="paper, quick, vision, wds or a YAML file: look at its data"
+    )
     parser.add_argument("--root", metavar="DIR", help="where the benchmark's datasets lie: a directory, URL or hf:ORG")
     parser.add_argument(
         "--golden",

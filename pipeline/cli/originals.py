@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 
 from pipeline.cli.options import OK
 from pipeline.config import ConfigError
-from pipeline.data.originals.convert import convert, original
+from pipeline.data.originals.convert import BANK, TEST, convert, original, read_original
 from pipeline.data.originals.imagenet import wnids
 from pipeline.data.originals.train import list_imagenet_train
 from pipeline.data.parallel_pack import Packing, pack_in_parallel
+from pipeline.data.shards import ShardIndex, check_empty, pack
 from pipeline.evaluation.benchmark import load_benchmark
 from pipeline.evaluation.rows import Row
 
@@ -33,36 +35,67 @@ _FOR_TRAINING = ("samples_per_shard", "seed", "part")
 
 def pack_dataset(arguments: argparse.Namespace) -> int:
     """Convert one dataset. Options that would mean nothing are refused."""
-    training = arguments.dataset == TRAIN
-    useless = _FOR_OWN_IMAGES if training else (*_FOR_OWN_IMAGES, *_FOR_TRAINING)
+    whole, training = arguments.dataset == TRAIN, arguments.split == "train"
+    useless = _FOR_OWN_IMAGES + (("split",) if whole else ("part",) if training else _FOR_TRAINING)
     given = [name for name in useless if getattr(arguments, name) != arguments.default_of(name)]
     if given:
         listed = ", ".join("--" + name.replace("_", "-") for name in given)
         raise ConfigError(f"--dataset {arguments.dataset}: does not go with {listed}")
     # Counts and names are asked of the rows; where their directories lie does not matter.
-    rows = load_benchmark("paper", root=".").rows
-    return _pack_train(arguments, rows) if training else _pack_evaluation(arguments, rows)
+    rows = {row.key: row for name in ("vision", "paper") for row in load_benchmark(name, root=".").rows}
+    work = _pack_train if whole else _pack_shards if training else _pack_evaluation
+    return work(arguments, rows)
 
 
-def _pack_evaluation(arguments: argparse.Namespace, rows: Sequence[Row]) -> int:
-    known = original(arguments.dataset)
-    row = next(row for row in rows if row.key == arguments.dataset)
+def _pack_evaluation(arguments: argparse.Namespace, rows: Mapping[str, Row]) -> int:
+    split = arguments.split or TEST
+    known, row = original(arguments.dataset, split), rows[arguments.dataset]
+    if split == TEST:
+        known = known.counted(images=row.images, classes=row.classes, captions=row.texts)
     made = convert(
-        known.counted(images=row.images, classes=row.classes, captions=row.texts),
+        known,
         arguments.source,
         arguments.out,
         wnid_names=_wnid_names(rows),
-        templates=row.templates or (),
+        templates=row.templates or "openai",
+        split=split,
         decoded=arguments.check == "decode",
         force=arguments.force,
         workers=arguments.workers,
     )
-    print(f"{arguments.out}: {row.key}, {len(made)} images in {len(made.tars)} shards, all of them")
+    which = "" if split == TEST else f" ({split})"
+    besides = "" if known.bank is None else f", and a bank of {known.bank.images} in {BANK}/"
+    print(f"{arguments.out}: {row.key}{which}, {len(made)} images in {len(made.tars)} shards, all of them{besides}")
+    return _licence(row)
+
+
+def _pack_shards(arguments: argparse.Namespace, rows: Mapping[str, Row]) -> int:
+    """The training images as training shards, with the class names that the evaluation asks by."""
+    known, row = original(arguments.dataset, arguments.split), rows[arguments.dataset]
+    check_empty(arguments.out, arguments.force)
+    source = read_original(known, arguments.source)
+    if row.classnames is not None:
+        source = replace(source, classes=list(row.classnames))
+    index = pack(
+        source,
+        arguments.out,
+        samples_per_shard=arguments.samples_per_shard,
+        seed=arguments.seed,
+        force=arguments.force,
+        check=arguments.check,
+        max_unreadable=0,
+        workers=arguments.workers,
+    ).index
+    _told(index)
+    return _licence(row)
+
+
+def _licence(row: Row) -> int:
     print(f"licence: {row.licence or 'not known'}" + (f"; {row.restriction}" if row.restriction else ""))
     return OK
 
 
-def _pack_train(arguments: argparse.Namespace, rows: Sequence[Row]) -> int:
+def _pack_train(arguments: argparse.Namespace, rows: Mapping[str, Row]) -> int:
     names = _wnid_names(rows)
     packing = Packing(
         list_imagenet_train(arguments.source),
@@ -77,17 +110,23 @@ def _pack_train(arguments: argparse.Namespace, rows: Sequence[Row]) -> int:
     if index is None:
         print(f"{arguments.out}: part {part[0]} of {part[1]} is packed; the last one writes the index")
         return OK
+    _told(index)
+    return OK
+
+
+def _told(index: ShardIndex) -> None:
     classes = f", {len(index.classes)} classes" if index.classes else ""
     print(f"{index.directory}: {index.samples} samples{classes} in {len(index.shards)} shards")
-    return OK
 
 
 def _tell(done: int, total: int) -> None:
     print(f"{done} of {total} shards", file=sys.stderr, flush=True)
 
 
-def _wnid_names(rows: Sequence[Row]) -> dict[str, str]:
+def _wnid_names(rows: Mapping[str, Row]) -> dict[str, str]:
     """ImageNet's readable names, which every row has that is scored among its 1000 classes."""
     known = wnids()
-    names = next(row.classnames for row in rows if row.classnames is not None and len(row.classnames) == len(known))
+    names = next(
+        row.classnames for row in rows.values() if row.classnames is not None and len(row.classnames) == len(known)
+    )
     return dict(zip(known, names, strict=True))

@@ -46,14 +46,16 @@ def _add_evaluate(commands: Any) -> None:
         commands,
         "evaluate",
         run_evaluate,
-        "zero-shot accuracy and retrieval on the datasets of a benchmark, finished ones skipped",
+        "zero-shot accuracy, retrieval and K-NN on the datasets of a benchmark, finished ones skipped",
         "selora evaluate runs/my_run --benchmark benchmark.yaml",
         "selora evaluate ViT-B-16-quickgelu --pretrained openai --benchmark paper --root /data/eval",
         "selora evaluate runs/my_run --strength",
     )
     parser.add_argument("model", metavar="RUN_OR_MODEL", help="directory of a run, or a name as in model.name")
     parser.add_argument("--pretrained", metavar="TAG", help="open_clip tag or weights file of a plain model")
-    parser.add_argument("--benchmark", metavar="NAME", help="paper, quick, wds or a YAML file (default: the run's own)")
+    parser.add_argument(
+        "--benchmark", metavar="NAME", help="paper, quick, vision, wds or a YAML file (default: the run's own)"
+    )
     parser.add_argument("--root", metavar="DIR", help="where the benchmark's datasets lie: a directory, URL or hf:ORG")
     parser.add_argument(
         "--strength",
@@ -64,7 +66,12 @@ def _add_evaluate(commands: Any) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="results (default: RUN/eval, or eval/MODEL)")
     parser.add_argument("--datasets", nargs="+", metavar="KEY", help="only these rows of the benchmark")
-    parser.add_argument("--limit", type=count, metavar="N", help="only N images of each dataset, evenly spaced")
+    parser.add_argument(
+        "--limit",
+        type=count,
+        metavar="N",
+        help="only N images of each dataset, evenly spaced; of a bank for K-NN the same share",
+    )
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: this rank's GPU, if any)")
     parser.add_argument("--batch-size", type=count, metavar="N", help="images per rank (default: the run's, or 64)")
     parser.add_argument(

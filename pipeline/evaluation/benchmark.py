@@ -10,6 +10,8 @@
       - {key: clothing, group: id, path: wds_clothing}
       - {key: imagenet-a, group: shift, path: wds_imagenet-a, classnames: imagenet, subset: [6, 11, 13]}
       - {key: flickr30k, group: retrieval, path: wds_flickr30k}
+      - {key: imagenet100, group: source, path: wds_imagenet100}    # K-NN: its split train tells what is what
+      - {key: cifar10, like: paper, group: id}    # the row of this key in another benchmark, with changes
 
 Adding a dataset is adding a row; no code names one. rows.py has what a row can say. `base: other.yaml` inherits, as in
 every other file of the product. `configs/benchmark` holds the shipped benchmarks; they take their root from the caller.
@@ -38,6 +40,7 @@ __all__ = ["GROUPS", "Benchmark", "Row", "load_benchmark", "shipped_benchmarks"]
 
 KEYS = ("name", "root", "include", "mode", "sample", "seed", "datasets")
 COUNTS = "images."
+_PUBLISHED = {"published", "published_wds", "published_of"}
 _PACKAGE = Path(pipeline.__file__).parent
 
 
@@ -132,9 +135,24 @@ def _included(include: Any, path: Path, root: str | Path | None) -> list[Row]:
     for name in [] if include is None else include if isinstance(include, list) else [include]:
         if not isinstance(name, str):
             raise ConfigError(f"{path}: include should name a benchmark or a file, got {name!r}")
-        near = path.absolute().parent / name
-        rows += load_benchmark(near if near.is_file() else name, root).rows
+        rows += _other(name, path.absolute().parent, root).rows
     return rows
+
+
+def _other(name: str, folder: Path, root: str | Path | None) -> Benchmark:
+    near = folder / name
+    return load_benchmark(near if near.is_file() else name, root)
+
+
+def _like(name: Any, changes: dict[str, Any], folder: Path, root: str | Path | None) -> dict[str, Any]:
+    """The row of the same key in another benchmark, with `changes`. What was published is of that row as it stands."""
+    if not isinstance(name, str):
+        raise ConfigError(f"like: should name a benchmark or a file, got {name!r}")
+    rows = {row.key: row for row in _other(name, folder, root).rows}
+    key = changes.get("key")
+    if key not in rows:
+        raise ConfigError(_unknown(f"like: {name}", str(key), list(rows)))
+    return rows[key].model_dump(exclude_unset=True, exclude=_PUBLISHED) | changes
 
 
 def _read_rows(entries: list[Any], folder: Path, root: str | Path | None) -> tuple[list[Row], list[str]]:
@@ -182,6 +200,11 @@ def _read_row(entry: Any, folder: Path, root: str | Path | None) -> tuple[Row | 
         return None, [f"expected key, group, path, .. and got {entry!r}"]
     values = dict(entry)
     problems = []
+    if "like" in values:
+        try:
+            values = _like(values.pop("like"), values, folder, root)
+        except ConfigError as error:
+            return None, [str(error)]  # what else is missing, the other row has
     try:
         if isinstance(values.get("path"), str):
             values["path"] = _located(os.path.expandvars(values["path"]), root)

@@ -37,7 +37,9 @@ def inspect_row(row: Row) -> Inspected:
     Of K-NN it is that of the images asked about and that of the bank.
     """
     if not is_there(row):
-        return Inspected(row, fault=f"not found; put it to {row.path}, or `selora pack --dataset {row.key}` makes it")
+        split = "" if row.split == "test" else f" --split {row.split}"
+        made = f"`selora pack --dataset {row.key}{split}` makes it"
+        return Inspected(row, fault=f"not found; put it to {row.path}, or {made}")
     try:
         dataset = open_dataset(row)
     except ConfigError as error:

@@ -106,6 +106,18 @@ def make_objectnet(root: Path) -> Made:
     return made
 
 
+def make_imagenet100(root: Path) -> Made:
+    """train/ and val/ with the folders of all 1000 classes, of which a hundred are taken. The bank lies in train/."""
+    chosen, files = wnids("C"), []
+    for n, wnid in enumerate(WNIDS):
+        data = jpeg(n, root / f"val/{wnid}/ILSVRC2012_val_{n + 1:08d}.JPEG")
+        for i in range(2):
+            jpeg(1000 + 2 * n + i, root / f"train/{wnid}/{wnid}_{i}.JPEG")
+        if wnid in chosen:
+            files.append(data)
+    return Made(list(range(100)), files, names=["robin"])
+
+
 def make_cifar(root: Path, folder: str, file: str, meta: str, key: str, label_key: str, classes: list[str]) -> Made:
     data = np.random.default_rng(1).integers(0, 256, (2 * len(classes), 3072), dtype=np.uint8)
     labels = list(range(len(classes))) * 2
@@ -253,6 +265,7 @@ MAKERS: list[tuple[str, Callable[[Path], Made]]] = [
     ("imagenet", make_imagenet),
     ("imagenet", make_imagenet_kaggle),
     ("imagenet", lambda root: replace(folders(root / "val", WNIDS), names=["tench"])),
+    ("imagenet100", make_imagenet100),
     ("imagenetv2", make_v2),
     ("imagenet-a", lambda root: replace(folders(root / "imagenet-a", wnids("A"), 2), names=["stingray"])),
     ("imagenet-r", lambda root: replace(folders(root, wnids("R"), 2), names=["goldfish"])),
@@ -273,4 +286,66 @@ MAKERS: list[tuple[str, Callable[[Path], Made]]] = [
     ("flickr30k", make_flickr_txt),
     ("flickr30k", make_flickr_csv),
 ]
-NAMES = {"n01440764": "tench", "n01443537": "goldfish", "n01498041": "stingray"}
+NAMES = {"n01440764": "tench", "n01443537": "goldfish", "n01498041": "stingray", "n01558993": "robin"}
+
+
+def make_cifar_train(root: Path, folder: str, files: list[str], meta: str, key: str, label_key: str, n: int) -> Made:
+    """A label and an image of each class in every file."""
+    (root / folder).mkdir(parents=True)
+    data = np.random.default_rng(4).integers(0, 256, (len(files), n, 3072), dtype=np.uint8)
+    for part, file in zip(data, files, strict=True):
+        (root / folder / file).write_bytes(pickle.dumps({"data": part, label_key: list(range(n))}, protocol=2))
+    (root / folder / meta).write_bytes(pickle.dumps({key: [f"thing_{i}" for i in range(n)]}, protocol=2))
+    pixels = list(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    return Made([*range(n)] * len(files), pixels=pixels, names=["thing 0", "thing 1"])
+
+
+def make_cifar10_train(root: Path) -> Made:
+    files = [f"data_batch_{n}" for n in range(1, 6)]
+    return make_cifar_train(root, "cifar-10-batches-py", files, "batches.meta", "label_names", "labels", 10)
+
+
+def make_cifar100_train(root: Path) -> Made:
+    return make_cifar_train(root, "cifar-100-python", ["train"], "meta", "fine_label_names", "fine_labels", 100)
+
+
+def make_dtd_split(root: Path, split: str) -> Made:
+    """The tree of the test images has them as another split, and its own list beside it names other files."""
+    made = make_dtd(root)
+    labels = root / "dtd/dtd/labels"
+    (labels / "test1.txt").rename(labels / f"{split}1.txt")
+    (labels / "test1.txt").write_text("banded/a_77.jpg\n")
+    return made
+
+
+def make_flowers_split(root: Path, split: str) -> Made:
+    made = make_flowers(root)
+    ids = {"trnid": [1, 2], "valid": [3, 4], "tstid": [5, 6]}
+    ids["trnid" if split == "train" else "valid"] = list(range(103, 205))
+    savemat(root / "flowers-102/setid.mat", {key: np.array([value]) for key, value in ids.items()})
+    return made
+
+
+def make_food_train(root: Path) -> Made:
+    made = make_food(root)
+    (root / "food-101/meta/test.json").rename(root / "food-101/meta/train.json")
+    return made
+
+
+def make_pets_train(root: Path) -> Made:
+    made = make_pets(root)
+    folder = root / "oxford-iiit-pet/annotations"
+    (folder / "test.txt").rename(folder / "trainval.txt")
+    return made
+
+
+SPLIT_MAKERS: list[tuple[str, str, Callable[[Path], Made]]] = [
+    ("cifar10", "train", make_cifar10_train),
+    ("cifar100", "train", make_cifar100_train),
+    ("dtd", "train", lambda root: make_dtd_split(root, "train")),
+    ("dtd", "val", lambda root: make_dtd_split(root, "val")),
+    ("flowers", "train", lambda root: make_flowers_split(root, "train")),
+    ("flowers", "val", lambda root: make_flowers_split(root, "val")),
+    ("food101", "train", make_food_train),
+    ("pets", "train", make_pets_train),
+]

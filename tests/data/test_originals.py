@@ -13,6 +13,7 @@ import pytest
 from original_trees import (
     MAKERS,
     NAMES,
+    SPLIT_MAKERS,
     WNIDS,
     Made,
     folders,
@@ -26,6 +27,7 @@ from original_trees import (
     make_flowers,
     make_food,
     make_imagenet,
+    make_imagenet100,
     make_mnist,
     make_objectnet,
     make_pets,
@@ -37,16 +39,17 @@ from PIL import Image
 
 from pipeline.config import ConfigError
 from pipeline.data.formats import Sample
-from pipeline.data.originals.convert import convert, original
+from pipeline.data.originals.convert import convert, original, read_original
 from pipeline.data.originals.imagenet import wnids
 from pipeline.data.originals.loaders import Loader
 from pipeline.data.originals.table import ORIGINALS
-from pipeline.data.wds_layout import EvalSet, write_wds_eval
+from pipeline.data.wds_layout import EvalSet, open_eval_set, write_wds_eval
 
 
-def small(name: str, made: Made) -> Any:
+def small(name: str, made: Made, split: str = "test") -> Any:
     """The row of a dataset with the counts of a small tree, and without the checksums of the authors' files."""
-    row = original(name).counted(images=len(made.captions or made.labels))
+    row = original(name, split).counted(images=len(made.captions or made.labels))
+    row = row if row.bank is None else replace(row, bank=replace(row.bank, images=200))
     if made.captions is not None:
         return replace(row, captions=sum(len(texts) for texts in made.captions))
     per_class = None if row.per_class is None else len(made.labels) // (row.classes or 1)
@@ -86,12 +89,65 @@ def test_labels_bytes_and_counts_are_the_originals(name: str, make: Callable[[Pa
 
 def test_every_dataset_of_the_table_has_a_tree_here() -> None:
     assert {name for name, _ in MAKERS} == set(ORIGINALS)
+    assert {(name, split) for name, split, _ in SPLIT_MAKERS} == {
+        (name, split) for name, row in ORIGINALS.items() for split in row.splits
+    }
+
+
+@pytest.mark.parametrize(("name", "split", "make"), SPLIT_MAKERS, ids=[f"{n}-{s}" for n, s, _ in SPLIT_MAKERS])
+def test_another_split_is_its_own_images(name: str, split: str, make: Callable[[Path], Made], tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    made = make(root)
+    row = small(name, made, split)
+    found = read_original(row, root)
+    assert [sample.cls for sample in found.samples] == made.labels
+    assert found.classes is not None and found.classes[: len(made.names or ())] == made.names
+    for sample, data in zip(found.samples, made.files or (), strict=bool(made.files)):
+        assert sample.image.read_bytes() == data
+    for sample, pixels in zip(found.samples, made.pixels or (), strict=bool(made.pixels)):
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(sample.image.read_bytes()))), pixels)
+    with pytest.raises(ConfigError, match=r"images: \d+ found, 7 expected\n"):
+        read_original(replace(row, images=7), root)
+
+
+def test_the_bank_is_the_training_images_of_the_same_classes(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    made = make_imagenet100(root)
+    row = small("imagenet100", made)
+    convert(row, root, tmp_path / "out", wnid_names=NAMES, workers=2)
+    bank = open_eval_set(tmp_path / "out", split="train")
+    assert list(bank.labels) == [label for label in range(100) for _ in range(2)]
+    expected = [(root / f"train/{wnid}/{wnid}_{n}.JPEG").read_bytes() for wnid in wnids("C") for n in range(2)]
+    assert [data for _, data in images_of(bank)] == expected
+    assert bank.classnames == open_eval_set(tmp_path / "out").classnames
+    (root / f"train/{wnids('C')[0]}/{wnids('C')[0]}_1.JPEG").unlink()
+    with pytest.raises(ConfigError, match=r"train: not the whole dataset\n  images: 199 found, 200 expected"):
+        convert(row, root, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    with pytest.raises(ConfigError, match=r"images: 199 found, 100 expected.*\n.*\nlikely: these are the training"):
+        convert(replace(row, known={199: "these are the training images"}), root / "train", tmp_path / "again")
+
+
+def test_imagenet_100_comes_from_flat_validation_images_and_from_its_classes_alone(tmp_path: Path) -> None:
+    flat, chosen = make_imagenet(tmp_path / "flat"), wnids("C")
+    row = replace(small("imagenet100", Made(list(range(100)))), bank=None)
+    found = read_original(row, tmp_path / "flat")
+    labels = [chosen.index(WNIDS[label]) for label in flat.labels if WNIDS[label] in chosen]
+    assert [sample.cls for sample in found.samples] == labels
+    alone = folders(tmp_path / "alone/val", chosen)
+    assert [sample.cls for sample in read_original(row, tmp_path / "alone").samples] == alone.labels
+
+
+def test_a_split_that_is_not_packed_is_told() -> None:
+    with pytest.raises(ConfigError, match="--split: 'valid' of flowers is not packed, only test, train, val"):
+        original("flowers", "valid")
 
 
 def test_the_lists_of_wnids_are_whole() -> None:
-    assert [len(wnids(flag)) for flag in ("", "A", "R")] == [1000, 200, 200]
+    assert [len(wnids(flag)) for flag in ("", "A", "R", "C")] == [1000, 200, 200, 100]
     assert list(WNIDS) == sorted(set(WNIDS))
-    assert set(wnids("A")) | set(wnids("R")) < set(WNIDS)
+    assert set(wnids("A")) | set(wnids("R")) | set(wnids("C")) < set(WNIDS)
 
 
 def cut_pickle(root: Path) -> None:
@@ -238,7 +294,7 @@ def test_another_variant_of_v2_is_refused(tmp_path: Path) -> None:
 
 
 def test_unknown_names_and_folders_are_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--dataset: 'cifar' is not known; there are imagenet, imagenetv2"):
+    with pytest.raises(ConfigError, match="--dataset: 'cifar' is not known; there are imagenet, imagenet100"):
         original("cifar")
     with pytest.raises(ConfigError, match="x: no such folder; it must hold SUN397/"):
         convert(original("sun397"), tmp_path / "x", tmp_path / "out")

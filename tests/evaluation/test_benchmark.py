@@ -47,6 +47,45 @@ datasets:
     assert (first.metric, third.metric) == ("acc1", "mean_recall")
 
 
+def test_a_row_may_be_like_one_of_another_benchmark(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        "datasets: [{key: a, group: shift, path: wds_a, templates: simple, classnames: [x, y], subset: [1, 0], "
+        "in_mean: false, published: {acc1: 5, tolerance: 1}}, {key: b, group: id, path: b}]",
+        "all.yaml",
+    )
+    text = "root: /sets\ndatasets: [{key: a, like: all.yaml, group: id, in_mean: true, resize: squash}]"
+    (row,) = load_benchmark(write(tmp_path, text)).rows
+    (first, _) = load_benchmark(tmp_path / "all.yaml", "/sets").rows
+    assert row == first.model_copy(update={"group": "id", "in_mean": True, "resize": "squash", "published": {}})
+    for entry, message in (
+        ("{key: c, like: all.yaml}", r"row c: like: all.yaml: 'c' is not in the benchmark; did you mean"),
+        ("{key: a, like: 3}", "row a: like: should name a benchmark or a file, got 3"),
+        ("{key: a, like: nothing}", "row a: benchmark: 'nothing' is neither a file nor one of paper"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_benchmark(write(tmp_path, f"datasets: [{entry}]"))
+
+
+def test_the_vision_benchmark_has_the_targets_as_the_paper_reads_them() -> None:
+    rows = {row.key: row for row in load_benchmark("vision", "/sets").rows}
+    known = rows.pop("imagenet100")
+    assert (known.group, known.images, known.classes) == ("source", 5000, 100)
+    assert (known.bank, known.neighbours, known.temperature, known.resize) == ("train", 20, 0.07, 256)
+    assert {key: (row.images, row.classes) for key, row in rows.items()} == {
+        "cifar10": (10_000, 10), "cifar100": (10_000, 100), "food101": (25_250, 101), "pets": (3_669, 37),
+        "flowers": (1_020, 102), "dtd": (1_880, 47),
+    }  # fmt: skip
+    paper = {row.key: row for row in load_benchmark("paper", "/sets").rows}
+    for key, row in rows.items():
+        assert (row.group, row.resize, row.published) == ("id", "squash", {})
+        assert (row.licence, row.restriction) == (paper[key].licence, paper[key].restriction)
+        assert (row.templates, row.classnames, row.spellings) == (
+            paper[key].templates, paper[key].classnames, paper[key].spellings
+        )  # fmt: skip
+        assert row.metric == "acc1"
+
+
 def test_a_benchmark_inherits_from_another(tmp_path: Path) -> None:
     write(tmp_path, "name: all\ndatasets: [{key: a, group: id, path: a}]", "all.yaml")
     child = load_benchmark(write(tmp_path, "base: all.yaml\nroot: /elsewhere"))

@@ -27,7 +27,6 @@ from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 
-from pipeline.data.originals.table import ORIGINALS
 from pipeline.evaluation.benchmark import load_benchmark, shipped_benchmarks
 from pipeline.evaluation.rows import Row
 from pipeline.model.clip import Clip, load_clip, save_open_clip
@@ -305,14 +304,6 @@ def test_a_wrong_number_of_images_is_refused(stand_ins: StandIns) -> None:
     row = next(row for row in load_benchmark("paper", stand_ins.root).rows if row.key == "objectnet")
     with pytest.raises(ConfigError, match=r"objectnet: 21 images in .* where 18574 are expected: .*broke off"):
         open_dataset(row)
-
-
-def test_every_table_of_the_package_has_the_same_counts() -> None:
-    """The converters know on their own what a folder must hold."""
-    assert set(ORIGINALS) == set(ROWS)
-    for key, original in ORIGINALS.items():
-        row = ROWS[key]
-        assert (original.images, original.classes, original.captions) == (row.images, row.classes, row.texts), key
 
 
 def test_the_lists_of_class_ids_are_what_their_authors_say() -> None:

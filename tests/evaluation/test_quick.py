@@ -124,7 +124,7 @@ def test_every_shipped_benchmark_is_sound_and_wants_to_know_its_root() -> None:
     for name in ("paper", "quick", "wds"):
         with pytest.raises(ConfigError, match="say where its datasets lie"):
             load_benchmark(name)
-    with pytest.raises(ConfigError, match="'papers' is neither a file nor one of paper, quick, wds, demo"):
+    with pytest.raises(ConfigError, match="'papers' is neither a file nor one of paper, quick, vision, wds, demo"):
         load_benchmark("papers")
 
 

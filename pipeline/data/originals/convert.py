@@ -18,11 +18,32 @@ from pipeline.prompts import resolve_templates
 _NAMED = 5
 
 
-def original(name: str) -> Original:
-    """The row of a dataset. Raises ConfigError for an unknown name."""
+TEST, BANK = "test", "train"
+
+
+def original(name: str, split: str = TEST) -> Original:
+    """The row of a dataset, or of one of its other splits. Raises ConfigError for an unknown name."""
     if name not in ORIGINALS:
         raise ConfigError(f"--dataset: {name!r} is not known; there are {', '.join(ORIGINALS)} and imagenet-train")
-    return ORIGINALS[name]
+    row = ORIGINALS[name]
+    if split == TEST:
+        return row
+    if split not in row.splits:
+        raise ConfigError(f"--split: {split!r} of {name} is not packed, only {', '.join((TEST, *row.splits))}")
+    return row.of(row.splits[split])
+
+
+def read_original(row: Original, root: str | Path) -> Source:
+    """The images of a dataset in the user's folder. Raises ConfigError for wrong counts, with their likely cause."""
+    folder = Path(root)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; it must hold {row.holds}")
+    try:
+        source = row.read(folder)
+    except ConfigError as error:
+        raise ConfigError(f"{error}\nit must hold {row.holds}") from error
+    check_counts(row, source)
+    return source
 
 
 def convert(
@@ -32,32 +53,35 @@ def convert(
     *,
     wnid_names: Mapping[str, str] | None = None,
     templates: str | Sequence[str] = "openai",
+    split: str = TEST,
     decoded: bool = True,
     force: bool = False,
     workers: int = 4,
     max_pixels: int = MAX_PIXELS,
 ) -> EvalSet:
     """Write the dataset in the user's folder ``root`` as an evaluation set; files keep their bytes, arrays become
-    lossless webp.
+    lossless webp. Its bank, if it has one, becomes the split "train" of the set.
 
     ``wnid_names``: readable names of classes that the dataset calls by wnid. ``decoded``: every image is decoded once.
     Raises ConfigError, before anything is written, for wrong counts with their likely cause, and for unreadable images.
     """
-    folder = Path(root)
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder; it must hold {row.holds}")
     check_empty(Path(out), force)
-    try:
-        source = row.read(folder)
-    except ConfigError as error:
-        raise ConfigError(f"{error}\nit must hold {row.holds}") from error
-    check_counts(row, source)
-    good, _ = usable_samples(source, decoded=decoded, max_unreadable=0, max_pixels=max_pixels, workers=workers)
+    parts = {split: row} | ({} if row.bank is None else {BANK: row.of(row.bank)})
+    found = {name: read_original(part, root) for name, part in parts.items()}
+    usable = {
+        name: usable_samples(source, decoded=decoded, max_unreadable=0, max_pixels=max_pixels, workers=workers)[0]
+        for name, source in found.items()
+    }
     if row.is_retrieval:
-        return write_wds_eval(good, out, kind="retrieval", as_found=True, force=force)
-    names = [(wnid_names or {}).get(name, name) for name in source.classes or ()]
+        return write_wds_eval(usable[split], out, kind="retrieval", split=split, as_found=True, force=force)
+    names = [(wnid_names or {}).get(name, name) for name in found[split].classes or ()]
     sentences = resolve_templates(templates)
-    return write_wds_eval(good, out, classnames=names, templates=sentences, as_found=True, force=force)
+    written = [
+        # Together they were found to have an empty folder, or one that may be written over.
+        write_wds_eval(good, out, classnames=names, templates=sentences, split=name, as_found=True, force=True)
+        for name, good in usable.items()
+    ]
+    return written[0]
 
 
 def check_counts(row: Original, source: Source) -> None:

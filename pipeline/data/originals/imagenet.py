@@ -6,6 +6,7 @@ import csv
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import ConfigError
@@ -15,13 +16,16 @@ from pipeline.data.images import IMAGE_EXTENSIONS
 _WNID = re.compile(r"n\d{8}")
 _VAL_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})$")
 _VAL_PLACES = ("", "val", "ILSVRC2012_img_val", "Data/CLS-LOC/val", "ILSVRC/Data/CLS-LOC/val")
+TRAIN_PLACES = ("", "train", "ILSVRC2012_img_train", "Data/CLS-LOC/train", "ILSVRC/Data/CLS-LOC/train")
 _DEVKIT_PLACES = ("", "data", "ILSVRC2012_devkit_t12/data", "devkit/data", "ILSVRC2012_devkit_t12")
 
 
 def wnids(flag: str = "") -> tuple[str, ...]:
-    """The sorted wnids of ImageNet-1K; with a flag those of ImageNet-A ("A") or ImageNet-R ("R"), 200 each.
+    """The sorted wnids of ImageNet-1K; with a flag those of ImageNet-A ("A") or ImageNet-R ("R"), 200 each, or those of
+    ImageNet-100 ("C").
 
-    The lists are timm's (timm/data/_info), which are the authors'; clip_benchmark's agree with them.
+    The lists are timm's (timm/data/_info), which are the authors'; clip_benchmark's agree with them. ImageNet-100 is
+    drawn anew by many; this draw is the usual one, imagenet100.txt of github.com/HobbitLong/CMC (commit bc687a2).
     """
     lines = Path(__file__).with_name("imagenet_wnids.txt").read_text(encoding="ascii").splitlines()
     entries = [(line[:9], line[10:]) for line in lines]
@@ -58,6 +62,20 @@ def read_val(root: Path) -> Source:
                 raise ConfigError(f"{flat / file}: has no label; the lists end at {max(labels, default=0)}")
             samples.append(Sample(sample_key(file), file, flat / file, label))
     return Source("imagenet", root, samples, list(wnids()))
+
+
+def read_val_100(root: Path) -> Source:
+    """Those of ImageNet's validation images that are in ImageNet-100; labels are places in its sorted wnids."""
+    source, chosen = read_val(root), wnids("C")
+    label = {wnids().index(wnid): number for number, wnid in enumerate(chosen)}
+    samples = [replace(sample, cls=label[sample.cls]) for sample in source.samples if sample.cls in label]
+    return replace(source, samples=samples, classes=list(chosen))
+
+
+def read_train_100(root: Path) -> Source:
+    """The training images of ImageNet-100, from a tree of ImageNet's or of these 100 classes alone."""
+    folder, chosen = _first_with_folders(root, TRAIN_PLACES, _WNID), wnids("C")
+    return Source("class folders", folder, list(class_samples(folder, chosen)), list(chosen))
 
 
 def read_class_folders(folder: Path, folders: Sequence[str], classes: Sequence[str]) -> Source:

@@ -108,6 +108,16 @@ class _Cifar100(datasets.CIFAR100):
     meta: Any = {"filename": "meta", "key": "fine_label_names", "md5": None}  # noqa: RUF012
 
 
+class _Cifar10Train(_Cifar10):
+    train_list: Any = tuple((name, None) for name, _ in datasets.CIFAR10.train_list)
+    test_list: Any = ()
+
+
+class _Cifar100Train(_Cifar100):
+    train_list: Any = tuple((name, None) for name, _ in datasets.CIFAR100.train_list)
+    test_list: Any = ()
+
+
 class _Stl10(datasets.STL10):
     base_folder = ""
     train_list: Any = ()
@@ -152,6 +162,20 @@ CIFAR100 = Loader(
     ("", "cifar-100-python"),
     {"test": "f0ef6b0ae62326f3e7ffdfab6717acfc", "meta": "7973b15100ade9c7d40fb424638fde48"},
 )
+CIFAR10_TRAIN = Loader(
+    lambda root: _Cifar10Train(root, train=True),
+    array_samples,
+    "data_batch_1",
+    ("", "cifar-10-batches-py"),
+    {**dict(datasets.CIFAR10.train_list), "batches.meta": CIFAR10.md5["batches.meta"]},
+)
+CIFAR100_TRAIN = Loader(
+    lambda root: _Cifar100Train(root, train=True),
+    array_samples,
+    "train",
+    ("", "cifar-100-python"),
+    {**dict(datasets.CIFAR100.train_list), "meta": CIFAR100.md5["meta"]},
+)
 STL10 = Loader(
     lambda root: _Stl10(root, split="test"),
     array_samples,
@@ -162,9 +186,6 @@ STL10 = Loader(
 MNIST = Loader(
     lambda root: _Mnist(root, train=False), array_samples, "t10k-images-idx3-ubyte", ("", "MNIST/raw", "raw")
 )
-DTD = Loader(
-    lambda root: datasets.DTD(root, split="test", loader=_as_path), file_samples, "dtd/dtd/labels/test1.txt", _ABOVE
-)
 SUN397 = Loader(lambda root: datasets.SUN397(root, loader=_as_path), file_samples, "SUN397/ClassName.txt", _ABOVE)
 AIRCRAFT = Loader(
     lambda root: datasets.FGVCAircraft(root, split="test", loader=_as_path),
@@ -172,17 +193,35 @@ AIRCRAFT = Loader(
     "fgvc-aircraft-2013b/data/images_variant_test.txt",
     _ABOVE,
 )
-FLOWERS = Loader(
-    lambda root: _Flowers(root, split="test", loader=_as_path),
-    file_samples,
-    "flowers-102/setid.mat",
-    _ABOVE,
-    {
-        "flowers-102/imagelabels.mat": "e0620be6f572b9609742df49c70aed4d",
-        "flowers-102/setid.mat": "a5357ecc9cb78c4bef273ce3793fc85c",
-    },
-)
-FOOD = Loader(
-    lambda root: datasets.Food101(root, split="test", loader=_as_path), file_samples, "food-101/meta/test.json", _ABOVE
-)
-PETS = Loader(lambda root: _Pets(root, split="test"), file_samples, "oxford-iiit-pet/annotations/test.txt", _ABOVE)
+
+
+def dtd(split: str) -> Loader:
+    """The first of DTD's ten ways to split it; "train", "val" or "test"."""
+    anchor = f"dtd/dtd/labels/{split}1.txt"
+    return Loader(lambda root: datasets.DTD(root, split=split, loader=_as_path), file_samples, anchor, _ABOVE)
+
+
+def flowers(split: str) -> Loader:
+    """ "train", "val" or "test"."""
+    return Loader(
+        lambda root: _Flowers(root, split=split, loader=_as_path),
+        file_samples,
+        "flowers-102/setid.mat",
+        _ABOVE,
+        {
+            "flowers-102/imagelabels.mat": "e0620be6f572b9609742df49c70aed4d",
+            "flowers-102/setid.mat": "a5357ecc9cb78c4bef273ce3793fc85c",
+        },
+    )
+
+
+def food(split: str) -> Loader:
+    """ "train" or "test"."""
+    anchor = f"food-101/meta/{split}.json"
+    return Loader(lambda root: datasets.Food101(root, split=split, loader=_as_path), file_samples, anchor, _ABOVE)
+
+
+def pets(split: str) -> Loader:
+    """ "trainval" or "test"."""
+    anchor = f"oxford-iiit-pet/annotations/{split}.txt"
+    return Loader(lambda root: _Pets(root, split=split), file_samples, anchor, _ABOVE)

@@ -9,7 +9,13 @@ from pathlib import Path
 
 from pipeline.data.formats import Source
 from pipeline.data.originals import loaders
-from pipeline.data.originals.imagenet import read_numbered_folders, read_val, read_wnid_folders
+from pipeline.data.originals.imagenet import (
+    read_numbered_folders,
+    read_train_100,
+    read_val,
+    read_val_100,
+    read_wnid_folders,
+)
 from pipeline.data.originals.karpathy import Karpathy
 from pipeline.data.originals.objectnet import read_objectnet
 
@@ -18,12 +24,24 @@ _OTHER_SPLIT = "another split"
 
 
 @dataclass(frozen=True)
+class Split:
+    """Other images of a dataset than those of its evaluation set; the fields are those of `Original`."""
+
+    read: Callable[[Path], Source]
+    images: int
+    per_class: int | None = None
+    known: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Original:
     """One dataset as its authors hand it out.
 
     read: the user's folder -> its samples; ConfigError when it is not that dataset. images, classes, captions: how many
     there are, and per_class where every class has as many. holds: what the folder must hold. fewer, more: what is
-    likely wrong when images are missing or too many are there; known: the same for counts that tell.
+    likely wrong when images are missing or too many are there; known: the same for counts that tell. splits: what else
+    of it is packed, each by itself: "train" as training shards. bank: what K-NN looks among, packed as split "train" of
+    the evaluation set.
     """
 
     read: Callable[[Path], Source]
@@ -35,10 +53,16 @@ class Original:
     fewer: str = _BROKEN_OFF
     more: str = _OTHER_SPLIT
     known: Mapping[int, str] = field(default_factory=dict)
+    splits: Mapping[str, Split] = field(default_factory=dict)
+    bank: Split | None = None
 
     @property
     def is_retrieval(self) -> bool:
         return self.captions is not None
+
+    def of(self, split: Split) -> Original:
+        """The same dataset with other images of it."""
+        return replace(self, **vars(split), splits={}, bank=None)
 
     def counted(self, *, images: int | None, classes: int | None = None, captions: int | None = None) -> Original:
         """With other expected counts, where they are given."""
@@ -60,6 +84,15 @@ ORIGINALS: Mapping[str, Original] = {
         classes=1000,
         per_class=50,
         known={1_281_167: "these are the training images", 100_000: "these are the test images, which have no labels"},
+    ),
+    "imagenet100": Original(
+        read_val_100,
+        5_000,
+        "train/ and val/ of ImageNet-1K as `imagenet-train` and `imagenet` read them; 100 of the classes are taken",
+        classes=100,
+        per_class=50,
+        known={126_689: "these are the training images; name the folder that holds train/ and val/"},
+        bank=Split(read_train_100, 126_689, known={5_000: "these are the validation images"}),
     ),
     "imagenetv2": Original(
         partial(
@@ -105,6 +138,7 @@ ORIGINALS: Mapping[str, Original] = {
         classes=10,
         per_class=1000,
         known={50_000: "these are the training images"},
+        splits={"train": Split(loaders.CIFAR10_TRAIN, 50_000, 5000)},
     ),
     "cifar100": Original(
         loaders.CIFAR100,
@@ -113,14 +147,16 @@ ORIGINALS: Mapping[str, Original] = {
         classes=100,
         per_class=100,
         known={50_000: "these are the training images"},
+        splits={"train": Split(loaders.CIFAR100_TRAIN, 50_000, 500)},
     ),
     "dtd": Original(
-        loaders.DTD,
+        loaders.dtd("test"),
         1_880,
         "dtd/dtd/images and dtd/dtd/labels: dtd-r1.0.1.tar.gz unpacked in ROOT/dtd",
         classes=47,
         per_class=40,
         known={5_640: "these are all three splits"},
+        splits={name: Split(loaders.dtd(name), 1_880, 40) for name in ("train", "val")},
     ),
     "mnist": Original(
         loaders.MNIST,
@@ -150,26 +186,32 @@ ORIGINALS: Mapping[str, Original] = {
         known={10_000: "these are all splits", 6_667: "these are the training and validation images"},
     ),
     "flowers": Original(
-        loaders.FLOWERS,
+        loaders.flowers("test"),
         6_149,
         "flowers-102/ with jpg/ of 102flowers.tgz, imagelabels.mat and setid.mat",
         classes=102,
         known={1_020: "this is the training split, which some papers swap with the test split", 8_189: "all splits"},
+        splits={
+            name: Split(loaders.flowers(name), 1_020, 10, {6_149: "this is the test split"})
+            for name in ("train", "val")
+        },
     ),
     "food101": Original(
-        loaders.FOOD,
+        loaders.food("test"),
         25_250,
         "food-101/ of food-101.tar.gz",
         classes=101,
         per_class=250,
         known={75_750: "these are the training images", 101_000: "these are all splits"},
+        splits={"train": Split(loaders.food("train"), 75_750, 750)},
     ),
     "pets": Original(
-        loaders.PETS,
+        loaders.pets("test"),
         3_669,
         "oxford-iiit-pet/ with images/ and annotations/ of images.tar.gz and annotations.tar.gz",
         classes=37,
         known={3_680: "these are the trainval images"},
+        splits={"train": Split(loaders.pets("trainval"), 3_680, known={3_669: "these are the test images"})},
     ),
     "stl10": Original(
         loaders.STL10,

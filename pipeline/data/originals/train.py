@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.config import ConfigError
-from pipeline.data.originals.imagenet import image_names, subfolders, wnids
+from pipeline.data.originals.imagenet import TRAIN_PLACES, image_names, subfolders, wnids
 from pipeline.data.parallel_pack import Listing
 
 IMAGES = 1_281_167
-_PLACES = ("", "train", "ILSVRC2012_img_train", "Data/CLS-LOC/train", "ILSVRC/Data/CLS-LOC/train")
 _HOLDS = (
     "the 1000 wnid folders of ILSVRC2012_img_train.tar, each class tar unpacked into a folder of its name, or train/"
 )
@@ -35,7 +34,7 @@ def list_imagenet_train(root: str | Path, images: int = IMAGES) -> Listing:
 
 def _base(root: Path) -> Path:
     first = wnids()[0]
-    for place in _PLACES:
+    for place in TRAIN_PLACES:
         if (root / place / first).is_dir():
             return root / place
     tars = f"; {first}.tar is there, so unpack each class tar" if (root / f"{first}.tar").is_file() else ""
