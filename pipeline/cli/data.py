@@ -69,9 +69,10 @@ def _add_pack(commands: Any) -> None:
     parser.add_argument("--templates", default="openai", metavar="NAME", help="--eval: how to ask (openai, simple)")
     parser.add_argument(
         "--dataset",
+        action=_Dataset,
         metavar="NAME",
         help="the source is this public dataset as its authors hand it out; a dataset of the paper's benchmark becomes "
-        "an evaluation set, imagenet-train becomes training shards",
+        "an evaluation set, imagenet-train becomes training shards; list: print all names",
     )
     parser.add_argument(
         "--split",
@@ -85,6 +86,18 @@ def _add_pack(commands: Any) -> None:
         help="imagenet-train: only part I of N, for N parallel jobs; the last one to end writes the index",
     )
     parser.set_defaults(default_of=parser.get_default)
+
+
+class _Dataset(argparse.Action):
+    """`--dataset list` asks, and like --help needs nothing else on the line."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        if values == "list":
+            from pipeline.data.originals.convert import known_datasets
+
+            print("\n".join(known_datasets()))
+            parser.exit()
+        setattr(namespace, self.dest, values)
 
 
 def run_pack(arguments: argparse.Namespace) -> int:

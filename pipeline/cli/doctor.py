@@ -47,7 +47,7 @@ def add(commands: Any) -> None:
         "srun --ntasks-per-node=1 torchrun … --no-python selora doctor configs/own_data.yaml --launch",
     )
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file: look at its shards, places and server")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options over the file's")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="options over the file's")
     parser.add_argument(
         "--launch", action="store_true", help="ask all ranks of this launch together; start it as `train` is started"
     )
@@ -242,7 +242,7 @@ def _config(config: Config) -> Iterator[Finding]:
         said = f"{config.data.train}: {index.samples} samples in {len(index.shards)} shards"
         yield Finding("shards", said + "; `selora verify` reads them all")
     except ConfigError as error:
-        yield Finding("shards", config.data.train, f"{error}; `selora pack SOURCE {config.data.train}` makes them")
+        yield Finding("shards", config.data.train, str(error))
     if config.eval.benchmark is not None:
         try:
             benchmark = load_benchmark(config.eval.benchmark, config.eval.root)

@@ -134,6 +134,8 @@ def _add_predict(commands: Any) -> None:
 
 
 def run_predict(arguments: argparse.Namespace) -> int:
+    if folders := [path for path in arguments.images if path.is_dir()]:
+        raise ConfigError(f"{folders[0]} is a folder: name the images in it, as in {folders[0]}/*.jpg")
     if missing := [str(path) for path in arguments.images if not path.is_file()]:
         raise ConfigError(f"no file {', '.join(missing)}")
     from pipeline.handoff.predict import predict_files

@@ -38,6 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"{_rank()}selora {arguments.command}: {_message(error)}", file=sys.stderr)
         return USER_MISTAKE
+    except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
+        if error.filename is None:
+            raise
+        advice = "give a place that you may read and write"
+        print(f"{_rank()}selora {arguments.command}: {error.filename}: {error.strerror}; {advice}", file=sys.stderr)
+        return USER_MISTAKE
     except KeyboardInterrupt:
         print(f"{_rank()}interrupted", file=sys.stderr)
         return INTERRUPTED

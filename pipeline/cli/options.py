@@ -31,13 +31,19 @@ def add_command(
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="options over the file's, as in adapter.rank=16"
+        "overrides", nargs="*", default=[], metavar="key=value", help="options over the file's, as in adapter.rank=16"
     )
 
 
 def count(text: str) -> int:
     if not re.fullmatch(r"[0-9]*[1-9][0-9]*", text):
         raise argparse.ArgumentTypeError(f"should be a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def whole(text: str) -> int:
+    if not re.fullmatch(r"[0-9]+", text):
+        raise argparse.ArgumentTypeError(f"should be a whole number, 0 or more, got {text!r}")
     return int(text)
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli.options import FAILED, OK, add_command, add_config_arguments, count, share
+from pipeline.cli.options import FAILED, OK, add_command, add_config_arguments, count, share, whole
 from pipeline.config_file import dump_yaml
 
 
@@ -75,7 +75,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: this rank's GPU, if any)")
     parser.add_argument("--batch-size", type=count, metavar="N", help="images per rank (default: the run's, or 64)")
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="decoding processes per rank (default: the run's, or 2)"
+        "--workers", type=whole, metavar="N", help="decoding processes per rank (default: the run's, or 2)"
     )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the model (default: fp32)")
     parser.add_argument(

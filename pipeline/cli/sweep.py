@@ -21,7 +21,9 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file that all trials start from")
     parser.add_argument("grid", metavar="GRID", help="YAML file with what varies, baselines and resources")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options over CONFIG's, as in name=first")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="options over CONFIG's, as in name=first"
+    )
     parser.add_argument("--plan", action="store_true", help="say what it would take, and start nothing")
     parser.add_argument(
         "--address", metavar="HOST:PORT", help="of a Ray cluster (default: RAY_ADDRESS, else one on this machine)"

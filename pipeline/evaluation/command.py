@@ -23,7 +23,7 @@ from pipeline.evaluation.run import evaluate, evaluate_run
 from pipeline.evaluation.strength import STRENGTH_FILE, evaluate_strength, format_curve
 from pipeline.evaluation.summary import format_summary
 from pipeline.model.clip import CONFIG_FILE, Clip, load_clip
-from pipeline.model.restore import find_run, is_run
+from pipeline.model.restore import check_exists, find_run, is_run
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class Asked:
         if config is not None and name is None:
             name = config.eval.benchmark
         if name is None:
-            raise ConfigError("benchmark: none given, and the run's config has no eval.benchmark; name a benchmark")
+            which = "" if config is None else ", and the run's config has no eval.benchmark"
+            raise ConfigError(f"benchmark: none given{which}; name a benchmark")
         return load_benchmark(name, config.eval.root if config is not None and root is None else root)
 
 
@@ -71,6 +72,7 @@ def evaluate_command(run_or_model: str | Path, **asked: object) -> int:
     A run takes benchmark, batch size and workers from its config where they are not given, writes to RUN/eval, and is
     compared with its untouched base, whose own results are kept in OUT/baselines/<digest> for all runs beside it.
     """
+    check_exists(run_or_model)
     options = Asked(**asked)  # pyright: ignore[reportArgumentType]
     if not is_run(run_or_model):
         if options.strength is not None:

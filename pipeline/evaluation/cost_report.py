@@ -23,7 +23,7 @@ from pipeline.evaluation.cost import (
 )
 from pipeline.method.adapter import AdapterKind
 from pipeline.model.clip import CONFIG_FILE, Clip, load_clip
-from pipeline.model.restore import find_run, is_run, load_base
+from pipeline.model.restore import check_exists, find_run, is_run, load_base
 
 RANKS = (4, 16, 64, 128, 256)
 KINDS: tuple[AdapterKind, ...] = ("lora", "dora")
@@ -89,6 +89,7 @@ def _subject(
     active: int | None,
 ) -> _Subject:
     wanted = cast("tuple[AdapterKind, ...]", tuple(kinds)) if kinds else None
+    check_exists(name)
     if not is_run(name):
         if Path(name).is_dir():
             if not (Path(name) / CONFIG_FILE).is_file():

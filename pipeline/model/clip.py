@@ -118,6 +118,13 @@ def _full_name(name: str) -> str:
     return f"local-dir:{name}" if (Path(name) / CONFIG_FILE).is_file() else name.replace("/", "-")
 
 
+def is_architecture(name: str) -> bool:
+    """Whether open_clip knows the name, whose / it reads as -."""
+    import open_clip
+
+    return _full_name(name) in open_clip.list_models()
+
+
 def _model_config(name: str) -> dict[str, Any]:
     """The architecture as open_clip resolves it, or a ConfigError with near names."""
     from difflib import get_close_matches

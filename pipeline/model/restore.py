@@ -43,6 +43,15 @@ def is_run(directory: str | Path) -> bool:
     return (Path(directory) / "config.yaml").is_file()
 
 
+def check_exists(run_or_model: str | Path) -> None:
+    """Refuse a path that leads nowhere, before it is looked up as a model's name (`ViT-B/16` is one)."""
+    from pipeline.model.clip import is_architecture
+
+    name = str(run_or_model)
+    if "/" in name and ":" not in name and not Path(name).exists() and not is_architecture(name):
+        raise ConfigError(f"{name}: no such run; a plain model is named as in model.name, ViT-B-16-quickgelu")
+
+
 def find_run(run_dir: str | Path, step: int | None = None) -> RunSource:
     """The checkpoint of `step`, or the newest. ConfigError when there is none or its files are damaged."""
     run_dir = Path(run_dir)

@@ -128,7 +128,7 @@ def _train_held(config: Config, run_dir: Path, world: World, lease: Lease | None
     if checkpoint is not None and checkpoint.step >= total:
         say(world, f"{run_dir}: already trained for {total} steps")
         return Outcome(run_dir, checkpoint.step, total)
-    for warning in warnings_of(config, total):
+    for warning in warnings_of(config, total, index.samples):
         say(world, f"warning: {warning}")
     with watched_peers(store, world):
         clip = build_model(config)
@@ -153,9 +153,14 @@ def _check_data(checkpoint: Checkpoint, index: ShardIndex) -> None:
         )
 
 
-def warnings_of(config: Config, total: int) -> list[str]:
-    """Settings that are legal and yet cannot do what they say in a run of `total` steps."""
-    found = []
+def warnings_of(config: Config, total: int, samples: int) -> list[str]:
+    """Settings that are legal and yet cannot do what they say in a run of `total` steps over `samples` images."""
+    found, batch = [], config.train.global_batch_size
+    if batch > samples:
+        found.append(
+            f"train.global_batch_size={batch} is more than the {samples} images there are: an image stands several "
+            "times in a batch, and is pushed away from its own caption"
+        )
     if config.train.warmup_steps >= total:
         found.append(f"train.warmup_steps={config.train.warmup_steps} outlasts the run's {total} steps")
     if config.gated:

@@ -137,6 +137,8 @@ def fitting_faults(trials: Sequence[Trial], resources: Resources, capacity: Capa
             f"resources.eval_cpus, eval_gpus: an evaluation needs {resources.eval_cpus:g} CPUs and {evaluation:g} GPUs "
             f"on one node, and there is none such: {capacity}"
         )
+    if faults:
+        faults.append("lower them in section resources of the grid file, or name a larger cluster with --address")
     for trial in trials:
         batch, streams = trial.config.train.global_batch_size, trial.config.data.streams
         for key, value in (("train.global_batch_size", batch), ("data.streams", streams)):

@@ -12,7 +12,6 @@ import os
 import secrets
 import socket
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from pipeline.tracking.tracker import SHIPPED_VARIABLE
 from pipeline.tuning.files import OVER, TrialState, read_state, steps_done, trial_dir, write_state
 from pipeline.tuning.grid import Asha, Resources
 from pipeline.tuning.plan import Capacity, Node
+from pipeline.tuning.reach import check_reachable, token_fault
 from pipeline.tuning.reasons import told
 from pipeline.tuning.trial import (
     StopWatch,
@@ -89,6 +89,8 @@ class Interrupted(Exception):
 def cluster(address: str | None, resources: Resources) -> Iterator[Capacity]:
     """Connect to the cluster at `address` or RAY_ADDRESS, else start one on this machine for the time of the block."""
     address = address or os.environ.get("RAY_ADDRESS")
+    if address is not None:
+        check_reachable(address)
     settings = dict(_QUIET)
     if address is None and "RAY_AUTH_MODE" not in os.environ:
         # A token of this cluster's own, in no file: Ray would put one into the home directory.
@@ -123,18 +125,7 @@ def _connect(address: str | None, resources: Resources) -> None:
             if address is None and chance:
                 continue
             where = "start a Ray cluster on this machine" if address is None else f"use the Ray cluster at {address}"
-            raise ConfigError(f"cannot {where}: {_token_fault(error) or told(error)}") from error
-
-
-def _token_fault(error: BaseException) -> str | None:
-    """What to do where the cluster asked for a token; None for another error. Ray tells that in a cause of a cause."""
-    if "AuthenticationError" not in "".join(traceback.format_exception(error)):
-        return None
-    mode = os.environ.get("RAY_AUTH_MODE", "not set")
-    return (
-        f"the token is missing or not the cluster's (RAY_AUTH_MODE is {mode}); set RAY_AUTH_MODE=token, and "
-        "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token that the cluster was started with"
-    )
+            raise ConfigError(f"cannot {where}: {token_fault(error) or told(error)}") from error
 
 
 def _init_settings(address: str | None, resources: Resources) -> dict[str, Any]:

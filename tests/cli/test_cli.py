@@ -62,6 +62,46 @@ def test_unknown_option_of_a_command_is_refused_even_if_abbreviated(capsys):
     assert "--forc" in capsys.readouterr().err
 
 
+def test_only_what_is_missing_is_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        main(["config"])
+    assert capsys.readouterr().err.endswith("the following arguments are required: CONFIG\n")
+
+
+def test_all_datasets_are_listed_without_naming_files(capsys):
+    from pipeline.data.originals.table import ORIGINALS
+
+    with pytest.raises(SystemExit) as caught:
+        main(["pack", "--dataset", "list"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.split() == [*ORIGINALS, "imagenet-train"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["evaluate", "runs/nix", "--benchmark", "quick"], "runs/nix: no such run; a plain model is named"),
+        (["cost", "runs/nix"], "runs/nix: no such run; a plain model is named"),
+        (["predict", "models:/m/1", "."], ". is a folder: name the images in it"),
+        (["pack", "a", "b", "--dataset", "imagnet"], "'imagnet' is not known; there are imagenet,"),
+    ],
+)
+def test_a_wrong_name_is_told_with_what_to_do(arguments, told, capsys):
+    assert main(arguments) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_negative_number_of_workers_is_refused_before_anything_is_looked_up(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "runs/nix", "--workers", "-1"])
+    assert "--workers: should be a whole number, 0 or more, got '-1'" in capsys.readouterr().err
+
+
+def test_doctor_says_once_how_shards_are_made(capsys, tmp_path):
+    assert main(["doctor", CONFIG, f"data.train={tmp_path}/nowhere", f"out={tmp_path}"]) == 1
+    assert capsys.readouterr().out.count("selora pack") == 1
+
+
 def test_other_ranks_say_who_they_are(repository):
     done = selora("train", CONFIG, "sede=1", cwd=repository, RANK="3", LOCAL_RANK="3", WORLD_SIZE="4")
     assert done.returncode == 2

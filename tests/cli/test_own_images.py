@@ -65,3 +65,25 @@ def test_from_a_folder_to_results_and_a_tracked_run(
     assert record.data.params["adapter.kind"] == "lora"
     names = {entry.path for entry in client.list_artifacts(record.info.run_id)}
     assert {"config.yaml", "gate_map.json", "eval"} <= names
+
+
+def test_a_place_that_is_no_folder_is_told_without_a_traceback(
+    image_folder: Callable[..., Path], tmp_path: Path, repository: Path
+) -> None:
+    selora("pack", image_folder(classes=2, each=4, size=32), tmp_path / "shards", cwd=repository)
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", "pipeline", "train", "configs/own_data.yaml", f"data.train={tmp_path / 'shards'}"]
+    command.append(f"out={tmp_path / 'file'}")
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 2
+    assert done.stderr == f"selora train: {tmp_path / 'file'}: File exists; give a place that you may read and write\n"
+
+
+def test_a_batch_of_more_images_than_there_are_is_warned_of(repository: Path) -> None:
+    from pipeline.config import load_config
+    from pipeline.training.run import warnings_of
+
+    config = load_config(repository / "configs" / "own_data.yaml", ["train.global_batch_size=128"])
+    assert warnings_of(config, 1000, 128) == []
+    (warning,) = warnings_of(config, 1000, 56)
+    assert "train.global_batch_size=128 is more than the 56 images there are" in warning

@@ -69,6 +69,7 @@ def test_a_trial_that_cannot_fit_is_refused_with_what_it_needs_and_what_there_is
     assert "a trial needs 3 workers with 2 CPUs and 1 GPUs each, and the cluster has room for 0" in text
     assert "1 node (here: 2 CPUs 0 GPUs)" in text
     assert "an evaluation needs 64 CPUs" in text
+    assert "lower them in section resources of the grid file, or name a larger cluster with --address" in text
     assert f"{trials[0].name}: train.global_batch_size: 16 cannot be shared by 3 workers" in text
 
 

@@ -24,7 +24,7 @@ TEST, BANK = "test", "train"
 def original(name: str, split: str = TEST) -> Original:
     """The row of a dataset, or of one of its other splits. Raises ConfigError for an unknown name."""
     if name not in ORIGINALS:
-        raise ConfigError(f"--dataset: {name!r} is not known; there are {', '.join(ORIGINALS)} and imagenet-train")
+        raise ConfigError(f"--dataset: {name!r} is not known; there are {', '.join(known_datasets())}")
     row = ORIGINALS[name]
     if split == TEST:
         return row
@@ -44,6 +44,11 @@ def read_original(row: Original, root: str | Path) -> Source:
         raise ConfigError(f"{error}\nit must hold {row.holds}") from error
     check_counts(row, source)
     return source
+
+
+def known_datasets() -> list[str]:
+    """What `selora pack --dataset` takes: those of the benchmark, and the training images."""
+    return [*ORIGINALS, "imagenet-train"]
 
 
 def convert(
