@@ -19,8 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.method.adapter import AdapterKind, attach_adapter
+from pipeline.model.attention import SplitAttention
 from pipeline.model.clip import Clip
-from pipeline.model.towers import TOWERS, SplitAttention, adapter_targets, apply_trainable
+from pipeline.model.load import Model
+from pipeline.model.towers import TOWERS, adapter_targets, apply_trainable
 
 Macs = dict[str, int]  # tower -> MAC of one image or one text
 
@@ -145,7 +147,7 @@ def model_cost(clip: Clip) -> Cost:
     return Cost(parameters, sites, base, counted_macs(model, _inputs(clip, "meta")))
 
 
-def trained_parameters(clip: Clip, train_rest: str, kind: str) -> int:
+def trained_parameters(clip: Model, train_rest: str, kind: str) -> int:
     """Numbers that train beside the adapters (kind "full": everything)."""
     model = deepcopy(clip.model).to("meta")
     apply_trainable(model, train_rest, kind)

@@ -23,6 +23,7 @@ from pipeline.evaluation.cost import (
 )
 from pipeline.method.adapter import AdapterKind
 from pipeline.model.clip import CONFIG_FILE, Clip, load_clip
+from pipeline.model.load import as_clip
 from pipeline.model.restore import check_exists, find_run, is_run, load_base
 
 RANKS = (4, 16, 64, 128, 256)
@@ -108,7 +109,7 @@ def _subject(
     open_targets = [target for target, state in source.state["gate_map"].items() if state["open"]]
     chosen = wanted or (cast("AdapterKind", adapter["kind"]),)
     return _Subject(
-        load_base(source),
+        as_clip(load_base(source), name),
         source.label,
         chosen,
         tuple(ranks or (adapter["rank"],)),

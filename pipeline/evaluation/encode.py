@@ -20,10 +20,10 @@ TEXTS_PER_FORWARD = 512
 
 @dataclass(frozen=True)
 class Encoder:
-    """A merged CLIP in eval mode; `model` has `encode_image(images)` and `encode_text(tokens)`."""
+    """A merged model in eval mode; it has `encode_image(images)`, and where it reads texts `encode_text(tokens)`."""
 
     model: Any  # an nn.Module, whose typed attributes would be tensors or modules
-    tokenizer: Callable[[list[str]], Tensor]
+    tokenizer: Callable[[list[str]], Tensor] | None
     device: torch.device
     precision: Precision = "fp32"
 
@@ -32,17 +32,25 @@ class Encoder:
         return self._features(self.model.encode_image, images)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """B strings -> (B, D) fp32 unit vectors on the device."""
+        """B strings -> (B, D) fp32 unit vectors on the device. ValueError for a model that reads no texts."""
+        if self.tokenizer is None:
+            raise ValueError("this model reads no texts")
         chunks = range(0, len(texts), TEXTS_PER_FORWARD)
         tokens = (self.tokenizer(list(texts[start : start + TEXTS_PER_FORWARD])) for start in chunks)
         return torch.cat([self._features(self.model.encode_text, each) for each in tokens])
 
+    def scores(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) transformed images -> the logits (B, classes) of the model's own classifier, fp32."""
+        return self._run(self.model, images)
+
     def _features(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        return F.normalize(self._run(encode, inputs), dim=-1)
+
+    def _run(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         # bf16 is autocast, as in training: the weights stay fp32, and so do the normalisation and the logits after it.
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            features = encode(inputs.to(self.device))
-        features = F.normalize(features.float(), dim=-1)
-        if not bool(features.isfinite().all()):
+            found = encode(inputs.to(self.device)).float()
+        if not bool(found.isfinite().all()):
             # argmax and topk take NaN for the largest number, so the accuracy of a diverged model would look like one.
             raise ConfigError("the model gives features that are not finite: its training has diverged")
-        return features
+        return found

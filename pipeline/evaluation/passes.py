@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -31,27 +32,58 @@ from pipeline.evaluation.ranks import Ranks
 from pipeline.evaluation.results import Identity, Result
 from pipeline.evaluation.retrieval import Embeddings, embed_batch, join, recall_both_ways
 from pipeline.evaluation.rows import Row, Task
-from pipeline.evaluation.zeroshot import class_logits, classifier_head
-from pipeline.model.clip import Clip, to_open_clip_state, weights_digest
+from pipeline.evaluation.zeroshot import apply_subset, class_logits, classifier_head
+from pipeline.model.load import Model
+from pipeline.model.vit import Vit
+from pipeline.model.weights import stock_state, weights_digest
 
+_SPELLING = re.compile(r"[^a-z0-9]+")
 Head = tuple[tuple[str, ...], tuple[str, ...]]
+
+
+def plain_name(name: str) -> str:
+    """A class name by its letters and digits: "aquarium_fish" and "Aquarium fish" are one class."""
+    return _SPELLING.sub("", name.lower())
 
 
 @dataclass
 class Subject:
     """A model under evaluation. Classifier heads are kept: many sets share class names and templates."""
 
-    clip: Clip
+    clip: Model
     encoder: Encoder
     digest: str
     heads: dict[Head, Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def of(clip: Clip, settings: Settings) -> Subject:
+    def of(clip: Model, settings: Settings) -> Subject:
         """Move the model to the device, in eval mode."""
-        digest = weights_digest(to_open_clip_state(clip.model))
+        digest = weights_digest(stock_state(clip.model))
         model = clip.model.to(settings.device).eval()
-        return Subject(clip, Encoder(model, clip.tokenizer, settings.device, settings.precision), digest)
+        tokenizer = None if isinstance(clip, Vit) else clip.tokenizer
+        return Subject(clip, Encoder(model, tokenizer, settings.device, settings.precision), digest)
+
+    def unable(self, dataset: Dataset) -> str | None:
+        """Why this model cannot answer a row; None where it can."""
+        if not isinstance(self.clip, Vit):
+            return None
+        if dataset.row.task == "knn_classification":
+            return None
+        if dataset.row.is_retrieval:
+            return "the model reads no texts"
+        if self.clip.classes is None:
+            return "the untouched model has no classifier"
+        if list(map(plain_name, self.clip.classes)) != list(map(plain_name, dataset.classnames)):
+            return "the model was trained for other classes"
+        return None
+
+    def scorer(self, dataset: Dataset, ranks: Ranks) -> Callable[[Tensor], Tensor]:
+        """Images (B, 3, H, W) -> logits (B, classes of the dataset): zero-shot, or of the model's own classifier."""
+        subset = dataset.row.subset
+        if isinstance(self.clip, Vit):
+            return lambda images: apply_subset(self.encoder.scores(images), subset)
+        head = self.head(dataset, ranks)
+        return lambda images: class_logits(self.encoder, head, images, subset)
 
     def head(self, dataset: Dataset, ranks: Ranks) -> Tensor:
         key = dataset.classnames, dataset.templates
@@ -95,13 +127,13 @@ def evaluate_dataset(subjects: Sequence[Subject], dataset: Dataset, ranks: Ranks
 def _classification(
     subjects: Sequence[Subject], dataset: Dataset, ranks: Ranks, settings: Settings
 ) -> list[dict[str, Any]]:
-    heads = [subject.head(dataset, ranks) for subject in subjects]
+    scorers = [subject.scorer(dataset, ranks) for subject in subjects]
 
     def count_share() -> list[ClassCounts]:
         counts = [ClassCounts.empty(dataset.classes) for _ in subjects]
         for batch, pixels in _queries(subjects[0].clip, dataset, ranks, settings):
-            for subject, head, own in zip(subjects, heads, counts, strict=True):
-                own.add(class_logits(subject.encoder, head, pixels, dataset.row.subset), batch.labels)
+            for scorer, own in zip(scorers, counts, strict=True):
+                own.add(scorer(pixels), batch.labels)
         return counts
 
     shares = ranks.gather(count_share)
@@ -206,14 +238,14 @@ _PASSES: dict[Task, Callable[[Sequence[Subject], Dataset, Ranks, Settings], list
 }
 
 
-def _queries(clip: Clip, dataset: Dataset, ranks: Ranks, settings: Settings) -> Iterable[tuple[EvalBatch, Tensor]]:
+def _queries(clip: Model, dataset: Dataset, ranks: Ranks, settings: Settings) -> Iterable[tuple[EvalBatch, Tensor]]:
     """The images that the row asks about."""
     chosen = dataset.chosen
     return _batches(clip, dataset.data, dataset.row, ranks, settings, limit=settings.limit, only=chosen)
 
 
 def _batches(
-    clip: Clip,
+    clip: Model,
     data: EvalSet,
     row: Row,
     ranks: Ranks,

@@ -16,7 +16,7 @@ from pipeline.evaluation.results import Result, finished_result, write_json
 from pipeline.evaluation.rows import Row
 from pipeline.evaluation.summary import SUMMARY_FILE, Summary, summarise
 from pipeline.method.adapter import blocks
-from pipeline.model.clip import Clip
+from pipeline.model.load import Model
 from pipeline.model.restore import find_run, load_base, load_run
 
 Say = Callable[[str], None]
@@ -35,7 +35,7 @@ class Outcome:
 class Job:
     """A merged model and where its results go. `also` are folders where they may already be, `name` is for messages."""
 
-    clip: Clip
+    clip: Model
     folder: Path
     name: str = ""
     also: tuple[Path, ...] = ()
@@ -56,7 +56,7 @@ class Walk:
 
 
 def evaluate(
-    clip: Clip,
+    clip: Model,
     benchmark: Benchmark,
     out_dir: str | Path,
     settings: Settings,
@@ -136,7 +136,10 @@ def _visit(walk: Walk, row: Row, wanted: bool) -> None:
     """One row: what is finished is taken, the rest is evaluated if it is wanted."""
     dataset = walk.ranks.together(lambda: open_dataset(row))
     found = walk.ranks.from_first(lambda: [_finished(walk, i, dataset) for i in range(len(walk.jobs))])
-    todo = [i for i, result in enumerate(found) if wanted and (result is None or not walk.skip_done)]
+    unable = [subject.unable(dataset) for subject in walk.subjects]
+    todo = [
+        i for i, result in enumerate(found) if wanted and unable[i] is None and (result is None or not walk.skip_done)
+    ]
     if todo:
         new = evaluate_dataset([walk.subjects[i] for i in todo], dataset, walk.ranks, walk.settings)
         for i, result in zip(todo, new, strict=True):
@@ -144,11 +147,13 @@ def _visit(walk: Walk, row: Row, wanted: bool) -> None:
             if walk.ranks.rank == 0:
                 write_json(walk.jobs[i].folder / f"{row.key}.json", result)
     for i, (job, result) in enumerate(zip(walk.jobs, found, strict=True)):
+        name = f"{job.name}: " if job.name else ""
         if result is None:
+            if wanted:
+                walk.say(f"{name}{row.key}: left out, for {unable[i]}")
             continue
         walk.results[i][row.key] = result
         if wanted:
-            name = f"{job.name}: " if job.name else ""
             how = f"in {result['seconds']:.1f} s" if i in todo else "(finished before, skipped)"
             walk.say(f"{name}{row.key}: {_shown(result)} {how}")
             walk.skipped[i] += [] if i in todo else [row.key]

@@ -20,7 +20,7 @@ from pipeline.evaluation.benchmark import Benchmark
 from pipeline.evaluation.dataset import Settings
 from pipeline.evaluation.results import write_json
 from pipeline.evaluation.run import Job, Say, finish, walk_table
-from pipeline.model.clip import Clip
+from pipeline.model.load import Model
 from pipeline.model.restore import find_run, load_base, load_run
 
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(11))
@@ -83,13 +83,17 @@ def evaluate_strength(
     return curve
 
 
-def between(base: Clip, tuned: Clip, alpha: float) -> Clip:
-    """A copy of the merged model with weights W0 + α (W1 − W0); at 0 and 1 bit for bit those of `base` and `tuned`."""
-    model = deepcopy(base.model)
-    target = tuned.model.state_dict()
+def between(base: Model, tuned: Model, alpha: float) -> Model:
+    """A copy of the merged model with weights W0 + α (W1 − W0); at 0 and 1 bit for bit those of `base` and `tuned`.
+
+    What the base has not, the classifier of a ViT, stays that of `tuned`.
+    """
+    model = deepcopy(tuned.model)
+    start = base.model.state_dict()
     with torch.no_grad():
         for name, value in model.state_dict().items():
-            value.copy_(_mixed(value, target[name], alpha))
+            if name in start:
+                value.copy_(_mixed(start[name], value, alpha))
     return replace(tuned, model=model)
 
 

@@ -13,6 +13,7 @@ from pipeline.config import ConfigError
 from pipeline.handoff.source import Mismatch, Source, read_source
 from pipeline.handoff.stock import READERS
 from pipeline.model.export import BASE, fixed_batch, logits, write_hf, write_open_clip, write_peft
+from pipeline.model.load import as_clip
 from pipeline.model.restore import load_adapted
 
 FACTS_FILE = "selora.json"
@@ -93,7 +94,7 @@ def _write_peft(source: Source, directory: Path, base_name: str) -> list[str]:
     kind = source.found.state["adapter"]["kind"]
     if kind not in ("lora", "dora"):
         raise ConfigError(f"to=peft: the run trained adapter.kind={kind}, which has no adapters; export it to hf")
-    write_peft(load_adapted(source.found), directory, base_name)
+    write_peft(as_clip(load_adapted(source.found), "to=peft"), directory, base_name)
     notes = [f"adapters of {len(source.active)} active blocks of {len(source.gate_map)}"]
     if source.found.train_rest != "none":
         notes.append(

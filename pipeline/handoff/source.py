@@ -9,8 +9,10 @@ from typing import Any
 from safetensors.torch import load_file
 
 from pipeline.config import ConfigError
-from pipeline.model.clip import Clip, to_open_clip_state, weights_digest
+from pipeline.model.clip import Clip
+from pipeline.model.load import as_clip
 from pipeline.model.restore import RunSource, find_run, load_run
+from pipeline.model.weights import stock_state, weights_digest
 from pipeline.tracking.identity import read_identity
 from pipeline.tracking.journal import JOURNAL, Record, read
 
@@ -65,8 +67,8 @@ class Source:
 def read_source(run_dir: str | Path, step: int | None = None) -> Source:
     """Load and merge the newest (or the chosen) checkpoint; a full or damaged one is a ConfigError."""
     found = find_run(run_dir, step)
-    clip = load_run(run_dir, found.step)
-    return Source(Path(run_dir), found, clip, weights_digest(to_open_clip_state(clip.model)))
+    clip = as_clip(load_run(run_dir, found.step), str(run_dir))
+    return Source(Path(run_dir), found, clip, weights_digest(stock_state(clip.model)))
 
 
 def adapter_digest(found: RunSource) -> str:

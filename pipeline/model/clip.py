@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -17,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import ConfigError
-from pipeline.method.adapter import blocks
-from pipeline.model.towers import SplitAttention, split_attention
+from pipeline.model.towers import split_attention
+from pipeline.model.weights import stock_scalars, stock_state, weights_digest
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 SCHEMAS = ("local-dir:", "hf-hub:")
-SCALARS = ("logit_scale", "logit_bias")
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def load_clip(name: str, pretrained: str | None = None, *, seed: int = 0) -> Cli
     if quick:
         model_cfg["quick_gelu"] = True
     preprocess_cfg = deepcopy(open_clip.get_model_preprocess_cfg(model))
-    digest = weights_digest(_stock_scalars(model.state_dict()))
+    digest = weights_digest(stock_scalars(model.state_dict()))
     return Clip(split_attention(model), tokenizer, preprocess_cfg, model_cfg, digest, name, pretrained)
 
 
@@ -175,35 +173,6 @@ def _quick_gelu(name: str, pretrained: str | None, model_cfg: Mapping[str, Any])
     return wanted and not present
 
 
-def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """sha256 over names, dtypes, shapes and bytes, in the order of the names."""
-    sha = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
-
-
-def _stock_scalars(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """0-dim logit scale and bias, as every open_clip checkpoint has them."""
-    return {name: t.reshape(()) if name in SCALARS else t for name, t in state.items()}
-
-
-def to_open_clip_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights under open_clip's own names: q, k, v in one in_proj, 0-dim logit scale. Needs a merged model."""
-    if left := list(blocks(model)):
-        raise ValueError(f"{len(left)} blocks are not merged ({left[0]}, ..): call merge_adapter first")
-    state = _stock_scalars({name: tensor.detach() for name, tensor in model.state_dict().items()})
-    for path, module in model.named_modules():
-        if isinstance(module, SplitAttention):
-            for part in ("weight", "bias"):
-                names = [f"{path}.{projection}.{part}" for projection in ("q_proj", "k_proj", "v_proj")]
-                if names[0] in state:
-                    state[f"{path}.in_proj_{part}"] = torch.cat([state.pop(name) for name in names])
-    return state
-
-
 def save_open_clip(
     model: nn.Module,
     model_cfg: Mapping[str, Any],
@@ -227,7 +196,7 @@ def save_open_clip(
             raise ValueError(f"tokenizer={tokenizer!r}: the model has {needed!r}, which must be saved with it")
         tokenizer.save_pretrained(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    state = to_open_clip_state(model)
+    state = stock_state(model)
     if dtype is not None:
         state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
     partial = directory / f"{WEIGHTS_FILE}.partial"

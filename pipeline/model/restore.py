@@ -12,7 +12,7 @@ import torch
 from pipeline.config import ConfigError
 from pipeline.config_file import read_chain
 from pipeline.method.adapter import attach_adapter, merge_adapter
-from pipeline.model.clip import Clip, load_clip
+from pipeline.model.load import Model, load_model
 from pipeline.model.towers import adapter_targets, apply_trainable
 
 
@@ -73,43 +73,50 @@ def find_run(run_dir: str | Path, step: int | None = None) -> RunSource:
     return RunSource(root / name, state, train_rest)
 
 
-def load_base(source: RunSource) -> Clip:
-    """The untouched model that the run started from; other weights under its name are a ConfigError."""
-    model = source.state["model"]
-    clip = load_clip(model["name"], model["pretrained"], seed=model["seed"])
-    check_base(clip, source.base_digest, source.checkpoint)
-    return clip
+def load_base(source: RunSource) -> Model:
+    """The untouched model that the run started from; other weights under its name are a ConfigError.
+
+    A ViT comes without the classifier, which the run has made.
+    """
+    return _start(source, None)
 
 
-def check_base(clip: Clip, digest: str, checkpoint: Path) -> None:
-    """Raise ConfigError unless `clip` came from the weights of this digest, on which the checkpoint was trained."""
-    if clip.digest != digest:
+def _start(source: RunSource, classes: tuple[str, ...] | None) -> Model:
+    said = source.state["model"]
+    model = load_model(said["name"], said["pretrained"], seed=said["seed"], classes=classes)
+    check_base(model, source.base_digest, source.checkpoint)
+    return model
+
+
+def check_base(model: Model, digest: str, checkpoint: Path) -> None:
+    """Raise ConfigError unless `model` came from the weights of this digest, on which the checkpoint was trained."""
+    if model.digest != digest:
         raise ConfigError(
-            f"{checkpoint}: was trained on base weights {digest[:12]}, but model.name={clip.name!r} with "
-            f"model.pretrained={clip.pretrained!r} gives {clip.digest[:12]}: put the old weights back"
+            f"{checkpoint}: was trained on base weights {digest[:12]}, but model.name={model.name!r} with "
+            f"model.pretrained={model.pretrained!r} gives {model.digest[:12]}: put the old weights back"
         )
 
 
-def load_run(run_dir: str | Path, step: int | None = None) -> Clip:
-    """The fine-tuned CLIP of a run, merged into plain linears, in fp32 on the CPU and in eval mode.
+def load_run(run_dir: str | Path, step: int | None = None) -> Model:
+    """The fine-tuned model of a run, merged into plain linears, in fp32 on the CPU and in eval mode.
 
     `digest` stays that of the base. The checkpoint must hold exactly the parameters that the run trains: missing or
     unknown names, wrong shapes and another base are ConfigErrors that name them.
     """
-    clip = load_adapted(find_run(run_dir, step))
-    merge_adapter(clip.model)
-    clip.model.requires_grad_(False).eval()
-    return clip
+    model = load_adapted(find_run(run_dir, step))
+    merge_adapter(model.model)
+    model.model.requires_grad_(False).eval()
+    return model
 
 
-def load_adapted(source: RunSource) -> Clip:
+def load_adapted(source: RunSource) -> Model:
     """Like `load_run`, with the blocks still beside their linears."""
-    clip = load_base(source)
+    model = _start(source, tuple(source.state["model"].get("classes") or ()) or None)
     adapter = source.state["adapter"]
     if adapter["kind"] in ("lora", "dora"):
         try:
             attach_adapter(
-                adapter_targets(clip.model),
+                adapter_targets(model.model),
                 rank=adapter["rank"],
                 kind=adapter["kind"],
                 alpha=adapter["alpha"],
@@ -119,13 +126,13 @@ def load_adapted(source: RunSource) -> Clip:
             )
         except ValueError as error:
             raise ConfigError(f"{source.checkpoint}: {error}") from error
-    trained = apply_trainable(clip.model, source.train_rest, adapter["kind"])
-    copy_parameters(clip, trained, source.checkpoint)
-    clip.model.requires_grad_(False).eval()
-    return clip
+    trained = apply_trainable(model.model, source.train_rest, adapter["kind"])
+    copy_parameters(model, trained, source.checkpoint)
+    model.model.requires_grad_(False).eval()
+    return model
 
 
-def copy_parameters(clip: Clip, names: list[str], checkpoint: Path) -> None:
+def copy_parameters(model: Model, names: list[str], checkpoint: Path) -> None:
     """Fill the named parameters from the checkpoint; nothing is copied when a name or a shape does not fit."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -135,7 +142,7 @@ def copy_parameters(clip: Clip, names: list[str], checkpoint: Path) -> None:
         saved = load_file(file)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from error
-    own = {name: parameter for name, parameter in clip.model.named_parameters() if name in set(names)}
+    own = {name: parameter for name, parameter in model.model.named_parameters() if name in set(names)}
     faults = [f"missing {name}" for name in sorted(own.keys() - saved.keys())]
     faults += [f"unknown {name}" for name in sorted(saved.keys() - own.keys())]
     faults += [

@@ -9,7 +9,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.tuning.grid import Trial
 
 if TYPE_CHECKING:
-    from pipeline.model.clip import Clip
+    from pipeline.model.load import Model
 
 
 # fp32 weights and both Adam moments of what trains.
@@ -23,19 +23,19 @@ def checkpoint_bytes(trials: Sequence[Trial], parameters: Mapping[str, int]) -> 
 
 def trained_parameters(trials: Sequence[Trial]) -> dict[str, int]:
     """{trial: trained parameters}. Builds each base model once, with random weights where it has a name of its own."""
-    from pipeline.model.clip import load_clip
+    from pipeline.model.load import load_model
 
-    bases: dict[str, Clip] = {}
+    bases: dict[str, Model] = {}
     found = {}
     for trial in trials:
         name = trial.config.model.name
         if name not in bases:
-            bases[name] = load_clip(name)
+            bases[name] = load_model(name)
         found[trial.name] = _count(bases[name], trial.config)
     return found
 
 
-def _count(clip: Clip, config: Config) -> int:
+def _count(clip: Model, config: Config) -> int:
     """r (inputs + outputs) for each block, 1 for its gate, `outputs` for DoRA's magnitude, and the rest that trains."""
     from pipeline.evaluation.cost import trained_parameters as beside_blocks
     from pipeline.method.adapter import random_targets, select_targets

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.config import ConfigError
 from pipeline.method.adapter import blocks
-from pipeline.model.clip import load_clip, to_open_clip_state, weights_digest
+from pipeline.model.clip import load_clip
 from pipeline.model.restore import find_run, load_base, load_run
+from pipeline.model.weights import stock_state, weights_digest
 
 Make = Callable[..., Path]
 
@@ -46,8 +47,8 @@ def test_a_step_can_be_chosen_and_the_newest_is_the_default(tmp_path: Path, make
     run = make_run(tmp_path / "run", steps=(10, 20))
     assert find_run(run).label == "run/step-00000020"
     assert find_run(run, step=10).checkpoint.name == "step-00000010"
-    older, newest = weights_digest(to_open_clip_state(load_run(run, 10).model)), load_run(run).model
-    assert older != weights_digest(to_open_clip_state(newest))
+    older, newest = weights_digest(stock_state(load_run(run, 10).model)), load_run(run).model
+    assert older != weights_digest(stock_state(newest))
     with pytest.raises(ConfigError, match="no checkpoint step-00000015; there are: step-00000010, step-00000020"):
         find_run(run, step=15)
 
@@ -55,7 +56,7 @@ def test_a_step_can_be_chosen_and_the_newest_is_the_default(tmp_path: Path, make
 def test_all_gates_closed_and_no_rest_is_the_base_bit_for_bit(tmp_path: Path, make_run: Make) -> None:
     run = make_run(tmp_path / "run", kind="dora", train_rest="none", score=0.05)
     clip = load_run(run)
-    assert weights_digest(to_open_clip_state(clip.model)) == clip.digest
+    assert weights_digest(stock_state(clip.model)) == clip.digest
 
 
 def edit(run: Path, change: Callable[[dict[str, Any]], None], name: str = "state.json") -> None:
@@ -124,4 +125,4 @@ def test_a_run_without_checkpoint_and_a_directory_that_is_no_run_say_so(tmp_path
 
 def test_digest_of_the_split_model_is_that_of_the_loaded_one(tiny_clip_dir: Path) -> None:
     clip = load_clip(f"local-dir:{tiny_clip_dir}", seed=4)
-    assert weights_digest(to_open_clip_state(clip.model)) == clip.digest
+    assert weights_digest(stock_state(clip.model)) == clip.digest

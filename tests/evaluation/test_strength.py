@@ -20,8 +20,8 @@ from pipeline.evaluation.command import evaluate_command
 from pipeline.evaluation.dataset import Settings
 from pipeline.evaluation.run import evaluate, evaluate_run
 from pipeline.evaluation.strength import between, evaluate_strength
-from pipeline.model.clip import to_open_clip_state, weights_digest
 from pipeline.model.restore import find_run, load_base, load_run
+from pipeline.model.weights import stock_state, weights_digest
 
 SETTINGS = Settings(batch_size=16, workers=0)
 SETS = ("ours", "moved", "few", "pairs")
@@ -66,7 +66,7 @@ def test_the_middle_mixes_the_merged_weights(tmp_path: Path, make_run: Callable[
     for name, value in mixed.items():
         torch.testing.assert_close(value, start[name] + 0.3 * (end[name] - start[name]))
         assert (name in moved) != torch.equal(value, start[name])
-    assert weights_digest(to_open_clip_state(base.model)) == base.digest, "the models that are mixed stay as they are"
+    assert weights_digest(stock_state(base.model)) == base.digest, "the models that are mixed stay as they are"
 
 
 def test_eleven_strengths_decode_each_image_once_and_a_broken_curve_goes_on(

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pipeline.config import ConfigError
 from pipeline.method.adapter import attach_adapter, blocks, gate_scores, merge_adapter
-from pipeline.model.clip import _quick_gelu, load_clip, save_open_clip, to_open_clip_state
+from pipeline.model.clip import _quick_gelu, load_clip, save_open_clip
 from pipeline.model.towers import adapter_targets
+from pipeline.model.weights import stock_state
 
 MakeDir = Callable[..., Path]
 Batch = tuple[Tensor, Tensor]
@@ -88,7 +89,7 @@ def test_merged_model_loads_in_stock_open_clip_with_equal_outputs(
     clip.model.eval()
     unmerged = [out.detach() for out in clip.model(*batch)]
     with pytest.raises(ValueError, match="24 blocks are not merged"):
-        to_open_clip_state(clip.model)
+        stock_state(clip.model)
 
     merge_adapter(clip.model)
     save_open_clip(clip.model, clip.model_cfg, clip.preprocess_cfg, tmp_path)
@@ -100,7 +101,7 @@ def test_merged_model_loads_in_stock_open_clip_with_equal_outputs(
 
 
 def test_digest_sees_a_single_bit_and_no_order(clip_dir: MakeDir) -> None:
-    from pipeline.model.clip import weights_digest
+    from pipeline.model.weights import weights_digest
 
     state = load_file(clip_dir() / "open_clip_model.safetensors")
     digest = weights_digest(state)
@@ -158,7 +159,7 @@ def test_a_hugging_face_tokenizer_is_saved_with_the_model(clip_dir: MakeDir, tmp
         ("ViT-B-61", None, "no open_clip architecture; near: .*ViT-B-16"),
         ("local-dir:/nowhere", None, "no open_clip_config.json in that directory"),
         ("ViT-S-32", "no_such_tag", "no_such_tag.*not a known tag"),
-        ("RN50", None, "image tower is no open_clip transformer"),
+        ("RN50", None, "image tower is no plain transformer"),
     ],
 )
 def test_wrong_names_are_config_errors(name: str, pretrained: str | None, message: str) -> None:

@@ -1,0 +1,25 @@
+"""A model by its name: a CLIP of open_clip, or a ViT of timm where the name begins with "timm:"."""
+
+from __future__ import annotations
+
+from pipeline.config import ConfigError
+from pipeline.model.clip import Clip, load_clip
+from pipeline.model.vit import Vit, is_vit, load_vit
+
+Model = Clip | Vit
+
+
+def load_model(
+    name: str, pretrained: str | None = None, *, seed: int = 0, classes: tuple[str, ...] | None = None
+) -> Model:
+    """`load_clip` or `load_vit`, as the name says. classes: what a ViT's classifier shall tell apart."""
+    if is_vit(name):
+        return load_vit(name, pretrained, seed=seed, classes=classes)
+    return load_clip(name, pretrained, seed=seed)
+
+
+def as_clip(model: Model, what: str) -> Clip:
+    """The same; ConfigError for a ViT, which has no text tower. what: the command that needs one."""
+    if isinstance(model, Vit):
+        raise ConfigError(f"{what}: works with a CLIP, and {model.name} has no text tower")
+    return model
