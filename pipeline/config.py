@@ -65,6 +65,11 @@ class Config(Section):
         """Whether the blocks of this run carry gates; random_k implies that they do not."""
         return self.gate.enabled and self.adapter.random_k is None and self.adapter.kind in ("lora", "dora")
 
+    @property
+    def classifies(self) -> bool:
+        """Whether the model is a ViT that is trained as a classifier, instead of a CLIP."""
+        return self.model.name.startswith("timm:")
+
     @model_validator(mode="after")
     def _rules(self) -> Self:
         faults = [message for _, message in broken_rules(self)]
@@ -92,7 +97,8 @@ def broken_rules(config: Config) -> Iterator[tuple[set[str], str]]:
             f"gate.settle_margin: {gate.settle_margin} should be below gate.threshold ({gate.threshold}), "
             f"or no score lies low enough to settle",
         )
-    if adapter.kind == "none" and train.train_rest == "none":
+    # A classifier's head trains in any case: that is the linear probe.
+    if adapter.kind == "none" and train.train_rest == "none" and not config.classifies:
         yield (
             {"adapter.kind", "train.train_rest"},
             "adapter.kind: none together with train.train_rest: none trains nothing",

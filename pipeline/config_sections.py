@@ -25,7 +25,10 @@ class Section(BaseModel):
 
 class Model(Section):
     name: str = Field(
-        default="ViT-B-16-quickgelu", min_length=1, description="open_clip name, local-dir:PATH or hf-hub:ORG/NAME"
+        default="ViT-B-16-quickgelu",
+        min_length=1,
+        description="open_clip name, local-dir:PATH or hf-hub:ORG/NAME of a CLIP; after timm: the same of a ViT, which "
+        "is trained as a classifier",
     )
     pretrained: str | None = Field(
         default=None, description="open_clip tag (openai) or weights file; null: as the name says, or random"
@@ -89,7 +92,9 @@ class Train(Section):
     )
     lr: float = Field(default=1e-5, gt=0, description="peak learning rate")
     rest_lr: float | None = Field(default=None, gt=0, description="peak learning rate of train_rest; null: lr")
-    weight_decay: float = Field(default=0.1, ge=0, description="AdamW; never on scores, magnitudes, logit scale")
+    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="AdamW, or SGD with train.momentum")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of SGD")
+    weight_decay: float = Field(default=0.1, ge=0, description="never on scores, magnitudes, logit scale")
     betas: Pair = Field(default=(0.9, 0.999), description="AdamW betas")
     eps: float = Field(default=1e-8, gt=0, description="AdamW eps")
     warmup_steps: int = Field(default=500, ge=0, description="optimizer steps of linear warmup, then cosine to 0")
@@ -136,6 +141,7 @@ class Data(Section):
     crop_scale: Pair = Field(
         default=(0.9, 1.0), description="share of the image area kept by the random crop, low and high"
     )
+    flip: bool = Field(default=False, description="mirror every other image from left to right, at random")
     preprocessing: Literal["fast", "reference"] = Field(
         default="fast", description="reference: PIL, for published numbers"
     )

@@ -70,6 +70,7 @@ class TrainDataset:
         window: int,
         templates: str | Sequence[str] = "openai",
         crop_scale: tuple[float, float] = (0.9, 1.0),
+        flip: bool = False,
         preprocessing: Preprocessing = "fast",
         max_pixels: int = MAX_PIXELS,
     ) -> None:
@@ -77,7 +78,7 @@ class TrainDataset:
         self.order = Order(index.sizes(), seed=seed, streams=streams, window=window)
         self.templates = resolve_templates(templates)
         self.preprocessing: Preprocessing = preprocessing
-        self.crop_scale, self.max_pixels = crop_scale, max_pixels
+        self.crop_scale, self.flip, self.max_pixels = crop_scale, flip, max_pixels
         self._tars: OrderedDict[int, TarIndex] = OrderedDict()
 
     @property
@@ -114,10 +115,12 @@ class TrainDataset:
         name = None if texts else self._classname(label, members)
         choices = texts or self.templates
         image = decode(tar.read(number, ext), form=self.preprocessing, max_pixels=self.max_pixels)
-        seed = stable_hash("crop", self.seed, epoch, key)
+        pixels = train_crop(image, self.size, scale=self.crop_scale, seed=stable_hash("crop", self.seed, epoch, key))
+        if self.flip and stable_hash("flip", self.seed, epoch, key) % 2:
+            pixels = pixels.flip(-1)
         text = choices[draw_without_repetition(len(choices), self.seed, key, epoch)]
         return TrainSample(
-            image=train_crop(image, self.size, scale=self.crop_scale, seed=seed),
+            image=pixels,
             caption=text if name is None else caption(text, name),
             key=key,
             label=label,

@@ -23,7 +23,11 @@ from pipeline.training.distributed import TIMEOUT, World
 
 # Parameters up to this size stay whole under ZeRO-3: scores, biases and norms cost more to gather than to keep.
 PERSISTENT_ELEMENTS = 1_000
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+# What an optimizer keeps of each parameter.
+_MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    torch.optim.SGD: ("momentum_buffer",),
+}
 
 
 def start_process_group(
@@ -79,18 +83,13 @@ def deepspeed_config(config: Config, world: World) -> dict[str, Any]:
 def build_engine(
     model: nn.Module, groups: list[dict], config: Config, world: World, whole: Sequence[type[nn.Module]] = ()
 ) -> Any:
-    """Wrap `model` into a DeepSpeed engine that trains exactly the parameters of `groups` with AdamW.
+    """Wrap `model` into a DeepSpeed engine that trains exactly the parameters of `groups`.
 
     whole: classes of modules whose parameters ZeRO-3 gathers all at once, before their forward.
     """
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    optimizer = torch.optim.AdamW(
-        [{key: value for key, value in group.items() if key != "names"} for group in groups],
-        lr=0.0,
-        betas=config.train.betas,
-        eps=config.train.eps,
-    )
+    optimizer = _optimizer([{key: value for key, value in group.items() if key != "names"} for group in groups], config)
     settings = deepspeed_config(config, world)
     with _without_compiler_noise(), _without_mlflow():
         import deepspeed
@@ -106,6 +105,20 @@ def build_engine(
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
+
+
+def _optimizer(groups: list[dict], config: Config) -> torch.optim.Optimizer:
+    train = config.train
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=train.momentum)
+    return torch.optim.AdamW(groups, lr=0.0, betas=train.betas, eps=train.eps)
+
+
+def _moments(engine: Any) -> tuple[str, ...]:
+    optimizer = engine.basic_optimizer
+    # Without momentum SGD keeps nothing, though it has a place for it.
+    plain = isinstance(optimizer, torch.optim.SGD) and not optimizer.defaults["momentum"]
+    return () if plain else _MOMENTS[type(optimizer)]
 
 
 @contextmanager
@@ -166,14 +179,17 @@ def _answering(parameter: nn.Parameter) -> Iterator[None]:
 
 
 def optimizer_state(engine: Any, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
-    """Both Adam moments of each parameter, whole, plus `step`; independent of ZeRO stage and world size. Collective."""
+    """The optimizer's moments of each parameter, whole, plus `step`; independent of ZeRO stage and world size.
+
+    Collective.
+    """
     from deepspeed.utils import safe_get_full_optimizer_state
 
     _link_moments(engine)
     plain = engine.basic_optimizer.state
     state: dict[str, Tensor] = {}
     for name, parameter in named:
-        for moment in _MOMENTS:
+        for moment in _moments(engine):
             if parameter in plain and moment in plain[parameter]:
                 value: Tensor = plain[parameter][moment]
             else:
@@ -191,18 +207,18 @@ def _known(value: Tensor | None, name: str) -> Tensor:
 
 
 def restore_moments(engine: Any, named: Iterable[tuple[str, nn.Parameter]], moments: Mapping[str, Tensor]) -> None:
-    """Write whole Adam moments, as `optimizer_state` gave them, into an engine of any ZeRO stage and world size.
+    """Write whole moments, as `optimizer_state` gave them, into an engine of any ZeRO stage and world size.
 
     The parameters themselves are loaded into the model before the engine is built, so its fp32 masters start from them.
     """
     _create_moments(engine, float(moments["step"].item()))
     for name, parameter in named:
-        for moment in _MOMENTS:
+        for moment in _moments(engine):
             _set_moment(engine, parameter, moment, moments[f"{name}/{moment}"].to(engine.device))
 
 
 def rest(engine: Any, parameters: Iterable[nn.Parameter], *, at_zero: bool) -> None:
-    """Make AdamW leave parameters alone that get no gradient any more: without momentum nothing moves them.
+    """Make the optimizer leave parameters alone that get no gradient any more: without momentum nothing moves them.
 
     at_zero: set them to zero, too, which is where weight decay does not move them either.
     """
@@ -210,7 +226,7 @@ def rest(engine: Any, parameters: Iterable[nn.Parameter], *, at_zero: bool) -> N
     for parameter in parameters:
         nothing = torch.zeros(_whole_shape(parameter), device=engine.device)
         with _answering(parameter):
-            for moment in _MOMENTS:
+            for moment in _moments(engine):
                 _set_moment(engine, parameter, moment, nothing)
             if at_zero:
                 _set_value(engine, parameter, nothing)
@@ -262,14 +278,14 @@ def _step_count(engine: Any) -> float:
 
 
 def _create_moments(engine: Any, step: float) -> None:
-    """AdamW makes its moments at its first step; a restored engine needs them before."""
+    """An optimizer makes its moments at its first step; a restored engine needs them before."""
     optimizer, stage = engine.basic_optimizer, engine.zero_optimization_stage()
     # ZeRO-3 empties the optimizer's groups between steps and keeps the flat partitions itself.
     flat = engine.optimizer.fp32_partitioned_groups_flat if stage == 3 else None
     for parameter in flat or [p for group in optimizer.param_groups for p in group["params"]]:
         optimizer.state[parameter] = {
             "step": torch.tensor(step, dtype=torch.float32),
-            **{moment: torch.zeros_like(parameter) for moment in _MOMENTS},
+            **{moment: torch.zeros_like(parameter) for moment in _moments(engine)},
         }
     _link_moments(engine)
 

@@ -53,7 +53,7 @@ def train_steps(
     engine: Any,
     batches: Iterable[Any],
     *,
-    tokenize: Callable[[list[str]], Tensor],
+    targets_of: Callable[[Any], Tensor],
     factor: Callable[[int], float],
     peak_lr: float,
     seed: int,
@@ -68,8 +68,8 @@ def train_steps(
 ) -> int:
     """Train over `batches`, which start at the step to be done next; return the number of steps done in all.
 
-    `settle()` is called after each step, `save(step)` with the number of finished steps: at intervals, at the end, and
-    when a stop is requested.
+    `targets_of(batch)` is what the task wants of a batch beside its images. `settle()` is called after each step,
+    `save(step)` with the number of finished steps: at intervals, at the end, and when a stop is requested.
     """
     done, watching = 0, True
     for batch in batches:
@@ -78,8 +78,8 @@ def train_steps(
         torch.manual_seed((seed * 1_000_003 + step) * 4096 + dist.get_rank())
         set_learning_rates(engine, factor(step))
         images = batch.images.to(engine.device, non_blocking=True)
-        tokens = tokenize(batch.captions).to(engine.device, non_blocking=True)
-        losses = engine(images, tokens, step)
+        targets = targets_of(batch).to(engine.device, non_blocking=True)
+        losses = engine(images, targets, step)
         engine.backward(losses["total"])
         engine.step()
         if watching:  # after the step, when ZeRO-3 has put the scores together again

@@ -1,31 +1,39 @@
-"""The model of a run: CLIP with its blocks, what trains in it, and what a checkpoint says about it."""
+"""The model of a run with its blocks, what trains in it and for what, and what a checkpoint says about it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.config import Config, ConfigError
+from pipeline.data.shards import ShardIndex
+from pipeline.data.stream import Batch
 from pipeline.method.adapter import attach_adapter, blocks, gate_map, gate_scores, random_targets, select_targets
 from pipeline.method.settle import Settling
-from pipeline.model.clip import Clip, load_clip
+from pipeline.model.load import Model, load_model
 from pipeline.model.restore import check_base, copy_parameters
-from pipeline.model.towers import TOWERS, adapter_targets, apply_trainable, compile_layers, layers
+from pipeline.model.towers import adapter_targets, apply_trainable, compile_layers, layers, towers_of
+from pipeline.model.vit import Vit
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.distributed import World
-from pipeline.training.objective import Objective, PenaltySettings
+from pipeline.training.objective import Classification, Contrastive, Objective, PenaltySettings
 
 
-def build_model(config: Config) -> Clip:
-    """The pretrained CLIP with its blocks attached and only the chosen parameters trainable."""
-    clip = load_clip(config.model.name, config.model.pretrained, seed=config.seed)
+def build_model(config: Config, classes: tuple[str, ...] | None = None) -> Model:
+    """The pretrained model with its blocks attached and only the chosen parameters trainable.
+
+    classes: what the classifier of a ViT tells apart.
+    """
+    model = load_model(config.model.name, config.model.pretrained, seed=config.seed, classes=classes)
     adapter, gate = config.adapter, config.gate
     if adapter.kind in ("lora", "dora"):
-        targets = adapter_targets(clip.model)
+        targets = adapter_targets(model.model)
+        # A ViT has the one tower; what is said of the other does not concern it.
+        towers = [tower for tower in adapter.towers if tower in towers_of(model.model)] or adapter.towers
         try:
-            names = select_targets(list(targets), adapter.towers, adapter.projections, adapter.targets)
+            names = select_targets(list(targets), towers, adapter.projections, adapter.targets)
             if adapter.random_k is not None:
                 names = random_targets(names, adapter.random_k, config.seed)
             attach_adapter(
@@ -41,41 +49,64 @@ def build_model(config: Config) -> Clip:
             )
         except ValueError as error:
             raise ConfigError(f"adapter.{error}") from error
-    apply_trainable(clip.model, config.train.train_rest, adapter.kind)
-    return clip
+    apply_trainable(model.model, config.train.train_rest, adapter.kind)
+    return model
 
 
-def objective_of(config: Config, clip: Clip) -> Objective:
+def classes_of(config: Config, index: ShardIndex) -> tuple[str, ...] | None:
+    """The classes of the shards for a classifier, None for a CLIP. ConfigError where a classifier finds none."""
+    if not config.classifies:
+        return None
+    if index.classes is None or len(index.classes) < 2:
+        raise ConfigError(
+            f"data.train={index.folder.location}: model.name={config.model.name} is trained as a classifier, and these "
+            "shards have no classes; pack class folders, or a table with a class column"
+        )
+    return index.classes
+
+
+def targets_of(model: Model, batch: Batch) -> Tensor:
+    """What the task of a model wants of a batch beside its images: tokens (B, context), or classes (B,)."""
+    if not isinstance(model, Vit):
+        return model.tokenizer(batch.captions)
+    if int(batch.labels.min()) < 0:
+        nameless = batch.keys[int(batch.labels.argmin())]
+        raise ConfigError(f"data.train: {nameless} has no class, and the model is trained as a classifier")
+    return batch.labels
+
+
+def objective_of(config: Config, model: Model) -> Objective:
     """What the run minimises, computed as section train says: in micro-batches, layers kept or computed again."""
     gate = config.gate
     if config.train.activation_checkpointing:
-        clip.model.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
+        model.model.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
     if config.train.compile:
-        compile_layers(clip.model)
+        compile_layers(model.model)
     return Objective(
-        clip.model,
-        [block.gate for block in blocks(clip.model).values() if block.gate is not None],
+        model.model,
+        Classification() if isinstance(model, Vit) else Contrastive(),
+        [block.gate for block in blocks(model.model).values() if block.gate is not None],
         PenaltySettings(gate.penalty, gate.reduction, gate.lam, gate.threshold, gate.delay_steps),
-        mean=clip.preprocess_cfg["mean"],
-        std=clip.preprocess_cfg["std"],
+        mean=model.preprocess_cfg["mean"],
+        std=model.preprocess_cfg["std"],
         precision=config.model.precision,
         micro_batch=config.train.micro_batch_size,
     )
 
 
-def compiled_layers(config: Config, clip: Clip) -> list[type[nn.Module]]:
+def compiled_layers(config: Config, model: Model) -> list[type[nn.Module]]:
     """Classes of the layers that are compiled."""
-    every = [layer for tower in TOWERS for layer in layers(clip.model, tower)]
+    every = [layer for tower in towers_of(model.model) for layer in layers(model.model, tower)]
     return list(dict.fromkeys(type(layer) for layer in every)) if config.train.compile else []
 
 
-def load_trainable(clip: Clip, checkpoint: Checkpoint) -> None:
+def load_trainable(model: Model, checkpoint: Checkpoint) -> None:
     """Put a checkpoint's parameters into a freshly built model.
 
     Raises ConfigError when the base weights differ from those it was trained on, or a parameter is missing or unknown.
     """
-    check_base(clip, checkpoint.state["base_digest"], checkpoint.path)
-    copy_parameters(clip, [name for name, _ in trainable(clip.model)], checkpoint.path)
+    check_base(model, checkpoint.state["base_digest"], checkpoint.path)
+    copy_parameters(model, [name for name, _ in trainable(model.model)], checkpoint.path)
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -83,12 +114,12 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def settling_of(config: Config, clip: Clip) -> Settling | None:
+def settling_of(config: Config, model: Model) -> Settling | None:
     """None where gates do not settle."""
     gate = config.gate
     if gate.settle_steps is None or not config.gated:
         return None
-    return Settling(clip.model, gate.settle_steps, gate.settle_margin)
+    return Settling(model.model, gate.settle_steps, gate.settle_margin)
 
 
 def gate_values(model: nn.Module, settling: Settling | None = None) -> dict[str, float]:
@@ -102,24 +133,29 @@ def gate_values(model: nn.Module, settling: Settling | None = None) -> dict[str,
 
 
 def checkpoint_state(
-    config: Config, clip: Clip, data_digest: str, step: int, world: World, settling: Settling | None = None
+    config: Config, model: Model, data_digest: str, step: int, world: World, settling: Settling | None = None
 ) -> dict[str, Any]:
     """What state.json says: enough to rebuild the model around the saved parameters, and the gates as they stand."""
-    gates = gate_map(clip.model)
+    gates = gate_map(model.model)
     return {
         "format": "selora-checkpoint",
         "version": 1,
         "step": step,
         "samples_seen": step * config.train.global_batch_size,
-        "base_digest": clip.digest,
+        "base_digest": model.digest,
         "data_digest": data_digest,
-        "model": {"name": clip.name, "pretrained": clip.pretrained, "seed": config.seed},
+        "model": {
+            "name": model.name,
+            "pretrained": model.pretrained,
+            "seed": config.seed,
+            **({"classes": list(model.classes or ())} if isinstance(model, Vit) else {}),
+        },
         "adapter": {
             "kind": config.adapter.kind,
             "rank": config.adapter.rank,
             "alpha": config.adapter.alpha,
             "targets": list(gates),
-            "gated": bool(gate_scores(clip.model)),
+            "gated": bool(gate_scores(model.model)),
             "threshold": config.gate.threshold,
         },
         "gate_map": gates,

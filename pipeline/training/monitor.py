@@ -56,6 +56,8 @@ class Monitor:
     log_every: int
     gates_every: int
     bad_limit: float
+    # Whether the captions of other images are what an image is told apart from.
+    negatives: bool
     _window: list[tuple[int, dict[str, Tensor], list[str]]] = field(default_factory=list)
     _bad: set[str] = field(default_factory=set)
     _retries: int = 0
@@ -76,11 +78,12 @@ class Monitor:
         values |= {
             "train/lr": factor * peak_lr,
             "train/images_per_s": len(self._window) * self.global_batch_size / (time.perf_counter() - self._since),
-            "train/effective_negatives": self._effective_negatives(batch.captions),
             "train/samples_seen": float(done * self.global_batch_size),
             "data/bad_samples": self._count_bad(),
             "data/retries": float(gather_numbers(torch.tensor([self._retries]), self.control).sum()),
         }
+        if self.negatives:
+            values["train/effective_negatives"] = self._effective_negatives(batch.captions)
         values |= self._gate_values(done)
         self._window.clear()
         self._since = time.perf_counter()

@@ -24,7 +24,7 @@ class Rates:
 def parameter_groups(
     named: Iterable[tuple[str, nn.Parameter]], inside_layers: Callable[[str], bool], rates: Rates, weight_decay: float
 ) -> list[dict]:
-    """Sort trainable parameters into AdamW groups, none of them empty.
+    """Sort trainable parameters into optimizer groups, none of them empty.
 
     Each group carries its peak rate as `peak_lr`; `lr` starts at zero and is set before every step.
     """

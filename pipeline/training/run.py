@@ -16,7 +16,7 @@ from pipeline.data.batches import Batches
 from pipeline.data.shards import ShardIndex, load_index
 from pipeline.data.stream import Batch, TrainDataset, train_loader
 from pipeline.method.adapter import GradientWatch
-from pipeline.model.clip import Clip
+from pipeline.model.load import Model
 from pipeline.model.towers import inside_layers
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
@@ -35,11 +35,13 @@ from pipeline.training.loop import StopRequest, train_steps
 from pipeline.training.model import (
     build_model,
     checkpoint_state,
+    classes_of,
     compiled_layers,
     gate_values,
     load_trainable,
     objective_of,
     settling_of,
+    targets_of,
     trainable,
 )
 from pipeline.training.monitor import Monitor, Sink, TrainingFailed
@@ -131,15 +133,15 @@ def _train_held(config: Config, run_dir: Path, world: World, lease: Lease | None
     for warning in warnings_of(config, total, index.samples):
         say(world, f"warning: {warning}")
     with watched_peers(store, world):
-        clip = build_model(config)
+        model = build_model(config, classes_of(config, index))
         if checkpoint is not None:
             _check_data(checkpoint, index)
-            load_trainable(clip, checkpoint)
+            load_trainable(model, checkpoint)
             say(world, f"{run_dir}: continuing at step {checkpoint.step} of {total}")
-        digests = {"selora.base_digest": clip.digest, "selora.data_digest": index.digest}
+        digests = {"selora.base_digest": model.digest, "selora.data_digest": index.digest}
         with tracked(config, run_dir, world, digests, total) as tracker:
             sink = tracker if watch is None else _Watched(tracker, watch)
-            step = _train(job, clip, checkpoint, control, sink, watch, lease)
+            step = _train(job, model, checkpoint, control, sink, watch, lease)
     return Outcome(run_dir, step, total)
 
 
@@ -163,7 +165,7 @@ def warnings_of(config: Config, total: int, samples: int) -> list[str]:
         )
     if config.train.warmup_steps >= total:
         found.append(f"train.warmup_steps={config.train.warmup_steps} outlasts the run's {total} steps")
-    if config.gated:
+    if config.gated and config.train.optimizer == "adamw":
         rate, margin = config.gate.lr or config.train.lr, config.gate.init - config.gate.threshold
         travel = rate * sum(lr_factor(step, config.train.warmup_steps, total) for step in range(total))
         # Adam moves a score by at most its learning rate a step, whatever gate.lam is.
@@ -177,33 +179,33 @@ def warnings_of(config: Config, total: int, samples: int) -> list[str]:
 
 def _train(
     job: _Job,
-    clip: Clip,
+    model: Model,
     checkpoint: Checkpoint | None,
     control: dist.ProcessGroup,
     sink: Sink,
     watch: Watch | None,
     lease: Lease | None,
 ) -> int:
-    config, model, settings, total = job.config, clip.model, job.config.train, job.total
+    config, net, settings, total = job.config, model.model, job.config.train, job.total
     rates = Rates(settings.lr, settings.rest_lr or settings.lr, config.gate.lr or settings.lr)
-    groups = parameter_groups(trainable(model), inside_layers, rates, settings.weight_decay)
-    gradients = GradientWatch(model)
-    engine = build_engine(objective_of(config, clip), groups, config, job.world, compiled_layers(config, clip))
-    named = trainable(model)
-    settling = settling_of(config, clip)
+    groups = parameter_groups(trainable(net), inside_layers, rates, settings.weight_decay)
+    gradients = GradientWatch(net)
+    engine = build_engine(objective_of(config, model), groups, config, job.world, compiled_layers(config, model))
+    named = trainable(net)
+    settling = settling_of(config, model)
     start = 0
     if checkpoint is not None:
         restore_moments(engine, named, checkpoint.moments())
         start = checkpoint.step
         if settling is not None:
             settling.restore(checkpoint.state["settling"])
-    monitor = _monitor(job, sink, control, partial(gate_values, model, settling))
+    monitor = _monitor(job, sink, control, partial(gate_values, net, settling))
 
     def settle() -> None:
         for block in settling.observe() if settling is not None else []:
             rest(engine, block.lowrank.parameters(), at_zero=True)
             rest(engine, block.undecayed(), at_zero=False)
-        if not trainable(model):
+        if not trainable(net):
             raise TrainingFailed(
                 "every gate has settled and train.train_rest=none: nothing is left to train. "
                 "Lower gate.lam, or set gate.settle_steps=null"
@@ -214,7 +216,7 @@ def _train(
         if job.world.is_main:
             if lease is not None:
                 lease.check()
-            state = checkpoint_state(config, clip, job.index.digest, done, job.world, settling)
+            state = checkpoint_state(config, model, job.index.digest, done, job.world, settling)
             save_checkpoint(job.run_dir, parameters, moments, state, keep_last=settings.keep_last)
         dist.barrier(control)
 
@@ -222,8 +224,8 @@ def _train(
         try:
             done = train_steps(
                 engine,
-                _batches(job, clip, start),
-                tokenize=clip.tokenizer,
+                _batches(job, model, start),
+                targets_of=partial(targets_of, model),
                 factor=lambda step: lr_factor(step, settings.warmup_steps, total),
                 peak_lr=settings.lr,
                 seed=config.seed,
@@ -255,19 +257,21 @@ def _monitor(job: _Job, sink: Sink, control: dist.ProcessGroup, gates: Callable[
         log_every=config.train.log_every,
         gates_every=config.train.gates_every,
         bad_limit=config.data.max_bad_share * job.index.samples,
+        negatives=not config.classifies,
     )
 
 
-def _batches(job: _Job, clip: Clip, start: int) -> Batches[Batch]:
+def _batches(job: _Job, model: Model, start: int) -> Batches[Batch]:
     config, data = job.config, job.config.data
     dataset = TrainDataset(
         job.index,
-        size=clip.preprocess_cfg["size"],
+        size=model.preprocess_cfg["size"],
         seed=config.seed,
         streams=data.streams,
         window=data.shuffle_window,
         templates=data.templates,
         crop_scale=data.crop_scale,
+        flip=data.flip,
         preprocessing=data.preprocessing,
         max_pixels=data.max_pixels,
     )
