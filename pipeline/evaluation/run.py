@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import ConfigError
 from pipeline.evaluation.benchmark import Benchmark, is_there
 from pipeline.evaluation.dataset import Dataset, Settings, open_dataset
 from pipeline.evaluation.passes import Subject, evaluate_dataset
@@ -53,6 +54,8 @@ class Walk:
     subjects: list[Subject] = field(default_factory=list)
     results: list[dict[str, Result]] = field(default_factory=list)
     skipped: list[list[str]] = field(default_factory=list)
+    # Of the rows that a model was asked for and cannot answer, by key.
+    left_out: list[dict[str, str]] = field(default_factory=list)
 
 
 def evaluate(
@@ -119,12 +122,17 @@ def walk_table(
     ranks = Ranks.current()
     walk = Walk(jobs, settings, ranks, say if say is not None and ranks.rank == 0 else _silent, skip_done)
     walk.subjects = [Subject.of(job.clip, settings) for job in jobs]
-    walk.results, walk.skipped = [{} for _ in jobs], [[] for _ in jobs]
+    walk.results, walk.skipped, walk.left_out = [{} for _ in jobs], [[] for _ in jobs], [{} for _ in jobs]
     for row in benchmark.rows:
         wanted = row in chosen.rows
         # Rank 0 decides: ranks that see a shared disk at different times would part ways and wait for each other.
         if wanted or ranks.from_first(lambda row=row: is_there(row) and _has_files(jobs, row)):
             _visit(walk, row, wanted)
+    if walk.left_out[-1].keys() == {row.key for row in chosen.rows}:
+        asked, reasons = jobs[-1].clip.pretrained or jobs[-1].clip.name, walk.left_out[-1].values()
+        raise ConfigError(
+            f"benchmark {benchmark.name}: {asked} can answer none of its rows: {', '.join(dict.fromkeys(reasons))}"
+        )
     return walk
 
 
@@ -149,8 +157,9 @@ def _visit(walk: Walk, row: Row, wanted: bool) -> None:
     for i, (job, result) in enumerate(zip(walk.jobs, found, strict=True)):
         name = f"{job.name}: " if job.name else ""
         if result is None:
-            if wanted:
-                walk.say(f"{name}{row.key}: left out, for {unable[i]}")
+            if wanted and (reason := unable[i]) is not None:
+                walk.left_out[i][row.key] = reason
+                walk.say(f"{name}{row.key}: left out, for {reason}")
             continue
         walk.results[i][row.key] = result
         if wanted:

@@ -1,0 +1,142 @@
+"""A ViT with a classifier at the benchmark: its own classes, K-NN on its source set, and why not the other rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
+
+from pipeline.config import Config, ConfigError, override, to_yaml
+from pipeline.data.wds_layout import open_eval_set
+from pipeline.evaluation.benchmark import load_benchmark
+from pipeline.evaluation.dataset import Settings
+from pipeline.evaluation.run import evaluate_run
+from pipeline.evaluation.strength import evaluate_strength
+from pipeline.model.restore import load_run
+from pipeline.model.vit import Vit, save_timm
+from pipeline.training.checkpoint import save_checkpoint
+from pipeline.training.distributed import read_world
+from pipeline.training.model import build_model, checkpoint_state, trainable
+
+SETTINGS = Settings(batch_size=16, workers=0)
+ARGS: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture(scope="session")
+def table(datasets: Path, known_set: Path) -> Path:
+    assert known_set.name == "wds_known"
+    file = datasets / "vision.yaml"
+    file.write_text(
+        "name: small\n"
+        "datasets:\n"
+        "  - {key: known, group: source, path: wds_known, bank: train, resize: 40}\n"
+        "  - {key: ours, group: id, path: wds_id}\n"
+        "  - {key: few, group: zero-shot, path: wds_few}\n"
+        "  - {key: pairs, group: retrieval, path: wds_pairs}\n"
+    )
+    return file
+
+
+@pytest.fixture
+def run(tmp_path: Path, datasets: Path) -> Path:
+    """A run of gated LoRA over a random ViT, as `selora train` leaves it; parameters are moved at random."""
+    from timm.models import save_for_hf
+
+    torch.manual_seed(3)
+    stock = timm.create_model("vit_tiny_patch16_224", num_classes=0, **ARGS)
+    save_for_hf(stock, str(tmp_path / "vit"), model_config={"model_args": ARGS}, safe_serialization=True)
+    changes = {
+        "name": "run",
+        "out": str(tmp_path),
+        "model.name": f"timm:local-dir:{tmp_path / 'vit'}",
+        "adapter.rank": 4,
+        "train.train_rest": "none",
+        "tracking.enabled": False,
+    }
+    config = override(Config.model_validate({"data": {"train": "shards"}}), changes)
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / "config.yaml").write_text(to_yaml(config))
+    names = open_eval_set(datasets / "wds_id").classnames
+    assert names is not None
+    # Underscores and capitals do not make another class.
+    model = build_model(config, tuple(name.capitalize() for name in names))
+    parameters = dict(trainable(model.model))
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if not name.endswith("gate.score"):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    state = checkpoint_state(config, model, "0" * 64, 20, read_world({}))
+    saved = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    save_checkpoint(directory, saved, {"moment": torch.zeros(1)}, state, keep_last=1)
+    return directory
+
+
+def test_own_classes_by_the_classifier_and_the_source_set_by_neighbours(run: Path, table: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    benchmark = load_benchmark(table)
+    found = evaluate_run(run, benchmark, run / "eval", SETTINGS, baselines=tmp_path / "base", say=said.append)
+    assert found.results.keys() == {"known", "ours"}
+    assert "few: left out, for the model was trained for other classes" in said
+    assert "pairs: left out, for the model reads no texts" in said
+    assert "untouched model: ours: left out, for the untouched model has no classifier" in said
+    summary = found.summary
+    assert summary["datasets"]["ours"]["change"] is None
+    assert summary["forgetting"] == -summary["datasets"]["known"]["change"]
+    assert summary["groups"].keys() == {"id", "source"}
+    assert found.results["ours"]["value"] == pytest.approx(
+        timm_accuracy(run, table.parent / "wds_id", tmp_path / "out")
+    )
+    again = evaluate_run(run, benchmark, run / "eval", SETTINGS, baselines=tmp_path / "base")
+    assert sorted(again.skipped) == ["known", "ours"]
+
+
+def timm_accuracy(run: Path, folder: Path, out: Path) -> float:
+    """Of timm's own model with timm's own loading, on images by torchvision's own transforms."""
+    import io
+
+    from PIL import Image
+
+    vit = load_run(run)
+    assert isinstance(vit, Vit)
+    save_timm(vit, out)
+    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    cfg = vit.preprocess_cfg
+    transform = Compose([Resize((32, 32), InterpolationMode.BICUBIC), ToTensor(), Normalize(cfg["mean"], cfg["std"])])
+    data = open_eval_set(folder)
+    images = []
+    for shard, number in data.places:
+        extension = next(ext for ext in ("webp", "png", "jpg") if ext in data.tars[shard].samples[number].members)
+        images.append(Image.open(io.BytesIO(data.tars[shard].read(number, extension))).convert("RGB"))
+    with torch.no_grad():
+        guesses = model(torch.stack([transform(image) for image in images])).argmax(1)
+    return float((guesses == torch.tensor(data.labels)).float().mean())
+
+
+def test_the_strength_curve_keeps_the_classifier(run: Path, table: Path, tmp_path: Path) -> None:
+    curve = evaluate_strength(
+        run,
+        load_benchmark(table),
+        tmp_path / "curve",
+        SETTINGS,
+        baselines=tmp_path / "base",
+        alphas=(0.0, 0.5, 1.0),
+        datasets=["known", "ours"],
+    )
+    assert curve["groups"]["1.0"].keys() == {"id", "source"}
+    tuned = evaluate_run(run, load_benchmark(table), run / "eval", SETTINGS, baselines=tmp_path / "base")
+    assert curve["datasets"]["1.0"]["ours"] == tuned.results["ours"]["value"]
+    base = json.loads(next((tmp_path / "base").rglob("known.json")).read_text())
+    assert curve["datasets"]["0.0"]["known"] == base["value"]
+
+
+def test_a_benchmark_without_an_answerable_row_is_refused(run: Path, datasets: Path, tmp_path: Path) -> None:
+    file = tmp_path / "texts.yaml"
+    file.write_text(f"root: {datasets}\ndatasets:\n  - {{key: pairs, group: retrieval, path: wds_pairs}}\n")
+    with pytest.raises(ConfigError, match=r"benchmark texts: run/step-00000020 can answer none of its rows: .*texts"):
+        evaluate_run(run, load_benchmark(file), run / "eval", SETTINGS, baselines=tmp_path / "base")
