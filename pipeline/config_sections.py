@@ -156,6 +156,9 @@ class Eval(Section):
     root: str | None = Field(
         default=None, min_length=1, description="where the benchmark's datasets lie; null: as its file says"
     )
+    datasets: Texts | None = Field(
+        default=None, min_length=1, description="only these rows of the benchmark, by their keys; null: all"
+    )
     batch_size: int = Field(default=64, ge=1, description="images per rank and forward")
     workers: int = Field(default=2, ge=0, description="decoding processes per rank")
     preprocessing: Literal["fast", "reference"] = Field(

@@ -245,7 +245,7 @@ def _config(config: Config) -> Iterator[Finding]:
         yield Finding("shards", config.data.train, str(error))
     if config.eval.benchmark is not None:
         try:
-            benchmark = load_benchmark(config.eval.benchmark, config.eval.root)
+            benchmark = load_benchmark(config.eval.benchmark, config.eval.root).choose(config.eval.datasets)
             benchmark.check_paths()
             yield Finding("benchmark", f"{benchmark.name}: {len(benchmark.rows)} datasets are there")
         except ConfigError as error:

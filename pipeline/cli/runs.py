@@ -64,6 +64,11 @@ def _add_evaluate(commands: Any) -> None:
         metavar="A",
         help="the curve from the untouched (0) to the fine-tuned model (1), all in one pass (default: 0 0.1 .. 1)",
     )
+    parser.add_argument(
+        "--checkpoints",
+        action="store_true",
+        help="compare all kept checkpoints of the run by group id, and evaluate the best of them",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="results (default: RUN/eval, or eval/MODEL)")
     parser.add_argument("--datasets", nargs="+", metavar="KEY", help="only these rows of the benchmark")
     parser.add_argument(

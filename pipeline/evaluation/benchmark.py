@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -60,6 +60,10 @@ class Benchmark:
         if faults:
             raise ConfigError("\n".join(faults))
         return Benchmark(self.name, tuple(row for row in self.rows if row.key in keys))
+
+    def without(self, keys: Collection[str]) -> Benchmark:
+        """All but the named datasets."""
+        return Benchmark(self.name, tuple(row for row in self.rows if row.key not in keys))
 
     def check_paths(self) -> None:
         """Raise one ConfigError that lists every dataset whose directory is not there."""

@@ -15,6 +15,7 @@ from pipeline.config import Config, ConfigError, load_config
 from pipeline.data.cache import Cache
 from pipeline.data.images import Preprocessing
 from pipeline.evaluation.benchmark import Benchmark, load_benchmark
+from pipeline.evaluation.checkpoints import evaluate_checkpoints, format_checkpoints
 from pipeline.evaluation.dataset import Settings
 from pipeline.evaluation.encode import Precision
 from pipeline.evaluation.ranks import Ranks, launched_ranks
@@ -22,7 +23,8 @@ from pipeline.evaluation.record import track_curve, track_results
 from pipeline.evaluation.run import evaluate, evaluate_run
 from pipeline.evaluation.strength import STRENGTH_FILE, evaluate_strength, format_curve
 from pipeline.evaluation.summary import format_summary
-from pipeline.model.clip import CONFIG_FILE, Clip, load_clip
+from pipeline.model.clip import CONFIG_FILE
+from pipeline.model.load import Model, load_model
 from pipeline.model.restore import check_exists, find_run, is_run
 
 
@@ -43,6 +45,7 @@ class Asked:
     preprocessing: Preprocessing = "reference"
     cache: str | None = None
     strength: Sequence[float] | None = None
+    checkpoints: bool = False
 
     def settings(self, config: Config | None) -> Settings:
         workers = config.eval.workers if config is not None else Settings.workers
@@ -63,7 +66,10 @@ class Asked:
         if name is None:
             which = "" if config is None else ", and the run's config has no eval.benchmark"
             raise ConfigError(f"benchmark: none given{which}; name a benchmark")
-        return load_benchmark(name, config.eval.root if config is not None and root is None else root)
+        table = load_benchmark(name, config.eval.root if config is not None and root is None else root)
+        # The config names rows of its own benchmark.
+        own = config is not None and self.benchmark is None and self.datasets is None
+        return table.choose(config.eval.datasets) if config is not None and own else table
 
 
 def evaluate_command(run_or_model: str | Path, **asked: object) -> int:
@@ -77,6 +83,8 @@ def evaluate_command(run_or_model: str | Path, **asked: object) -> int:
     if not is_run(run_or_model):
         if options.strength is not None:
             raise ConfigError(f"strength: {run_or_model} is no run, and the curve needs one and its untouched base")
+        if options.checkpoints:
+            raise ConfigError(f"checkpoints: {run_or_model} is no run, so it has none")
         table = options.table(None)
         with launched_ranks() as ranks:
             _plain_model(str(run_or_model), table, options, ranks)
@@ -86,8 +94,11 @@ def evaluate_command(run_or_model: str | Path, **asked: object) -> int:
         raise ConfigError("pretrained: a run brings its own weights; give it for a plain model only")
     config = load_config(run / "config.yaml", [])
     table = options.table(config)
+    if options.checkpoints and options.strength is not None:
+        raise ConfigError("checkpoints and strength: one at a time")
+    kind = _checkpoints if options.checkpoints else _run if options.strength is None else _curve
     with launched_ranks() as ranks:
-        (_run if options.strength is None else _curve)(run, config, table, options, ranks)
+        kind(run, config, table, options, ranks)
     return 0
 
 
@@ -129,6 +140,17 @@ def _curve(run: Path, config: Config, table: Benchmark, options: Asked, ranks: R
         track_curve(run, config, folder / STRENGTH_FILE, curve["groups"])
 
 
+def _checkpoints(run: Path, config: Config, table: Benchmark, options: Asked, ranks: Ranks) -> None:
+    folder, baselines = _places(run, options)
+    settings = options.settings(config)
+    comparison, best = evaluate_checkpoints(
+        run, table, folder, settings, baselines=baselines, datasets=options.datasets, say=progress
+    )
+    if ranks.rank == 0:
+        told = [format_checkpoints(comparison), format_summary(best.summary), f"results in {folder}"]
+        sys.stdout.write("\n\n".join(told) + "\n")
+
+
 def _places(run: Path, options: Asked) -> tuple[Path, Path]:
     """Where the results of the run and of its untouched base go."""
     if options.out is not None:
@@ -136,18 +158,18 @@ def _places(run: Path, options: Asked) -> tuple[Path, Path]:
     return run / "eval", run.absolute().parent / "baselines"
 
 
-def load_plain(name: str, pretrained: str | None) -> Clip:
-    """A model by open_clip name, `local-dir:`, `hf-hub:`, or as a directory with open_clip_config.json."""
+def load_plain(name: str, pretrained: str | None) -> Model:
+    """A model by its name, `local-dir:`, `hf-hub:`, `timm:`, or as a directory with open_clip_config.json."""
     folder = Path(name)
     if folder.is_dir():
         if not (folder / CONFIG_FILE).is_file():
             raise ConfigError(f"{folder}: neither a run (no config.yaml) nor an open_clip model (no {CONFIG_FILE})")
         name = f"local-dir:{folder}"
-    return load_clip(name, pretrained)
+    return load_model(name, pretrained)
 
 
-def _slug(clip: Clip) -> str:
-    name = clip.name.removeprefix("local-dir:").removeprefix("hf-hub:")
+def _slug(clip: Model) -> str:
+    name = clip.name.removeprefix("timm:").removeprefix("local-dir:").removeprefix("hf-hub:")
     parts = [Path(name).name if Path(name).is_absolute() else name, clip.pretrained and Path(clip.pretrained).name]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(part for part in parts if part)).strip("-")
 

@@ -19,6 +19,7 @@ from pipeline.evaluation.summary import SUMMARY_FILE, Summary, summarise
 from pipeline.method.adapter import blocks
 from pipeline.model.load import Model
 from pipeline.model.restore import find_run, load_base, load_run
+from pipeline.model.vit import Vit
 
 Say = Callable[[str], None]
 
@@ -182,7 +183,8 @@ def _finished(walk: Walk, i: int, dataset: Dataset) -> Result | None:
 
 def finish(walk: Walk, i: int, benchmark: Benchmark, baseline: Summary | None) -> Outcome:
     """Write the summary of model i and give its outcome."""
-    summary = summarise(benchmark, walk.results[i], _model_facts(walk.subjects[i], walk.settings), baseline)
+    answered = benchmark.without(walk.left_out[i])
+    summary = summarise(answered, walk.results[i], _model_facts(walk.subjects[i], walk.settings), baseline)
     if walk.ranks.rank == 0:
         write_json(walk.jobs[i].folder / SUMMARY_FILE, summary)
     return Outcome(walk.results[i], summary, walk.skipped[i])
@@ -200,6 +202,7 @@ def _model_facts(subject: Subject, settings: Settings) -> dict[str, Any]:
     return {
         "model": subject.clip.name,
         "pretrained": subject.clip.pretrained,
+        "classifier": isinstance(subject.clip, Vit) and subject.clip.classes is not None,
         "model_digest": subject.digest,
         "base_digest": subject.clip.digest,
         "precision": settings.precision,

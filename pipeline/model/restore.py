@@ -52,6 +52,12 @@ def check_exists(run_or_model: str | Path) -> None:
         raise ConfigError(f"{name}: no such run; a plain model is named as in model.name, ViT-B-16-quickgelu")
 
 
+def kept_steps(run_dir: str | Path) -> list[int]:
+    """The steps of all checkpoints that a run has kept, in order; ConfigError without one."""
+    last = find_run(run_dir)
+    return sorted(int(path.name.removeprefix("step-")) for path in last.checkpoint.parent.glob("step-*[0-9]"))
+
+
 def find_run(run_dir: str | Path, step: int | None = None) -> RunSource:
     """The checkpoint of `step`, or the newest. ConfigError when there is none or its files are damaged."""
     run_dir = Path(run_dir)

@@ -127,8 +127,10 @@ def _prepare(config: Config, grid: Grid) -> tuple[list[Trial], dict[str, int]]:
 
     trials = expand(config, grid)
     samples = {path: load_index(path).samples for path in {one.config.data.train for one in trials}}
-    for benchmark in {one.config.eval.benchmark for one in trials} - {None}:
-        load_benchmark(str(benchmark)).check_paths()
+    asked = {(one.config.eval.benchmark, one.config.eval.root, one.config.eval.datasets) for one in trials}
+    for benchmark, root, datasets in asked:
+        if benchmark is not None:
+            load_benchmark(benchmark, root).choose(datasets).check_paths()
     uri = config.tracking.uri
     if config.tracking.enabled and uri is None and "MLFLOW_TRACKING_URI" not in os.environ:
         uri = checked_uri(None, Path(config.out).absolute())

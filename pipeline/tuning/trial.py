@@ -94,7 +94,8 @@ def evaluation_stage(sweep_dir: Path, name: str) -> Mapping[str, Any] | None:
         preprocessing=config.eval.preprocessing,
         cache=Cache.named(config.eval.cache),
     )
-    benchmark, baselines = load_benchmark(config.eval.benchmark, config.eval.root), sweep_dir / "baselines"
+    benchmark = load_benchmark(config.eval.benchmark, config.eval.root).choose(config.eval.datasets)
+    baselines = sweep_dir / "baselines"
     with _log(run_dir):
         baselines.mkdir(parents=True, exist_ok=True)
         with suppress(Busy), FileLock(baselines / ".lock", _BASELINE_WAIT_SECONDS):

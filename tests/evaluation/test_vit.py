@@ -11,9 +11,13 @@ import timm
 import torch
 from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
 
-from pipeline.config import Config, ConfigError, override, to_yaml
+import pipeline.evaluation.checkpoints
+from pipeline.config import Config, ConfigError, load_config, override, to_yaml
 from pipeline.data.wds_layout import open_eval_set
 from pipeline.evaluation.benchmark import load_benchmark
+from pipeline.evaluation.checkpoints import evaluate_checkpoints
+from pipeline.evaluation.choice import point_of
+from pipeline.evaluation.command import evaluate_command
 from pipeline.evaluation.dataset import Settings
 from pipeline.evaluation.run import evaluate_run
 from pipeline.evaluation.strength import evaluate_strength
@@ -67,13 +71,13 @@ def run(tmp_path: Path, datasets: Path) -> Path:
     # Underscores and capitals do not make another class.
     model = build_model(config, tuple(name.capitalize() for name in names))
     parameters = dict(trainable(model.model))
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if not name.endswith("gate.score"):
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    state = checkpoint_state(config, model, "0" * 64, 20, read_world({}))
-    saved = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    save_checkpoint(directory, saved, {"moment": torch.zeros(1)}, state, keep_last=1)
+    for step in (5, 10, 15, 20):
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.add_(-0.02 if name.endswith("gate.score") else 0.2 * torch.randn_like(parameter))
+        state = checkpoint_state(config, model, "0" * 64, step, read_world({}))
+        saved = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        save_checkpoint(directory, saved, {"moment": torch.zeros(1)}, state, keep_last=9)
     return directory
 
 
@@ -89,11 +93,51 @@ def test_own_classes_by_the_classifier_and_the_source_set_by_neighbours(run: Pat
     assert summary["datasets"]["ours"]["change"] is None
     assert summary["forgetting"] == -summary["datasets"]["known"]["change"]
     assert summary["groups"].keys() == {"id", "source"}
+    point = point_of(summary)
+    assert point is not None
+    assert point.gain == pytest.approx(found.results["ours"]["value"] - 1 / 12), "over what guessing gives"
     assert found.results["ours"]["value"] == pytest.approx(
         timm_accuracy(run, table.parent / "wds_id", tmp_path / "out")
     )
     again = evaluate_run(run, benchmark, run / "eval", SETTINGS, baselines=tmp_path / "base")
     assert sorted(again.skipped) == ["known", "ours"]
+
+
+def test_the_best_checkpoint_stands_beside_the_last(
+    run: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline.evaluation.checkpoints, "AT_ONCE", 3)
+    benchmark = load_benchmark(table)
+    comparison, best = evaluate_checkpoints(run, benchmark, run / "eval", SETTINGS, baselines=tmp_path / "base")
+    alone = {
+        step: evaluate_run(run, benchmark, tmp_path / str(step), SETTINGS, baselines=tmp_path / "base", step=step)
+        for step in (5, 10, 15, 20)
+    }
+    found = {line["step"]: line["id"] for line in comparison["checkpoints"]}
+    assert found == {step: outcome.results["ours"]["value"] for step, outcome in alone.items()}
+    assert comparison["best"] == max(found, key=lambda step: (found[step], -step))
+    assert comparison["last"] == 20
+    assert best.results["known"]["value"] == alone[comparison["best"]].results["known"]["value"]
+    assert [line["active_blocks"] for line in comparison["checkpoints"]] == [12, 12, 0, 0]
+    assert json.loads((run / "eval" / "checkpoints.json").read_text()) == comparison
+    evaluate_command(run, checkpoints=True, benchmark=table, workers=0, cache="off")
+    said = capsys.readouterr()
+    assert said.err.count("(finished before, skipped)") >= 4
+    assert f"{100 * found[20]:6.2f}" in said.out
+    assert " last" in said.out
+    with pytest.raises(ConfigError, match="checkpoints and strength: one at a time"):
+        evaluate_command(run, checkpoints=True, strength=(0.0,), benchmark=table)
+
+
+def test_the_config_names_rows_of_its_benchmark(
+    run: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(run / "config.yaml", [f"eval.benchmark={table}", "eval.datasets=[ours]", "eval.workers=0"])
+    (run / "config.yaml").write_text(to_yaml(config))
+    evaluate_command(run, out=tmp_path / "results", cache="off")
+    assert "known" not in capsys.readouterr().out
+    evaluate_command(run, out=tmp_path / "results", datasets=["known"], cache="off")
+    assert "known" in capsys.readouterr().out
 
 
 def timm_accuracy(run: Path, folder: Path, out: Path) -> float:

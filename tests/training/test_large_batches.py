@@ -74,7 +74,7 @@ def test_micro_batches_keep_their_features_and_one_micro_batch(small_clip: str) 
     )
     kept = {each: kept_bytes(each, lambda each=each: each(images, tokens, 0)) for each in (whole, micro, layers)}
     # in the backward, one micro-batch at a time is computed again and kept
-    single = kept_bytes(whole, lambda: whole._towers(images[:4], tokens[:4]))
+    single = kept_bytes(whole, lambda: whole._run(images[:4], tokens[:4]))
     inputs_bytes, features, logits = images.nbytes + tokens.nbytes, 2 * len(images) * 32 * 4, 4 * len(images) ** 2
     assert kept[micro] < inputs_bytes + 2 * features + logits + 8 * len(images) * 4
     assert kept[micro] + single < 0.1 * kept[whole]
