@@ -69,6 +69,11 @@ def is_vit(name: str) -> bool:
     return name.startswith(SCHEMA)
 
 
+def untagged(name: str) -> str:
+    """The name of the same model without weights, "timm:vit_small_patch16_224.dino" -> "timm:vit_small_patch16_224"."""
+    return name if not is_vit(name) or ":" in name.removeprefix(SCHEMA) else name.partition(".")[0]
+
+
 def load_vit(name: str, pretrained: str | None = None, *, seed: int = 0, classes: tuple[str, ...] | None = None) -> Vit:
     """Load or build a ViT through timm.
 

@@ -12,25 +12,30 @@ if TYPE_CHECKING:
     from pipeline.model.load import Model
 
 
-# fp32 weights and both Adam moments of what trains.
-_BYTES_PER_PARAMETER = 12
+# fp32 weights and the moments of what trains: two of Adam's, one of SGD's.
+_BYTES_PER_PARAMETER = {"adamw": 12, "sgd": 8}
 
 
 def checkpoint_bytes(trials: Sequence[Trial], parameters: Mapping[str, int]) -> int:
     """Disk that the checkpoints of all trials take at most; one more than is kept lies there while it is written."""
-    return sum(parameters[one.name] * _BYTES_PER_PARAMETER * (one.config.train.keep_last + 1) for one in trials)
+    settings = ((parameters[one.name], one.config.train) for one in trials)
+    return sum(count * _BYTES_PER_PARAMETER[train.optimizer] * (train.keep_last + 1) for count, train in settings)
 
 
 def trained_parameters(trials: Sequence[Trial]) -> dict[str, int]:
-    """{trial: trained parameters}. Builds each base model once, with random weights where it has a name of its own."""
+    """{trial: trained parameters}. Builds each base model once, with random weights where it has a name of its own.
+
+    Without a ViT's classifier, whose size the shards decide.
+    """
     from pipeline.model.load import load_model
+    from pipeline.model.vit import untagged
 
     bases: dict[str, Model] = {}
     found = {}
     for trial in trials:
         name = trial.config.model.name
         if name not in bases:
-            bases[name] = load_model(name)
+            bases[name] = load_model(untagged(name))
         found[trial.name] = _count(bases[name], trial.config)
     return found
 

@@ -276,7 +276,7 @@ def planned(configs: Sequence[Config], ranks: int) -> str:
     """What `describe` says of the one among the trials that trains most; empty where no formula here holds."""
     from pipeline.model.clip import model_config
 
-    adapted = [config for config in configs if config.adapter.kind in ("lora", "dora")]
+    adapted = [one for one in configs if one.adapter.kind in ("lora", "dora") and not one.classifies]
     if not adapted:
         return ""
     config = max(adapted, key=lambda one: one.adapter.rank)

@@ -69,7 +69,7 @@ def test_name_that_several_sections_have_offers_all_of_them(write):
 
 def test_unknown_key_in_a_known_section_without_a_near_one_lists_the_section(write):
     (message,) = faults(write(MINIMAL), "eval.colour=red")
-    assert "eval has benchmark, root, batch_size, workers, preprocessing" in message
+    assert "eval has benchmark, root, datasets, batch_size, workers, preprocessing" in message
 
 
 @pytest.mark.parametrize(

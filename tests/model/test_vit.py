@@ -14,7 +14,7 @@ import torch
 from pipeline.config import ConfigError
 from pipeline.method.adapter import attach_adapter, blocks, merge_adapter
 from pipeline.model.towers import adapter_targets, apply_trainable, inside_layers
-from pipeline.model.vit import load_vit, save_timm
+from pipeline.model.vit import load_vit, save_timm, untagged
 from pipeline.model.weights import stock_state
 
 ARGS: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -83,6 +83,11 @@ def test_six_blocks_a_layer_and_the_head_trains_with_them(vit_dir: Callable[...,
     assert sorted(rest) == ["head.bias", "head.weight", "trunk.norm.bias", "trunk.norm.weight"]
     every = [name for name in apply_trainable(vit.model, "all", "lora") if not inside_layers(name)]
     assert {"trunk.pos_embed", "trunk.cls_token", "trunk.patch_embed.proj.weight"} <= set(every)
+
+
+def test_a_plan_needs_no_weights() -> None:
+    names = ("timm:vit_small_patch16_224.dino", "timm:local-dir:/a.b", "ViT-B-16.x")
+    assert [untagged(name) for name in names] == ["timm:vit_small_patch16_224", *names[1:]]
 
 
 def test_the_digest_is_that_of_the_trunk_whatever_the_classifier(vit_dir: Callable[..., Path]) -> None:
