@@ -122,7 +122,8 @@ def test_a_minute_without_the_server_costs_neither_speed_nor_values(command, mak
     end = time.time()
     server.start()
     assert sweep.wait() == 0, sweep.text()
-    assert all(report.complete for report in sync_all([sweep.directory]))
+    reports = sync_all([sweep.directory])
+    assert all(report.complete for report in reports), [str(report) for report in reports]
     engine = sqlalchemy.create_engine(database)
     with engine.connect() as connection:
         for name in NAMES:
