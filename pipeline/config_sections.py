@@ -187,13 +187,16 @@ class Promote(Section):
 
     min_id: float | None = Field(default=None, ge=0, le=1, description="smallest mean accuracy of the id group")
     min_gain: float | None = Field(
-        default=None, ge=-1, le=1, description="smallest rise of the id mean over the untouched model"
+        default=None,
+        ge=-1,
+        le=1,
+        description="smallest rise of the id mean over the untouched model, of a ViT's own classifier over guessing",
     )
     max_forgetting: float | None = Field(
         default=None, ge=-1, le=1, description="largest mean drop over the groups other than id"
     )
     max_drop: float | None = Field(
-        default=None, ge=-1, le=1, description="largest drop of any one dataset against the untouched model"
+        default=None, ge=-1, le=1, description="largest drop of any one dataset, against the same as min_gain"
     )
     min_dataset: Texts | None = Field(
         default=None, min_length=1, description="smallest result of single datasets, as in ['pets >= 0.85']"

@@ -32,7 +32,7 @@ def point_of(summary: Mapping[str, Any]) -> Point | None:
     groups = summary["groups"]
     if "id" not in groups or any(found["missing"] for found in groups.values()):
         return None
-    gain, others = _gain(summary), {name: found for name, found in groups.items() if name != "id"}
+    gain, others = gain_of(summary), {name: found for name, found in groups.items() if name != "id"}
     if gain is None or any(found["change"] is None for found in others.values()):
         return None
     means = {name: found["mean"] for name, found in others.items()}
@@ -40,13 +40,21 @@ def point_of(summary: Mapping[str, Any]) -> Point | None:
     return None if kept is None else Point(groups["id"]["mean"], kept, gain)
 
 
-def _gain(summary: Mapping[str, Any]) -> float | None:
-    """The rise of the id mean. A ViT without the classifier that a run has trained can but guess."""
+def gain_of(summary: Mapping[str, Any]) -> float | None:
+    """The rise of the id mean over the untouched model (for a trained classifier: over guessing), None if not known."""
     found = summary["groups"]["id"]
     if found["change"] is not None or not summary.get("classifier"):
         return found["change"]
     own = [each for each in summary["datasets"].values() if each["group"] == "id" and each["in_mean"]]
-    return found["mean"] - sum(each["chance"] for each in own) / len(own)
+    rises = [rise for each in own if (rise := rise_of(summary, each)) is not None]
+    return sum(rises) / len(rises)
+
+
+def rise_of(summary: Mapping[str, Any], dataset: Mapping[str, Any]) -> float | None:
+    """The change of one of its datasets. A ViT without the classifier that a run has trained can but guess."""
+    if dataset["change"] is None and summary.get("classifier") and dataset["group"] == "id":
+        return dataset["value"] - dataset["chance"]
+    return dataset["change"]
 
 
 def pareto_front(points: Mapping[str, Point]) -> list[str]:

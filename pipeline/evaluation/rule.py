@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import Promote
+from pipeline.evaluation.choice import gain_of, rise_of
 
 
 @dataclass(frozen=True)
@@ -49,30 +50,31 @@ def _clauses(rule: Promote, summary: Mapping[str, Any]) -> Iterator[Clause]:
         note = _missing(groups, ["id"])
         yield Clause("promote.min_id: mean of id", own["mean"] if own and not note else None, rule.min_id, note=note)
     if rule.min_gain is not None:
-        note = _missing(groups, ["id"]) or _no_baseline(groups, ["id"])
-        yield Clause(
-            "promote.min_gain: gain of id", own["change"] if own and not note else None, rule.min_gain, None, note
-        )
+        note = _missing(groups, ["id"])
+        gain = None if note else gain_of(summary)
+        note = note or (_no_baseline(groups, ["id"]) if gain is None else "")
+        yield Clause("promote.min_gain: gain of id", gain, rule.min_gain, note=note)
     if rule.max_forgetting is not None:
         note = _missing(groups, others) if others else "only the id group was evaluated"
         note = note or _no_baseline(groups, others)
         value = None if note else summary["forgetting"]
         yield Clause("promote.max_forgetting: mean drop", value, most=rule.max_forgetting, note=note)
     if rule.max_drop is not None:
-        yield _largest_drop(rule.max_drop, summary["datasets"])
+        yield _largest_drop(rule.max_drop, summary)
     for key, least in rule.floors().items():
         found = summary["datasets"].get(key)
         note = "" if found else f"not evaluated; there are: {', '.join(summary['datasets'])}"
         yield Clause(f"promote.min_dataset: {key}", found["value"] if found else None, least, note=note)
 
 
-def _largest_drop(most: float, datasets: Mapping[str, Any]) -> Clause:
+def _largest_drop(most: float, summary: Mapping[str, Any]) -> Clause:
     name = "promote.max_drop: largest drop"
-    changes = {key: found["change"] for key, found in datasets.items()}
-    if unknown := [key for key, change in changes.items() if change is None]:
+    rises = {key: rise_of(summary, found) for key, found in summary["datasets"].items()}
+    drops = {key: -rise for key, rise in rises.items() if rise is not None}
+    if unknown := [key for key in rises if key not in drops]:
         return Clause(name, None, most=most, note=f"no result of the untouched model for {', '.join(unknown)}")
-    worst = min(changes, key=lambda key: changes[key])
-    return Clause(name, -changes[worst], most=most, note=worst)
+    worst = max(drops, key=drops.__getitem__)
+    return Clause(name, drops[worst], most=most, note=worst)
 
 
 def _missing(groups: Mapping[str, Any], names: list[str]) -> str:

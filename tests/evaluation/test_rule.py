@@ -17,9 +17,9 @@ def results(**changes: Any) -> dict[str, Any]:
         "zero-shot": {"mean": 0.60, "change": -0.02, "missing": []},
     }
     datasets = {
-        "ours": {"value": 0.80, "change": 0.10},
-        "pets": {"value": 0.70, "change": 0.01},
-        "cars": {"value": 0.50, "change": -0.05},
+        "ours": {"group": "id", "value": 0.80, "change": 0.10},
+        "pets": {"group": "zero-shot", "value": 0.70, "change": 0.01},
+        "cars": {"group": "zero-shot", "value": 0.50, "change": -0.05},
     }
     return {"groups": groups, "datasets": datasets, "forgetting": 0.02} | changes
 
@@ -49,6 +49,21 @@ def test_each_clause_holds_up_to_its_limit(rule: dict[str, Any], holds: bool) ->
 def test_a_failed_clause_says_what_was_found_and_what_was_asked() -> None:
     (clause,) = check(Promote(max_drop=0.04), results())
     assert str(clause) == "FAILS  promote.max_drop: largest drop 0.0500, at most 0.04 asked (cars)"
+
+
+def test_the_classifier_that_a_vit_was_trained_is_held_against_guessing() -> None:
+    """The untouched ViT has none, so neither the id group nor its sets have a change."""
+    found = results(classifier=True)
+    found["groups"]["id"] = {"mean": 0.80, "change": None, "missing": []}
+    own = {"group": "id", "in_mean": True, "value": 0.80, "chance": 0.25, "change": None}
+    found["datasets"]["ours"] = own
+    assert [str(clause) for clause in check(Promote(min_gain=0.55, max_drop=0.05), found)] == [
+        "holds  promote.min_gain: gain of id 0.5500, at least 0.55 asked",
+        "holds  promote.max_drop: largest drop 0.0500, at most 0.05 asked (cars)",
+    ]
+    found["datasets"]["ours"] = own | {"value": 0.10}
+    (clause,) = check(Promote(max_drop=0.05), found)
+    assert str(clause) == "FAILS  promote.max_drop: largest drop 0.1500, at most 0.05 asked (ours)"
 
 
 def test_no_rule_has_no_clauses() -> None:
