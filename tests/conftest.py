@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,5 +92,72 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
                 pixels = np.clip(colour + draw.normal(0, 24, (size, size, 3)), 0, 255).astype("uint8")
                 Image.fromarray(pixels).save(folder / f"{index:03d}.jpg")
         return root
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def vit_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make(**model_args) -> a tiny ViT as timm's own `save_for_hf` writes it, with random weights, for 32 x 32."""
+
+    def make(**changes: Any) -> Path:
+        import timm
+        import torch
+        from timm.models import save_for_hf
+
+        args = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2} | changes
+        directory = tmp_path_factory.mktemp("vit")
+        torch.manual_seed(3)
+        model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **args)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        save_for_hf(model, str(directory), model_config={"model_args": args}, safe_serialization=True)
+        config = json.loads((directory / "config.json").read_text())
+        config["pretrained_cfg"] |= {"input_size": [3, 32, 32], "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]}
+        (directory / "config.json").write_text(json.dumps(config))
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_vit_run(vit_dir: Callable[..., Path]) -> Callable[..., Path]:
+    """make(run, classes, steps=(5, 10, 15, 20)) -> gated LoRA over a tiny ViT, as `selora train` leaves it.
+
+    From one kept step to the next the parameters are moved at random; with the third all gates are closed.
+    """
+
+    def make(run: Path, classes: tuple[str, ...], steps: tuple[int, ...] = (5, 10, 15, 20)) -> Path:
+        import torch
+
+        from pipeline.config import Config, override, to_yaml
+        from pipeline.training.checkpoint import save_checkpoint
+        from pipeline.training.distributed import read_world
+        from pipeline.training.model import build_model, checkpoint_state, trainable
+
+        changes = {
+            "name": run.name,
+            "out": str(run.parent),
+            "model.name": f"timm:local-dir:{vit_dir(depth=2)}",
+            "adapter.rank": 4,
+            "train.train_rest": "none",
+            "tracking.enabled": False,
+        }
+        config = override(Config.model_validate({"data": {"train": "shards"}}), changes)
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text(to_yaml(config))
+        model = build_model(config, classes)
+        parameters = dict(trainable(model.model))
+        generator = torch.Generator().manual_seed(3)
+        for step in steps:
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    moved = 0.2 * torch.randn(parameter.shape, generator=generator)
+                    parameter.add_(-0.02 if name.endswith("gate.score") else moved)
+            state = checkpoint_state(config, model, "0" * 64, step, read_world({}))
+            saved = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+            save_checkpoint(run, saved, {"moment": torch.zeros(1)}, state, keep_last=9)
+        return run
 
     return make

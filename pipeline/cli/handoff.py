@@ -24,15 +24,17 @@ def _add_export(commands: Any) -> None:
         commands,
         "export",
         run_export,
-        "write a run's model for open_clip, transformers or peft, and compare what they read back",
+        "write a run's model for open_clip, transformers, peft or timm, and compare what they read back",
         "selora export runs/my_run out/clip --to open_clip",
         "selora export runs/my_run out/adapter --to peft",
     )
     parser.add_argument("target", metavar="RUN_OR_SWEEP", help="directory of a run or of a sweep")
     parser.add_argument("out", type=Path, metavar="OUT", help="new directory")
-    parser.add_argument("--to", required=True, choices=("open_clip", "hf", "peft"), help="whose layout to write")
+    parser.add_argument(
+        "--to", required=True, choices=("open_clip", "hf", "peft", "timm"), help="whose layout (a ViT: timm)"
+    )
     kept = parser.add_mutually_exclusive_group()
-    kept.add_argument("--merged", action="store_true", default=None, help="adapters in the weights (open_clip, hf)")
+    kept.add_argument("--merged", action="store_true", default=None, help="adapters in the weights (all but peft)")
     kept.add_argument("--keep-adapters", dest="merged", action="store_false", help="adapters beside the weights (peft)")
     parser.add_argument("--step", type=count, metavar="N", help="checkpoint of this step (default: the newest)")
     parser.add_argument("--base-name", metavar="NAME", help="what the PEFT adapter calls its base (default: its path)")

@@ -1,4 +1,4 @@
-"""A run's checkpoint as an open_clip, Hugging Face or PEFT directory, read back by that library before it counts."""
+"""A run's checkpoint in the layout of open_clip, Hugging Face, PEFT or timm, read back by that library first."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 from pipeline.config import ConfigError
 from pipeline.handoff.source import Mismatch, Source, read_source
 from pipeline.handoff.stock import READERS
-from pipeline.model.export import BASE, fixed_batch, logits, write_hf, write_open_clip, write_peft
+from pipeline.model.export import BASE, fixed_batch, own_logits, write_hf, write_open_clip, write_peft, write_timm
 from pipeline.model.load import as_clip
-from pipeline.model.restore import load_adapted
+from pipeline.model.restore import find_run, load_adapted
+from pipeline.model.vit import Vit, is_vit
 
 FACTS_FILE = "selora.json"
 TOLERANCE, RELATIVE = 1e-4, 1e-6  # of a logit, in fp32
@@ -51,7 +52,7 @@ def export(
     base_name: str | None = None,
     force: bool = False,
 ) -> ExportReport:
-    """Write the newest (or chosen) checkpoint of a run to `out` as "open_clip", "hf" or "peft".
+    """Write the newest (or chosen) checkpoint of a run to `out` as "open_clip", "hf" or "peft", a ViT as "timm".
 
     merged: None as the format has it: peft keeps the adapters, the others merge them. base_name: what a PEFT adapter
     calls its base (default: the path of the base written beside it). force: replace an earlier export in `out`.
@@ -60,6 +61,7 @@ def export(
     out = Path(out).absolute()
     _check_request(to, merged, base_name)
     _check_free(out, force)
+    _check_fits(to, find_run(run_dir, step).state["model"]["name"])
     if verify:
         READERS[to].check_installed()
     source = read_source(run_dir, step)
@@ -90,6 +92,12 @@ def _write_hf(source: Source, directory: Path, base_name: str) -> list[str]:  # 
     return []
 
 
+def _write_timm(source: Source, directory: Path, base_name: str) -> list[str]:  # noqa: ARG001
+    assert isinstance(source.model, Vit)  # _check_fits
+    write_timm(source.model, directory)
+    return []
+
+
 def _write_peft(source: Source, directory: Path, base_name: str) -> list[str]:
     kind = source.found.state["adapter"]["kind"]
     if kind not in ("lora", "dora"):
@@ -105,20 +113,27 @@ def _write_peft(source: Source, directory: Path, base_name: str) -> list[str]:
 
 
 Writer = Callable[[Source, Path, str], list[str]]
-WRITERS: dict[str, Writer] = {"open_clip": _write_open_clip, "hf": _write_hf, "peft": _write_peft}
+CLIP_WRITERS: dict[str, Writer] = {"open_clip": _write_open_clip, "hf": _write_hf, "peft": _write_peft}
+VIT_WRITERS: dict[str, Writer] = {"timm": _write_timm}
+WRITERS = CLIP_WRITERS | VIT_WRITERS
 
 
 def _check_request(to: str, merged: bool | None, base_name: str | None) -> None:
     if to not in WRITERS:
         raise ConfigError(f"to={to!r}: expected one of {', '.join(WRITERS)}")
     if merged is False and to != "peft":
-        raise ConfigError(
-            f"to={to} holds merged weights only; kept adapters are --to peft, which writes an HF base, too"
-        )
+        kept = "" if to in VIT_WRITERS else "; kept adapters are --to peft, which writes an HF base, too"
+        raise ConfigError(f"to={to} holds merged weights only{kept}")
     if merged is True and to == "peft":
         raise ConfigError("to=peft keeps the adapters; merged weights are --to hf or --to open_clip")
     if base_name is not None and to != "peft":
         raise ConfigError(f"base_name={base_name!r}: only a PEFT adapter names its base")
+
+
+def _check_fits(to: str, model: str) -> None:
+    kind, writers = ("ViT", VIT_WRITERS) if is_vit(model) else ("CLIP", CLIP_WRITERS)
+    if to not in writers:
+        raise ConfigError(f"to={to}: {model} is a {kind}, which is exported to {' or '.join(writers)}")
 
 
 def _check_free(out: Path, force: bool) -> None:
@@ -133,9 +148,9 @@ def _check_free(out: Path, force: bool) -> None:
 
 def _read_back(source: Source, to: str, partial: Path, out: Path, notes: list[str]) -> ExportReport:
     """Compare; Mismatch when the stock library sees another model."""
-    images, tokens = fixed_batch(source.clip)
-    wanted = logits(source.clip.model.eval(), images, tokens)
-    found = READERS[to].read(partial, images, tokens)
+    batch = fixed_batch(source.model)
+    wanted = own_logits(source.model, *batch)
+    found = READERS[to].read(partial, *batch)
     difference = float((found - wanted).abs().max())
     tolerance = TOLERANCE + RELATIVE * float(wanted.abs().max())
     if not difference <= tolerance:

@@ -8,29 +8,18 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from pipeline.config import Config, ConfigError, Promote, load_config
-from pipeline.data.images import decode, eval_resize, normalize
-from pipeline.data.shards import load_index
-from pipeline.evaluation.encode import Encoder
-from pipeline.evaluation.ranks import Ranks
+from pipeline.config import ConfigError, Promote, load_config
 from pipeline.evaluation.rule import Clause, check
 from pipeline.evaluation.summary import Summary, read_summary
-from pipeline.evaluation.zeroshot import classifier_head
 from pipeline.handoff.choice import chosen_run
-from pipeline.handoff.source import Mismatch, Source, read_source
-from pipeline.model.clip import save_open_clip
+from pipeline.handoff.served_run import build_served, check_labels, labels_of
+from pipeline.handoff.source import Source, read_source
 from pipeline.passwords import redact
-from pipeline.prompts import caption, resolve_templates
 from pipeline.tracking.mlflow_tracker import sync
 from pipeline.tracking.registry import CHAMPION, DIGEST_TAG, Registry
-from pipeline.tracking.served import Labels, example_image, load_served, predict, save_served
+from pipeline.tracking.served import Labels
 from pipeline.tracking.uris import resolve_uri
-
-TOLERANCE = 1e-4  # largest difference of an embedding between the run's model and the registered one
 
 
 @dataclass(frozen=True)
@@ -74,8 +63,8 @@ def promote(
 
     It becomes the challenger; with `champion`, or as the rule says, the champion. Weights that the model has already
     are not registered twice: that version gets the alias and the tags. class_names, templates: what the model answers
-    with by itself (default: those it was trained on). Results that are missing or of other weights, and a store
-    that does not answer, are ConfigErrors.
+    with by itself (default: those it was trained on); a ViT takes none. Results that are missing or of other weights,
+    and a store that does not answer, are ConfigErrors.
     """
     run_dir, chosen = chosen_run(Path(target), rule)
     config = load_config(run_dir / "config.yaml", [])
@@ -83,6 +72,7 @@ def promote(
     uri = resolve_uri(uri or config.tracking.uri, run_dir.absolute().parent)
     registry = Registry(uri, name, config.tracking.experiment)
     source = read_source(run_dir)
+    check_labels(source, class_names, templates)
     summary = results_of(source)
     clauses = check(rule, summary)
     notes = [chosen] if chosen else []
@@ -162,36 +152,6 @@ def benchmark_digest(summary: Summary) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
-def labels_of(
-    source: Source, config: Config, class_names: Sequence[str] | None, templates: str | Sequence[str] | None
-) -> tuple[Labels, list[str]]:
-    """The classes that the model answers with by itself, and what to tell the user about them."""
-    notes = []
-    if class_names is None:
-        class_names, why = _trained_classes(source, config)
-        if not class_names:
-            notes.append(f"the model has no class names of its own ({why}): each request must bring them")
-    texts = resolve_templates(templates if templates is not None else config.data.templates)
-    clip = source.clip
-    if not class_names:
-        width = int(clip.model_cfg["embed_dim"])
-        return Labels([], texts, torch.zeros(0, width)), notes
-    encoder = Encoder(clip.model, clip.tokenizer, torch.device("cpu"))
-    with torch.inference_mode():
-        head = classifier_head(encoder, class_names, texts, Ranks.current())
-    return Labels(class_names, texts, head.clone()), notes
-
-
-def _trained_classes(source: Source, config: Config) -> tuple[Sequence[str], str]:
-    try:
-        index = load_index(config.data.train)
-    except ConfigError as error:
-        return (), str(error).splitlines()[0]
-    if index.digest != source.found.state["data_digest"]:
-        return (), f"{config.data.train} is no longer what it was trained on"
-    return index.classes or (), "it was trained on captions"
-
-
 def linked_run(registry: Registry, source: Source, uri: str) -> tuple[str | None, list[str]]:
     """The MLflow run of the training, brought to the store if it is not there yet; and a note where there is none."""
     run = source.facts().get("run")
@@ -204,34 +164,11 @@ def linked_run(registry: Registry, source: Source, uri: str) -> tuple[str | None
     return found, [] if found else [f"{redact(uri)} does not have the run: the version has no link to it"]
 
 
-def _register(registry: Registry, source: Source, labels: Labels, tags: Mapping[str, str], run_id: str | None) -> str:
-    clip = source.clip
+def _register(
+    registry: Registry, source: Source, labels: Labels | None, tags: Mapping[str, str], run_id: str | None
+) -> str:
     with tempfile.TemporaryDirectory(prefix="selora-") as folder:
-        stage = Path(folder)
-        saved = save_open_clip(
-            clip.model, clip.model_cfg, clip.preprocess_cfg, stage / "clip", tokenizer=clip.tokenizer
-        )
-        model = save_served(stage, saved, labels, tags)
-        _compare(source, labels, load_served(model))
-        return registry.register(model, tags, run_id)
-
-
-def _compare(source: Source, labels: Labels, served: Any) -> None:
-    """Raise Mismatch unless the registered model embeds a picture and some texts as the run's model does."""
-    clip = source.clip
-    encoder = Encoder(clip.model, clip.tokenizer, torch.device("cpu"))
-    texts = [caption(labels.templates[0], name) for name in (*labels.class_names[:4], "something else")]
-    picture = example_image()
-    pixels = eval_resize(decode(picture, form="reference"), clip.preprocess_cfg)[None]
-    with torch.inference_mode():
-        images = encoder.images(normalize(pixels, clip.preprocess_cfg["mean"], clip.preprocess_cfg["std"]))
-        wanted = torch.cat([encoder.texts(texts), images])
-    rows = predict(served, {"text": texts}, task="embed_texts")
-    rows += predict(served, {"image": [picture]}, task="embed_images")
-    found = torch.tensor([row["embedding"] for row in rows])
-    difference = float((found - wanted).abs().max())
-    if not difference <= TOLERANCE:
-        raise Mismatch(f"the registered model differs from the run's by {difference:.2g}, more than {TOLERANCE:g}")
+        return registry.register(build_served(source, labels, tags, Path(folder)), tags, run_id)
 
 
 def _deserves(rule: Promote, registry: Registry, version: str, tags: Mapping[str, str], notes: list[str]) -> bool:

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from pipeline.config import ConfigError
 from pipeline.model.clip import Clip
-from pipeline.model.load import as_clip
+from pipeline.model.load import Model, as_clip
 from pipeline.model.restore import RunSource, find_run, load_run
+from pipeline.model.vit import SCHEMA
 from pipeline.model.weights import stock_state, weights_digest
 from pipeline.tracking.identity import read_identity
 from pipeline.tracking.journal import JOURNAL, Record, read
@@ -23,12 +24,17 @@ class Mismatch(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """One checkpoint of one run. clip: merged, in fp32. facts: strings, the same in exports and in version tags."""
+    """One checkpoint of one run. model: merged, in fp32. facts: strings, the same in exports and in version tags."""
 
     run_dir: Path
     found: RunSource
-    clip: Clip
+    model: Model
     weights_digest: str
+
+    @property
+    def clip(self) -> Clip:
+        """The model; ConfigError for a ViT."""
+        return as_clip(self.model, str(self.run_dir))
 
     @property
     def gate_map(self) -> dict[str, dict[str, Any]]:
@@ -67,8 +73,8 @@ class Source:
 def read_source(run_dir: str | Path, step: int | None = None) -> Source:
     """Load and merge the newest (or the chosen) checkpoint; a full or damaged one is a ConfigError."""
     found = find_run(run_dir, step)
-    clip = as_clip(load_run(run_dir, found.step), str(run_dir))
-    return Source(Path(run_dir), found, clip, weights_digest(stock_state(clip.model)))
+    model = load_run(run_dir, found.step)
+    return Source(Path(run_dir), found, model, weights_digest(stock_state(model.model)))
 
 
 def adapter_digest(found: RunSource) -> str:
@@ -83,7 +89,9 @@ def adapter_digest(found: RunSource) -> str:
 def base_name(model: dict[str, Any]) -> str:
     """The base as a reader knows it; of a directory only its last name, since the path is of one machine."""
     name, pretrained = model["name"], model["pretrained"]
-    shown = f"local-dir:{Path(name).name}" if name.startswith("local-dir:") else name
+    scheme = SCHEMA if name.startswith(SCHEMA) else ""
+    plain = name.removeprefix(scheme)
+    shown = scheme + (f"local-dir:{Path(plain).name}" if plain.startswith("local-dir:") else plain)
     if not pretrained:
         return shown
     return f"{shown} {Path(pretrained).name if '/' in pretrained else pretrained}"

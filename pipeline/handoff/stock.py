@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pipeline.config import ConfigError
 from pipeline.handoff.source import Mismatch
-from pipeline.model.export import BASE, CAPTIONS, logits_by_open_clip
+from pipeline.model.export import BASE, CAPTIONS, logits_by_open_clip, logits_by_timm
 
-Read = Callable[[Path, Tensor, Tensor], Tensor]
+Read = Callable[..., Tensor]  # of the directory and the tensors of `fixed_batch`
 
 
 @dataclass(frozen=True)
@@ -102,4 +102,5 @@ READERS = {
     "open_clip": Reader({"open_clip_torch": "open_clip"}, logits_by_open_clip),
     "hf": Reader({"transformers": "transformers"}, _read_hf),
     "peft": Reader({"peft": "peft", "transformers": "transformers"}, _read_peft),
+    "timm": Reader({"timm": "timm"}, logits_by_timm),
 }

@@ -1,4 +1,4 @@
-"""A fine-tuned CLIP as directories of other libraries, safetensors only, and open_clip's own reading of its own."""
+"""A fine-tuned model as directories of other libraries, safetensors only; open_clip and timm reading their own."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from pipeline.method.adapter import blocks
 from pipeline.method.linear import Block, DoRALinear
 from pipeline.model.clip import Clip, save_open_clip
 from pipeline.model.hf_layout import hf_config, hf_preprocessor, hf_state, hf_target, hf_tokenizer
+from pipeline.model.load import Model
+from pipeline.model.vit import Vit, save_timm
 
 BASE = "base"  # the HF directory of the base, inside a PEFT directory
 CAPTIONS = ("a photo of a cat.", "two red shoes on a wooden floor", "Zürich, at NIGHT", "an x-ray image")
@@ -24,6 +26,12 @@ CAPTIONS = ("a photo of a cat.", "two red shoes on a wooden floor", "Zürich, at
 def write_open_clip(clip: Clip, directory: Path) -> None:
     """open_clip_config.json and open_clip_model.safetensors of a merged model, for "local-dir:DIRECTORY"."""
     save_open_clip(clip.model, clip.model_cfg, clip.preprocess_cfg, directory, tokenizer=clip.tokenizer)
+    _as_readable_as_others(directory)
+
+
+def write_timm(vit: Vit, directory: Path) -> None:
+    """config.json and model.safetensors of a merged ViT with its classifier, for timm's "local-dir:DIRECTORY"."""
+    save_timm(vit, directory)
     _as_readable_as_others(directory)
 
 
@@ -102,16 +110,23 @@ def _strip_blocks(model: nn.Module) -> None:
                 setattr(parent, attribute, child.base)
 
 
-def fixed_batch(clip: Clip) -> tuple[Tensor, Tensor]:
-    """Four seeded images (4, 3, H, W) and four captions' tokens (4, context): what an export is compared on."""
-    size = clip.preprocess_cfg["size"]
+def fixed_batch(model: Model) -> tuple[Tensor, ...]:
+    """Four seeded images (4, 3, H, W), for a CLIP four captions' tokens (4, context): what an export is compared on."""
+    size = model.preprocess_cfg["size"]
     height, width = (size, size) if isinstance(size, int) else size
     images = torch.randn(4, 3, height, width, generator=torch.Generator().manual_seed(0))
-    return images, clip.tokenizer(list(CAPTIONS))
+    return (images,) if isinstance(model, Vit) else (images, model.tokenizer(list(CAPTIONS)))
 
 
 @torch.no_grad()
-def logits(model: Any, images: Tensor, tokens: Tensor) -> Tensor:
+def own_logits(model: Model, *batch: Tensor) -> Tensor:
+    """(images, captions) logits of a CLIP, (images, classes) of a ViT, in fp32."""
+    stock: Any = model.model.eval()
+    return stock(*batch) if isinstance(model, Vit) else clip_logits(stock, *batch)
+
+
+@torch.no_grad()
+def clip_logits(model: Any, images: Tensor, tokens: Tensor) -> Tensor:
     """(images, captions) logits of an open_clip model: cosines times the scale, in fp32."""
     image = nn.functional.normalize(model.encode_image(images), dim=-1)
     text = nn.functional.normalize(model.encode_text(tokens), dim=-1)
@@ -123,7 +138,16 @@ def logits_by_open_clip(directory: Path, images: Tensor, tokens: Tensor) -> Tens
     import open_clip
 
     model: Any = open_clip.create_model(f"local-dir:{directory}", require_pretrained=True)
-    return logits(model.eval(), images, tokens)
+    return clip_logits(model.eval(), images, tokens)
+
+
+@torch.no_grad()
+def logits_by_timm(directory: Path, images: Tensor) -> Tensor:
+    """(images, classes) logits by stock timm on an exported directory."""
+    import timm
+
+    model: Any = timm.create_model(f"local-dir:{directory}", pretrained=True)
+    return model.eval()(images)
 
 
 def _write_tensors(state: Mapping[str, Tensor], file: Path) -> None:

@@ -1,4 +1,4 @@
-"""The MLflow model directory of a fine-tuned CLIP: written, looked over and loaded here, before any server sees it."""
+"""The MLflow model directory of a fine-tuned model: written, looked over and loaded here, before any server sees it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
 CODE = Path(__file__).with_name("served_model.py")
-REQUIRED = ("open_clip_torch", "pandas", "pillow", "safetensors", "torch", "torchvision")
+REQUIRED = ("pandas", "pillow", "safetensors", "torch", "torchvision")  # and open_clip_torch or timm
 MODEL_ENVIRONMENT = {
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -34,30 +34,34 @@ MODEL_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Labels:
-    """The classes that the model knows by itself: names, caption templates and a (K, D) unit vector for each name."""
+    """The classes that a CLIP knows by itself: names, caption templates and a (K, D) unit vector for each name."""
 
     class_names: Sequence[str]
     templates: Sequence[str]
     head: Tensor
 
 
-def save_served(stage: Path, clip_dir: Path, labels: Labels, facts: Mapping[str, Any]) -> Path:
-    """Write the MLflow model STAGE/model around an open_clip directory; `facts` becomes its metadata. Returns it.
+def save_served(stage: Path, weights: Path, labels: Labels | None, facts: Mapping[str, Any]) -> Path:
+    """Write the MLflow model STAGE/model around an open_clip or timm directory; `facts` becomes its metadata.
 
-    `stage` should be a temporary directory. No path of this machine is left in the model.
+    weights: the directory. labels: of a CLIP; None for a timm directory, whose classifier has its own. Returns the
+    model's directory. `stage` should be a temporary directory. No path of this machine is left in the model.
     """
     import mlflow
 
+    artifacts = {"vit": weights}
+    if labels is not None:
+        artifacts = {"clip": weights, "labels": _write_labels(stage / "labels", labels)}
     code = Path(shutil.copy(CODE, stage / "served_model.py"))
     model = stage / "model"
     with quiet():
         mlflow.pyfunc.save_model(
             path=str(model),
             python_model=str(code),
-            artifacts={"clip": str(clip_dir), "labels": str(_write_labels(stage / "labels", labels))},
-            signature=signature(),
+            artifacts={name: str(path) for name, path in artifacts.items()},
+            signature=signature(reads_texts=labels is not None),
             input_example=_table({"image": [example_image()]}),
-            pip_requirements=requirements(clip_dir),
+            pip_requirements=requirements(weights),
             metadata=dict(facts),
         )
     _drop_paths(model)
@@ -72,8 +76,11 @@ def load_served(model: Path | str) -> Any:
         return mlflow.pyfunc.load_model(str(model))
 
 
-def signature() -> ModelSignature:
-    """What the model takes and gives; all columns are optional, since each task has its own."""
+def signature(*, reads_texts: bool) -> ModelSignature:
+    """What the model takes and gives; all columns are optional, since each task has its own.
+
+    A ViT has the params of a CLIP: it refuses those that it has no use for, where MLflow would drop them silently.
+    """
     from mlflow.models import ModelSignature
     from mlflow.types.schema import Array, ColSpec, ParamSchema, ParamSpec, Schema
 
@@ -81,7 +88,7 @@ def signature() -> ModelSignature:
         return Schema([ColSpec(kind, name, required=False) for name, kind in types.items()])
 
     return ModelSignature(
-        columns(image="binary", path="string", text="string"),
+        columns(image="binary", path="string", **({"text": "string"} if reads_texts else {})),
         columns(
             label="string", score="double", labels=Array("string"), scores=Array("double"), embedding=Array("double")
         ),
@@ -96,21 +103,29 @@ def signature() -> ModelSignature:
     )
 
 
-def requirements(clip_dir: Path) -> list[str]:
+def requirements(weights: Path) -> list[str]:
     """What the model needs, in the versions that it was checked with; MLflow adds itself."""
-    config = json.loads((clip_dir / "open_clip_config.json").read_text(encoding="utf-8"))
-    names = [*REQUIRED, *(["transformers"] if config["model_cfg"]["text_cfg"].get("hf_tokenizer_name") else [])]
+    names = sorted({*REQUIRED, *_libraries(weights)})
     # 2.15.0+cu130 is no version that an index has
     return [f"{name}=={version(name).partition('+')[0]}" for name in names]
 
 
-def example_image(size: int = 32) -> bytes:
+def _libraries(weights: Path) -> list[str]:
+    """What reads the directory."""
+    file = weights / "open_clip_config.json"
+    if not file.is_file():
+        return ["timm"]
+    config = json.loads(file.read_text(encoding="utf-8"))
+    return ["open_clip_torch", *(["transformers"] if config["model_cfg"]["text_cfg"].get("hf_tokenizer_name") else [])]
+
+
+def example_image(width: int = 32, height: int = 32) -> bytes:
     """A PNG of a colour gradient."""
     from PIL import Image
 
-    pixels = bytes(value for y in range(size) for x in range(size) for value in (8 * x % 256, 8 * y % 256, 96))
+    pixels = bytes(value for y in range(height) for x in range(width) for value in (8 * x % 256, 8 * y % 256, 96))
     out = io.BytesIO()
-    Image.frombytes("RGB", (size, size), pixels).save(out, "PNG")
+    Image.frombytes("RGB", (width, height), pixels).save(out, "PNG")
     return out.getvalue()
 
 

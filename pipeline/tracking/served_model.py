@@ -1,14 +1,15 @@
-"""The model that the registry holds: a fine-tuned CLIP behind MLflow's `predict`.
+"""The model that the registry holds: a fine-tuned CLIP or ViT behind MLflow's `predict`.
 
 MLflow copies this file beside the weights and runs it wherever the model is loaded, so it imports nothing of this
-package. The artifacts are `clip`, an open_clip directory, and `labels`, a directory with labels.json (class names and
-templates) and labels.safetensors (their unit vectors).
+package. The artifacts of a CLIP are `clip`, an open_clip directory, and `labels`, a directory with labels.json (class
+names and templates) and labels.safetensors (their unit vectors); of a ViT `vit`, a timm directory, which names the
+classes of its classifier.
 
     input    a table with one of the columns
                image  bytes of an image file (base64 in JSON)
                path   of an image file that the process may read; refused by a server
-               text   for embed_texts
-    params   task: classify | embed_images | embed_texts; class_names, templates: instead of the model's own; top_k
+               text   for embed_texts; of a CLIP
+    params   task: classify | embed_images | embed_texts; class_names, templates: instead of a CLIP's own; top_k
     output   classify: label, score, and labels, scores (best first, top_k of them); embed_*: embedding
 """
 
@@ -18,13 +19,12 @@ import base64
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import numpy as np
-import open_clip
 import pandas as pd
 import torch
 from mlflow.pyfunc import PythonModel
@@ -40,21 +40,14 @@ DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, OverflowError)
 
 
-class ServedClip(PythonModel):
-    """CLIP in fp32 in eval mode, on the GPU where there is one."""
+class Served(PythonModel):
+    """The model in fp32 in eval mode, on the GPU where there is one."""
 
     def load_context(self, context: Any) -> None:
         """Read the artifacts; nothing is fetched and nothing is unpickled."""
-        name = f"local-dir:{context.artifacts['clip']}"
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        loaded: Any = open_clip.create_model_from_pretrained(name, device=self.device)
-        self.model, self.transform = loaded[0].eval(), loaded[1]
-        self.tokenizer = open_clip.get_tokenizer(name)
-        labels = Path(context.artifacts["labels"])
-        known = json.loads((labels / "labels.json").read_text(encoding="utf-8"))
-        self.class_names: list[str] = known["class_names"]
-        self.templates: list[str] = known["templates"]
-        self.head = load_file(labels / "labels.safetensors")["head"].to(self.device)
+        artifacts = {name: Path(path) for name, path in context.artifacts.items()}
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.kind = Vit(artifacts["vit"], device) if "vit" in artifacts else Clip(**artifacts, device=device)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: Mapping[str, Any] | None = None) -> Any:  # noqa: ARG002
         """A row of the answer per row of the table; ValueError says what is wrong with the request."""
@@ -66,48 +59,36 @@ class ServedClip(PythonModel):
             return tasks[options["task"]](model_input, options)
 
     def _classify(self, table: pd.DataFrame, options: Mapping[str, Any]) -> pd.DataFrame:
-        names, head = self._classifier(options)
+        wanted = ([str(each) for each in options[name]] for name in ("class_names", "templates"))
+        names, logits = self.kind.classifier(*wanted)
         top_k = int(options["top_k"])
         if top_k < 1:
             raise ValueError(f"top_k={top_k}: should be at least 1")
-        logits = self.model.logit_scale.exp() * self._images(table) @ head.T
-        best = logits.softmax(dim=-1).cpu().topk(min(top_k, len(names)), dim=-1)
+        scores = self._images(table, logits, len(names)).softmax(dim=-1)
+        best = scores.topk(min(top_k, len(names)), dim=-1)
         labels = [[names[index] for index in row] for row in best.indices.tolist()]
-        scores = best.values.tolist()
+        values = best.values.tolist()
         return pd.DataFrame(
             {
                 "label": [row[0] for row in labels],
-                "score": [row[0] for row in scores],
+                "score": [row[0] for row in values],
                 "labels": labels,
-                "scores": scores,
+                "scores": values,
             }
         )
 
-    def _classifier(self, options: Mapping[str, Any]) -> tuple[list[str], Tensor]:
-        """Names, and a (K, D) unit vector for each: those of the request, else the model's own."""
-        names = [str(name) for name in options["class_names"]]
-        templates = [str(template) for template in options["templates"]]
-        if not names and not templates and self.class_names:
-            return self.class_names, self.head
-        names, templates = names or self.class_names, templates or self.templates
-        if not names:
-            raise ValueError("class_names: the model has none of its own; give a list of names in the params")
-        if wrong := [template for template in templates if PLACEHOLDER not in template]:
-            raise ValueError(f"templates: {wrong[0]!r} has no {PLACEHOLDER} for the class name")
-        texts = [template.replace(PLACEHOLDER, name) for name in names for template in templates]
-        means = self._texts(texts).view(len(names), len(templates), -1).mean(dim=1)
-        return names, normalize(means, dim=-1)
-
     def _embed_images(self, table: pd.DataFrame, options: Mapping[str, Any]) -> pd.DataFrame:  # noqa: ARG002
-        return pd.DataFrame({"embedding": self._images(table).cpu().tolist()})
+        return pd.DataFrame({"embedding": self._images(table, self.kind.images, 0).tolist()})
 
     def _embed_texts(self, table: pd.DataFrame, options: Mapping[str, Any]) -> pd.DataFrame:  # noqa: ARG002
+        if isinstance(self.kind, Vit):
+            raise ValueError("task='embed_texts': this model reads no texts")
         if "text" not in table:
             raise ValueError(f"embed_texts needs a column text, got {', '.join(map(str, table.columns))}")
-        return pd.DataFrame({"embedding": self._texts([str(text) for text in table["text"]]).cpu().tolist()})
+        return pd.DataFrame({"embedding": self.kind.texts([str(text) for text in table["text"]]).tolist()})
 
-    def _images(self, table: pd.DataFrame) -> Tensor:
-        """(N, D) unit vectors of the table's images, decoded a batch at a time."""
+    def _images(self, table: pd.DataFrame, compute: Callable[[Tensor], Tensor], width: int) -> Tensor:
+        """What `compute` gives for the table's images, decoded a batch at a time, on the CPU; (0, width) for none."""
         column = next((name for name in ("image", "path") if name in table), None)
         if column is None:
             raise ValueError(f"images come in a column image or path, got {', '.join(map(str, table.columns))}")
@@ -119,15 +100,83 @@ class ServedClip(PythonModel):
         parts = []
         for start in range(0, len(values), BATCH):
             part = enumerate(values[start : start + BATCH], start)
-            pixels = torch.stack([self.transform(_rgb(row, read, value)) for row, value in part])
-            parts.append(normalize(self.model.encode_image(pixels.to(self.device)).float(), dim=-1))
-        return torch.cat(parts) if parts else self.head.new_zeros(0, self.head.shape[1])
+            pixels = torch.stack([self.kind.transform(_rgb(row, read, value)) for row, value in part])
+            parts.append(compute(pixels.to(self.kind.device)).float().cpu())
+        return torch.cat(parts) if parts else torch.zeros(0, width)
 
-    def _texts(self, texts: Sequence[str]) -> Tensor:
+
+class Clip:
+    """Classes are compared with images by their texts: the model's own classes, or any that a request names."""
+
+    def __init__(self, clip: Path, labels: Path, device: torch.device) -> None:
+        import open_clip
+
+        name = f"local-dir:{clip}"
+        self.device = device
+        loaded: Any = open_clip.create_model_from_pretrained(name, device=device)
+        self.model, self.transform = loaded[0].eval(), loaded[1]
+        self.tokenizer = open_clip.get_tokenizer(name)
+        known = json.loads((labels / "labels.json").read_text(encoding="utf-8"))
+        self.class_names: list[str] = known["class_names"]
+        self.templates: list[str] = known["templates"]
+        self.head = load_file(labels / "labels.safetensors")["head"].to(device)
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """(N, D) unit vectors."""
+        return normalize(self.model.encode_image(pixels).float(), dim=-1)
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
         """(N, D) unit vectors."""
         parts = [self.tokenizer(list(texts[i : i + BATCH])).to(self.device) for i in range(0, len(texts), BATCH)]
         parts = [normalize(self.model.encode_text(tokens).float(), dim=-1) for tokens in parts]
         return torch.cat(parts) if parts else self.head.new_zeros(0, self.head.shape[1])
+
+    def classifier(self, names: list[str], templates: list[str]) -> tuple[list[str], Callable[[Tensor], Tensor]]:
+        """The K names, those of the request before the model's own, and what makes logits (N, K) of pixels."""
+        names, head = self._head(names, templates)
+        scale = self.model.logit_scale.exp()
+        return names, lambda pixels: scale * self.images(pixels) @ head.T
+
+    def _head(self, names: list[str], templates: list[str]) -> tuple[list[str], Tensor]:
+        """Names, and a (K, D) unit vector for each."""
+        if not names and not templates and self.class_names:
+            return self.class_names, self.head
+        names, templates = names or self.class_names, templates or self.templates
+        if not names:
+            raise ValueError("class_names: the model has none of its own; give a list of names in the params")
+        if wrong := [template for template in templates if PLACEHOLDER not in template]:
+            raise ValueError(f"templates: {wrong[0]!r} has no {PLACEHOLDER} for the class name")
+        texts = [template.replace(PLACEHOLDER, name) for name in names for template in templates]
+        means = self.texts(texts).view(len(names), len(templates), -1).mean(dim=1)
+        return names, normalize(means, dim=-1)
+
+
+class Vit:
+    """A model with the classes of its own classifier, and no others."""
+
+    def __init__(self, vit: Path, device: torch.device) -> None:
+        import timm
+        from timm.data import create_transform, resolve_model_data_config
+
+        self.device = device
+        self.model: Any = timm.create_model(f"local-dir:{vit}", pretrained=True).to(device).eval()
+        self.transform: Any = create_transform(**resolve_model_data_config(self.model))
+        self.class_names: list[str] = json.loads((vit / "config.json").read_text(encoding="utf-8"))["label_names"]
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """(N, D) unit vectors."""
+        features = self.model.forward_head(self.model.forward_features(pixels), pre_logits=True)
+        return normalize(features.float(), dim=-1)
+
+    def classifier(self, names: list[str], templates: list[str]) -> tuple[list[str], Callable[[Tensor], Tensor]]:
+        """The K names, and what makes logits (N, K) of pixels."""
+        for option, given in (("class_names", names), ("templates", templates)):
+            if given:
+                known = ", ".join(self.class_names[:5]) + (", .." if len(self.class_names) > 5 else "")
+                raise ValueError(
+                    f"{option}: this model knows the classes that it was trained on and no others: {known}"
+                )
+        return self.class_names, self.model
 
 
 def _rgb(row: int, read: Any, value: Any) -> Image.Image:
@@ -149,4 +198,4 @@ def _decode(value: Any) -> io.BytesIO:
     return io.BytesIO(base64.b64decode(value, validate=True) if isinstance(value, str) else bytes(value))
 
 
-mlflow.models.set_model(ServedClip())
+mlflow.models.set_model(Served())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -12,7 +12,7 @@ import torch
 from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
 
 import pipeline.evaluation.checkpoints
-from pipeline.config import Config, ConfigError, load_config, override, to_yaml
+from pipeline.config import ConfigError, load_config, to_yaml
 from pipeline.data.wds_layout import open_eval_set
 from pipeline.evaluation.benchmark import load_benchmark
 from pipeline.evaluation.checkpoints import evaluate_checkpoints
@@ -23,12 +23,8 @@ from pipeline.evaluation.run import evaluate_run
 from pipeline.evaluation.strength import evaluate_strength
 from pipeline.model.restore import load_run
 from pipeline.model.vit import Vit, save_timm
-from pipeline.training.checkpoint import save_checkpoint
-from pipeline.training.distributed import read_world
-from pipeline.training.model import build_model, checkpoint_state, trainable
 
 SETTINGS = Settings(batch_size=16, workers=0)
-ARGS: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
 @pytest.fixture(scope="session")
@@ -47,38 +43,11 @@ def table(datasets: Path, known_set: Path) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path: Path, datasets: Path) -> Path:
-    """A run of gated LoRA over a random ViT, as `selora train` leaves it; parameters are moved at random."""
-    from timm.models import save_for_hf
-
-    torch.manual_seed(3)
-    stock = timm.create_model("vit_tiny_patch16_224", num_classes=0, **ARGS)
-    save_for_hf(stock, str(tmp_path / "vit"), model_config={"model_args": ARGS}, safe_serialization=True)
-    changes = {
-        "name": "run",
-        "out": str(tmp_path),
-        "model.name": f"timm:local-dir:{tmp_path / 'vit'}",
-        "adapter.rank": 4,
-        "train.train_rest": "none",
-        "tracking.enabled": False,
-    }
-    config = override(Config.model_validate({"data": {"train": "shards"}}), changes)
-    directory = tmp_path / "run"
-    directory.mkdir()
-    (directory / "config.yaml").write_text(to_yaml(config))
+def run(tmp_path: Path, datasets: Path, make_vit_run: Callable[..., Path]) -> Path:
     names = open_eval_set(datasets / "wds_id").classnames
     assert names is not None
     # Underscores and capitals do not make another class.
-    model = build_model(config, tuple(name.capitalize() for name in names))
-    parameters = dict(trainable(model.model))
-    for step in (5, 10, 15, 20):
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.add_(-0.02 if name.endswith("gate.score") else 0.2 * torch.randn_like(parameter))
-        state = checkpoint_state(config, model, "0" * 64, step, read_world({}))
-        saved = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        save_checkpoint(directory, saved, {"moment": torch.zeros(1)}, state, keep_last=9)
-    return directory
+    return make_vit_run(tmp_path / "run", tuple(name.capitalize() for name in names))
 
 
 def test_own_classes_by_the_classifier_and_the_source_set_by_neighbours(run: Path, table: Path, tmp_path: Path) -> None:

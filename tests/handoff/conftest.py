@@ -21,6 +21,7 @@ from pipeline.evaluation.dataset import Settings
 from pipeline.evaluation.run import evaluate_run
 from pipeline.method.adapter import blocks
 from pipeline.model.clip import Clip
+from pipeline.model.load import Model
 from pipeline.model.restore import load_run
 from pipeline.training.checkpoint import save_checkpoint
 from pipeline.training.distributed import read_world
@@ -167,11 +168,11 @@ def photo(data: Path) -> bytes:
 
 
 @pytest.fixture(scope="session")
-def pixels_of() -> Callable[[bytes, Clip], Tensor]:
-    """pixels(file, clip) -> (1, 3, H, W) as the evaluation transforms it."""
+def pixels_of() -> Callable[[bytes, Model], Tensor]:
+    """pixels(file, model) -> (1, 3, H, W) as the evaluation transforms it."""
 
-    def pixels(file: bytes, clip: Clip) -> Tensor:
-        resized = eval_resize(decode(file, form="reference"), clip.preprocess_cfg)
-        return normalize(resized[None], clip.preprocess_cfg["mean"], clip.preprocess_cfg["std"])
+    def pixels(file: bytes, model: Model) -> Tensor:
+        resized = eval_resize(decode(file, form="reference"), model.preprocess_cfg)
+        return normalize(resized[None], model.preprocess_cfg["mean"], model.preprocess_cfg["std"])
 
     return pixels

@@ -136,7 +136,7 @@ def test_mistakes_are_told_before_anything_is_written(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("mine")
     cases = [
-        ({"to": "onnx"}, "expected one of open_clip, hf, peft"),
+        ({"to": "onnx"}, "expected one of open_clip, hf, peft, timm"),
         ({"to": "hf", "merged": False}, "kept adapters are --to peft"),
         ({"to": "peft", "merged": True}, "merged weights are --to hf"),
         ({"to": "hf", "base_name": "x"}, "only a PEFT adapter"),

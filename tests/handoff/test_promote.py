@@ -118,7 +118,7 @@ def test_results_of_other_weights_or_of_a_part_are_refused(runs: tuple[Path, Pat
     summary = json.loads((runs[0] / "eval/summary.json").read_text())
     (stale / "eval/summary.json").write_text(json.dumps(summary | {"limit": 6}))
     with pytest.raises(ConfigError, match="6 images a dataset"):
-        results_of(type(source)(stale, source.found, source.clip, source.weights_digest))
+        results_of(type(source)(stale, source.found, source.model, source.weights_digest))
 
 
 def test_of_a_sweep_the_chosen_trial_is_promoted_and_a_worse_one_does_not_become_champion(

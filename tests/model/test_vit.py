@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,31 +16,7 @@ from pipeline.model.towers import adapter_targets, apply_trainable, inside_layer
 from pipeline.model.vit import load_vit, save_timm, untagged
 from pipeline.model.weights import stock_state
 
-ARGS: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 CLASSES = ("cat", "dog", "bird")
-
-
-@pytest.fixture(scope="session")
-def vit_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """make(**model_args) -> a directory as timm's own `save_for_hf` writes it, with random weights."""
-
-    def make(**changes: Any) -> Path:
-        directory = tmp_path_factory.mktemp("vit")
-        torch.manual_seed(3)
-        model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **(ARGS | changes))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-        from timm.models import save_for_hf
-
-        args = {key: list(value) if isinstance(value, tuple) else value for key, value in (ARGS | changes).items()}
-        save_for_hf(model, str(directory), model_config={"model_args": args}, safe_serialization=True)
-        config = json.loads((directory / "config.json").read_text())
-        config["pretrained_cfg"] |= {"input_size": [3, 32, 32], "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]}
-        (directory / "config.json").write_text(json.dumps(config))
-        return directory
-
-    return make
 
 
 @pytest.fixture

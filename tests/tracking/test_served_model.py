@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from PIL import Image
 
 from pipeline.data.images import decode
 from pipeline.model.clip import load_clip, save_open_clip
+from pipeline.model.vit import load_vit, save_timm
 from pipeline.tracking import served_model
 from pipeline.tracking.served import CODE, Labels, example_image, load_served, predict, save_served
 
@@ -42,6 +44,19 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_open_clip(clip.model, clip.model_cfg, clip.preprocess_cfg, stage / "clip")
     head = torch.nn.functional.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(1)), dim=-1)
     return save_served(stage, stage / "clip", Labels(["cat", "dog", "owl"], ["a {c}."], head), {"selora.step": "5"})
+
+
+@pytest.fixture(scope="module")
+def saved_vit(tmp_path_factory: pytest.TempPathFactory, vit_dir: Callable[..., Path]) -> Path:
+    """A ViT with a classifier of three classes."""
+    stage = tmp_path_factory.mktemp("stage_vit")
+    vit = load_vit(f"timm:local-dir:{vit_dir()}", classes=("cat", "dog", "owl"))
+    return save_served(stage, save_timm(vit, stage / "vit"), None, {"selora.step": "5"})
+
+
+@pytest.fixture(scope="module", params=["saved", "saved_vit"])
+def each(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +92,7 @@ def test_class_names_of_the_request_are_scored_by_their_texts(model: Any) -> Non
     vectors = torch.tensor([one["embedding"] for one in predict(model, {"text": texts}, task="embed_texts")])
     assert vectors.norm(dim=-1).allclose(torch.ones(4))
     heads = torch.nn.functional.normalize(vectors.view(2, 2, -1).mean(1), dim=-1)
-    scale = model.unwrap_python_model().model.logit_scale.exp().item()
+    scale = model.unwrap_python_model().kind.model.logit_scale.exp().item()
     wanted = dict(zip(names, (scale * heads @ image).softmax(0).tolist(), strict=True))
     assert dict(zip(row["labels"], row["scores"], strict=True)) == pytest.approx(wanted, abs=1e-5)
 
@@ -115,14 +130,33 @@ def test_wrong_requests_say_what_is_wrong(model: Any, monkeypatch: pytest.Monkey
         predict(model, {"path": ["/etc/hostname"]})
 
 
-def test_the_model_has_no_pickle_no_path_of_this_machine_and_short_requirements(saved: Path) -> None:
-    files = [file for file in saved.rglob("*") if file.is_file()]
+def test_a_vit_answers_of_its_own_classes_only(saved_vit: Path) -> None:
+    model, data = load_served(saved_vit), example_image()
+    (row,) = predict(model, {"image": [data]})
+    assert sorted(row["labels"]) == ["cat", "dog", "owl"]
+    assert sum(row["scores"]) == pytest.approx(1, abs=1e-6)
+    (vector,) = predict(model, {"image": [data]}, task="embed_images")
+    assert torch.tensor(vector["embedding"]).norm().item() == pytest.approx(1, abs=1e-6)
+    cases = [
+        ({"class_names": ["tree"]}, "class_names: this model knows the classes .* no others: cat, dog, owl"),
+        ({"templates": ["a {c}"]}, "templates: this model knows the classes"),
+        ({"task": "embed_texts"}, "this model reads no texts"),
+    ]
+    for params, message in cases:
+        with pytest.raises(ValueError, match=message):
+            predict(model, {"image": [data]}, **params)
+    assert "text" not in model.metadata.get_input_schema().input_names()
+
+
+def test_the_model_has_no_pickle_no_path_of_this_machine_and_short_requirements(each: Path) -> None:
+    files = [file for file in each.rglob("*") if file.is_file()]
     assert not [file for file in files if file.suffix in FORBIDDEN]
-    assert str(saved.parent) not in (saved / "MLmodel").read_text()
-    assert str(Path.home()) not in (saved / "MLmodel").read_text()
-    names = [line.partition("==")[0] for line in (saved / "requirements.txt").read_text().splitlines()]
-    assert names == ["mlflow", "open_clip_torch", "pandas", "pillow", "safetensors", "torch", "torchvision"]
-    assert "+" not in (saved / "requirements.txt").read_text()
+    assert str(each.parent) not in (each / "MLmodel").read_text()
+    assert str(Path.home()) not in (each / "MLmodel").read_text()
+    names = [line.partition("==")[0] for line in (each / "requirements.txt").read_text().splitlines()]
+    reader = "open_clip_torch" if (each / "artifacts/clip").is_dir() else "timm"
+    assert sorted(names) == sorted(["mlflow", reader, "pandas", "pillow", "safetensors", "torch", "torchvision"])
+    assert "+" not in (each / "requirements.txt").read_text()
 
 
 def test_its_code_stands_alone() -> None:
@@ -134,7 +168,7 @@ def test_its_code_stands_alone() -> None:
     }
     assert "pipeline" not in imported
     assert imported - sys.stdlib_module_names == {
-        "PIL", "mlflow", "numpy", "open_clip", "pandas", "safetensors", "torch",
+        "PIL", "mlflow", "numpy", "open_clip", "pandas", "safetensors", "timm", "torch",
     }  # fmt: skip
 
 
@@ -155,12 +189,10 @@ print(mlflow.pyfunc.load_model(sys.argv[1]).predict(table)["label"][0])
 """
 
 
-def test_a_fresh_process_loads_it_without_this_package_network_or_pickle(
-    saved: Path, model: Any, tmp_path: Path
-) -> None:
+def test_a_fresh_process_loads_it_without_this_package_network_or_pickle(each: Path, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(example_image())
     done = subprocess.run(
-        [sys.executable, "-c", FRESH, str(saved), str(tmp_path / "a.png")],
+        [sys.executable, "-c", FRESH, str(each), str(tmp_path / "a.png")],
         cwd=tmp_path,
         env=os.environ | {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"},
         capture_output=True,
@@ -169,4 +201,4 @@ def test_a_fresh_process_loads_it_without_this_package_network_or_pickle(
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split()[-1] == predict(model, {"image": [example_image()]})[0]["label"]
+    assert done.stdout.split()[-1] == predict(load_served(each), {"image": [example_image()]})[0]["label"]
