@@ -29,6 +29,14 @@ SAMPLES, PER_SHARD, BATCH = 96, 8, 4
 STEPS = 2 * SAMPLES // BATCH  # two epochs
 
 
+@pytest.fixture(autouse=True)
+def nobody_reads_on() -> Iterator[None]:
+    """A test begins when the last one's thread is through with what it was at."""
+    yield
+    gc.collect()
+    wait_for(lambda: not readers())
+
+
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[faulty_s3.FaultyStore]:
     if faulty_s3.rclone() is None:
