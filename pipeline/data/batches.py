@@ -78,10 +78,15 @@ class Batches(Generic[Made]):
             ready = iter(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, heard)
-        for made in ready:
-            if isinstance(made, ConfigError):
-                raise made
-            yield made
+        try:
+            for made in ready:
+                if isinstance(made, ConfigError):
+                    raise made
+                yield made
+        finally:
+            # A traceback would keep the workers; left to the garbage collector, their queues go first, and those who
+            # then never hear that it is over take the minute of _leave_in_a_minute.
+            del ready
 
 
 class _Maker(Dataset[Any]):

@@ -29,14 +29,6 @@ SAMPLES, PER_SHARD, BATCH = 96, 8, 4
 STEPS = 2 * SAMPLES // BATCH  # two epochs
 
 
-@pytest.fixture(autouse=True)
-def nobody_reads_on() -> Iterator[None]:
-    """A test begins when the last one's thread is through with what it was at."""
-    yield
-    gc.collect()
-    wait_for(lambda: not readers())
-
-
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[faulty_s3.FaultyStore]:
     if faulty_s3.rclone() is None:
@@ -59,12 +51,14 @@ def near(shards_of: Callable[..., ShardIndex], photo: Callable, encode: Callable
 
 
 @pytest.fixture
-def far(near: ShardIndex, store: faulty_s3.FaultyStore, tmp_path: Path) -> ShardIndex:
-    """The same shards in the store."""
+def far(near: ShardIndex, store: faulty_s3.FaultyStore, tmp_path: Path) -> Iterator[ShardIndex]:
+    """The same shards in the store, which goes when nobody reads from it any more."""
     shutil.copytree(near.directory, store.root / "bucket" / "train")
     index = load_index("s3://bucket/train", Cache(tmp_path / "cache", 10**9, attempts=2))
     store.served.clear()
-    return index
+    yield index
+    gc.collect()
+    wait_for(lambda: not readers())
 
 
 def loader(index: ShardIndex, *, streams: int = 1, window: int = 4, workers: int = 0, **options):
@@ -241,8 +235,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
-@pytest.mark.parametrize("kill", [False, True])
+@pytest.mark.parametrize(("workers", "kill"), [("0", False), ("1", False), ("1", True)])
 def test_a_fetch_that_hangs_keeps_no_process_alive(
     far: ShardIndex, store: faulty_s3.FaultyStore, tmp_path: Path, workers: str, kill: bool
 ) -> None:
