@@ -20,6 +20,7 @@ from pipeline.config_sections import Adapter, Data, Eval, Gate, Model, Promote, 
 from pipeline.passwords import redact
 
 __all__ = [
+    "VIT_SCHEMA",
     "Adapter",
     "Config",
     "ConfigError",
@@ -34,6 +35,7 @@ __all__ = [
     "describe",
     "digest",
     "flatten",
+    "is_vit",
     "load_config",
     "load_config_with_origin",
     "override",
@@ -41,6 +43,12 @@ __all__ = [
 ]
 
 DEFAULT = "default"
+VIT_SCHEMA = "timm:"
+
+
+def is_vit(name: str) -> bool:
+    """Whether `model.name` names a model of timm, which is trained as a classifier."""
+    return name.startswith(VIT_SCHEMA)
 
 
 class Config(Section):
@@ -68,7 +76,7 @@ class Config(Section):
     @property
     def classifies(self) -> bool:
         """Whether the model is a ViT that is trained as a classifier, instead of a CLIP."""
-        return self.model.name.startswith("timm:")
+        return is_vit(self.model.name)
 
     @model_validator(mode="after")
     def _rules(self) -> Self:

@@ -22,7 +22,8 @@ from pipeline.method.adapter import AdapterKind, attach_adapter
 from pipeline.model.attention import SplitAttention
 from pipeline.model.clip import Clip
 from pipeline.model.load import Model
-from pipeline.model.towers import TOWERS, adapter_targets, apply_trainable
+from pipeline.model.towers import adapter_targets, apply_trainable
+from pipeline.model.vit import Vit
 
 Macs = dict[str, int]  # tower -> MAC of one image or one text
 
@@ -126,7 +127,7 @@ class Cost:
                 for site in self.sites
                 if site.tower == tower and site.target in chosen
             )
-            for tower in TOWERS
+            for tower in self.base
         }
 
     def adapter_parameters(self, rank: int, kind: AdapterKind, targets: Iterable[str] | None = None) -> int:
@@ -139,8 +140,8 @@ class Cost:
         )
 
 
-def model_cost(clip: Clip) -> Cost:
-    """Count a plain (or merged) CLIP; nothing is computed, the model is only traced on shapes."""
+def model_cost(clip: Model) -> Cost:
+    """Count a plain (or merged) model; nothing is computed, it is only traced on shapes. A ViT has no text tower."""
     model = deepcopy(clip.model).to("meta").eval()
     sites, base = _trace(model, _inputs(clip, "meta"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -166,7 +167,7 @@ def counted_macs(model: nn.Module, inputs: Mapping[str, Tensor]) -> Macs:
 
     The attention is torch's plain one meanwhile: on a CPU the fused ones are not counted.
     """
-    return {tower: _counted(partial(_encoder(model, tower), inputs[tower])) for tower in TOWERS}
+    return {tower: _counted(partial(_encoder(model, tower), inputs[tower])) for tower in inputs}
 
 
 def _counted(forward: Callable[[], Any]) -> int:
@@ -179,14 +180,12 @@ def _encoder(model: Any, tower: str) -> Callable[[Tensor], Tensor]:
     return model.encode_image if tower == "image" else model.encode_text
 
 
-def _inputs(clip: Clip, device: str | torch.device, batch: int = 1) -> dict[str, Tensor]:
-    """Images and texts of the right shape: zeros, and the tokens of an empty caption."""
+def _inputs(clip: Model, device: str | torch.device, batch: int = 1) -> dict[str, Tensor]:
+    """What each tower of the model takes, of the right shape: zeros, and the tokens of an empty caption."""
     size = clip.preprocess_cfg["size"]
     height, width = (size, size) if isinstance(size, int) else size
-    return {
-        "image": torch.zeros(batch, 3, height, width, device=device),
-        "text": clip.tokenizer([""] * batch).to(device),
-    }
+    inputs = {"image": torch.zeros(batch, 3, height, width, device=device)}
+    return inputs if isinstance(clip, Vit) else inputs | {"text": clip.tokenizer([""] * batch).to(device)}
 
 
 def _trace(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[tuple[Site, ...], Macs]:
@@ -213,7 +212,7 @@ def _trace(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[tuple[Site, 
         elif isinstance(module, nn.Conv2d):
             module.register_forward_hook(see_convolution)
     base = {}
-    for tower in TOWERS:
+    for tower in inputs:
         macs.clear()
         with torch.no_grad():
             _encoder(model, tower)(inputs[tower])
@@ -273,7 +272,7 @@ def _seconds(model: nn.Module, inputs: Mapping[str, Tensor]) -> float:
     if on_gpu:
         torch.cuda.synchronize()
     start = time.perf_counter()
-    for tower in TOWERS:
+    for tower in inputs:
         _encoder(model, tower)(inputs[tower])
     if on_gpu:
         torch.cuda.synchronize()

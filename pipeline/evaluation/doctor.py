@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.config import ConfigError
+from pipeline.config import VIT_SCHEMA, ConfigError
 from pipeline.evaluation.benchmark import Benchmark, is_there
 from pipeline.evaluation.dataset import Dataset, open_dataset, plain
 from pipeline.evaluation.results import Result
 from pipeline.evaluation.rows import TOLERANCE, Row
-from pipeline.model.vit import SCHEMA
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def compare_with_published(benchmark: Benchmark, results: Mapping[str, Result]) 
         if row.key not in results:
             continue
         result = results[row.key]
-        published = row.published_of.get(result["model"].removeprefix(SCHEMA), row.published)
+        published = row.published_of.get(result["model"].removeprefix(VIT_SCHEMA), row.published)
         low, high = result["interval"]
         allowed = published.get(TOLERANCE, 0.0) + 50 * (high - low)
         compared += [

@@ -45,7 +45,9 @@ def summarise(
         rows = [row for row in benchmark.rows if row.group == group and row.in_mean]
         if rows and any(row.key in datasets for row in rows):
             groups[group] = _group([datasets[row.key] for row in rows if row.key in datasets])
-            groups[group]["missing"] = [row.key for row in rows if row.key not in datasets]
+            # A classifier answers for one target set; the others of id are none that it lacks.
+            asked = [] if group == "id" and model.get("classifier") else rows
+            groups[group]["missing"] = [row.key for row in asked if row.key not in datasets]
     for name in groups.keys() - {"id"} if "id" in groups else ():
         groups[name]["with_id"] = (groups["id"]["mean"] + groups[name]["mean"]) / 2
     drops = [-groups[g]["change"] for g in groups if g != "id" and groups[g]["change"] is not None]

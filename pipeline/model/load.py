@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pipeline.config import ConfigError
+from pipeline.config import ConfigError, is_vit
 from pipeline.model.clip import Clip, load_clip
-from pipeline.model.vit import Vit, is_vit, load_vit
+from pipeline.model.vit import Vit, load_vit
 
 Model = Clip | Vit
 

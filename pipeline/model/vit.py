@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import ConfigError
+from pipeline.config import VIT_SCHEMA as SCHEMA
+from pipeline.config import ConfigError, is_vit
 from pipeline.model.towers import split_attention
 from pipeline.model.weights import stock_state, weights_digest
 
-SCHEMA = "timm:"
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -62,11 +62,6 @@ class Vit:
     name: str
     pretrained: str | None
     classes: tuple[str, ...] | None
-
-
-def is_vit(name: str) -> bool:
-    """Whether `model.name` names a model of timm."""
-    return name.startswith(SCHEMA)
 
 
 def untagged(name: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pipeline.report.records import Collection, Run
-from pipeline.report.style import CYCLE, GREY, GROUPS, INK, MARKERS, ORANGE, NoData, legend, panels
+from pipeline.report.style import CYCLE, GREY, GROUPS, INK, MARKERS, ORANGE, NoData, legend, measure, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,13 +24,15 @@ def groups(collection: Collection, *, narrow: bool) -> Figure:
         raise NoData(f"{len(runs)} runs are too many for bars; the table below has them")
     names = [name for name in GROUPS if any(run.group(name) is not None for run in runs)]
     figure, (axes,) = panels("Accuracy by group", 1, narrow=narrow, height=3.4)
-    before = [collection.untouched.get(name, 0.0) for name in names]
+    before = [collection.untouched.get(name) for name in names]
     bars = [("untouched model", before, GREY)] if collection.untouched else []
-    bars += [(run.label, [run.group(name) or 0.0 for name in names], CYCLE[i]) for i, run in enumerate(runs)]
+    bars += [(run.label, [run.group(name) for name in names], CYCLE[i]) for i, run in enumerate(runs)]
     width = 0.84 / len(bars)
     for number, (label, values, colour) in enumerate(bars):
-        x = [place + (number - (len(bars) - 1) / 2) * width for place in range(len(names))]
-        drawn = axes.bar(x, [100 * value for value in values], width * 0.92, color=colour, label=label)
+        shift = (number - (len(bars) - 1) / 2) * width
+        known = [(place + shift, 100 * value) for place, value in enumerate(values) if value is not None]
+        x, heights = [x for x, _ in known], [height for _, height in known]
+        drawn = axes.bar(x, heights, width * 0.92, color=colour, label=label)
         if not narrow or len(bars) < 4:
             axes.bar_label(drawn, fmt="%.1f" if len(bars) < 5 else "%.0f", fontsize=8, padding=1, color=INK)
     for place, name in enumerate(names):
@@ -40,7 +42,7 @@ def groups(collection: Collection, *, narrow: bool) -> Figure:
             axes.hlines(100 * chance, place - 0.44, place + 0.44, colors=ORANGE, linestyles=":", label=label)
     axes.set_xticks(range(len(names)), [GROUPS[name].replace(" ", "\n") for name in names])
     axes.set_xlabel("group of data sets")
-    axes.set_ylabel("accuracy or mean recall (%)")
+    axes.set_ylabel("accuracy or mean recall (%)" if "retrieval" in names else "accuracy (%)")
     axes.grid(axis="x", visible=False)
     legend(figure, [axes])
     return figure
@@ -71,19 +73,29 @@ def pareto(collection: Collection, *, narrow: bool) -> Figure:
     if "id" in collection.untouched:
         axes.plot(100, 100 * collection.untouched["id"], linestyle="none", marker="o", markersize=7, color=GREY,
                   label="untouched model")  # fmt: skip
+    elif collection.untouched:
+        axes.axvline(100, color=GREY, linestyle=":", linewidth=1.3, label="untouched model, which has no classifier")
+    what = "mean of the groups other than in-distribution"
+    if {each["group"] for each in collection.datasets.values()} == {"id", "source"}:
+        what = "K-NN on its source set"
+    axes.set_xlabel(f"knowledge kept (% of the untouched model{'' if narrow else f', {what}'})")
+    axes.set_ylabel(_learned(collection))
+    axes.margins(0.1)
     if len(runs) <= (3 if narrow else 2 * MOST_NAMED):  # more names would lie on one another
         _name_points(axes, collection, runs)
-    of_what = "" if narrow else ", mean of the groups other than in-distribution"
-    axes.set_xlabel(f"knowledge kept (% of the untouched model{of_what})")
-    axes.set_ylabel("in-distribution accuracy (%)")
-    axes.margins(0.1)
     legend(figure, [axes])
     return figure
 
 
+def _learned(collection: Collection) -> str:
+    shown = measure("id", classifies=collection.classifies)
+    return shown if collection.classifies else f"in-distribution {shown}"
+
+
 def _name_points(axes: Axes, collection: Collection, runs: Sequence[Run]) -> None:
-    """Rank and lambda beside each point, turned inwards so that none leaves the axes."""
+    """Rank and lambda beside each point, turned inwards so that none leaves the axes; none that would hide another."""
     middle = sum(collection.points[run.name].kept for run in runs) / len(runs)
+    named: list[tuple[float, float]] = []
     for run in runs:
         one, settings = collection.points[run.name], run.settings
         text = " ".join(
@@ -94,8 +106,13 @@ def _name_points(axes: Axes, collection: Collection, runs: Sequence[Run]) -> Non
             )
             if part
         )
+        place = 100 * one.kept, 100 * one.id
+        x, y = axes.transAxes.inverted().transform(axes.transData.transform(place))
+        if not text or any(abs(x - there) < 0.15 and abs(y - height) < 0.05 for there, height in named):
+            continue
+        named.append((x, y))
         left = one.kept > middle
-        axes.annotate(text, (100 * one.kept, 100 * one.id), xytext=(-8 if left else 8, 5), textcoords="offset points",
+        axes.annotate(text, place, xytext=(-8 if left else 8, 5), textcoords="offset points",
                       fontsize=8, ha="right" if left else "left")  # fmt: skip
 
 
@@ -115,7 +132,8 @@ def training(collection: Collection, *, narrow: bool) -> Figure:
             steps, shares = zip(*run.history["adapter/active_share"], strict=True)
             axes[1].plot(steps, [100 * share for share in shares], color=colour, linewidth=width)
     axes[0].set_title("loss", loc="left")
-    axes[0].set_ylabel("contrastive loss + penalty (nats)")
+    kind = "cross entropy" if collection.classifies else "contrastive loss"
+    axes[0].set_ylabel(f"{kind} + penalty (nats)" if gated else f"{kind} (nats)")
     for one in axes:
         one.set_xlabel("optimizer step")
     if gated:
@@ -190,8 +208,8 @@ def strength(collection: Collection, *, narrow: bool) -> Figure:
                     one.annotate(alpha, (curve["id"][end], curve[name][end]), xytext=(5, 4),
                                  textcoords="offset points", fontsize=8)  # fmt: skip
         one.set_title(GROUPS[name], loc="left")
-        one.set_xlabel("in-distribution accuracy (%)")
-        one.set_ylabel("mean recall (%)" if name == "retrieval" else "accuracy (%)")
+        one.set_xlabel(_learned(collection))
+        one.set_ylabel(measure(name, classifies=collection.classifies))
         one.margins(0.12)
     legend(figure, axes)
     return figure

@@ -17,9 +17,11 @@ from pipeline.report.style import (
     GREY,
     GROUPS,
     MARKERS,
+    PURPLE,
     VERMILLION,
     NoData,
     legend,
+    measure,
     own_legends,
     panels,
     rank_axis,
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_GMAC = "GMAC of one image and one text"
 _LOOK = {"lora": (BLUE, "o"), "dora": (VERMILLION, "s")}
 
 
@@ -129,16 +130,20 @@ def cost_and_gain(collection: Collection, costs: Mapping[str, Cost], *, narrow: 
     if sum(len(family.points) for family in lines) < 2:
         raise NoData("needs two evaluated adapters or more whose model can be built here")
     ranks = sorted({rank for family in lines for rank in family.ranks})
-    views = [partial(_cost_by_rank, ranks=ranks), _gain_by_cost] if len(ranks) > 1 else [_gain_by_cost]
+    by_gain = partial(_gain_by_cost, classifies=collection.classifies)
+    views = [partial(_cost_by_rank, ranks=ranks), by_gain] if len(ranks) > 1 else [by_gain]
     figure, axes = panels("Cost of unmerged blocks, and their gain", len(views), narrow=narrow, height=3.3)
+    gmac = "GMAC of one image" if collection.classifies else "GMAC of one image and one text"
     for view, one in zip(views, axes, strict=True):
-        view(one, lines, costs)
+        view(one, lines, costs, gmac)
         one.margins(x=0.08, y=0.12)
     own_legends(figure, axes, narrow=narrow)
     return figure
 
 
-def _cost_by_rank(axes: Axes, lines: Sequence[Family], costs: Mapping[str, Cost], ranks: Sequence[int]) -> None:
+def _cost_by_rank(
+    axes: Axes, lines: Sequence[Family], costs: Mapping[str, Cost], gmac: str, *, ranks: Sequence[int]
+) -> None:
     for family, colour, marker in _looks(lines):
         # _line draws shares as percent
         points = family.by_rank(family.main_lam(), lambda run: costs[run.name].unmerged / 100)
@@ -147,11 +152,13 @@ def _cost_by_rank(axes: Axes, lines: Sequence[Family], costs: Mapping[str, Cost]
     if len(merged) == 1:
         axes.axhline(merged.pop(), color=GREY, linestyle=":", linewidth=1.3, label="merged, or untouched")
     rank_axis(axes, ranks)
-    axes.set_ylabel(_GMAC)
+    axes.set_ylabel(gmac)
     axes.set_title("cost by rank", loc="left")
 
 
-def _gain_by_cost(axes: Axes, lines: Sequence[Family], costs: Mapping[str, Cost]) -> None:
+def _gain_by_cost(
+    axes: Axes, lines: Sequence[Family], costs: Mapping[str, Cost], gmac: str, *, classifies: bool
+) -> None:
     for family, colour, marker in _looks(lines):
         members = [run for each in family.points.values() for run in each]
         points = [
@@ -160,16 +167,23 @@ def _gain_by_cost(axes: Axes, lines: Sequence[Family], costs: Mapping[str, Cost]
         if points:
             axes.plot(*zip(*points, strict=True), linestyle="none", marker=marker, color=colour, label=family.label,
                       markerfacecolor=colour if family.gated else "none")  # fmt: skip
-    axes.axhline(0, color=GREY, linestyle=":", linewidth=1.3, label="untouched model")
-    axes.set_xlabel(_GMAC)
-    axes.set_ylabel("mean change (points)")
+    if not classifies:  # an untouched ViT lies far below, for it can but guess
+        axes.axhline(0, color=GREY, linestyle=":", linewidth=1.3, label="untouched model")
+    axes.set_xlabel(gmac)
+    axes.set_ylabel("mean gain (points)" if classifies else "mean change (points)")
     axes.set_title("mean of the groups against cost", loc="left")
 
 
 def mean_change(run: Run) -> float | None:
-    """Mean change of id, shift and zero-shot against the untouched model: the paper's relative gain counts these."""
+    """Mean change of id, shift and zero-shot against the untouched model: the paper's relative gain counts these.
+
+    Of a ViT it is the mean of its classifier's gain over guessing and of the source set's change.
+    """
     groups = {} if run.summary is None else run.summary["groups"]
-    changes = [groups[name]["change"] for name in ("id", "shift", "zero-shot") if name in groups]
+    if run.settings.classifies:
+        changes = [run.point.gain if run.point else None, groups.get("source", {}).get("change")]
+    else:
+        changes = [groups[name]["change"] for name in ("id", "shift", "zero-shot") if name in groups]
     return None if not changes or None in changes else mean(changes)
 
 
@@ -209,14 +223,16 @@ def _group_panels(title: str, collection: Collection, *, narrow: bool) -> tuple[
     figure, axes = panels(title, len(present), narrow=narrow)
     for name, one in zip(present, axes, strict=True):
         one.set_title(GROUPS[name], loc="left")
-        one.set_ylabel("mean recall (%)" if name == "retrieval" else "accuracy (%)")
+        one.set_ylabel(measure(name, classifies=collection.classifies))
     return figure, dict(zip(present, axes, strict=True))
 
 
 def _references(axes: Axes, collection: Collection, group: str) -> None:
-    full = [value for run in collection.runs if run.settings.kind == "full" and (value := run.group(group)) is not None]
     reference(axes, collection.untouched.get(group), "untouched model")
-    reference(axes, mean(full) if full else None, "full fine-tuning", GREEN, "--")
+    for method, colour, style in (("full fine-tuning", GREEN, "--"), ("linear classifier", PURPLE, "-.")):
+        values = [run.group(group) for run in collection.runs if run.settings.method == method]
+        known = [value for value in values if value is not None]
+        reference(axes, mean(known) if known else None, method, colour, style)
 
 
 def _line(

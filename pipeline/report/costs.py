@@ -14,7 +14,7 @@ _GIGA = 1e9
 
 
 class Cost(NamedTuple):
-    """GMAC of a forward over one image and one text: with the active blocks beside their linears, and merged."""
+    """GMAC of a forward over one image, and for a CLIP one text: with the active blocks unmerged, and merged."""
 
     unmerged: float
     merged: float
@@ -33,7 +33,7 @@ def run_costs(collection: Collection) -> dict[str, Cost]:
         if _counts(run):
             by_model.setdefault(run.settings.model, []).append(run)
     for model, runs in by_model.items():
-        if not model.startswith("hf-hub:"):
+        if "hf-hub:" not in model:
             costs |= _of_model(model, runs)
     return costs
 
@@ -44,11 +44,12 @@ def _counts(run: Run) -> bool:
 
 def _of_model(model: str, runs: list[Run]) -> dict[str, Cost]:
     from pipeline.evaluation.cost import OWN_RULE, model_cost
-    from pipeline.model.clip import load_clip
+    from pipeline.model.load import load_model
+    from pipeline.model.vit import untagged
 
     try:
         with _open_clip_silent():
-            cost = model_cost(load_clip(model))
+            cost = model_cost(load_model(untagged(model)))
     except ConfigError:  # the report may be written on a machine that has not got the run's model
         return {}
     base = sum(cost.base.values())

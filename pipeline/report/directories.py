@@ -9,11 +9,12 @@ from typing import Any
 
 from pipeline.config import ConfigError, flatten, load_config
 from pipeline.evaluation.summary import SUMMARY_FILE, Summary, read_summary
-from pipeline.report.records import Collection, Flat, Run, Series, Settings, Status
+from pipeline.report.records import Best, Collection, Flat, Run, Series, Settings, Status
 from pipeline.tracking.journal import JOURNAL, Record, decode, lock_path, read
 from pipeline.tracking.locks import is_held
 
 SWEEP_FILE, TRIAL_FILE, STRENGTH_FILE = "sweep.json", "trial.json", "strength.json"
+CHECKPOINTS_FILE = "checkpoints.json"
 _BASELINES = "baselines"
 
 
@@ -63,7 +64,11 @@ def _run(
     baselines: Path | None = None,
 ) -> Run:
     config = flatten(load_config(directory / "config.yaml")) if config is None else config
-    summary = _summary(directory / "eval")
+    results, best = directory / "eval", _best(directory / "eval")
+    summary = _summary(results)
+    if summary is None and best is not None:
+        results, summary = results / "checkpoints" / str(best.step), best.summary
+    step = best.step if best is not None and summary is best.summary else None
     journal = _Journal(directory)
     state = state or {}
     return Run(
@@ -76,11 +81,12 @@ def _run(
         step=journal.last_step or int(state.get("step") or 0),
         total_steps=state.get("total_steps") or _planned(config),
         summary=summary,
-        metrics=_metrics(directory / "eval", summary),
+        metrics=_metrics(results, summary),
         untouched=_untouched(baselines or directory.absolute().parent / _BASELINES, summary),
-        gates=_gates(directory),
+        gates=_gates(directory, step),
         history=journal.history,
         strength=_json(directory / "eval" / STRENGTH_FILE) if (directory / "eval" / STRENGTH_FILE).is_file() else None,
+        best=best,
     )
 
 
@@ -134,6 +140,20 @@ def _summary(folder: Path) -> Summary | None:
     return read_summary(folder) if (folder / SUMMARY_FILE).is_file() else None
 
 
+def _best(folder: Path) -> Best | None:
+    """What `selora evaluate --checkpoints` left; None without it, and while the best one's results are not there."""
+    if not (folder / CHECKPOINTS_FILE).is_file():
+        return None
+    content = _json(folder / CHECKPOINTS_FILE)
+    lines = {line["step"]: line for line in content["checkpoints"]}
+    best, last = lines[content["best"]], lines[content["last"]]
+    summary = _summary(folder / "checkpoints" / str(best["step"]))
+    if summary is None:
+        return None
+    share = best["active_blocks"] / best["blocks"] if best["blocks"] else None
+    return Best(best["step"], best["id"], last["step"], last["id"], share, summary)
+
+
 def _metrics(folder: Path, summary: Summary | None) -> dict[str, dict[str, float]]:
     """All metrics of the datasets in a summary, those whose file is there."""
     keys = [] if summary is None else summary["datasets"]
@@ -147,9 +167,10 @@ def _untouched(baselines: Path, summary: Summary | None) -> dict[str, dict[str, 
     return _metrics(baselines / str(summary.get("base_digest", ""))[:16], summary)
 
 
-def _gates(directory: Path) -> dict[str, bool]:
-    """gate_map.json is written when a training ends; before, the newest checkpoint knows."""
-    files = [directory / "gate_map.json", *_checkpoints(directory)]
+def _gates(directory: Path, step: int | None) -> dict[str, bool]:
+    """gate_map.json is written when a training ends; before, the newest checkpoint knows. step: of that checkpoint."""
+    own = [] if step is None else [directory / "checkpoints" / f"step-{step:08d}" / "state.json"]
+    files = [*own, directory / "gate_map.json", *_checkpoints(directory)]
     for file in files:
         if file.is_file():
             content = _json(file)

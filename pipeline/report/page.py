@@ -65,13 +65,15 @@ def _facts(collection: Collection, when: datetime) -> list[tuple[str, str]]:
     said = ", ".join(f"{number} {status}" for status, number in counts.most_common())
     facts = [("source", collection.source), ("runs", f"{len(collection.runs)} ({said})")]
     facts += [("benchmark", collection.benchmark)] if collection.benchmark else []
-    chosen = collection.chosen
-    if chosen is not None and chosen.point is not None:
-        one = chosen.point
-        facts.append(
-            ("chosen", f"{chosen.label}: in-distribution {percent(one.id)} % ({100 * one.gain:+.1f} points), "
-                       f"kept {percent(one.kept)} %")
-        )  # fmt: skip
+    for part in collection.parts:
+        chosen = part.chosen
+        if chosen is not None and chosen.point is not None:
+            one, over = chosen.point, " over guessing" if part.classifies else ""
+            facts.append(
+                ("chosen" if part is collection else f"chosen, {part.title}",
+                 f"{chosen.label}: in-distribution {percent(one.id)} % ({100 * one.gain:+.1f} points{over}), "
+                 f"kept {percent(one.kept)} %")
+            )  # fmt: skip
     return [*facts, ("written", when.strftime("%Y-%m-%d %H:%M"))]
 
 

@@ -96,6 +96,15 @@ def _erratum(entry: dict[str, object]) -> Erratum:
     return Erratum(int(str(entry["number"])), where, str(entry["printed"]), str(entry["correct"]), finding)
 
 
+def wrong_cells(number: int) -> dict[tuple[str, str], str]:
+    """(row, column) of the wrong cells of a table -> a sentence that says what it should be."""
+    return {
+        (found.row, found.column): f"{erratum.where}: {erratum.printed}, should be {erratum.correct}"
+        for erratum in errata()
+        if (found := erratum.finding) is not None and found.table == number
+    }
+
+
 def recompute(row: Row) -> dict[str, Fraction]:
     """The mean columns of a row: the inner one over the sets other than the target, the outer one over both halves."""
     _, *others = row.values.values()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.report.paper import Row, errata, table
+from pipeline.report.paper import Row, table, wrong_cells
 from pipeline.report.records import Collection, Run
 
 CLIP_ROW = "CLIP"  # stands for the untouched model where a run would stand
@@ -84,14 +84,7 @@ def published(
     missing = {key for key in table(number)[0].values if key not in columns}
     if missing:
         return None
-    wrong = {
-        (
-            erratum.finding.row,
-            erratum.finding.column,
-        ): f"{erratum.where}: {erratum.printed}, should be {erratum.correct}"
-        for erratum in errata()
-        if erratum.finding is not None and erratum.finding.table == number
-    }
+    wrong = wrong_cells(number)
     notes = [f"paper: Table {number} of arXiv 2501.15377, trained on ImageNet-1K."]
     notes += [f"* {text}" for text in wrong.values()]
     return Published(number, [*columns, mean_column, "mean"], wrong, notes)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
-from pipeline.config import Promote
+from pipeline.config import Promote, is_vit
 from pipeline.evaluation.choice import Point, choose, pareto_front, point_of
 from pipeline.evaluation.rule import holds
 from pipeline.evaluation.summary import Summary
@@ -34,6 +34,8 @@ class Settings:
     seed: int
     model: str
     pretrained: str | None
+    classifies: bool  # a ViT with a classifier of its own classes, no CLIP
+    train_rest: str
 
     @staticmethod
     def of(flat: Flat) -> Settings:
@@ -51,13 +53,22 @@ class Settings:
             int(flat["seed"]),
             str(flat["model.name"]),
             flat.get("model.pretrained"),
+            is_vit(str(flat["model.name"])),
+            str(flat.get("train.train_rest")),
         )
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether a ViT's classifier trains alone."""
+        return self.classifies and self.kind == "none" and self.train_rest == "none"
 
     @property
     def method(self) -> str:
         """ "gated LoRA", "DoRA", "full fine-tuning", .."""
-        if self.kind in ("full", "none"):
-            return "full fine-tuning" if self.kind == "full" else "no blocks"
+        if self.kind == "full":
+            return "full fine-tuning"
+        if self.kind == "none":
+            return "linear classifier" if self.is_linear else "no blocks"
         adapter = {"lora": "LoRA", "dora": "DoRA"}[self.kind]
         if self.random_k is not None:
             return f"{self.random_k} random {adapter} blocks"
@@ -78,6 +89,18 @@ def scalar(text: str) -> Any:
 
 
 @dataclass(frozen=True)
+class Best:
+    """The checkpoint of a run with the highest id mean, where its kept checkpoints were compared, beside the last."""
+
+    step: int
+    id: float
+    last_step: int
+    last_id: float
+    active_share: float | None
+    summary: Summary
+
+
+@dataclass(frozen=True)
 class Run:
     """One training and its results. `error` says in a line why a run failed."""
 
@@ -95,6 +118,7 @@ class Run:
     gates: Mapping[str, bool] = field(default_factory=dict)  # target -> open; every block of an ungated adapter is
     history: Mapping[str, Series] = field(default_factory=dict)
     strength: Mapping[str, Any] | None = None
+    best: Best | None = None
 
     @cached_property
     def settings(self) -> Settings:
@@ -103,6 +127,18 @@ class Run:
     @cached_property
     def point(self) -> Point | None:
         return None if self.summary is None else point_of(self.summary)
+
+    @property
+    def best_alone(self) -> bool:
+        """Whether the best checkpoint's results stand for the run, for its last one was not evaluated by itself."""
+        return self.best is not None and self.summary is self.best.summary
+
+    @cached_property
+    def target(self) -> str | None:
+        """The set whose classes a ViT's classifier tells apart; None before its first result, and of a CLIP."""
+        if self.summary is None or not self.settings.classifies:
+            return None
+        return " + ".join(key for key, each in self.summary["datasets"].items() if each["group"] == "id") or None
 
     @property
     def may_be_promoted(self) -> bool:
@@ -135,6 +171,37 @@ class Collection:
     source: str
     runs: Sequence[Run]
     attended: bool | None = None
+
+    @cached_property
+    def classifies(self) -> bool:
+        """Whether all runs are ViTs with a classifier."""
+        return all(run.settings.classifies for run in self.runs)
+
+    @cached_property
+    def sites(self) -> int | None:
+        """How many blocks a model can carry; None where no run has tried all."""
+        return max((len(run.gates) for run in self.runs if run.settings.random_k is None), default=0) or None
+
+    def active_share(self, run: Run) -> float | None:
+        """Like the run's own, and of all blocks also where it has blocks in a few random places."""
+        if run.settings.random_k is None:
+            return run.active_share
+        return sum(run.gates.values()) / self.sites if self.sites and run.gates else None
+
+    @cached_property
+    def parts(self) -> Sequence[Collection]:
+        """The runs by the target set of their classifiers, whose accuracies do not compare; else all in one part.
+
+        A run without results is with those that train on the same data.
+        """
+        data = {str(run.config.get("data.train")): run.target for run in self.runs if run.target is not None}
+        members: dict[str | None, list[Run]] = {}
+        for run in self.runs:
+            known = run.target or (data.get(str(run.config.get("data.train"))) if run.summary is None else None)
+            members.setdefault(known, []).append(run)
+        if len([target for target in members if target is not None]) < 2:
+            return [self]
+        return [Collection(target or "the others", self.source, runs) for target, runs in members.items()]
 
     @cached_property
     def points(self) -> dict[str, Point]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -15,7 +16,7 @@ from pipeline.report import block_map, by_run, by_setting, directories, stored
 from pipeline.report.costs import run_costs
 from pipeline.report.page import Drawing, render
 from pipeline.report.records import Collection
-from pipeline.report.style import NoData, styled
+from pipeline.report.style import NoData, retitle, styled
 from pipeline.report.tables import Table, tables
 from pipeline.tracking.tracker import open_tracker
 
@@ -45,6 +46,9 @@ class Entry:
 
 def _catalogue(collection: Collection) -> tuple[Entry, ...]:
     costs = run_costs(collection)
+    gain = "mean change of in-distribution, shift and zero-shot"
+    if collection.classifies:
+        gain = "mean of the classifier's gain over guessing and of the change of K-NN on the source set"
     return (
         Entry("pareto", "Learned against kept", "Up and to the right is better. The line joins the models that no "
               "other one beats in both.", by_run.pareto),
@@ -54,8 +58,8 @@ def _catalogue(collection: Collection) -> tuple[Entry, ...]:
         Entry("lambda", "Trade-off of λ", "Open marks at the left: the same rank without gates.", by_setting.by_lam),
         Entry("active", "Active blocks over λ and rank", "A larger λ closes more gates.", by_setting.active_blocks),
         Entry("cost", "Cost against gain", "Multiply-accumulates of one forward while blocks are not merged; merged, "
-              "every model costs what the untouched one does. Gain: mean change of in-distribution, shift and "
-              "zero-shot.", partial(by_setting.cost_and_gain, costs=costs)),
+              f"every model costs what the untouched one does. Gain: {gain}.",
+              partial(by_setting.cost_and_gain, costs=costs)),
         Entry("map", "Where blocks stay active", "Layers are counted from the input.", block_map.activation),
         Entry("training", "Training curves", "The chosen model's line is thick.", by_run.training),
         Entry("scores", "Scores of the gates", "A gate is open while its score is at or above the threshold.",
@@ -114,19 +118,37 @@ def write(collection: Collection, out: Path) -> Path:
 
 def _draw_all(collection: Collection, folder: Path) -> tuple[list[Drawing], dict[str, str]]:
     drawings, absent = [], {}
-    for entry in _catalogue(collection):
-        try:
-            with styled(entry.key):
-                wide, narrow = entry.draw(collection, narrow=False), entry.draw(collection, narrow=True)
-                svg = _saved(wide, "svg")
-                wide.set_layout_engine("none")  # settled by the first file; working it out again costs as much
-                _replace(folder / f"{entry.key}.svg", svg)
-                _replace(folder / f"{entry.key}.png", _saved(wide, "png"))
-                phone = _saved(narrow, "svg").decode()
-                drawings.append(Drawing(entry.key, entry.title, entry.caption, svg.decode(), phone))
-        except NoData as reason:
-            absent[entry.title] = str(reason)
+    for part in collection.parts:
+        for entry in _catalogue(part):
+            entry = entry if part is collection else _of_part(entry, part.title)
+            try:
+                drawings.append(_drawn(entry, part, folder))
+            except NoData as reason:
+                absent[entry.title] = str(reason)
     return drawings, absent
+
+
+def _of_part(entry: Entry, title: str) -> Entry:
+    """The figure of one target set, which says so."""
+
+    def draw(collection: Collection, *, narrow: bool) -> Figure:
+        figure = entry.draw(collection, narrow=narrow)
+        retitle(figure, lambda text: f"{title}: {text}")
+        return figure
+
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", title)
+    return Entry(f"{entry.key}-{slug}", f"{title}: {entry.title}", entry.caption, draw)
+
+
+def _drawn(entry: Entry, collection: Collection, folder: Path) -> Drawing:
+    with styled(entry.key):
+        wide, narrow = entry.draw(collection, narrow=False), entry.draw(collection, narrow=True)
+        svg = _saved(wide, "svg")
+        wide.set_layout_engine("none")  # settled by the first file; working it out again costs as much
+        _replace(folder / f"{entry.key}.svg", svg)
+        _replace(folder / f"{entry.key}.png", _saved(wide, "png"))
+        phone = _saved(narrow, "svg").decode()
+        return Drawing(entry.key, entry.title, entry.caption, svg.decode(), phone)
 
 
 def _saved(figure: Figure, kind: str) -> bytes:

@@ -7,7 +7,7 @@ legible on a light and on a dark page.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +76,15 @@ _RC: dict[str, Any] = {
 }
 
 
+def measure(group: str, *, classifies: bool) -> str:
+    """What an axis of this group shows. classifies: of ViTs, which read no class names and have a classifier."""
+    if group == "retrieval":
+        return "mean recall (%)"
+    if group == "source":
+        return "K-NN accuracy (%)"
+    return "classifier accuracy (%)" if classifies and group == "id" else "accuracy (%)"
+
+
 class NoData(Exception):
     """The runs hold nothing that this figure could show; the message says what is missing."""
 
@@ -101,11 +110,20 @@ def panels(
     width = _NARROW if narrow else _ONE if across == 1 else _WIDE
     each = min(height, 2.7) if narrow else height
     figure = Figure(figsize=(width, each * down + 0.5), layout="constrained")
-    figure.suptitle(wrapped(title, width), x=0.01, ha="left", fontweight="bold")
+    _title(figure, title)
     axes = figure.subplots(down, across, squeeze=False).flatten().tolist()
     for empty in axes[count:]:
         empty.set_visible(False)
     return figure, axes[:count]
+
+
+def retitle(figure: Figure, change: Callable[[str], str]) -> None:
+    """Give the figure another title, made from the one it has."""
+    _title(figure, change(" ".join(figure.get_suptitle().split())))
+
+
+def _title(figure: Figure, text: str) -> None:
+    figure.suptitle(wrapped(text, figure.get_figwidth()), x=0.01, ha="left", fontweight="bold")
 
 
 def wrapped(text: str, width: float) -> str:

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Literal
 
+from pipeline.evaluation.summary import Summary
 from pipeline.report.published_rows import CLIP_ROW, Published, published
+from pipeline.report.published_vision import PublishedTarget, published_target
 from pipeline.report.records import Collection, Run
 from pipeline.report.series import configurations, labels
 from pipeline.report.style import GROUPS
 
-Kind = Literal["run", "reference", "paper", "chosen", "failed"]
+Kind = Literal["run", "reference", "paper", "best", "chosen", "failed"]
 # (metric of the result files, as the paper's Tables 14 and 15 call it): IR is image to text there.
 RECALLS = (
     ("text_retrieval_recall@1", "IR@1"),
@@ -61,14 +63,20 @@ class Table:
 
 def tables(collection: Collection) -> list[Table]:
     """The runs, then every group but id for each kind of adapter that has results."""
-    kinds = [kind for kind in ("lora", "dora") if any(run.settings.kind == kind for run in _evaluated(collection))]
-    # Without adapters among the runs there is still full fine-tuning to show.
     return [overview(collection)] + [
         table
-        for kind in (kinds or ["none"] if _evaluated(collection) else [])
+        for part in collection.parts
+        for kind in _kinds(part)
         for group in _TITLES
-        if (table := by_dataset(collection, kind, group)) is not None
+        if (table := by_dataset(part, kind, group)) is not None
     ]
+
+
+def _kinds(collection: Collection) -> list[str]:
+    runs = _evaluated(collection)
+    kinds = [kind for kind in ("lora", "dora") if any(run.settings.kind == kind for run in runs)]
+    # Without adapters among the runs there is still full fine-tuning to show.
+    return kinds or ["none"] if runs else []
 
 
 def _evaluated(collection: Collection) -> list[Run]:
@@ -79,19 +87,22 @@ def overview(collection: Collection) -> Table:
     """A row per run: what it was, how far it came, the groups that were evaluated, what it kept."""
     known = {entry["group"] for entry in collection.datasets.values()}
     groups = [name for name in GROUPS if name in known or name == "id"]
+    compared = any(run.best is not None for run in collection.runs)
+    last = ["kept (%)", "forgetting (points)", *(["best and last checkpoint (%)"] if compared else [])]
     head = (
         ("", ("run", "method", "rank", "λ", "seed", "state", "active blocks")),
         ("mean of the group (%)", tuple(GROUPS[name] for name in groups)),
-        ("", ("kept (%)", "forgetting (points)")),
+        ("", tuple(last)),
     )
+    starred = {part.chosen.name for part in collection.parts if part.chosen is not None}
     rows, kinds = [], []
     named = labels(collection.runs)
     if collection.untouched:
         means = [percent(collection.untouched.get(name)) for name in groups]
-        rows.append(["untouched model", "", "", "", "", "", "", *means, "100.0", "0.00"])
+        rows.append(["untouched model", "", "", "", "", "", "", *means, "100.0", "0.00", *([""] if compared else [])])
         kinds.append("reference")
     for run in collection.runs:
-        settings, chosen = run.settings, collection.chosen is not None and run.name == collection.chosen.name
+        settings, chosen = run.settings, run.name in starred
         forgetting = None if run.summary is None else run.summary["forgetting"]
         rows.append(
             [
@@ -105,6 +116,7 @@ def overview(collection: Collection) -> Table:
                 *(percent(run.group(name)) for name in groups),
                 percent(run.point.kept if run.point else None),
                 "" if forgetting is None else f"{100 * forgetting:.2f}",
+                *([_best_and_last(run)] if compared else []),
             ]
         )
         kinds.append("chosen" if chosen else "failed" if run.status == "failed" else "run")
@@ -112,12 +124,29 @@ def overview(collection: Collection) -> Table:
         "Kept: mean over the groups other than in-distribution of accuracy / accuracy of the untouched model. "
         "Forgetting: mean drop over these groups, in points."
     ]
-    if collection.chosen is not None:
+    if starred:
+        of_each = " of each target set" if len(collection.parts) > 1 else ""
+        over = " over guessing" if collection.classifies else ""
         notes.append(
-            "★ chosen: the model on the Pareto front with the largest harmonic mean of in-distribution gain (as share "
-            "of the best gain) and kept."
+            f"★ chosen{of_each}: the model on the Pareto front with the largest harmonic mean of in-distribution "
+            f"gain{over} (as share of the best gain) and kept."
+        )
+    if compared:
+        notes.append(
+            "Best checkpoint: the highest in-distribution accuracy of those kept; it was chosen by this number, which "
+            "is too good by that much. A run that was evaluated at no other shows it in all its columns."
         )
     return Table("runs", "All runs", head, rows, kinds, notes)
+
+
+def _best_and_last(run: Run) -> str:
+    best = run.best
+    if best is None:
+        return ""
+    shown = f"{percent(best.id, 2)} at step {best.step}"
+    if best.step == best.last_step:
+        return f"{shown}, the last"
+    return f"{shown}, {percent(best.last_id, 2)} at {best.last_step}"
 
 
 def state(run: Run) -> str:
@@ -144,11 +173,18 @@ class _Columns:
     sets: Sequence[str]  # datasets of the group, those outside its mean last
     outside: Sequence[str]
 
+    @property
+    def one_source(self) -> bool:
+        """Whether the layout is that of the paper's Tables 3 to 9: target, source set, and the mean of both."""
+        return self.group == "source" and len(self.sets) == 1
+
     def names(self) -> list[tuple[str, list[str]]]:
         ids = [*self.ids, *(["id mean"] if len(self.ids) > 1 else [])]
         if self.group == "retrieval":
             return [("", ids), *((key, [name for _, name in RECALLS]) for key in self.sets), ("", ["mean", "both"])]
         sets = [f"{key}†" if key in self.outside else key for key in self.sets]
+        if self.one_source:
+            return [("", ids), (f"{GROUPS[self.group]}, K-NN", sets), ("", ["mean"])]
         return [("", ids), (GROUPS[self.group], [*sets, "mean"]), ("", ["both"])]
 
     def values(self, value: Callable[[str, str | None], float | None]) -> list[float | None]:
@@ -160,7 +196,8 @@ class _Columns:
             cells = [value(key, metric) for key in self.sets for metric, _ in RECALLS]
         else:
             cells = [value(key, None) for key in self.sets]
-        return [*ids, *([id_mean] if len(ids) > 1 else []), *cells, counted, _mean([id_mean, counted])]
+        means = [_mean([id_mean, counted])]
+        return [*ids, *([id_mean] if len(ids) > 1 else []), *cells, *([] if self.one_source else [counted]), *means]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -176,23 +213,32 @@ def by_dataset(collection: Collection, kind: str, group: str) -> Table | None:
         return None
     outside = [key for key, entry in members.items() if not entry["in_mean"]]
     columns = _Columns(group, ids, [key for key in members if key not in outside] + outside, outside)
-    paper = published(collection, kind, group, columns.ids, columns.sets)
+    if collection.classifies and group == "source" and len(ids) == 1:
+        paper = published_target(_of_kind(collection, kind), ids[0], columns.sets)
+    else:
+        paper = published(collection, kind, group, columns.ids, columns.sets)
     rows: list[list[str]] = []
     kinds: list[Kind] = []
     for row_kind, cells, ours in _rows(collection, kind, columns):
         rows.append(cells)
         kinds.append(row_kind)
-        match = paper.row(ours) if paper is not None else None
+        match = paper.row(ours) if paper is not None and ours is not None else None
         if match is not None:
             rows.append(match)
             kinds.append("paper")
     method = {"lora": ", LoRA", "dora": ", DoRA"}.get(kind, "")
+    key, title = f"{group}-{kind}", _TITLES[group]
+    if collection.classifies:
+        key, title = "-".join([*ids, kind]), f"{', '.join(ids)} and what the model was pretrained on"
     head = [("", ["method", "rank", "λ", "blocks (%)", "seeds"]), *columns.names()]
-    return Table(f"{group}-{kind}", _TITLES[group] + method, head, rows, kinds, _notes(columns, paper))
+    return Table(key, title + method, head, rows, kinds, _notes(columns, paper))
 
 
-def _rows(collection: Collection, kind: str, columns: _Columns) -> Iterator[tuple[Kind, list[str], Run | str]]:
-    """The untouched model, what has no adapter, adapters without gates, with gates; seeds of one setting as a mean."""
+def _rows(collection: Collection, kind: str, columns: _Columns) -> Iterator[tuple[Kind, list[str], Run | str | None]]:
+    """The untouched model, what has no adapter, adapters without gates, with gates; seeds of one setting as a mean.
+
+    Last of each: what the paper may have a row of.
+    """
     before = {key: entry["baseline"] for key, entry in collection.datasets.items()}
     recalls: dict[str, Mapping[str, float]] = {}
     for run in collection.runs:
@@ -201,46 +247,91 @@ def _rows(collection: Collection, kind: str, columns: _Columns) -> Iterator[tupl
         lambda key, metric: before.get(key) if metric is None else recalls.get(key, {}).get(metric)
     )
     if any(value is not None for value in reference):
-        yield "reference", ["untouched model", "", "", "", "", *map(percent, reference)], CLIP_ROW
-    runs = [run for run in _evaluated(collection) if run.settings.kind in (kind, "full", "none")]
+        yield (
+            "reference",
+            ["untouched model", "", "", "", "", *_means([reference], 2 if columns.one_source else 1)],
+            CLIP_ROW,
+        )
+    runs = _of_kind(collection, kind)
     named = labels(runs)
     for same in sorted(configurations(runs), key=_order):
-        settings, share = same[0].settings, _mean([run.active_share for run in same])
-        per_run = [columns.values(_reader(run)) for run in same]
-        means = [_mean(cells) for cells in zip(*per_run, strict=True)]
-        front = [
-            named[same[0].name],
+        settings, best = same[0].settings, _best_of(same)
+        axes = [
             "" if settings.rank is None else str(settings.rank),
             "" if settings.lam is None else f"{settings.lam:g}",
-            percent(share, 2),
-            str(len(same)),
         ]
+        digits = 2 if columns.one_source else 1  # as the paper's Tables 3 to 9
+        name = named[same[0].name] + (f", {best}" if same[0].best_alone else "")
+        shares, values = [collection.active_share(run) for run in same], [columns.values(_reader(run)) for run in same]
         chosen = collection.chosen is not None and collection.chosen in same
-        yield "chosen" if chosen else "run", front + [percent(value) for value in means], same[0]
+        own = [name, *axes, percent(_mean(shares), 2), str(len(same)), *_means(values, digits)]
+        more = best is not None and not any(run.best_alone for run in same)
+        yield "chosen" if chosen else "run", own, None if more else same[0]
+        if more:
+            compared = [run.best for run in same if run.best is not None]
+            shares = [each.active_share for each in compared]
+            values = [columns.values(_values(each.summary, {})) for each in compared]
+            cells = [best or "", *axes, percent(_mean(shares), 2), str(len(same)), *_means(values, digits)]
+            yield "best", cells, same[0]
 
 
-def _order(same: Sequence[Run]) -> tuple[bool, bool, bool, float, float]:
+def _of_kind(collection: Collection, kind: str) -> list[Run]:
+    return [run for run in _evaluated(collection) if run.settings.kind in (kind, "full", "none")]
+
+
+def _means(values: Sequence[Sequence[float | None]], digits: int) -> list[str]:
+    """Of each column, over seeds."""
+    return [percent(_mean(cells), digits) for cells in zip(*values, strict=True)]
+
+
+def _best_of(same: Sequence[Run]) -> str | None:
+    """What the best checkpoints of these seeds are called; None unless every seed has one."""
+    steps = {run.best.step for run in same if run.best is not None}
+    if any(run.best is None for run in same):
+        return None
+    return f"best checkpoint, step {steps.pop()}" if len(steps) == 1 else "best checkpoint of each"
+
+
+def _order(same: Sequence[Run]) -> tuple[bool, bool, bool, bool, float, float]:
     settings = same[0].settings
     has_blocks = settings.rank is not None
-    return has_blocks, settings.random_k is not None, settings.gated, settings.lam or 0.0, settings.rank or 0
+    return (
+        has_blocks,
+        settings.kind == "full",
+        settings.random_k is not None,
+        settings.gated,
+        settings.lam or 0.0,
+        settings.rank or 0,
+    )
 
 
 def _reader(run: Run) -> Callable[[str, str | None], float | None]:
-    datasets = {} if run.summary is None else run.summary["datasets"]
+    return _values(run.summary, run.metrics)
+
+
+def _values(
+    summary: Summary | None, metrics: Mapping[str, Mapping[str, float]]
+) -> Callable[[str, str | None], float | None]:
+    datasets = {} if summary is None else summary["datasets"]
 
     def value(key: str, metric: str | None) -> float | None:
         if metric is None:
             return datasets[key]["value"] if key in datasets else None
-        return run.metrics.get(key, {}).get(metric)
+        return metrics.get(key, {}).get(metric)
 
     return value
 
 
-def _notes(columns: _Columns, paper: Published | None) -> list[str]:
+def _notes(columns: _Columns, paper: Published | PublishedTarget | None) -> list[str]:
     notes = ["mean: of the sets of this table; both: mean of in-distribution and of that mean, as in the paper."]
     if columns.group == "retrieval":
         notes[0] = "IR@k: image to text, TR@k: text to image, as the paper names them. " + notes[0].replace(
             "sets", "recalls"
+        )
+    if columns.one_source:
+        notes[0] = (
+            f"{', '.join(columns.ids)}: by the classifier that was trained; {columns.sets[0]}: by K-NN among its "
+            f"training images; mean: of both, as in the paper's Tables 3 to 9."
         )
     if columns.outside:
         notes.append("† not part of the mean.")

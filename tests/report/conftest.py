@@ -55,8 +55,10 @@ def results_of(benchmark: Benchmark, values: Values) -> dict[str, Result]:
     return found
 
 
-def write_results(folder: Path, benchmark: Benchmark, values: Values, untouched: Values | None) -> dict[str, Any]:
-    facts = {"model": "m", "pretrained": None, "base_digest": BASE_DIGEST, "limit": None}
+def write_results(
+    folder: Path, benchmark: Benchmark, values: Values, untouched: Values | None, classifier: bool = False
+) -> dict[str, Any]:
+    facts = {"model": "m", "pretrained": None, "base_digest": BASE_DIGEST, "limit": None, "classifier": classifier}
     baseline = None if untouched is None else summarise(benchmark, results_of(benchmark, untouched), facts, None)
     results = results_of(benchmark, values)
     for key, result in results.items():
@@ -94,7 +96,10 @@ def write_run(
     config = override(load_config(directory / "config.yaml"), {**place, **(changes or {})})
     (directory / "config.yaml").write_text(to_yaml(config))
     has_blocks = config.adapter.kind in ("lora", "dora")
-    is_open = {target: not config.gated or target in active for target in TARGETS if has_blocks}
+    number = 72 if config.classifies else 144  # a ViT has no text tower
+    is_open = {target: not config.gated or target in active for target in TARGETS[:number] if has_blocks}
+    if config.adapter.random_k is not None:
+        is_open = dict.fromkeys(TARGETS[: config.adapter.random_k], True)
     with open_tracker(directory, run_name=name, experiment="report", uri=uri, enabled=uri is not None) as tracker:
         tracker.params(flatten(config))
         for step in range(10, steps + 1, 10):
@@ -108,7 +113,7 @@ def write_run(
         if status is not None:
             tracker.finish(status)
     if values is not None:
-        summary = write_results(directory / "eval", table, values, untouched)
+        summary = write_results(directory / "eval", table, values, untouched, config.classifies)
         write_results(folder / "baselines" / BASE_DIGEST[:16], table, untouched, None)
         track_results(directory, config, steps, results_of(table, values), summary)
     return directory
@@ -181,3 +186,47 @@ def sweep_page(sweep_dir: Path) -> Path:
     from pipeline.report.run import report
 
     return report(sweep_dir)
+
+
+VIT = {"model.name": "timm:vit_small_patch16_224.dino", "train.train_rest": "none", "eval.benchmark": "vision"}
+KNOWN = {"imagenet100": 0.872}
+
+
+@pytest.fixture(scope="session")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> Benchmark:
+    return load_benchmark("vision", root=tmp_path_factory.mktemp("sets"))
+
+
+def write_vit(
+    folder: Path, table: Benchmark, name: str, changes: dict[str, Any], own: float, kept: float, active: int = 0,
+    target: str = "cifar100",
+) -> Path:  # fmt: skip
+    """A classifier with this accuracy on its target set and on the source set, and so many open gates."""
+    values, open_ones = {target: own, "imagenet100": kept}, TARGETS[72 - active : 72]
+    return write_run(name, VIT | changes, folder=folder, table=table, values=values, untouched=KNOWN, active=open_ones)
+
+
+@pytest.fixture
+def make_vit(tmp_path: Path, vision: Benchmark) -> MakeRun:
+    return partial(write_vit, tmp_path / "runs", vision)
+
+
+@pytest.fixture(scope="session")
+def vision_page(tmp_path_factory: pytest.TempPathFactory, vision: Benchmark) -> Path:
+    """Classifiers on a ViT: what Tables 1, 2 and 4 of the paper have, and a rank that it has not; one has two seeds."""
+    from pipeline.report.run import report
+
+    folder = tmp_path_factory.mktemp("vision") / "runs"
+    make = partial(write_vit, folder, vision)
+    make("linear", {"adapter.kind": "none"}, 0.721, 0.872)
+    make("full", {"adapter.kind": "full"}, 0.845, 0.373)
+    for rank in (16, 128):
+        make(f"lora_r{rank}", {"adapter.rank": rank, "gate.enabled": False}, 0.87 + rank / 9000, 0.862 - rank / 9000)
+        for lam, active in ((0.5, 10), (1.0, 5)):
+            gates = {"adapter.rank": rank, "gate.lam": lam}
+            make(f"r{rank}_l{lam:g}", gates, 0.874 - lam / 120, 0.86 + lam / 150, active)
+    make("again", {"adapter.rank": 16, "gate.lam": 1.0, "seed": 1}, 0.861, 0.868, 5)
+    make("own_rank", {"adapter.rank": 32, "gate.lam": 1.0}, 0.861, 0.868, 5)
+    make("random", {"adapter.rank": 16, "adapter.random_k": 10}, 0.85, 0.861)
+    make("hinge", {"adapter.rank": 128, "gate.lam": 1.0, "gate.penalty": "hinge"}, 0.88, 0.862, 16)
+    return report(folder)

@@ -125,7 +125,7 @@ def test_a_group_stands_in_the_page_where_it_was_evaluated(make_run: MakeRun, sw
     ]  # fmt: skip
     assert [row["forgetting (points)"] for row in (second, third)] == ["2.00", "6.00"]
     shown = rows(page.parent / "tables" / "source-lora.csv")
-    assert [row["source set imagenet100"] for row in shown] == ["87.0", "85.0", "81.0"]
+    assert [row["source set, K-NN imagenet100"] for row in shown] == ["87.00", "85.00", "81.00"]
     assert "source set" in Page(page).text
     assert "source set" not in sweep_page.read_text()
 
