@@ -235,7 +235,10 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("workers", "kill"), [("0", False), ("1", False), ("1", True)])
+@pytest.mark.parametrize(
+    ("workers", "kill"),
+    [pytest.param("0", False, marks=pytest.mark.slow), pytest.param("1", False, marks=pytest.mark.slow), ("1", True)],
+)
 def test_a_fetch_that_hangs_keeps_no_process_alive(
     far: ShardIndex, store: faulty_s3.FaultyStore, tmp_path: Path, workers: str, kill: bool
 ) -> None:
