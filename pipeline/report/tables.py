@@ -269,7 +269,8 @@ def _rows(collection: Collection, kind: str, columns: _Columns) -> Iterator[tupl
         yield "chosen" if chosen else "run", own, None if more else same[0]
         if more:
             compared = [run.best for run in same if run.best is not None]
-            shares = [each.active_share for each in compared]
+            if settings.random_k is None:  # random blocks have no gates that change
+                shares = [each.active_share for each in compared]
             values = [columns.values(_values(each.summary, {})) for each in compared]
             cells = [best or "", *axes, percent(_mean(shares), 2), str(len(same)), *_means(values, digits)]
             yield "best", cells, same[0]
