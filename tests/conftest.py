@@ -133,7 +133,7 @@ def make_vit_run(vit_dir: Callable[..., Path]) -> Callable[..., Path]:
 
         from pipeline.config import Config, override, to_yaml
         from pipeline.training.checkpoint import save_checkpoint
-        from pipeline.training.distributed import read_world
+        from pipeline.training.cluster.distributed import read_world
         from pipeline.training.model import build_model, checkpoint_state, trainable
 
         changes = {

@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
 
 
 def run_cost(arguments: argparse.Namespace) -> int:
-    from pipeline.evaluation.cost_report import cost_report, format_report
+    from pipeline.costs.cost_report import cost_report, format_report
 
     report = cost_report(
         arguments.model,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cli.options import FAILED, OK, add_command, count, part, share
-from pipeline.config_file import ConfigError
+from pipeline.config import ConfigError
 
 
 def add(commands: Any) -> None:
@@ -31,7 +31,7 @@ def _add_inspect(commands: Any) -> None:
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:
-    from pipeline.data.formats import inspect
+    from pipeline.data.sources.formats import inspect
 
     print(inspect(arguments.source, arguments.format, **_source_options(arguments)))
     return OK
@@ -111,7 +111,7 @@ def run_pack(arguments: argparse.Namespace) -> int:
         raise ConfigError("--split goes with --dataset")
     if arguments.eval:
         return _pack_eval(arguments)
-    from pipeline.data.shards import pack
+    from pipeline.data.shards.index import pack
 
     report = pack(
         arguments.source,
@@ -137,7 +137,7 @@ def run_pack(arguments: argparse.Namespace) -> int:
 
 
 def _pack_eval(arguments: argparse.Namespace) -> int:
-    from pipeline.data.wds_layout import pack_eval
+    from pipeline.data.eval.wds_layout import pack_eval
 
     report = pack_eval(
         arguments.source,
@@ -169,7 +169,7 @@ def _add_verify(commands: Any) -> None:
 
 
 def run_verify(arguments: argparse.Namespace) -> int:
-    from pipeline.data.shards import verify
+    from pipeline.data.shards.index import verify
 
     report = verify(arguments.shards, decode=not arguments.no_decode)
     print(report)

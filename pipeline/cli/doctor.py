@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cli.options import FAILED, OK, add_command
-from pipeline.config_file import ConfigError
+from pipeline.config import ConfigError
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -87,7 +87,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 
 
 def _look_at_launch(config: Config | None) -> int:
-    from pipeline.training.doctor import check_launch
+    from pipeline.doctor.launch import check_launch
 
     if config is None:
         raise ConfigError("--launch: name the CONFIG whose shared path, shards and server the ranks shall look at")
@@ -99,8 +99,8 @@ def _look_at_launch(config: Config | None) -> int:
 
 
 def _look_at_benchmark(arguments: argparse.Namespace) -> int:
+    from pipeline.doctor.benchmark import format_inspection, inspect_benchmark
     from pipeline.evaluation.benchmark import Benchmark, load_benchmark
-    from pipeline.evaluation.doctor import format_inspection, inspect_benchmark
 
     benchmark = load_benchmark(arguments.benchmark, arguments.root)
     found = []
@@ -118,10 +118,10 @@ def _look_at_benchmark(arguments: argparse.Namespace) -> int:
 
 
 def _golden(benchmark: Any, arguments: argparse.Namespace) -> int:
-    from pipeline.data.cache import Cache
+    from pipeline.data.storage.cache import Cache
+    from pipeline.doctor.benchmark import compare_with_published, format_comparison
     from pipeline.evaluation.command import find_device, load_plain, progress
     from pipeline.evaluation.dataset import Settings
-    from pipeline.evaluation.doctor import compare_with_published, format_comparison
     from pipeline.evaluation.run import evaluate
 
     tag = arguments.pretrained or (GOLDEN_TAG if arguments.golden == GOLDEN_MODEL else None)
@@ -215,7 +215,7 @@ def _tracking(config: Config | None) -> Finding:
     from urllib.request import urlopen
 
     from pipeline.passwords import redact
-    from pipeline.tracking.uris import resolve_uri, sqlite_path, without_user
+    from pipeline.tracking.mlflow.uris import resolve_uri, sqlite_path, without_user
 
     out = Path(config.out if config is not None else "runs")
     try:
@@ -234,7 +234,7 @@ def _tracking(config: Config | None) -> Finding:
 
 
 def _config(config: Config) -> Iterator[Finding]:
-    from pipeline.data.shards import load_index
+    from pipeline.data.shards.index import load_index
     from pipeline.evaluation.benchmark import load_benchmark
 
     try:

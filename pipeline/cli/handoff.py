@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cli.options import FAILED, OK, add_command, count
-from pipeline.config_file import ConfigError
+from pipeline.config import ConfigError
 
 
 def add(commands: Any) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from pipeline.cli import cost, data, demo, doctor, handoff, report, runs, sweep
 from pipeline.cli.options import INTERRUPTED, OK, USER_MISTAKE
-from pipeline.config_file import ConfigError
+from pipeline.config import ConfigError
 
 # In the order of `selora --help`.
 FAMILIES = (data, runs, sweep, cost, report, handoff, doctor, demo)

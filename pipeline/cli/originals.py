@@ -12,8 +12,8 @@ from pipeline.config import ConfigError
 from pipeline.data.originals.convert import BANK, TEST, convert, original, read_original
 from pipeline.data.originals.imagenet import wnids
 from pipeline.data.originals.train import list_imagenet_train
-from pipeline.data.parallel_pack import Packing, pack_in_parallel
-from pipeline.data.shards import ShardIndex, check_empty, pack
+from pipeline.data.shards.index import ShardIndex, check_empty, pack
+from pipeline.data.shards.parallel_pack import Packing, pack_in_parallel
 from pipeline.evaluation.benchmark import load_benchmark
 from pipeline.evaluation.rows import Row
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cli.options import FAILED, OK, add_command, add_config_arguments, count, share, whole
-from pipeline.config_file import dump_yaml
+from pipeline.config.yaml_file import dump_yaml
 
 
 def add(commands: Any) -> None:
@@ -122,7 +122,7 @@ def _add_track(commands: Any) -> None:
 
 
 def run_track(arguments: argparse.Namespace) -> int:
-    from pipeline.tracking.mlflow_tracker import sync_all
+    from pipeline.tracking.mlflow.sync import sync_all
 
     reports = sync_all(arguments.runs, arguments.uri, full=arguments.full)
     for report in reports:

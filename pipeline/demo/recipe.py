@@ -19,10 +19,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from pipeline.data.formats import Sample, Source
+from pipeline.data.eval.wds_layout import write_wds_eval
 from pipeline.data.order import stable_hash
-from pipeline.data.shards import pack
-from pipeline.data.wds_layout import write_wds_eval
+from pipeline.data.shards.index import pack
+from pipeline.data.sources.formats import Sample, Source
 from pipeline.demo.assets import ARCHIVES
 
 SIZE, QUALITY = 64, 75

@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 from pipeline.config import Config, ConfigError, load_config
 from pipeline.demo.assets import BENCHMARK, FINETUNE, GRID, MODEL, asset, unpack
 from pipeline.demo.show import Row, table
-from pipeline.evaluation.choice import point_of
 from pipeline.evaluation.summary import read_summary
+from pipeline.selection.ranking import point_of
 
 NAME = "selora-demo"
 PHOTOS = 4
@@ -133,7 +133,7 @@ def _ask(out: Path, uri: str) -> None:
 
 def _photos(out: Path) -> list[Path]:
     """The first photos of the test set that show different things, as files named by what they show."""
-    from pipeline.data.wds_layout import open_eval_set
+    from pipeline.data.eval.wds_layout import open_eval_set
 
     clothes, folder = open_eval_set(out / "data" / "eval" / "clothing"), out / "photos"
     folder.mkdir(exist_ok=True)

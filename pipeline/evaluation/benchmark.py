@@ -31,8 +31,9 @@ from pydantic import ValidationError
 
 import pipeline
 from pipeline.config import ConfigError
-from pipeline.config_file import Raw, read_chain
-from pipeline.data.remote import is_remote
+from pipeline.config.errors import Raw
+from pipeline.config.yaml_file import read_chain
+from pipeline.data.storage.remote import is_remote
 from pipeline.evaluation.rows import GROUPS, Mode, Row
 from pipeline.prompts import resolve_templates
 

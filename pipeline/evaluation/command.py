@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from pipeline.config import Config, ConfigError, load_config
-from pipeline.data.cache import Cache
 from pipeline.data.images import Preprocessing
+from pipeline.data.storage.cache import Cache
 from pipeline.evaluation.benchmark import Benchmark, load_benchmark
 from pipeline.evaluation.checkpoints import evaluate_checkpoints, format_checkpoints
 from pipeline.evaluation.dataset import Settings

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import torch
 
 from pipeline.config import ConfigError
-from pipeline.data.cache import Cache
+from pipeline.data.eval.wds_layout import EvalSet, open_eval_set
 from pipeline.data.images import Preprocessing
 from pipeline.data.order import seeded_permutation, stable_hash
-from pipeline.data.wds_layout import EvalSet, open_eval_set
+from pipeline.data.storage.cache import Cache
 from pipeline.evaluation.encode import Precision
 from pipeline.evaluation.rows import Row
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.data.eval_batches import EvalBatch, eval_loader
+from pipeline.data.eval.batches import EvalBatch, eval_loader
+from pipeline.data.eval.wds_layout import EvalSet
 from pipeline.data.images import normalize
-from pipeline.data.wds_layout import EvalSet
 from pipeline.evaluation.dataset import Dataset, Settings
 from pipeline.evaluation.encode import Encoder
 from pipeline.evaluation.knn import Nearest, count_votes, merged

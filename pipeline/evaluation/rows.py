@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator, model_validator
 
-from pipeline.data.remote import is_remote
+from pipeline.data.storage.remote import is_remote
 
 # source: what the model was pretrained on, asked by K-NN.
 Group = Literal["id", "shift", "zero-shot", "retrieval", "source"]

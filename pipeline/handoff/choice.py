@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config import ConfigError, Promote, load_config
-from pipeline.evaluation.choice import choose, point_of
-from pipeline.evaluation.rule import holds
 from pipeline.evaluation.summary import SUMMARY_FILE, read_summary
 from pipeline.model.restore import is_run
+from pipeline.selection.ranking import choose, point_of
+from pipeline.selection.rule import holds
 
 SWEEP_FILE = "sweep.json"
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
+from pipeline.handoff.readback import READERS
 from pipeline.handoff.source import Mismatch, Source, read_source
-from pipeline.handoff.stock import READERS
 from pipeline.model.export import BASE, fixed_batch, own_logits, write_hf, write_open_clip, write_peft, write_timm
 from pipeline.model.load import as_clip
 from pipeline.model.restore import find_run, load_adapted

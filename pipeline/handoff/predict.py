@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
-from pipeline.tracking.registry import load_registered
-from pipeline.tracking.served import predict
-from pipeline.tracking.uris import resolve_uri
+from pipeline.tracking.mlflow.registry import load_registered
+from pipeline.tracking.mlflow.uris import resolve_uri
+from pipeline.tracking.served.served import predict
 
 
 def predict_files(

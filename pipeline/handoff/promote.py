@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.config import ConfigError, Promote, load_config
-from pipeline.evaluation.rule import Clause, check
 from pipeline.evaluation.summary import Summary, read_summary
 from pipeline.handoff.choice import chosen_run
 from pipeline.handoff.served_run import build_served, check_labels, labels_of
 from pipeline.handoff.source import Source, read_source
 from pipeline.passwords import redact
-from pipeline.tracking.mlflow_tracker import sync
-from pipeline.tracking.registry import CHAMPION, DIGEST_TAG, Registry
-from pipeline.tracking.served import Labels
-from pipeline.tracking.uris import resolve_uri
+from pipeline.selection.rule import Clause, check
+from pipeline.tracking.mlflow.registry import CHAMPION, DIGEST_TAG, Registry
+from pipeline.tracking.mlflow.sync import sync
+from pipeline.tracking.mlflow.uris import resolve_uri
+from pipeline.tracking.served.served import Labels
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.images import decode, eval_resize, normalize
-from pipeline.data.shards import load_index
+from pipeline.data.shards.index import load_index
 from pipeline.evaluation.encode import Encoder
 from pipeline.evaluation.ranks import Ranks
 from pipeline.evaluation.zeroshot import classifier_head
@@ -20,7 +20,7 @@ from pipeline.model.clip import save_open_clip
 from pipeline.model.load import Model
 from pipeline.model.vit import Vit, save_timm
 from pipeline.prompts import caption, resolve_templates
-from pipeline.tracking.served import Labels, example_image, load_served, predict, save_served
+from pipeline.tracking.served.served import Labels, example_image, load_served, predict, save_served
 
 TOLERANCE = 1e-4  # largest difference of an embedding or a score between the run's model and the registered one
 

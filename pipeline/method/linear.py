@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pipeline.method.folded import Form, Pair, dense_linear, factor_linear, full_precision
 from pipeline.method.gate import Gate, gated_add
 from pipeline.method.lowrank import LowRank
-from pipeline.method.plan import Work, cheapest
+from pipeline.method.route import Work, cheapest
 
 
 class Block(nn.Module):
@@ -35,7 +35,7 @@ class Block(nn.Module):
         return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), by the cheapest of the exact ways (`pipeline.method.plan`)."""
+        """(..., in) -> (..., out), by the cheapest of the exact ways (`pipeline.method.route`)."""
         if not torch.is_grad_enabled() or any(parameter.requires_grad for parameter in self.base.parameters()):
             return self.reference(x)
         if self._is_shut():

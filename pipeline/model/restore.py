@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pipeline.config import ConfigError
-from pipeline.config_file import read_chain
+from pipeline.config.yaml_file import read_chain
 from pipeline.method.adapter import attach_adapter, merge_adapter
 from pipeline.model.load import Model, load_model
 from pipeline.model.towers import adapter_targets, apply_trainable

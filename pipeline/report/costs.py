@@ -43,7 +43,7 @@ def _counts(run: Run) -> bool:
 
 
 def _of_model(model: str, runs: list[Run]) -> dict[str, Cost]:
-    from pipeline.evaluation.cost import OWN_RULE, model_cost
+    from pipeline.costs.cost import OWN_RULE, model_cost
     from pipeline.model.load import load_model
     from pipeline.model.vit import untagged
 

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import yaml
 
 from pipeline.config import Promote, is_vit
-from pipeline.evaluation.choice import Point, choose, pareto_front, point_of
-from pipeline.evaluation.rule import holds
 from pipeline.evaluation.summary import Summary
+from pipeline.selection.ranking import Point, choose, pareto_front, point_of
+from pipeline.selection.rule import holds
 
 # "trained": the schedule is complete and no result of an evaluation is there yet.
 Status = Literal["waiting", "training", "evaluating", "trained", "finished", "failed", "stopped"]

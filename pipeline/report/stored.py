@@ -11,7 +11,7 @@ from pipeline.config import ConfigError
 from pipeline.evaluation.summary import SUMMARY_FILE, Summary
 from pipeline.report.directories import STRENGTH_FILE
 from pipeline.report.records import Collection, Run, Settings, Status, scalar
-from pipeline.tracking.reader import StoredRun, read_experiment
+from pipeline.tracking.mlflow.reader import StoredRun, read_experiment
 
 # What a sweep says of its trials, beside MLflow's own status.
 LABEL_TAG, REASON_TAG = "selora.label", "selora.trial.reason"

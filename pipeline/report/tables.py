@@ -10,8 +10,8 @@ from statistics import mean
 from typing import Literal
 
 from pipeline.evaluation.summary import Summary
-from pipeline.report.published_rows import CLIP_ROW, Published, published
-from pipeline.report.published_vision import PublishedTarget, published_target
+from pipeline.report.paper.clip_rows import CLIP_ROW, Published, published
+from pipeline.report.paper.vision_rows import PublishedTarget, published_target
 from pipeline.report.records import Collection, Run
 from pipeline.report.series import configurations, labels
 from pipeline.report.style import GROUPS

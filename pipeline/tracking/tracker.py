@@ -13,12 +13,12 @@ from typing import Literal, Protocol, Self
 
 from pipeline.config import ConfigError
 from pipeline.passwords import redact
-from pipeline.tracking.delivery import file_digest, load_state, pending
 from pipeline.tracking.environment import environment_tags
 from pipeline.tracking.identity import read_identity, settle_identity
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.shipper import LOG_FILE, Shipper
-from pipeline.tracking.uris import PasswordMissing, checked_uri, sqlite_path, with_password
+from pipeline.tracking.mlflow.delivery import file_digest, load_state, pending
+from pipeline.tracking.mlflow.shipper import LOG_FILE, Shipper
+from pipeline.tracking.mlflow.uris import PasswordMissing, checked_uri, sqlite_path, with_password
 
 __all__ = ["NullTracker", "RunTracker", "Status", "Tracker", "environment_tags", "open_tracker", "watch_machine"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.config import Config, ConfigError, flatten, load_config, to_yaml
 from pipeline.tracking.tracker import NullTracker, Tracker, environment_tags, open_tracker, watch_machine
 from pipeline.training.checkpoint import latest_checkpoint
-from pipeline.training.distributed import World
+from pipeline.training.cluster.distributed import World
 from pipeline.training.settings import changed_settings
 
 _WATCHER_SECONDS = 10.0  # for a node's last sample of its machine

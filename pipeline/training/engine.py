@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.config import Config, ConfigError
-from pipeline.training.distributed import TIMEOUT, World
+from pipeline.training.cluster.distributed import TIMEOUT, World
 
 # Parameters up to this size stay whole under ZeRO-3: scores, biases and norms cost more to gather than to keep.
 PERSISTENT_ELEMENTS = 1_000

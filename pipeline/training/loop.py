@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.config import ConfigError
 from pipeline.method.adapter import GradientWatch
-from pipeline.training.distributed import any_rank
+from pipeline.training.cluster.distributed import any_rank
 from pipeline.training.engine import set_learning_rates
 from pipeline.training.monitor import Monitor
 

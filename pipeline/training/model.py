@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import Config, ConfigError
-from pipeline.data.shards import ShardIndex
-from pipeline.data.stream import Batch
+from pipeline.data.shards.index import ShardIndex
+from pipeline.data.train.stream import Batch
 from pipeline.method.adapter import attach_adapter, blocks, gate_map, gate_scores, random_targets, select_targets
 from pipeline.method.settle import Settling
 from pipeline.model.load import Model, load_model
@@ -17,7 +17,7 @@ from pipeline.model.restore import check_base, copy_parameters
 from pipeline.model.towers import adapter_targets, apply_trainable, compile_layers, layers, towers_of
 from pipeline.model.vit import Vit
 from pipeline.training.checkpoint import Checkpoint
-from pipeline.training.distributed import World
+from pipeline.training.cluster.distributed import World
 from pipeline.training.objective import Classification, Contrastive, Objective, PenaltySettings
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.config import ConfigError
-from pipeline.training.distributed import World, gather_numbers
+from pipeline.training.cluster.distributed import World, gather_numbers
 
 
 class Sink(Protocol):

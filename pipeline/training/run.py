@@ -13,15 +13,17 @@ import torch.distributed as dist
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.batches import Batches
-from pipeline.data.shards import ShardIndex, load_index
-from pipeline.data.stream import Batch, TrainDataset, train_loader
+from pipeline.data.shards.index import ShardIndex, load_index
+from pipeline.data.train.stream import Batch, TrainDataset, train_loader
 from pipeline.method.adapter import GradientWatch
 from pipeline.model.load import Model
 from pipeline.model.towers import inside_layers
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from pipeline.training.cluster.distributed import World, keep_heap, label_logs, read_world, share_threads
+from pipeline.training.cluster.lease import Lease, held
+from pipeline.training.cluster.peers import meet, watched_peers
 from pipeline.training.directory import claim, leave_mark, say, tracked
-from pipeline.training.distributed import World, keep_heap, label_logs, read_world, share_threads
 from pipeline.training.engine import (
     build_engine,
     full_parameters,
@@ -30,7 +32,6 @@ from pipeline.training.engine import (
     restore_moments,
     start_process_group,
 )
-from pipeline.training.lease import Lease, held
 from pipeline.training.loop import StopRequest, train_steps
 from pipeline.training.model import (
     build_model,
@@ -46,7 +47,6 @@ from pipeline.training.model import (
 )
 from pipeline.training.monitor import Monitor, Sink, TrainingFailed
 from pipeline.training.optim import Rates, lr_factor, parameter_groups
-from pipeline.training.peers import meet, watched_peers
 from pipeline.training.settings import total_steps
 
 

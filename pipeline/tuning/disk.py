@@ -42,7 +42,7 @@ def trained_parameters(trials: Sequence[Trial]) -> dict[str, int]:
 
 def _count(clip: Model, config: Config) -> int:
     """r (inputs + outputs) for each block, 1 for its gate, `outputs` for DoRA's magnitude, and the rest that trains."""
-    from pipeline.evaluation.cost import trained_parameters as beside_blocks
+    from pipeline.costs.cost import trained_parameters as beside_blocks
     from pipeline.method.adapter import random_targets, select_targets
     from pipeline.model.towers import adapter_targets
 

@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 from pydantic import Field, ValidationError
 
 from pipeline.config import Config, ConfigError, Section, describe, digest, override
-from pipeline.config_faults import did_you_mean
-from pipeline.config_file import Raw, read_chain
+from pipeline.config.errors import Raw, did_you_mean
+from pipeline.config.yaml_file import read_chain
 from pipeline.tuning.names import label_of, name_of, value_text
 
 S = TypeVar("S", bound=Section)

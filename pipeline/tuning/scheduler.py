@@ -25,8 +25,7 @@ from pipeline.tracking.tracker import SHIPPED_VARIABLE
 from pipeline.tuning.files import OVER, TrialState, read_state, steps_done, trial_dir, write_state
 from pipeline.tuning.grid import Asha, Resources
 from pipeline.tuning.plan import Capacity, Node
-from pipeline.tuning.reach import check_reachable, token_fault
-from pipeline.tuning.reasons import told
+from pipeline.tuning.ray_errors import check_reachable, token_fault, told
 from pipeline.tuning.trial import (
     StopWatch,
     after_training,

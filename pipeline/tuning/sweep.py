@@ -89,8 +89,8 @@ def sweep(
         ConfigError: every mistake that can be known before the first trial starts. A trial that fails later is told in
             its trial.json, in the table and in MLflow, and the others go on.
     """
+    from pipeline.tuning.mlflow_runs import Record
     from pipeline.tuning.progress import describe
-    from pipeline.tuning.record import Record
 
     trials, totals = _prepare(config, grid)
     sweep_dir = _directory(config)
@@ -120,9 +120,9 @@ def _directory(config: Config) -> Path:
 
 def _prepare(config: Config, grid: Grid) -> tuple[list[Trial], dict[str, int]]:
     """The trials with one store for all, and the steps of each; everything that can be read is read now."""
-    from pipeline.data.shards import load_index
+    from pipeline.data.shards.index import load_index
     from pipeline.evaluation.benchmark import load_benchmark
-    from pipeline.tracking.uris import checked_uri
+    from pipeline.tracking.mlflow.uris import checked_uri
     from pipeline.training.settings import total_steps
 
     trials = expand(config, grid)
@@ -223,8 +223,8 @@ def _run(
     address: str | None,
     seconds_per_step: float | None,
 ) -> None:
+    from pipeline.tuning.mlflow_runs import MACHINE_SECONDS
     from pipeline.tuning.progress import Progress
-    from pipeline.tuning.record import MACHINE_SECONDS
     from pipeline.tuning.scheduler import Interrupted, Job, cluster, run_trials, watch_nodes
 
     stop = _Stop(sweep_dir, [trial.name for trial in left])

@@ -76,7 +76,7 @@ def evaluation_stage(sweep_dir: Path, name: str) -> Mapping[str, Any] | None:
 
     The untouched model is evaluated by the first trial that comes here; the others wait for it.
     """
-    from pipeline.data.cache import Cache
+    from pipeline.data.storage.cache import Cache
     from pipeline.evaluation.benchmark import load_benchmark
     from pipeline.evaluation.dataset import Settings
     from pipeline.evaluation.record import track_results

@@ -18,8 +18,8 @@ from measure import Line, Times, alternate, spread
 from subjects import PEFT_TARGETS, SmallClip, gates_of, own, peft_of
 from torch import nn
 
+from pipeline.costs.cost import model_cost
 from pipeline.data.images import size_pair
-from pipeline.evaluation.cost import model_cost
 from pipeline.method.adapter import merge_adapter
 from pipeline.method.gate import read_gates
 from pipeline.model.clip import Clip, load_clip

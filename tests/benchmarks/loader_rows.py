@@ -20,13 +20,13 @@ from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import Compose, InterpolationMode, Normalize, RandomResizedCrop, ToTensor, v2
 
-from pipeline.data.cache import Cache
-from pipeline.data.eval_batches import eval_loader
-from pipeline.data.formats import read_source
+from pipeline.data.eval.batches import eval_loader
+from pipeline.data.eval.wds_layout import EvalSet, write_wds_eval
 from pipeline.data.images import Preprocessing, normalize
-from pipeline.data.shards import load_index, pack
-from pipeline.data.stream import TrainDataset, train_loader
-from pipeline.data.wds_layout import EvalSet, write_wds_eval
+from pipeline.data.shards.index import load_index, pack
+from pipeline.data.sources.formats import read_source
+from pipeline.data.storage.cache import Cache
+from pipeline.data.train.stream import TrainDataset, train_loader
 
 PHOTOS = 128
 # Epochs in a row where workers decode: their start, which is the same for all, shall not decide.

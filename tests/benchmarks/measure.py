@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.training.distributed import keep_heap, read_world
+from pipeline.training.cluster.distributed import keep_heap, read_world
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.data.images import IMAGE_EXTENSIONS, STORED_EXTENSIONS
-from pipeline.data.shards import load_index, open_shard
+from pipeline.data.shards.index import load_index, open_shard
 from pipeline.demo.assets import unpack
 
 # Noise and quality bring a small photograph, enlarged, to the size and the entropy of a real one: about 96 kB.

@@ -128,9 +128,9 @@ def run(folder: Path, ranks: int, overrides: list[str]) -> dict[str, Any]:
 
 def lines(folder: Path, wanted: list[int], steps: int, more: list[str]) -> Iterator[str]:
     from pipeline.config import load_config
+    from pipeline.costs.scale import contrastive_traffic, gradient_traffic, shape_of
     from pipeline.demo.assets import FINETUNE, asset
     from pipeline.model.clip import model_config
-    from pipeline.tuning.scale import contrastive_traffic, gradient_traffic, shape_of
 
     yield "| ranks | images/s | in collectives | MB sent per step and rank: measured | computed |"
     yield "| --: | --: | --: | --: | --: |"

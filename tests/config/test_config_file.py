@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import ConfigError
-from pipeline.config_file import dump_yaml, parse_value, read_chain, read_overrides
+from pipeline.config.yaml_file import dump_yaml, parse_value, read_chain, read_overrides
 
 
 @pytest.fixture

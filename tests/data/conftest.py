@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.formats import Sample
-from pipeline.data.shards import Shard, ShardIndex, pack, sha256_of, write_index, write_tar
+from pipeline.data.shards.index import Shard, ShardIndex, pack, sha256_of, write_index, write_tar
+from pipeline.data.sources.formats import Sample
 
 sys.path.insert(0, str(Path(__file__).parent))  # for what more than one test file could want
 

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch.nn.functional import cosine_similarity
 
-from pipeline.data.eval_batches import eval_loader
-from pipeline.data.formats import Sample
+from pipeline.data.eval.batches import eval_loader
+from pipeline.data.eval.wds_layout import open_eval_set, write_wds_eval
 from pipeline.data.images import normalize
-from pipeline.data.wds_layout import open_eval_set, write_wds_eval
+from pipeline.data.sources.formats import Sample
 from pipeline.demo.assets import MODEL, asset, unpack
 from pipeline.model.clip import load_clip
 

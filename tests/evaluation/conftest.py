@@ -16,12 +16,12 @@ from clip_benchmark.metrics import zeroshot_classification
 from PIL import Image
 
 from pipeline.config import Config, override, to_yaml
-from pipeline.data.eval_batches import eval_loader
+from pipeline.data.eval.batches import eval_loader
+from pipeline.data.eval.wds_layout import open_eval_set
 from pipeline.data.images import normalize
-from pipeline.data.wds_layout import open_eval_set
 from pipeline.model.clip import Clip, load_clip, save_open_clip
 from pipeline.training.checkpoint import save_checkpoint
-from pipeline.training.distributed import read_world
+from pipeline.training.cluster.distributed import read_world
 from pipeline.training.model import build_model, checkpoint_state, trainable
 
 # clip_benchmark 1.6 calls float() on an array of one element, which NumPy has refused since 2.4. Its arithmetic stays.

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.cli.main import main
 from pipeline.config import ConfigError
-from pipeline.evaluation.cost import (
+from pipeline.costs.cost import (
     OWN_RULE,
     RULES,
     Cost,
@@ -20,7 +20,7 @@ from pipeline.evaluation.cost import (
     model_cost,
     trained_parameters,
 )
-from pipeline.evaluation.cost_report import cost_report, paper_claims
+from pipeline.costs.cost_report import cost_report, paper_claims
 from pipeline.method.adapter import attach_adapter, merge_adapter
 from pipeline.model.clip import Clip, load_clip
 from pipeline.model.restore import find_run

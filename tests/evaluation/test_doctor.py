@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli.main import main
+from pipeline.doctor.benchmark import compare_with_published, format_comparison, inspect_row
 from pipeline.evaluation.benchmark import load_benchmark
 from pipeline.evaluation.dataset import Settings
-from pipeline.evaluation.doctor import compare_with_published, format_comparison, inspect_row
 from pipeline.evaluation.run import evaluate
 from pipeline.model.clip import load_clip
 

@@ -20,14 +20,14 @@ from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
 from pipeline.config import ConfigError
-from pipeline.data.cache import Cache
-from pipeline.data.eval_batches import eval_loader
+from pipeline.data.eval.batches import eval_loader
+from pipeline.data.eval.wds_layout import EvalSet, open_eval_set
 from pipeline.data.images import normalize
-from pipeline.data.wds_layout import EvalSet, open_eval_set
+from pipeline.data.storage.cache import Cache
+from pipeline.doctor.benchmark import compare_with_published
 from pipeline.evaluation.benchmark import load_benchmark
 from pipeline.evaluation.command import evaluate_command
 from pipeline.evaluation.dataset import Settings, open_dataset
-from pipeline.evaluation.doctor import compare_with_published
 from pipeline.evaluation.knn import Nearest, as_logits, class_votes, count_votes, from_keys, merged, to_keys
 from pipeline.evaluation.run import evaluate
 from pipeline.evaluation.strength import evaluate_strength

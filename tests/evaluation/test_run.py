@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from pipeline.config import ConfigError
-from pipeline.data.cache import Cache
-from pipeline.data.eval_batches import eval_loader
+from pipeline.data.eval.batches import eval_loader
+from pipeline.data.eval.wds_layout import open_eval_set
 from pipeline.data.images import normalize
-from pipeline.data.wds_layout import open_eval_set
+from pipeline.data.storage.cache import Cache
 from pipeline.evaluation.benchmark import load_benchmark
 from pipeline.evaluation.command import evaluate_command
 from pipeline.evaluation.dataset import Settings

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-import pipeline.data.eval_batches
+import pipeline.data.eval.batches
 from pipeline.config import ConfigError
 from pipeline.evaluation.benchmark import load_benchmark
 from pipeline.evaluation.command import evaluate_command
@@ -74,13 +74,13 @@ def test_eleven_strengths_decode_each_image_once_and_a_broken_curve_goes_on(
 ) -> None:
     shutil.copytree(benchmark_file.parent, tmp_path / "sets")
     run, table = make_run(tmp_path / "run"), load_benchmark(tmp_path / "sets" / benchmark_file.name)
-    plain, decoded = pipeline.data.eval_batches.decode, []
+    plain, decoded = pipeline.data.eval.batches.decode, []
 
     def counted(data: bytes, **options: Any) -> Any:
         decoded.append(len(data))
         return plain(data, **options)
 
-    monkeypatch.setattr(pipeline.data.eval_batches, "decode", counted)
+    monkeypatch.setattr(pipeline.data.eval.batches, "decode", counted)
     chosen = {"baselines": tmp_path / "baselines", "datasets": ["ours", "few"]}
     first = evaluate_strength(run, table, run / "eval", SETTINGS, **chosen)
     assert len(first["alphas"]) == 11

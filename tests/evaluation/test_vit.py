@@ -13,10 +13,9 @@ from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize
 
 import pipeline.evaluation.checkpoints
 from pipeline.config import ConfigError, load_config, to_yaml
-from pipeline.data.wds_layout import open_eval_set
+from pipeline.data.eval.wds_layout import open_eval_set
 from pipeline.evaluation.benchmark import load_benchmark
 from pipeline.evaluation.checkpoints import evaluate_checkpoints
-from pipeline.evaluation.choice import point_of
 from pipeline.evaluation.command import evaluate_command
 from pipeline.evaluation.dataset import Settings
 from pipeline.evaluation.passes import plain_name
@@ -24,6 +23,7 @@ from pipeline.evaluation.run import evaluate_run
 from pipeline.evaluation.strength import evaluate_strength
 from pipeline.model.restore import load_run
 from pipeline.model.vit import Vit, save_timm
+from pipeline.selection.ranking import point_of
 
 SETTINGS = Settings(batch_size=16, workers=0)
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Config, load_config, to_yaml
-from pipeline.data.eval_batches import eval_loader
+from pipeline.data.eval.batches import eval_loader
+from pipeline.data.eval.wds_layout import open_eval_set, pack_eval
 from pipeline.data.images import decode, eval_resize, normalize
-from pipeline.data.shards import load_index
-from pipeline.data.wds_layout import open_eval_set, pack_eval
+from pipeline.data.shards.index import load_index
 from pipeline.demo.assets import FINETUNE, MODEL, asset, unpack
 from pipeline.evaluation.benchmark import load_benchmark
 from pipeline.evaluation.dataset import Settings
@@ -24,7 +24,7 @@ from pipeline.model.clip import Clip
 from pipeline.model.load import Model
 from pipeline.model.restore import load_run
 from pipeline.training.checkpoint import save_checkpoint
-from pipeline.training.distributed import read_world
+from pipeline.training.cluster.distributed import read_world
 from pipeline.training.model import build_model, checkpoint_state, trainable
 
 

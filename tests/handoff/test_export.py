@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from pipeline.config import ConfigError
-from pipeline.handoff import stock
+from pipeline.handoff import readback as stock
 from pipeline.handoff.export import export
 from pipeline.handoff.source import Mismatch
 from pipeline.model.export import CAPTIONS

@@ -17,7 +17,7 @@ from pipeline.handoff.predict import predict_files
 from pipeline.handoff.promote import promote, results_of, rollback
 from pipeline.handoff.source import read_source
 from pipeline.model.restore import load_run
-from pipeline.tracking.registry import Registry
+from pipeline.tracking.mlflow.registry import Registry
 from pipeline.tracking.tracker import open_tracker
 
 
@@ -124,8 +124,8 @@ def test_results_of_other_weights_or_of_a_part_are_refused(runs: tuple[Path, Pat
 def test_of_a_sweep_the_chosen_trial_is_promoted_and_a_worse_one_does_not_become_champion(
     runs: tuple[Path, Path], store: str
 ) -> None:
-    from pipeline.evaluation.choice import choose, point_of
     from pipeline.evaluation.summary import read_summary
+    from pipeline.selection.ranking import choose, point_of
 
     sweep = runs[0].parent.parent
     points = {run.name: point_of(read_summary(run / "eval")) for run in runs}

@@ -22,8 +22,8 @@ from pipeline.handoff.promote import promote
 from pipeline.handoff.source import Mismatch
 from pipeline.model.restore import load_run
 from pipeline.model.vit import Vit
-from pipeline.tracking.registry import Registry, load_registered
-from pipeline.tracking.served import predict
+from pipeline.tracking.mlflow.registry import Registry, load_registered
+from pipeline.tracking.served.served import predict
 
 CLASSES = ("class_0", "class_1", "class_2")
 

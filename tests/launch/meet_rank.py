@@ -10,9 +10,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from pipeline.training.distributed import World
+from pipeline.training.cluster.distributed import World
+from pipeline.training.cluster.peers import PeerLost, meet, watched_peers
 from pipeline.training.engine import start_process_group
-from pipeline.training.peers import PeerLost, meet, watched_peers
 
 rank, seconds = int(sys.argv[1]), timedelta(seconds=float(sys.argv[2]))
 world = World(rank, 2, 0, 1, torch.device("cpu"))

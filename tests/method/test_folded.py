@@ -14,7 +14,7 @@ from pipeline.method import linear
 from pipeline.method.adapter import attach_adapter, blocks
 from pipeline.method.gate import read_gates
 from pipeline.method.linear import Block, DoRALinear
-from pipeline.method.plan import Way, Work, cheapest, cost
+from pipeline.method.route import Way, Work, cheapest, cost
 
 WAYS: list[Way] = ["dense", "factors"]
 KINDS = ["lora", "dora"]
@@ -194,7 +194,7 @@ def test_the_plan_counts_the_products_that_are_made(way: Way, is_open: bool, mon
     x = torch.randn(96, 48, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         net(x).sum().backward()
-    monkeypatch.setattr("pipeline.method.plan.RIDGE", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr("pipeline.method.route.RIDGE", {"cpu": 0, "cuda": 0})
     assert counter.get_total_flops() == cost(way, Work(96, 48, 80, 16, is_open=is_open))
 
 

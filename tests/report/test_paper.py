@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from pipeline.report.paper import GATES, MEANS, TABLES, Row, errata, findings, recompute, table
+from pipeline.report.paper.tables import GATES, MEANS, TABLES, Row, errata, findings, recompute, table
 
 KNOWN = [erratum for erratum in errata() if erratum.finding is not None]
 

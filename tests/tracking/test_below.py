@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.tracking.delivery import SHIPPING_LOCK, load_state
 from pipeline.tracking.identity import read_identity, settle_identity
 from pipeline.tracking.journal import JOURNAL
 from pipeline.tracking.locks import is_held
-from pipeline.tracking.shipper import LOG_FILE
+from pipeline.tracking.mlflow.delivery import SHIPPING_LOCK, load_state
+from pipeline.tracking.mlflow.shipper import LOG_FILE
 from pipeline.tracking.tracker import SHIPPED_VARIABLE, open_tracker
 
 Rows = Callable[[str], list[tuple[str, int, float, int]]]

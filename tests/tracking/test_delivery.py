@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pipeline.config import ConfigError
-from pipeline.tracking.delivery import STATE_FILE
 from pipeline.tracking.identity import RUN_FILE, settle_identity
 from pipeline.tracking.journal import JOURNAL, Journal
-from pipeline.tracking.mlflow_tracker import SyncReport, sync, sync_all
+from pipeline.tracking.mlflow.delivery import STATE_FILE
+from pipeline.tracking.mlflow.sync import SyncReport, sync, sync_all
 from pipeline.tracking.tracker import NullTracker, open_tracker
 
 if TYPE_CHECKING:
@@ -87,8 +87,9 @@ def test_kill_between_sending_and_remembering_doubles_nothing(
     code = """
 import os, signal, sys
 from pathlib import Path
-from pipeline.tracking import delivery, mlflow_store
-from pipeline.tracking.mlflow_tracker import sync
+from pipeline.tracking.mlflow import delivery
+from pipeline.tracking.mlflow import store as mlflow_store
+from pipeline.tracking.mlflow.sync import sync
 original = mlflow_store.MlflowStore.log_metrics
 def send_and_die(self, run_id, metrics):
     original(self, run_id, metrics)
@@ -324,7 +325,7 @@ def test_two_runs_that_start_together_make_one_store_and_one_experiment(
     code = """
 import sys
 from pathlib import Path
-from pipeline.tracking.mlflow_tracker import sync
+from pipeline.tracking.mlflow.sync import sync
 report = sync(Path(sys.argv[1]))
 print(report, report.run_id)
 sys.exit(0 if report.complete else 1)

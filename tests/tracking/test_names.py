@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.tracking.mlflow_store import legal_name, legal_param
+from pipeline.tracking.mlflow.store import legal_name, legal_param
 
 NAMES = [
     "loss", "eval/demo/image_retrieval_recall@5", "r@1", "r%1", "r#1", "gate/image.3.q_proj", "a//b", "/a", "a/",

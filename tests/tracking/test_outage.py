@@ -17,11 +17,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.tracking.delivery import SHIPPING_LOCK, load_state
 from pipeline.tracking.journal import JOURNAL, Journal
 from pipeline.tracking.locks import is_held
-from pipeline.tracking.mlflow_tracker import sync
-from pipeline.tracking.shipper import LOG_FILE
+from pipeline.tracking.mlflow.delivery import SHIPPING_LOCK, load_state
+from pipeline.tracking.mlflow.shipper import LOG_FILE
+from pipeline.tracking.mlflow.sync import sync
 from pipeline.tracking.tracker import RunTracker, open_tracker
 
 Rows = Callable[[str], list[tuple[str, int, float, int]]]
@@ -264,7 +264,7 @@ def test_run_that_is_being_shipped_is_left_alone_by_sync(tmp_path: Path, store: 
         tracker.metrics(0, {"loss": 1.0})
         wait_for(lambda: is_held(run_dir / SHIPPING_LOCK), 120, "the start of the shipment")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("pipeline.tracking.mlflow_tracker._LOCK_SECONDS", 0.0)
+            patch.setattr("pipeline.tracking.mlflow.sync._LOCK_SECONDS", 0.0)
             report = sync(run_dir)
         assert report.sent == 0
         assert "is delivering this run right now" in str(report.error)

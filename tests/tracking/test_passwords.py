@@ -20,11 +20,11 @@ import pytest
 from pipeline.cli import doctor
 from pipeline.config import Config, ConfigError, digest, flatten, load_config, override, to_yaml
 from pipeline.passwords import redact
-from pipeline.tracking.mlflow_tracker import sync
+from pipeline.tracking.mlflow.sync import sync
+from pipeline.tracking.mlflow.uris import PasswordMissing, resolve_uri, without_user
 from pipeline.tracking.tracker import open_tracker
-from pipeline.tracking.uris import PasswordMissing, resolve_uri, without_user
+from pipeline.training.cluster.distributed import read_world
 from pipeline.training.directory import claim, tracked
-from pipeline.training.distributed import read_world
 
 PASSWORD = "s3cret+%"
 QUOTED = "s3cret%2B%25"
@@ -222,10 +222,10 @@ def test_a_run_at_a_guarded_server_leaves_its_password_nowhere_and_can_go_on(
 def test_a_sweep_leaves_the_password_nowhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image_folder: Callable[..., Path]
 ) -> None:
-    from pipeline.data.shards import pack
+    from pipeline.data.shards.index import pack
     from pipeline.tuning.files import SWEEP_FILE, read_state, trial_dir
     from pipeline.tuning.grid import Resources, load_grid
-    from pipeline.tuning.record import Record
+    from pipeline.tuning.mlflow_runs import Record
     from pipeline.tuning.scheduler import _init_settings
     from pipeline.tuning.sweep import lay_out
     from pipeline.tuning.trial import trial_config

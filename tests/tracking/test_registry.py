@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import ConfigError
-from pipeline.tracking.registry import CHAMPIONS_TAG, Registry
+from pipeline.tracking.mlflow.registry import CHAMPIONS_TAG, Registry
 
 
 @pytest.fixture

@@ -20,8 +20,7 @@ from PIL import Image
 from pipeline.data.images import decode
 from pipeline.model.clip import load_clip, save_open_clip
 from pipeline.model.vit import load_vit, save_timm
-from pipeline.tracking import served_model
-from pipeline.tracking.served import CODE, Labels, example_image, load_served, predict, save_served
+from pipeline.tracking.served.served import CODE, Labels, example_image, load_served, predict, save_served, served_model
 
 FORBIDDEN = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".lock", ".toml")
 

@@ -6,8 +6,8 @@ import pytest
 
 from pipeline.config import ConfigError
 from pipeline.passwords import redact
+from pipeline.tracking.mlflow.uris import artifact_root, resolve_uri
 from pipeline.tracking.tracker import open_tracker
-from pipeline.tracking.uris import artifact_root, resolve_uri
 
 
 @pytest.mark.parametrize(

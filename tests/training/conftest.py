@@ -126,7 +126,7 @@ def fork_server() -> Any:
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory, image_folder: Callable[..., Path]) -> Path:
     """96 images of 4 classes in 6 shards."""
-    from pipeline.data.shards import pack
+    from pipeline.data.shards.index import pack
 
     out = tmp_path_factory.mktemp("shards") / "train"
     pack(image_folder(classes=4, each=24, size=40), out, samples_per_shard=16)

@@ -61,7 +61,7 @@ def gradients(folder: str, precision: str, stage: int, way: dict[str, Any]) -> d
     from deepspeed.utils import safe_get_full_grad
 
     from pipeline.model.towers import inside_layers
-    from pipeline.training.distributed import read_world
+    from pipeline.training.cluster.distributed import read_world
     from pipeline.training.engine import build_engine, full_parameters, set_learning_rates
     from pipeline.training.model import compiled_layers, trainable
     from pipeline.training.optim import Rates, parameter_groups

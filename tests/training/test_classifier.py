@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from pipeline.config import load_config
-from pipeline.data.shards import load_index
-from pipeline.data.stream import TrainDataset
+from pipeline.data.shards.index import load_index
+from pipeline.data.train.stream import TrainDataset
 from pipeline.model.restore import load_run
 from pipeline.model.vit import Vit
 from pipeline.training.checkpoint import latest_checkpoint
@@ -148,7 +148,7 @@ def test_gates_close_the_head_trains_and_micro_batches_change_nothing(launch, vi
 
 
 def test_shards_without_classes_are_refused(launch, vit_config: Path, tmp_path: Path, image_folder) -> None:
-    from pipeline.data.shards import pack
+    from pipeline.data.shards.index import pack
 
     folder = image_folder(classes=2, each=8, size=32)
     rows = [f"{path.relative_to(folder)}\ta photo" for path in sorted(folder.rglob("*.*")) if path.is_file()]

@@ -78,7 +78,7 @@ def test_settings_corrected_before_the_first_checkpoint_are_a_new_attempt(launch
 def test_other_shards_under_the_same_path_are_refused_on_resume(
     launch, shards: Path, tmp_path: Path, image_folder: Callable[..., Path]
 ) -> None:
-    from pipeline.data.shards import pack
+    from pipeline.data.shards.index import pack
 
     own = tmp_path / "own"
     shutil.copytree(shards, own)
@@ -106,7 +106,7 @@ def test_a_missing_shard_and_a_short_one_are_named(launch, shards: Path, tmp_pat
 @pytest.fixture
 def three_percent_corrupt(tmp_path: Path, image_folder: Callable[..., Path]) -> Path:
     """100 images, of which 3 are cut off in the middle; packed without the check that would leave them out."""
-    from pipeline.data.shards import pack
+    from pipeline.data.shards.index import pack
 
     source = tmp_path / "photos"
     shutil.copytree(image_folder(classes=4, each=25, size=64, seed=9), source)

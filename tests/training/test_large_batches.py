@@ -86,8 +86,8 @@ def test_micro_batches_keep_their_features_and_one_micro_batch(small_clip: str) 
 def test_the_plan_counts_what_is_kept_and_what_is_computed(small_clip: str, kind: str, precision: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
+    from pipeline.costs.scale import Recompute, shape_of, step_flops
     from pipeline.model.clip import model_config
-    from pipeline.tuning.scale import Recompute, shape_of, step_flops
 
     shape = shape_of("small", model_config(f"local-dir:{small_clip}"))
     assert shape is not None

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import ConfigError
-from pipeline.training.distributed import read_world
+from pipeline.training.cluster.distributed import read_world
 
 
 def losses(run_dir: Path) -> list[float]:

@@ -36,9 +36,9 @@ TINY = {
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory, image_folder: Callable[..., Path]) -> Path:
     """A folder with shards/ (96 images of 4 classes), clip/ and bench.yaml (an id and a shift set)."""
-    from pipeline.data.formats import read_source
-    from pipeline.data.shards import pack
-    from pipeline.data.wds_layout import write_wds_eval
+    from pipeline.data.eval.wds_layout import write_wds_eval
+    from pipeline.data.shards.index import pack
+    from pipeline.data.sources.formats import read_source
     from pipeline.model.clip import load_clip, save_open_clip
 
     root = tmp_path_factory.mktemp("tiny")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.tracking.uris import resolve_uri
+from pipeline.tracking.mlflow.uris import resolve_uri
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -107,7 +107,7 @@ def seconds_per_step(times: list[tuple[int, float]], begin: float, end: float) -
 def test_a_minute_without_the_server_costs_neither_speed_nor_values(command, make_config, server, database) -> None:
     import sqlalchemy
 
-    from pipeline.tracking.mlflow_tracker import sync_all
+    from pipeline.tracking.mlflow.sync import sync_all
 
     steps = 800
     sweep = command(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.tuning.files import read_state, trial_dir, write_state
-from pipeline.tuning.record import REASON_TAG, Record
+from pipeline.tuning.mlflow_runs import REASON_TAG, Record
 from pipeline.tuning.sweep import lay_out
 
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.config import ConfigError
-from pipeline.data.formats import Source
+from pipeline.data.eval.wds_layout import EvalSet, write_wds_eval
 from pipeline.data.images import MAX_PIXELS
 from pipeline.data.originals.table import ORIGINALS, Original
-from pipeline.data.readable import usable_samples
-from pipeline.data.shards import check_empty
-from pipeline.data.wds_layout import EvalSet, write_wds_eval
+from pipeline.data.shards.index import check_empty
+from pipeline.data.sources.formats import Source
+from pipeline.data.sources.readable import usable_samples
 from pipeline.prompts import resolve_templates
 
 _NAMED = 5

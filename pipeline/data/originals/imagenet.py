@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import ConfigError
-from pipeline.data.formats import Sample, Source, sample_key
 from pipeline.data.images import IMAGE_EXTENSIONS
+from pipeline.data.sources.formats import Sample, Source, sample_key
 
 _WNID = re.compile(r"n\d{8}")
 _VAL_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})$")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
-from pipeline.data.formats import Sample, Source, sample_key
+from pipeline.data.sources.formats import Sample, Source, sample_key
 
 # (path of the image below a place of `images`, its captions)
 Entry = tuple[str, list[str]]

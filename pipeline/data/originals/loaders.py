@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision import datasets
 
 from pipeline.config import ConfigError
-from pipeline.data.formats import Sample, Source, sample_key
+from pipeline.data.sources.formats import Sample, Source, sample_key
 from pipeline.prompts import readable_name
 
 _FAULTS = (RuntimeError, OSError, ValueError, KeyError, IndexError, EOFError, pickle.UnpicklingError)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from pipeline.data.formats import Source
 from pipeline.data.originals import loaders
 from pipeline.data.originals.imagenet import (
     read_numbered_folders,
@@ -18,6 +17,7 @@ from pipeline.data.originals.imagenet import (
 )
 from pipeline.data.originals.karpathy import Karpathy
 from pipeline.data.originals.objectnet import read_objectnet
+from pipeline.data.sources.formats import Source
 
 _BROKEN_OFF = "a download or an unpacking that broke off"
 _OTHER_SPLIT = "another split"

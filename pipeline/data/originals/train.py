@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.config import ConfigError
 from pipeline.data.originals.imagenet import TRAIN_PLACES, image_names, subfolders, wnids
-from pipeline.data.parallel_pack import Listing
+from pipeline.data.shards.parallel_pack import Listing
 
 IMAGES = 1_281_167
 _HOLDS = (

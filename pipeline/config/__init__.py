@@ -1,0 +1,39 @@
+"""The config of a run: its options, and how files and `key=value` become one checked tree."""
+
+from pipeline.config.errors import ConfigError
+from pipeline.config.sections import Adapter, Data, Eval, Gate, Model, Promote, Section, Tracking, Train
+from pipeline.config.tree import (
+    VIT_SCHEMA,
+    Config,
+    describe,
+    digest,
+    flatten,
+    is_vit,
+    load_config,
+    load_config_with_origin,
+    override,
+    to_yaml,
+)
+
+__all__ = [
+    "VIT_SCHEMA",
+    "Adapter",
+    "Config",
+    "ConfigError",
+    "Data",
+    "Eval",
+    "Gate",
+    "Model",
+    "Promote",
+    "Section",
+    "Tracking",
+    "Train",
+    "describe",
+    "digest",
+    "flatten",
+    "is_vit",
+    "load_config",
+    "load_config_with_origin",
+    "override",
+    "to_yaml",
+]

@@ -1,0 +1,262 @@
+"""The config: one frozen tree, filled from YAML files, `key=value` and Ray Tune points by the same path.
+
+The options stand in config_sections.py. Nothing writes into a config after load; values that follow from others
+(number of steps, scale of a block) are computed where they are used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from pipeline.config.errors import ConfigError, Raw, at, did_you_mean, faults_of
+from pipeline.config.sections import Adapter, Data, Eval, Gate, Model, Promote, Section, Tracking, Train
+from pipeline.config.yaml_file import dump_yaml, read_chain, read_overrides
+from pipeline.passwords import redact
+
+DEFAULT = "default"
+VIT_SCHEMA = "timm:"
+
+
+def is_vit(name: str) -> bool:
+    """Whether `model.name` names a model of timm, which is trained as a classifier."""
+    return name.startswith(VIT_SCHEMA)
+
+
+class Config(Section):
+    """The whole config of one run."""
+
+    name: str = Field(
+        default="run", pattern=r"^[A-Za-z0-9_][A-Za-z0-9._+=,@-]*$", description="the run's directory below `out`"
+    )
+    out: str = Field(default="runs", min_length=1, description="directory that holds the runs")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of everything that is drawn")
+    model: Model = Field(default_factory=Model)
+    adapter: Adapter = Field(default_factory=Adapter)
+    gate: Gate = Field(default_factory=Gate)
+    train: Train = Field(default_factory=Train)
+    data: Data
+    eval: Eval = Field(default_factory=Eval)
+    tracking: Tracking = Field(default_factory=Tracking)
+    promote: Promote = Field(default_factory=Promote)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the blocks of this run carry gates; random_k implies that they do not."""
+        return self.gate.enabled and self.adapter.random_k is None and self.adapter.kind in ("lora", "dora")
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the model is a ViT that is trained as a classifier, instead of a CLIP."""
+        return is_vit(self.model.name)
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        faults = [message for _, message in broken_rules(self)]
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+
+def broken_rules(config: Config) -> Iterator[tuple[set[str], str]]:
+    """Rules between options that `config` breaks, as (keys involved, message)."""
+    adapter, gate, train, data = config.adapter, config.gate, config.train, config.data
+    if train.global_batch_size % data.streams:
+        yield (
+            {"train.global_batch_size", "data.streams"},
+            f"train.global_batch_size: {train.global_batch_size} should be a multiple of data.streams ({data.streams})",
+        )
+    if config.gated and gate.init < gate.threshold:
+        yield (
+            {"gate.init", "gate.threshold"},
+            f"gate.init: {gate.init} is below gate.threshold ({gate.threshold}): every gate would start closed",
+        )
+    if config.gated and gate.settle_steps is not None and gate.settle_margin >= gate.threshold:
+        yield (
+            {"gate.settle_margin", "gate.settle_steps", "gate.threshold"},
+            f"gate.settle_margin: {gate.settle_margin} should be below gate.threshold ({gate.threshold}), "
+            f"or no score lies low enough to settle",
+        )
+    # A classifier's head trains in any case: that is the linear probe.
+    if adapter.kind == "none" and train.train_rest == "none" and not config.classifies:
+        yield (
+            {"adapter.kind", "train.train_rest"},
+            "adapter.kind: none together with train.train_rest: none trains nothing",
+        )
+    yield from _compiling_rules(train)
+    for key, values in (("adapter.towers", adapter.towers), ("adapter.projections", adapter.projections)):
+        if len(set(values)) < len(values):
+            yield {key}, f"{key}: {', '.join(values)} names one twice"
+    if not all(0 <= beta < 1 for beta in train.betas):
+        yield {"train.betas"}, f"train.betas: {list(train.betas)} should lie in 0 <= beta < 1"
+    if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
+        yield {"data.crop_scale"}, f"data.crop_scale: {list(data.crop_scale)} should be 0 < low <= high <= 1"
+    try:
+        config.promote.floors()
+    except ValueError as error:
+        yield {"promote.min_dataset"}, str(error)
+    for template in data.templates if isinstance(data.templates, tuple) else ():
+        if "{c}" not in template:
+            yield {"data.templates"}, f"data.templates: {template!r} has no {{c}} for the class name"
+
+
+def _compiling_rules(train: Train) -> Iterator[tuple[set[str], str]]:
+    again = {
+        "train.micro_batch_size": train.micro_batch_size,
+        "train.activation_checkpointing": train.activation_checkpointing,
+    }
+    for key, value in again.items():
+        if value and train.compile and train.zero_stage == 3:
+            yield (
+                {"train.compile", "train.zero_stage", key},
+                f"train.compile: true does not go with {key} under train.zero_stage=3, which then reduces gradients "
+                "twice; take stage 2 or leave one of them out",
+            )
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read, merge and check a config file; raises ConfigError with every fault in one message."""
+    return load_config_with_origin(path, overrides)[0]
+
+
+def load_config_with_origin(path: str | Path, overrides: list[str] | None = None) -> tuple[Config, dict[str, str]]:
+    """Like `load_config`, and for each dotted key where its value came from: default, file:line or command line."""
+    changes, faults = read_overrides(overrides or [])
+    raw = read_chain(path) | changes
+    config = _resolve(raw, faults)
+    return config, {key: raw[key].origin if key in raw else DEFAULT for key in describe()}
+
+
+def override(config: Config, changes: Mapping[str, Any]) -> Config:
+    """A new config with `changes` ({dotted key: value}) applied and everything checked again."""
+    raw = {key: Raw(value, "") for key, value in _leaves(config).items()}
+    return _resolve(raw | {key: Raw(value, "override") for key, value in changes.items()}, [])
+
+
+def flatten(config: Config) -> dict[str, str | int | float | bool | None]:
+    """{dotted key: scalar} in the order of the tree, without passwords; a list becomes the YAML text `[a, b]`."""
+    return {
+        key: "[" + ", ".join(dump_yaml(each).splitlines()[0] for each in value) + "]"
+        if isinstance(value, list)
+        else value
+        for key, value in _leaves(_without_password(config)).items()
+    }
+
+
+def to_yaml(config: Config) -> str:
+    """The whole config as YAML that `load_config` reads back as an equal config.
+
+    Only the password of `tracking.uri` is left out as ***: the file is kept, copied and uploaded. Where it is needed
+    again, tracking/uris.py finds it.
+    """
+    return dump_yaml(_without_password(config).model_dump(mode="json"))
+
+
+def _without_password(config: Config) -> Config:
+    uri = config.tracking.uri
+    tracking = config.tracking.model_copy(update={"uri": None if uri is None else redact(uri)})
+    return config.model_copy(update={"tracking": tracking})
+
+
+def digest(config: Config) -> str:
+    """12 hex digits over what decides the result, which name, place, tracking and the rule of promotion do not."""
+    content = config.model_dump(
+        mode="json",
+        exclude={
+            "name": True,
+            "out": True,
+            "tracking": True,
+            "promote": True,
+            "eval": {"root", "cache"},
+            "train": {"timeout_s"},
+        },
+    )
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def describe() -> dict[str, str]:
+    """{dotted key: one-line description} of every option, in the order of the tree."""
+    return dict(_describe(Config, ""))
+
+
+def _describe(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _describe(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field.description or ""
+
+
+def _leaves(config: Config) -> dict[str, Any]:
+    """{dotted key: plain value}, tuples as lists."""
+    tree = config.model_dump(mode="json")
+    leaves: dict[str, Any] = {}
+    for key in describe():
+        value: Any = tree
+        for part in key.split("."):
+            value = value[part]
+        leaves[key] = value
+    return leaves
+
+
+def _resolve(raw: Mapping[str, Raw], faults: list[str]) -> Config:
+    """Build the config or raise one ConfigError that lists `faults` and everything found here."""
+    known = describe()
+    sections = {key.rpartition(".")[0] for key in known} - {""}
+    faults = list(faults)
+    values: dict[str, Any] = {}
+    for key, (value, origin) in raw.items():
+        if key in known:
+            values[key] = value
+        elif key not in sections:
+            faults.append(f"{key}: unknown option{did_you_mean(key, list(known))}{at(origin)}")
+        elif value not in (None, {}):  # an empty section is no mistake
+            faults.append(
+                f"{key}: is a section with options such as {key}.{_first(key, known)}, got {value!r}{at(origin)}"
+            )
+    config, wrong = _validate(values, raw)
+    faults += wrong
+    if faults or config is None:
+        raise ConfigError(redact("\n".join(faults)))
+    return config
+
+
+def _validate(values: dict[str, Any], raw: Mapping[str, Raw]) -> tuple[Config | None, list[str]]:
+    try:
+        return Config.model_validate(_nest(values)), []
+    except ValidationError as error:
+        found = faults_of(error, describe(), raw)
+    wrong = {key for key, _ in found if key}
+    if wrong:  # what the sound values say about each other: they are reported in the same message
+        found += _rules_without(values, wrong)
+    return None, list(dict.fromkeys(message for _, message in found))
+
+
+def _rules_without(values: dict[str, Any], wrong: set[str]) -> list[tuple[str, str]]:
+    sound = {key: value for key, value in values.items() if key not in wrong}
+    draft = _nest({"data.train": "unset"} | sound)
+    sections = {
+        name: field.annotation.model_validate(draft[name])  # type: ignore[union-attr]
+        for name, field in Config.model_fields.items()
+        if isinstance(draft.get(name), dict)
+    }
+    broken = broken_rules(Config.model_construct(**sections))
+    return [("", message) for keys, message in broken if not keys & wrong]
+
+
+def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {"data": {}}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[name] = value
+    return tree
+
+
+def _first(section: str, known: Mapping[str, str]) -> str:
+    return next(key for key in known if key.startswith(f"{section}.")).removeprefix(f"{section}.")

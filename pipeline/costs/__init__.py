@@ -1,0 +1,1 @@
+"""What blocks, training steps and trials cost: counted, traced and simulated."""

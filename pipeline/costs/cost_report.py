@@ -1,0 +1,286 @@
+"""The figures of `selora cost`: a model or a run with blocks, by every counting rule, and the paper's two claims."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from pipeline.config import ConfigError, load_config
+from pipeline.costs.cost import (
+    OWN_RULE,
+    RULES,
+    Cost,
+    Macs,
+    counted_adapter_macs,
+    latencies,
+    model_cost,
+    trained_parameters,
+)
+from pipeline.method.adapter import AdapterKind
+from pipeline.model.clip import CONFIG_FILE, Clip, load_clip
+from pipeline.model.load import as_clip
+from pipeline.model.restore import check_exists, find_run, is_run, load_base
+
+RANKS = (4, 16, 64, 128, 256)
+KINDS: tuple[AdapterKind, ...] = ("lora", "dora")
+# Open blocks of the paper's rank-256 models (Fig. 9), of 144.
+PAPER_ACTIVE: dict[AdapterKind, int] = {"lora": 8, "dora": 5}
+PAPER_RATIO: dict[AdapterKind, float] = {"lora": 2.9, "dora": 5.0}
+PAPER_RANK, PAPER_BLOCKS = 256, 144
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is to be counted. `open_targets` is known of a run only; else a number of blocks is given."""
+
+    clip: Clip
+    label: str
+    kinds: tuple[AdapterKind, ...]
+    ranks: tuple[int, ...]
+    active: dict[AdapterKind, int]
+    targets: list[str] | None
+    open_targets: list[str] | None
+    train_rest: str
+
+
+def cost_report(
+    run_or_model: str,
+    *,
+    pretrained: str | None = None,
+    ranks: Sequence[int] | None = None,
+    kinds: Sequence[str] | None = None,
+    active: int | None = None,
+    latency_batches: Sequence[int] = (),
+    device: str | None = None,
+) -> dict[str, Any]:
+    """All figures as plain data: MAC per image and per text, parameters, the rules, the paper's claims, seconds.
+
+    Of a run, kind, rank and open blocks are its own unless given. Raises ConfigError for a run or model that is not
+    there, a run without blocks, and more open blocks than sites.
+    """
+    subject = _subject(run_or_model, pretrained, ranks, kinds, active)
+    cost = model_cost(subject.clip)
+    sites = len(cost.sites if subject.targets is None else subject.targets)
+    if most := [number for number in subject.active.values() if number > sites]:
+        raise ConfigError(f"active: {most[0]} blocks of {sites} cannot be open")
+    rows = [_row(subject, cost, kind, rank) for kind in subject.kinds for rank in subject.ranks]
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return {
+        "model": subject.label,
+        "parameters": cost.parameters,
+        "blocks": sites,
+        "plain": {"macs": cost.base, "counted": cost.counted},
+        "rows": rows,
+        "rules": _rules(subject, cost, max(subject.ranks)),
+        "paper": paper_claims(cost),
+        "latency": [_latency(subject, cost, kind, batch, where) for kind in subject.kinds for batch in latency_batches],
+    }
+
+
+def _subject(
+    name: str,
+    pretrained: str | None,
+    ranks: Sequence[int] | None,
+    kinds: Sequence[str] | None,
+    active: int | None,
+) -> _Subject:
+    wanted = cast("tuple[AdapterKind, ...]", tuple(kinds)) if kinds else None
+    check_exists(name)
+    if not is_run(name):
+        if Path(name).is_dir():
+            if not (Path(name) / CONFIG_FILE).is_file():
+                raise ConfigError(f"{name}: neither a run (no config.yaml) nor an open_clip model (no {CONFIG_FILE})")
+            name = f"local-dir:{name}"
+        chosen = wanted or KINDS
+        number: dict[AdapterKind, int] = {kind: active or PAPER_ACTIVE[kind] for kind in chosen}
+        clip = load_clip(name, pretrained)
+        return _Subject(clip, clip.name, chosen, tuple(ranks or RANKS), number, None, None, "all")
+    if pretrained is not None:
+        raise ConfigError("pretrained: a run brings its own weights; give it for a plain model only")
+    source = find_run(name)
+    adapter = source.state["adapter"]
+    if adapter["kind"] not in KINDS:
+        raise ConfigError(f"{name}: adapter.kind={adapter['kind']} has no blocks to count")
+    open_targets = [target for target, state in source.state["gate_map"].items() if state["open"]]
+    chosen = wanted or (cast("AdapterKind", adapter["kind"]),)
+    return _Subject(
+        as_clip(load_base(source), name),
+        source.label,
+        chosen,
+        tuple(ranks or (adapter["rank"],)),
+        dict.fromkeys(chosen, active or len(open_targets)),
+        adapter["targets"],
+        None if active else open_targets,
+        load_config(Path(name) / "config.yaml", []).train.train_rest,
+    )
+
+
+def _row(subject: _Subject, cost: Cost, kind: AdapterKind, rank: int) -> dict[str, Any]:
+    """One kind and rank by the rule that selora itself follows while a model is not merged."""
+    rule = OWN_RULE[kind]
+    unmerged = _total(cost.base, cost.overhead(rank, rule, subject.targets))
+    pruned = _total(cost.base, _pruned(subject, cost, kind, rank, rule))
+    return {
+        "kind": kind,
+        "rank": rank,
+        "rule": rule,
+        "active": subject.active[kind],
+        "adapter_parameters": cost.adapter_parameters(rank, kind, subject.targets),
+        "trainable_parameters": cost.adapter_parameters(rank, kind, subject.targets)
+        + trained_parameters(subject.clip, subject.train_rest, "none"),
+        "unmerged": {"macs": unmerged, "counted": counted_adapter_macs(subject.clip, rank, kind, subject.targets)},
+        "pruned": {"macs": pruned},
+        "merged": {"macs": cost.base},
+        "unmerged_to_pruned": sum(unmerged.values()) / sum(pruned.values()),
+    }
+
+
+def _pruned(subject: _Subject, cost: Cost, kind: AdapterKind, rank: int, rule: str) -> Macs:
+    """Overhead of the open blocks: exactly, where they are known by name, else that many average ones."""
+    if subject.open_targets is not None:
+        return cost.overhead(rank, rule, subject.open_targets)
+    sites = len(cost.sites if subject.targets is None else subject.targets)
+    return {
+        tower: macs * subject.active[kind] // sites
+        for tower, macs in cost.overhead(rank, rule, subject.targets).items()
+    }
+
+
+def _total(base: Macs, overhead: Macs) -> Macs:
+    return {tower: base[tower] + overhead[tower] for tower in base}
+
+
+def _rules(subject: _Subject, cost: Cost, rank: int) -> list[dict[str, Any]]:
+    base = sum(cost.base.values())
+    rows = []
+    for kind in subject.kinds:
+        for name in (name for name, rule in RULES.items() if kind in rule.kinds):
+            overhead = sum(cost.overhead(rank, name, subject.targets).values())
+            pruned = base + sum(_pruned(subject, cost, kind, rank, name).values())
+            rows.append(
+                {
+                    "rule": name,
+                    "kind": kind,
+                    "rank": rank,
+                    "meaning": RULES[name].meaning,
+                    "overhead": overhead,
+                    "to_plain": (base + overhead) / base,
+                    "to_pruned": (base + overhead) / pruned,
+                }
+            )
+    return rows
+
+
+def paper_claims(cost: Cost) -> list[dict[str, Any]]:
+    """The paper's "2.9 and 5 times fewer FLOPs" by each rule; which blocks stayed open is not published.
+
+    So a ratio is a range: from that many fc1 blocks of the image tower, where most stay open, to as many average ones.
+    Empty for models without the 144 blocks of ViT-B/16.
+    """
+    if len(cost.sites) != PAPER_BLOCKS:
+        return []
+    base = sum(cost.base.values())
+    found = []
+    for name, rule in RULES.items():
+        for kind in rule.kinds:
+            number = PAPER_ACTIVE[kind]
+            whole = base + sum(cost.overhead(PAPER_RANK, name).values())
+            fc1 = [site.target for site in cost.sites if site.tower == "image" and site.target.endswith(".fc1")]
+            narrow = base + sum(cost.overhead(PAPER_RANK, name, fc1[:number]).values())
+            average = base + (whole - base) * number / PAPER_BLOCKS
+            ratios = sorted((whole / average, whole / narrow))
+            claim = PAPER_RATIO[kind]
+            # the claims have two digits at most: half a unit of the last one is their width
+            fits = ratios[0] - 0.05 <= claim <= ratios[1] + 0.05
+            found.append(
+                {"kind": kind, "claim": claim, "rule": name, "low": ratios[0], "high": ratios[1], "fits": fits}
+            )
+    return found
+
+
+def _latency(subject: _Subject, cost: Cost, kind: AdapterKind, batch: int, device: torch.device) -> dict[str, Any]:
+    rank = max(subject.ranks)
+    names = [site.target for site in cost.sites if subject.targets is None or site.target in subject.targets]
+    number = subject.active[kind]
+    spread = [names[index * len(names) // number] for index in range(number)] if number else []
+    active = spread if subject.open_targets is None else subject.open_targets
+    seconds = latencies(subject.clip, rank, kind, active, batch=batch, device=device)
+    return {
+        "batch": batch,
+        "kind": kind,
+        "rank": rank,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "seconds": seconds,
+    }
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report as text for a terminal."""
+    plain, counted = report["plain"]["macs"], report["plain"]["counted"]
+    lines = [
+        f"{report['model']}: {report['parameters'] / 1e6:.2f} M parameters, {report['blocks']} blocks",
+        f"plain or merged: {_gmac(plain['image'])} an image + {_gmac(plain['text'])} a text "
+        f"= {_gmac(sum(plain.values()))} GMAC; torch's counter: {_gmac(sum(counted.values()))}",
+        "",
+        "kind  rank  blocks M  trainable M  unmerged: image   text    sum  counted  x plain  pruned to    sum  "
+        "unmerged/pruned",
+    ]
+    lines += [_shown_row(row, sum(plain.values())) for row in report["rows"]]
+    rules = report["rules"]
+    lines += ["", f"rank {rules[0]['rank']} by counting rule, one image and one text:"]
+    lines += [
+        f"  {row['kind']} {row['rule']:<18} +{_gmac(row['overhead']):>7} GMAC  {row['to_plain']:.2f} x plain  "
+        f"{row['to_pruned']:.2f} x pruned  ({row['meaning']})"
+        for row in rules
+    ]
+    if report["paper"]:
+        lines += ["", *_shown_claims(report["paper"])]
+    lines += [line for each in report["latency"] for line in ("", *_shown_latency(each))]
+    return "\n".join(lines)
+
+
+def _shown_row(row: dict[str, Any], plain: int) -> str:
+    macs = row["unmerged"]["macs"]
+    total, pruned = sum(macs.values()), sum(row["pruned"]["macs"].values())
+    counted = sum(row["unmerged"]["counted"].values())
+    return (
+        f"{row['kind']}  {row['rank']:>4}  {row['adapter_parameters'] / 1e6:>8.2f}  "
+        f"{row['trainable_parameters'] / 1e6:>11.2f}  {_gmac(macs['image']):>15}  {_gmac(macs['text']):>5}  "
+        f"{_gmac(total):>5}  {_gmac(counted):>7}  {total / plain:>7.2f}  {row['active']:>9}  {_gmac(pruned):>5}  "
+        f"{row['unmerged_to_pruned']:>15.2f}"
+    )
+
+
+def _shown_claims(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [f"the paper's claims at rank {PAPER_RANK}, all blocks against the gated model, by counting rule:"]
+    for kind in KINDS:
+        own = next(row for row in rows if row["kind"] == kind and row["rule"] == "merged")
+        fitting = [f"{r['rule']} ({r['low']:.2f} to {r['high']:.2f})" for r in rows if r["kind"] == kind and r["fits"]]
+        two_path = next(row for row in rows if row["kind"] == kind and row["rule"] == OWN_RULE[kind])
+        lines.append(
+            f"  {kind} {own['claim']}x with {PAPER_ACTIVE[kind]} of {PAPER_BLOCKS} open: reproduced by "
+            f"{', '.join(fitting) or 'no rule'}; by selora's own rule {two_path['rule']} it is "
+            f"{two_path['low']:.2f} to {two_path['high']:.2f}, and 1.00 once merged"
+        )
+    return lines
+
+
+def _shown_latency(row: dict[str, Any]) -> list[str]:
+    seconds, plain = row["seconds"], row["seconds"]["plain"]
+    shown = "  ".join(f"{state} {1000 * spent:.1f} ms ({spent / plain:.2f})" for state, spent in seconds.items())
+    return [
+        f"latency of {row['kind']} rank {row['rank']}, batch {row['batch']}, {row['device']}, "
+        f"{row['threads']} threads, load {row['load']:.1f} (median, x plain; merged is plain):",
+        f"  {shown}",
+    ]
+
+
+def _gmac(macs: int) -> str:
+    return f"{macs / 1e9:.2f}"

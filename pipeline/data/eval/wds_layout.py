@@ -1,0 +1,272 @@
+"""Evaluation sets in the layout of huggingface.co/clip-benchmark (`wds_*` folders): read, and written for own data.
+
+NAME/classnames.txt                          one class a line, label = line; only for classification
+NAME/zeroshot_classification_templates.txt   one sentence with {c} a line
+NAME/dataset_type.txt                        "retrieval"; absent or "classification" otherwise
+NAME/test/nshards.txt, 0.tar, 1.tar ..       members KEY.webp|png|jpg and KEY.cls or KEY.txt (a caption a line)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+
+from pipeline.config import ConfigError
+from pipeline.data.images import (
+    MAX_PIXELS,
+    BadImageError,
+    decode,
+    looks_the_same_to_all,
+    stored_extension,
+)
+from pipeline.data.shards.index import check_empty, disk_faults_told, sample_members, write_tar
+from pipeline.data.sources.formats import Format, Sample, read_source
+from pipeline.data.sources.readable import usable_samples
+from pipeline.data.storage.cache import Cache
+from pipeline.data.storage.folders import Folder, folder_at, open_tars
+from pipeline.data.storage.tar import TarIndex
+from pipeline.prompts import resolve_templates
+
+Kind = Literal["classification", "retrieval"]
+
+CLASSNAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
+# What clip_benchmark's reader decodes.
+WDS_EXTENSIONS = ("webp", "png", "jpg")
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """One opened evaluation set. Sample i lies in ``tars[places[i][0]]`` as number ``places[i][1]``.
+
+    ``labels`` holds the classes of a classification set, ``captions`` the sentences of a retrieval set; the other is
+    empty. ``digest`` covers names and sizes of all files, labels, captions, class names and templates.
+    """
+
+    name: str
+    kind: Kind
+    classnames: tuple[str, ...] | None
+    templates: tuple[str, ...] | None
+    labels: tuple[int, ...]
+    captions: tuple[tuple[str, ...], ...]
+    places: tuple[tuple[int, int], ...]
+    tars: tuple[TarIndex, ...]
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def key(self, i: int) -> str:
+        """The name of sample i for messages: "0.tar/s0000012"."""
+        tar, number = self.places[i]
+        return f"{self.tars[tar].path.name}/{self.tars[tar].samples[number].key}"
+
+
+def open_eval_set(location: str | Path, *, split: str = "test", cache: Cache | None = None) -> EvalSet:
+    """Scan the headers and read labels or captions of a set. Raises ConfigError that names the file at fault.
+
+    ``location``: a folder, a URL or ``hf:ORG/NAME`` (see remote.py), whose tars are copied into ``cache`` first.
+    """
+    folder = folder_at(location, cache)
+    kind = _kind(folder)
+    count = folder.read_text(f"{split}/nshards.txt")
+    if count is None:
+        hint = f"no {split}/nshards.txt, so it is no clip-benchmark set" if folder.exists() else "no such folder"
+        raise ConfigError(f"{folder.location}: {hint}")
+    count = count.strip()
+    if not count.isdecimal() or int(count) < 1:
+        raise ConfigError(f"{folder.location}/{split}/nshards.txt: {count!r} is no number of shards")
+    tars = open_tars(folder, [f"{split}/{number}.tar" for number in range(int(count))])
+    places = tuple((t, i) for t, tar in enumerate(tars) for i in range(len(tar)))
+    classnames, templates = _lines(folder, CLASSNAMES), _lines(folder, TEMPLATES)
+    if kind == "classification":
+        labels, captions = tuple(_label(tars[t], i, classnames) for t, i in places), ()
+    else:
+        labels, captions = (), tuple(_captions(tars[t], i) for t, i in places)
+    if not places:
+        raise ConfigError(f"{folder.location}: its {count} shards hold no sample")
+    content = kind, classnames, templates, labels, captions, [(tar.path.name, tar.samples) for tar in tars]
+    digest = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+    return EvalSet(folder.name, kind, classnames, templates, labels, captions, places, tars, digest)
+
+
+@dataclass(frozen=True)
+class PackEvalReport:
+    """What pack_eval wrote and what it left out, by name and reason."""
+
+    eval_set: EvalSet
+    left_out: list[str]
+
+
+def pack_eval(
+    source: str | Path,
+    out: str | Path,
+    *,
+    format: Format = "auto",  # noqa: A002 - the word of the command line
+    templates: str | Sequence[str] = "openai",
+    classnames: str | Path | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    class_column: str | None = None,
+    split: str = "test",
+    force: bool = False,
+    max_unreadable: float = 0.01,
+    max_pixels: int = MAX_PIXELS,
+    workers: int = 4,
+) -> PackEvalReport:
+    """The user's own test images as an evaluation set: classification where there are classes, else retrieval.
+
+    Unreadable images are left out and named, and an error above the share ``max_unreadable``, as in shards.pack.
+    """
+    columns = {"image_column": image_column, "caption_column": caption_column, "class_column": class_column}
+    data = read_source(source, format, classnames=classnames, **columns)
+    check_empty(Path(out), force)
+    good, left_out = usable_samples(
+        data, decoded=True, max_unreadable=max_unreadable, max_pixels=max_pixels, workers=workers
+    )
+    if data.classes is None:
+        return PackEvalReport(write_wds_eval(good, out, kind="retrieval", split=split, force=force), left_out)
+    sentences = resolve_templates(templates)
+    written = write_wds_eval(good, out, classnames=data.classes, templates=sentences, split=split, force=force)
+    return PackEvalReport(written, left_out)
+
+
+def write_wds_eval(
+    samples: Iterable[Sample],
+    out: str | Path,
+    *,
+    classnames: Sequence[str] | None = None,
+    templates: Sequence[str] | None = None,
+    kind: Kind = "classification",
+    split: str = "test",
+    samples_per_shard: int = 10_000,
+    bytes_per_shard: int = 1_000_000_000,
+    as_found: bool = False,
+    force: bool = False,
+) -> EvalSet:
+    """Write an evaluation set that this module and clip_benchmark read alike; equal samples give equal bytes.
+
+    Image bytes are kept, but what clip_benchmark would see turned, clipped or not at all (an EXIF orientation, 16 bit,
+    gif, bmp, tiff) is stored as the upright 8-bit PNG that training sees. ``as_found`` keeps the bytes of these
+    as well, for published sets, which others read as they are. Raises ConfigError for unreadable images.
+    """
+    folder = Path(out)
+    check_empty(folder, force)
+    listed = list(samples)
+    _check_complete(folder, listed, kind, classnames, templates)
+    count_file = folder / split / "nshards.txt"
+    with disk_faults_told(count_file):
+        count_file.parent.mkdir(parents=True, exist_ok=True)
+        count_file.unlink(missing_ok=True)
+        for old in count_file.parent.glob("*.tar*"):
+            old.unlink()
+    numbered = [replace(sample, key=f"s{number:07d}") for number, sample in enumerate(listed)]
+    parts = list(_parts(numbered, samples_per_shard, bytes_per_shard))
+    for number, part in enumerate(parts):
+        write_tar(folder / split / f"{number}.tar", part, sample_members if as_found else _members)
+    with disk_faults_told(count_file):
+        (folder / TYPE).write_text(kind + "\n", encoding="utf-8")
+        for name, lines in ((CLASSNAMES, classnames), (TEMPLATES, templates)):
+            if kind == "classification" and lines is not None:
+                (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        count_file.write_text(f"{len(parts)}\n", encoding="utf-8")
+    return open_eval_set(folder, split=split)
+
+
+def _parts(samples: Sequence[Sample], most: int, most_bytes: int) -> Iterator[list[Sample]]:
+    """The samples of each shard, in order: as many as fit, at least one."""
+    part: list[Sample] = []
+    size = 0
+    for sample in samples:
+        # Images from arrays are small; only files can fill a shard before the count does.
+        more = sample.image.stat().st_size if isinstance(sample.image, Path) else 0
+        if part and (len(part) == most or size + more > most_bytes):
+            yield part
+            part, size = [], 0
+        part.append(sample)
+        size += more
+    yield part
+
+
+def _check_complete(
+    folder: Path,
+    samples: Sequence[Sample],
+    kind: Kind,
+    classnames: Sequence[str] | None,
+    templates: Sequence[str] | None,
+) -> None:
+    if not samples:
+        raise ConfigError(f"{folder}: no sample to write")
+    if kind == "retrieval":
+        without = next((sample.name for sample in samples if not sample.captions), None)
+        if without is not None:
+            raise ConfigError(f"{without}: a retrieval set needs a caption for each image")
+        return
+    if classnames is None or templates is None:
+        raise ConfigError(f"{folder}: a classification set needs class names and templates")
+    for sample in samples:
+        if sample.cls is None or not 0 <= sample.cls < len(classnames):
+            raise ConfigError(f"{sample.name}: its class {sample.cls} is none of the {len(classnames)} class names")
+
+
+def _members(sample: Sample) -> dict[str, bytes]:
+    """Image and label or captions; both, where a sample has both, since readers take the one their kind asks for."""
+    data = sample.image.read_bytes()
+    try:
+        ext = stored_extension(sample.image.suffix, sample.image.read_bytes)
+        image = decode(data, form="reference")
+        if ext not in WDS_EXTENSIONS or not looks_the_same_to_all(data):
+            assert isinstance(image, Image.Image)
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG")
+            ext, data = "png", buffer.getvalue()
+    except BadImageError as error:
+        raise ConfigError(f"{sample.name}: {error}; an evaluation set leaves nothing out") from error
+    members = {ext: data}
+    if sample.cls is not None:
+        members["cls"] = str(sample.cls).encode()
+    if sample.captions:
+        members["txt"] = "\n".join(text.replace("\n", "\\n") for text in sample.captions).encode()
+    return members
+
+
+def _kind(folder: Folder) -> Kind:
+    said = (folder.read_text(TYPE) or "classification").strip().lower()
+    if said == "classification" or said == "retrieval":
+        return said
+    raise ConfigError(
+        f"{folder.location}/{TYPE}: {said!r} sets are not evaluated here, only classification and retrieval"
+    )
+
+
+def _lines(folder: Folder, file: str) -> tuple[str, ...] | None:
+    text = folder.read_text(file)
+    return None if text is None else tuple(line.strip() for line in text.splitlines())
+
+
+def _label(tar: TarIndex, number: int, classnames: Sequence[str] | None) -> int:
+    raw = _member(tar, number, "cls").strip()
+    if not raw.isdigit() or (classnames is not None and int(raw) >= len(classnames)):
+        said = raw[:20].decode("utf-8", "replace")
+        known = "" if classnames is None else f" of {len(classnames)}"
+        raise ConfigError(f"{tar.name}: {tar.samples[number].key}.cls says {said!r}, which is no class{known}")
+    return int(raw)
+
+
+def _captions(tar: TarIndex, number: int) -> tuple[str, ...]:
+    lines = tuple(_member(tar, number, "txt").decode("utf-8").splitlines())
+    if not lines:
+        raise ConfigError(f"{tar.name}: {tar.samples[number].key}.txt holds no caption")
+    return lines
+
+
+def _member(tar: TarIndex, number: int, ext: str) -> bytes:
+    if ext not in tar.samples[number].members:
+        there = ", ".join(sorted(tar.samples[number].members))
+        raise ConfigError(f"{tar.name}: {tar.samples[number].key} has no .{ext} member (it has {there})")
+    return tar.read(number, ext)

@@ -1,0 +1,1 @@
+"""WebDataset shards: packing, the index, verification."""

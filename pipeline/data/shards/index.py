@@ -1,0 +1,381 @@
+"""Samples -> tar shards beside an index.json that is the truth about them; reading that index; verifying both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from webdataset.writer import TarWriter
+
+from pipeline.config import ConfigError
+from pipeline.data.images import MAX_PIXELS, STORED_EXTENSIONS, BadImageError, decode, stored_extension
+from pipeline.data.order import seeded_permutation, stable_hash
+from pipeline.data.sources.formats import Format, Sample, Source, read_source
+from pipeline.data.sources.readable import usable_samples
+from pipeline.data.storage.cache import Cache
+from pipeline.data.storage.folders import Folder, LocalFolder, folder_at
+from pipeline.data.storage.remote import is_remote
+from pipeline.data.storage.tar import TarError, TarIndex
+
+FORMAT_NAME, FORMAT_VERSION = "selora-shards", 1
+INDEX_NAME = "index.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar as the index records it."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """A folder of shards. ``classes`` are readable names by label, None when samples carry captions only."""
+
+    folder: Folder
+    shards: tuple[Shard, ...]
+    samples: int
+    classes: tuple[str, ...] | None
+    digest: str
+    source: dict[str, Any]
+
+    @property
+    def directory(self) -> Path:
+        """Of shards on this disk."""
+        return Path(self.folder.location)
+
+    def sizes(self) -> list[int]:
+        return [shard.samples for shard in self.shards]
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What pack wrote and what it left out, by name and reason."""
+
+    index: ShardIndex
+    left_out: list[str] = field(default_factory=list)
+
+
+def load_index(location: str | Path, cache: Cache | None = None) -> ShardIndex:
+    """The index of a shard folder, after a cheap check that each tar is there with the recorded size.
+
+    ``location``: a folder, or a URL (see remote.py), whose shards are copied into ``cache`` and checked by their sha256
+    when they are opened. Raises ConfigError that names the shard.
+    """
+    index = _read_index(folder_at(location, cache))
+    if isinstance(index.folder, LocalFolder):
+        for shard in index.shards:
+            fault = _size_fault(index.directory, shard)
+            if fault:
+                raise ConfigError(f"{index.directory / shard.name}: {fault}; copy it again or pack the source again")
+    return index
+
+
+def open_shard(index: ShardIndex, number: int) -> TarIndex:
+    """The samples of one shard, as many as the index says; TarError otherwise."""
+    shard = index.shards[number]
+    tar = index.folder.open_tar(shard.name, size=shard.bytes, sha256=shard.sha256)
+    if len(tar) != shard.samples:
+        raise TarError(f"{tar.name}: {len(tar)} samples where its index has {shard.samples}; pack the source again")
+    return tar
+
+
+def fetch_shard(index: ShardIndex, number: int) -> None:
+    """Have the copy of a shard made before it is opened, unless another process is at it. Raises ConfigError."""
+    shard = index.shards[number]
+    index.folder.fetch(shard.name, size=shard.bytes, sha256=shard.sha256)
+
+
+def _read_index(folder: Folder) -> ShardIndex:
+    file = f"{folder.location}/{INDEX_NAME}"
+    text = folder.read_text(INDEX_NAME)
+    if text is None:
+        hint = "no index.json in it" if folder.exists() else "no such folder"
+        raise ConfigError(f"{folder.location}: {hint}; `selora pack SOURCE OUT` writes a folder of shards")
+    try:
+        content = json.loads(text)
+        if (content["format"], content["version"]) != (FORMAT_NAME, FORMAT_VERSION):
+            raise ConfigError(f"{file}: {content['format']} {content['version']} is not {FORMAT_NAME} {FORMAT_VERSION}")
+        shards = tuple(Shard(s["name"], s["samples"], s["bytes"], s["sha256"]) for s in content["shards"])
+        classes = None if content["classes"] is None else tuple(content["classes"])
+        index = ShardIndex(folder, shards, content["samples"], classes, content["digest"], content["source"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file}: damaged ({type(error).__name__}: {error}); pack the source again") from error
+    if index.digest != _digest(shards, classes) or index.samples != sum(index.sizes()):
+        raise ConfigError(f"{file}: digest and content disagree, so it was edited or is mixed; pack the source again")
+    return index
+
+
+def _size_fault(folder: Path, shard: Shard) -> str | None:
+    path = folder / shard.name
+    if not path.is_file():
+        return f"missing, with {shard.samples} samples"
+    size = path.stat().st_size
+    if size == shard.bytes:
+        return None
+    return f"{'shorter' if size < shard.bytes else 'longer'} than its index says: {size} bytes instead of {shard.bytes}"
+
+
+def pack(
+    source: str | Path | Source,
+    out: str | Path,
+    *,
+    format: Format = "auto",  # noqa: A002 - the word of the command line
+    samples_per_shard: int | None = None,
+    seed: int = 0,
+    classnames: str | Path | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    class_column: str | None = None,
+    force: bool = False,
+    check: Literal["decode", "none"] = "decode",
+    max_unreadable: float = 0.01,
+    max_pixels: int = MAX_PIXELS,
+    workers: int = 4,
+) -> PackReport:
+    """Write ``source`` as shards of ``samples_per_shard`` (default: about 16 shards, 64 to 5000 samples each).
+
+    Samples are shuffled with ``seed`` since class folders come sorted; equal input gives equal bytes. Image bytes are
+    kept as they are. Each image is decoded once (``check``); unreadable or missing ones are left out and named in
+    report and index, and more than the share ``max_unreadable`` of them is an error. index.json comes last, so what
+    was broken off is no shard folder.
+    """
+    columns = {"image_column": image_column, "caption_column": caption_column, "class_column": class_column}
+    data = source if isinstance(source, Source) else read_source(source, format, classnames=classnames, **columns)
+    folder = Path(out)
+    check_empty(folder, force)
+    good, left_out = usable_samples(
+        data, decoded=check == "decode", max_unreadable=max_unreadable, max_pixels=max_pixels, workers=workers
+    )
+    order = seeded_permutation(len(good), stable_hash("pack", seed))
+    per_shard = samples_per_shard or min(5000, max(64, -(-len(good) // 16)))
+    described = {"format": data.format, "name": data.path.name, "seed": seed, "left_out": left_out}
+    return PackReport(_write(folder, [good[i] for i in order], data.classes, per_shard, described), left_out)
+
+
+def _write(
+    folder: Path, samples: list[Sample], classes: list[str] | None, per_shard: int, source: dict[str, Any]
+) -> ShardIndex:
+    with disk_faults_told(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / INDEX_NAME).unlink(missing_ok=True)
+        for old in folder.glob("shard-*.tar*"):
+            old.unlink()
+    shards = tuple(
+        write_tar(folder / f"shard-{number:05d}.tar", samples[start : start + per_shard])
+        for number, start in enumerate(range(0, len(samples), per_shard))
+    )
+    return write_index(folder, shards, classes, source)
+
+
+def write_index(
+    folder: Path, shards: Sequence[Shard], classes: Sequence[str] | None, source: dict[str, Any]
+) -> ShardIndex:
+    """Make a folder of complete tars a shard folder. The index appears whole or not at all."""
+    content = {
+        "format": FORMAT_NAME,
+        "version": FORMAT_VERSION,
+        "samples": sum(shard.samples for shard in shards),
+        "digest": _digest(shards, classes),
+        "source": source,
+        "classes": None if classes is None else list(classes),
+        "shards": [vars(shard) for shard in shards],
+    }
+    with appearing(folder / INDEX_NAME) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return load_index(folder)
+
+
+def write_tar(
+    path: Path, samples: Sequence[Sample], members: Callable[[Sample], dict[str, bytes]] | None = None
+) -> Shard:
+    """One shard, under a temporary name until it is complete. Equal samples give equal bytes."""
+    files_of = members or sample_members
+    with appearing(path) as temporary:
+        with temporary.open("wb") as file:
+            with TarWriter(file, user="", group="", mtime=0, encoder=False) as writer:
+                for sample in samples:
+                    writer.write({"__key__": sample.key, **files_of(sample)})
+            file.flush()
+            os.fsync(file.fileno())
+        size, sha256 = temporary.stat().st_size, sha256_of(temporary)
+    return Shard(path.name, len(samples), size, sha256)
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A name that no other writer of ``path`` uses; the file takes its place after the block, or is gone."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    with disk_faults_told(path):
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_faults_told(path: Path) -> Iterator[None]:
+    """A full disk, a folder that is not ours to write, a source that vanished: told by file, without a traceback."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{error.filename or path}: {error.strerror}"
+        raise ConfigError(f"{what}; what is packed so far is not complete") from error
+
+
+def check_empty(folder: Path, force: bool) -> None:
+    """ConfigError when something is in the folder and shall not be written over."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: a file; give a folder to write to")
+    if folder.exists() and any(folder.iterdir()) and not force:
+        raise ConfigError(f"{folder}: not empty; give --force to write over it, or another folder")
+
+
+def sample_members(sample: Sample) -> dict[str, bytes]:
+    """The files of one sample by extension: the image as it was, ``cls`` and ``txt`` where there is one."""
+    members = {stored_extension(sample.image.suffix, sample.image.read_bytes): sample.image.read_bytes()}
+    if sample.cls is not None:
+        members["cls"] = str(sample.cls).encode()
+    if sample.captions:
+        # A caption is a line, so its own line breaks are escaped as clip-benchmark does.
+        members["txt"] = "\n".join(text.replace("\n", "\\n") for text in sample.captions).encode()
+    return members
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(shards: Sequence[Shard], classes: Sequence[str] | None) -> str:
+    """Equal for equal shards and class names, whatever the folder is called."""
+    content = (
+        [[shard.name, shard.samples, shard.sha256] for shard in shards],
+        None if classes is None else list(classes),
+    )
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What verify found. ``faults`` has a line for each, by shard and key."""
+
+    directory: Path
+    shards: int
+    samples: int
+    faults: list[str]
+
+    @property
+    def ok(self) -> bool:
+        return not self.faults
+
+    def __str__(self) -> str:
+        lines = [f"{self.directory}: {self.samples} samples in {self.shards} shards"]
+        lines += [f"  fault: {fault}" for fault in self.faults] or ["  ok"]
+        return "\n".join(lines)
+
+
+def verify(
+    directory: str | Path, *, decode: bool = True, max_pixels: int = MAX_PIXELS, workers: int = 4
+) -> VerifyReport:
+    """Compare shards with their index: size, checksum, count, keys, members and, with ``decode``, every image.
+
+    Every fault is reported, none stops the check. Raises ConfigError when the index itself cannot be read.
+    """
+    if is_remote(directory):
+        raise ConfigError(
+            f"{directory}: verify reads a directory; a shard behind a URL is checked by its sha256 when it is fetched"
+        )
+    index = _read_index(LocalFolder(Path(directory)))
+    known = {shard.name for shard in index.shards}
+    faults = [
+        f"{path.name}: not in the index" for path in sorted(index.directory.glob("*.tar")) if path.name not in known
+    ]
+    seen: dict[str, str] = {}
+    with ThreadPoolExecutor(workers) as pool:
+        for shard in index.shards:
+            found, tar = _shard_faults(index.directory, shard)
+            faults += found
+            if tar is None:
+                continue
+            check = _SampleCheck(tar, index.classes, max_pixels if decode else None)
+            for number, reasons in enumerate(pool.map(check, range(len(tar)))):
+                key = tar.samples[number].key
+                if key in seen:
+                    reasons.append(f"its key is also in {seen[key]}")
+                seen[key] = shard.name
+                faults += [f"{shard.name}/{key}: {reason}" for reason in reasons]
+            tar.close()
+    return VerifyReport(index.directory, len(index.shards), index.samples, faults)
+
+
+def _shard_faults(folder: Path, shard: Shard) -> tuple[list[str], TarIndex | None]:
+    faults = []
+    size_fault = _size_fault(folder, shard)
+    if size_fault:
+        faults.append(f"{shard.name}: {size_fault}")
+    path = folder / shard.name
+    if not path.is_file():
+        return faults, None
+    if not size_fault and sha256_of(path) != shard.sha256:
+        faults.append(f"{shard.name}: its content has changed since it was packed (sha256)")
+    try:
+        tar = TarIndex(path)
+    except TarError as error:
+        return [*faults, str(error)], None
+    if len(tar) != shard.samples:
+        faults.append(f"{shard.name}: {len(tar)} samples where its index has {shard.samples}")
+    return faults, tar
+
+
+@dataclass(frozen=True)
+class _SampleCheck:
+    """The faults of sample ``number`` of a tar. ``max_pixels`` None: without decoding."""
+
+    tar: TarIndex
+    classes: Sequence[str] | None
+    max_pixels: int | None
+
+    def __call__(self, number: int) -> list[str]:
+        members = self.tar.samples[number].members
+        images = [ext for ext in STORED_EXTENSIONS if ext in members]
+        reasons = [] if images else [f"no image among its members ({', '.join(sorted(members))})"]
+        try:
+            label, texts = sample_texts(self.tar, number, self.classes)
+            if not texts and (label < 0 or self.classes is None):
+                reasons.append(f"neither caption nor class among its members ({', '.join(sorted(members))})")
+        except BadImageError as error:
+            reasons.append(str(error))
+        if images and self.max_pixels is not None:
+            try:
+                decode(self.tar.read(number, images[0]), max_pixels=self.max_pixels)
+            except BadImageError as error:
+                reasons.append(str(error))
+        return reasons
+
+
+def sample_texts(tar: TarIndex, number: int, classes: Sequence[str] | None) -> tuple[int, list[str]]:
+    """The label of a sample (-1 without one) and its own captions. Raises BadImageError for a label without a class."""
+    members = tar.samples[number].members
+    label = -1
+    if "cls" in members:
+        raw = tar.read(number, "cls").strip()
+        if not raw.isdigit() or (classes is not None and int(raw) >= len(classes)):
+            raise BadImageError(f"its class {raw[:20].decode('utf-8', 'replace')!r} is not in the index")
+        label = int(raw)
+    if "txt" not in members:
+        return label, []
+    lines = tar.read(number, "txt").decode("utf-8", "replace").splitlines()
+    return label, [line.replace("\\n", "\n") for line in lines if line.strip()]

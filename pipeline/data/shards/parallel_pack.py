@@ -1,0 +1,293 @@
+"""Class folders with millions of images -> training shards, by many processes and machines, resumed where it broke off.
+
+    OUT/plan.json                what is being packed; another source, seed or size is refused
+    OUT/parts/shard-00012.json   that shard is complete: samples, bytes, sha256
+    OUT/index.json               all are; the two above are gone
+
+Which image goes into which shard follows from the listing and the seed alone, so parts of one job share nothing but the
+folder, may begin and end at the same moment, and may be cut anew on another day. What is held in memory are the names
+of the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.config import ConfigError
+from pipeline.data.images import MAX_PIXELS, BadImageError, decode
+from pipeline.data.order import seeded_permutation, stable_hash
+from pipeline.data.shards.index import (
+    INDEX_NAME,
+    Shard,
+    ShardIndex,
+    appearing,
+    check_empty,
+    disk_faults_told,
+    load_index,
+    sample_members,
+    sha256_of,
+    write_index,
+    write_tar,
+)
+from pipeline.data.sources.formats import Sample, sample_key
+
+PLAN, PARTS = "plan.json", "parts"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images below ``root``: ``files[i]`` are the sorted names in ``folders[i]``, whose label is i."""
+
+    root: Path
+    folders: tuple[str, ...]
+    files: tuple[list[str], ...]
+
+    def __len__(self) -> int:
+        return sum(len(names) for names in self.files)
+
+
+class Packing:
+    """What goes where. ``classes``: readable names by label. ``decoded``: every image is decoded once."""
+
+    def __init__(
+        self,
+        listing: Listing,
+        out: Path,
+        classes: Sequence[str],
+        *,
+        seed: int = 0,
+        samples_per_shard: int = 5000,
+        decoded: bool = True,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        self.listing, self.out, self.classes = listing, out, tuple(classes)
+        self.seed, self.samples_per_shard = seed, samples_per_shard
+        self.decoded, self.max_pixels = decoded, max_pixels
+        self._order = seeded_permutation(len(listing), stable_hash("pack", seed))
+        self._ends = np.cumsum([len(names) for names in listing.files])
+
+    def __len__(self) -> int:
+        """How many shards."""
+        return math.ceil(len(self.listing) / self.samples_per_shard)
+
+    @property
+    def digest(self) -> str:
+        """Of everything that decides the bytes of the shards except for the images' own."""
+        told = [self.listing.folders, self.classes, self.seed, self.samples_per_shard]
+        content = hashlib.sha256(json.dumps(told, ensure_ascii=False).encode())
+        for names in self.listing.files:
+            content.update("\0".join(names).encode("utf-8", "surrogateescape") + b"\1")
+        return content.hexdigest()[:16]
+
+    def samples(self, shard: int) -> list[Sample]:
+        start = shard * self.samples_per_shard
+        return [self._sample(int(i)) for i in self._order[start : start + self.samples_per_shard]]
+
+    def _sample(self, number: int) -> Sample:
+        label = int(np.searchsorted(self._ends, number, side="right"))
+        file = self.listing.files[label][number - int(self._ends[label])]
+        name = f"{self.listing.folders[label]}/{file}"
+        return Sample(sample_key(name), name, self.listing.root / name, label)
+
+    def write(self, shard: int) -> Shard:
+        """One shard and the record that it is complete; nothing is done when both are there and agree."""
+        record = self.out / PARTS / f"shard-{shard:05d}.json"
+        path = self.out / f"shard-{shard:05d}.tar"
+        done = read_record(record)
+        if done is not None and _agrees(path, done):
+            return done
+        finished = _finished(self)  # by another job with the same shards
+        if finished is not None:
+            return finished.shards[shard]
+        try:
+            made = write_tar(path, self.samples(shard), self._members)
+            _write_json(record, asdict(made))
+        except ConfigError:
+            finished = _finished(self)
+            if finished is None:
+                raise
+            return finished.shards[shard]  # its end has cleared away all that was begun, this one's file as well
+        return made
+
+    def _members(self, sample: Sample) -> dict[str, bytes]:
+        try:
+            members = sample_members(sample)
+            if self.decoded:
+                decode(next(iter(members.values())), max_pixels=self.max_pixels)
+        except BadImageError as error:
+            raise ConfigError(
+                f"{self.listing.root / sample.name}: {error}; nothing may be left out: copy it again, then give the "
+                "same command, which continues"
+            ) from error
+        return members
+
+
+def pack_in_parallel(
+    packing: Packing,
+    *,
+    workers: int = 4,
+    part: tuple[int, int] = (1, 1),
+    force: bool = False,
+    told: Callable[[int, int], None] | None = None,
+) -> ShardIndex | None:
+    """Write the shards of part i of n, and the index if all others are complete by then; None while some are not.
+
+    The same call again continues: shards that are complete and have their recorded sha256 are kept. ``told`` is given
+    the finished and all shards of the part. Raises ConfigError for an unreadable image and when the folder holds
+    something else.
+    """
+    finished = _claim(packing, force=force, alone=part[1] == 1)
+    if finished is not None:
+        return finished
+    chosen = range(part[0] - 1, len(packing), part[1])
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, context, _start_worker, (packing,)) as pool:
+        writing = [pool.submit(_write_shard, shard) for shard in chosen]
+        try:
+            for done, future in enumerate(as_completed(writing), 1):
+                future.result()
+                if told is not None:
+                    told(done, len(writing))
+        except BrokenProcessPool as error:
+            raise ConfigError(
+                f"{packing.out}: a packing process was ended from outside (out of memory?); fewer --workers need less; "
+                "the same command continues"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return _join(packing)
+
+
+def _join(packing: Packing) -> ShardIndex | None:
+    """Write the index once all shards are there. Parts that end together may all do it: they write the same."""
+    records = [read_record(packing.out / PARTS / f"shard-{shard:05d}.json") for shard in range(len(packing))]
+    shards = [record for record in records if record is not None]
+    if len(shards) == len(packing):
+        source = {"format": "imagefolder", "name": packing.listing.root.name, "seed": packing.seed, "left_out": []}
+        index = write_index(packing.out, shards, packing.classes, {**source, "plan": packing.digest})
+    else:
+        index = _finished(packing)  # by another part, which has removed the records since
+    if index is not None:
+        _clear_begun(packing.out)
+    return index
+
+
+def _clear_begun(out: Path) -> None:
+    """What is left over when the index is there, the begun shards of killed processes included."""
+    (out / PLAN).unlink(missing_ok=True)
+    shutil.rmtree(out / PARTS, ignore_errors=True)
+    for begun in out.glob("shard-*.part"):
+        begun.unlink(missing_ok=True)
+
+
+def read_record(file: Path) -> Shard | None:
+    """The shard that a record says is complete; None without one."""
+    try:
+        return Shard(**json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{file}: damaged ({error}); remove it, and its shard is packed again") from error
+
+
+def _agrees(path: Path, record: Shard) -> bool:
+    return path.is_file() and path.stat().st_size == record.bytes and sha256_of(path) == record.sha256
+
+
+def _claim(packing: Packing, *, force: bool, alone: bool) -> ShardIndex | None:
+    """Make the folder this packing's; its index when all is done."""
+    if force and not alone:
+        raise ConfigError("--force: would remove what the other parts have written; empty the folder first")
+    finished = _finished(packing)
+    if finished is not None:
+        return finished
+    if force:
+        _clear(packing.out)
+    # Looked at first: whatever another part of this job writes comes after its plan, which goes after its index.
+    occupied = _holds_other_things(packing.out)
+    plan = packing.out / PLAN
+    if not plan.is_file():
+        finished = _finished(packing)
+        if finished is not None:
+            return finished
+        if occupied:
+            check_empty(packing.out, force)
+        _write_json(plan, {"digest": packing.digest, "images": len(packing.listing), "shards": len(packing)})
+    _check_plan(packing)
+    return None
+
+
+def _holds_other_things(out: Path) -> bool:
+    """Whether anything but a plan, half written by another part that begins at this moment, lies in the folder."""
+    return out.exists() and not (out.is_dir() and all(path.name.startswith((PLAN, PARTS)) for path in out.iterdir()))
+
+
+def _clear(out: Path) -> None:
+    with disk_faults_told(out / PLAN):
+        (out / INDEX_NAME).unlink(missing_ok=True)
+        for old in out.glob("shard-*.tar"):
+            old.unlink()
+        _clear_begun(out)
+
+
+def _finished(packing: Packing) -> ShardIndex | None:
+    if not (packing.out / INDEX_NAME).is_file():
+        return None
+    index = load_index(packing.out)
+    return index if index.source.get("plan") == packing.digest else None
+
+
+def _check_plan(packing: Packing) -> None:
+    try:
+        known = json.loads((packing.out / PLAN).read_text(encoding="utf-8"))
+    except FileNotFoundError:  # another part has written the index since
+        return
+    if known["digest"] != packing.digest:
+        raise ConfigError(
+            f"{packing.out}: holds the begun packing of other files or settings ({known['images']} images in "
+            f"{known['shards']} shards, here {len(packing.listing)} in {len(packing)}); give the same source and "
+            "settings to continue it, or --force to begin anew"
+        )
+
+
+def _write_json(file: Path, content: dict[str, object]) -> None:
+    with disk_faults_told(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    with appearing(file) as temporary:
+        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+_packing: Packing | None = None
+
+
+def _start_worker(packing: Packing) -> None:
+    """A forked worker shares the listing with its parent, and ends with it, even if that is killed."""
+    global _packing
+    _packing = packing
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _write_shard(shard: int) -> Shard:
+    assert _packing is not None
+    return _packing.write(shard)

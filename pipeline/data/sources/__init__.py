@@ -1,0 +1,1 @@
+"""Images as users keep them: folders, tables and archives."""

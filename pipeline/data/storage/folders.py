@@ -1,0 +1,127 @@
+"""A folder of shards, on this disk or behind a URL: its small texts and its tars, asked for in the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from pipeline.config import ConfigError
+from pipeline.data.storage.cache import Cache
+from pipeline.data.storage.remote import MissingError, RemotePlace, is_remote, local_copy, read_bytes, remote_place
+from pipeline.data.storage.tar import TarIndex
+
+# Tars of an evaluation set that are fetched at once.
+AT_ONCE = 4
+
+
+class Folder(Protocol):
+    """``location`` is what messages call it, ``name`` its last part."""
+
+    @property
+    def location(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
+
+    def exists(self) -> bool:
+        """False where it can be told that there is no such folder."""
+        ...
+
+    def read_text(self, path: str) -> str | None:
+        """A small file; None where there is none."""
+        ...
+
+    def open_tar(self, path: str, *, size: int | None = None, sha256: str | None = None) -> TarIndex:
+        """A tar, at hand for reading. What is known of it is checked when it is fetched. Raises ConfigError."""
+        ...
+
+    @property
+    def cache(self) -> Cache | None:
+        """Where copies of its tars are kept; None where they are read in place."""
+        ...
+
+    def fetch(self, path: str, *, size: int, sha256: str) -> None:
+        """Have a tar at hand before it is opened, unless another process is just fetching it. Raises ConfigError."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    path: Path
+
+    @property
+    def location(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def exists(self) -> bool:
+        return self.path.is_dir()
+
+    def read_text(self, path: str) -> str | None:
+        file = self.path / path
+        return file.read_text(encoding="utf-8") if file.is_file() else None
+
+    def open_tar(self, path: str, *, size: int | None = None, sha256: str | None = None) -> TarIndex:  # noqa: ARG002
+        return TarIndex(self.path / path)
+
+    @property
+    def cache(self) -> None:
+        return None
+
+    def fetch(self, path: str, *, size: int, sha256: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class RemoteFolder:
+    """Texts are read anew each time; tars are copied into ``cache`` and fetched again if they are pushed out of it."""
+
+    location: str
+    place: RemotePlace
+    cache: Cache
+
+    @property
+    def name(self) -> str:
+        return self.place.name
+
+    def exists(self) -> bool:
+        return True
+
+    def read_text(self, path: str) -> str | None:
+        try:
+            return read_bytes(f"{self.place.texts}/{path}", self.cache.attempts).decode("utf-8")
+        except MissingError:
+            return None
+
+    def open_tar(self, path: str, *, size: int | None = None, sha256: str | None = None) -> TarIndex:
+        url = f"{self.place.files}/{path}"
+        fetch = partial(local_copy, url, self.cache, size=size, sha256=sha256)
+        return TarIndex(fetch(), fetch=fetch, name=url)
+
+    def fetch(self, path: str, *, size: int, sha256: str) -> None:
+        local_copy(f"{self.place.files}/{path}", self.cache, size=size, sha256=sha256, wait=False)
+
+
+def folder_at(location: str | Path, cache: Cache | None = None) -> Folder:
+    """The folder that a path, a URL or a dataset of the hub names; see remote.py for URLs and the default cache."""
+    if isinstance(location, str) and is_remote(location):
+        return RemoteFolder(location, remote_place(location), cache or Cache.from_environment())
+    return LocalFolder(Path(location))
+
+
+def open_tars(folder: Folder, paths: Sequence[str]) -> tuple[TarIndex, ...]:
+    """Several tars, fetched side by side where they are fetched. Raises the error of the first that has one."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        opened = [pool.submit(folder.open_tar, path) for path in paths]
+        try:
+            return tuple(future.result() for future in opened)
+        except ConfigError:
+            for future in opened:
+                future.cancel()
+            raise

@@ -1,0 +1,273 @@
+"""Files behind a URL as files on this disk: fetched once a node, resumed where a fetch broke off, kept under a bound.
+
+A location is a folder, any fsspec URL (s3://, gs://, https://, file://, memory://) or a dataset of the hub, written
+``hf:ORG/NAME[@REVISION]`` or as its page. The cache is a matter of the machine, not of a run, so the environment places
+it: SELORA_CACHE (default ~/.cache/selora) and SELORA_CACHE_GB (default 100). An S3 store that is not Amazon's is named
+by AWS_ENDPOINT_URL_S3.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+from filelock import FileLock, Timeout
+
+from pipeline.config import ConfigError
+from pipeline.data.storage.cache import Cache, entry_of, lock_of, touch
+from pipeline.data.storage.cache_budget import room_to_fetch
+
+CHUNK = 8 * 2**20
+_WARN_FROM = 3  # a store that fails so often in a row is worth a line in the log
+PUBLIC_HUB = "https://huggingface.co"
+_HUB = re.compile(
+    r"(?:hf:(?!//)|(?P<endpoint>https?://[^/]+)/datasets/)(?P<name>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/?"
+)
+_BUSY = (408, 425, 429)
+# What a store needs beside fsspec, and where it takes its credentials from.
+_STORES: Mapping[str, tuple[str, str]] = {
+    "s3": ("pip install 'selora[s3]'", "AWS_* in the environment or ~/.aws"),
+    "gs": ("pip install 'selora[gcs]'", "GOOGLE_APPLICATION_CREDENTIALS or gcloud"),
+    "gcs": ("pip install 'selora[gcs]'", "GOOGLE_APPLICATION_CREDENTIALS or gcloud"),
+    "http": ("pip install aiohttp", "HF_TOKEN for the hub"),
+    "https": ("pip install aiohttp", "HF_TOKEN for the hub"),
+}
+T = TypeVar("T")
+
+logger = logging.getLogger("selora.data")
+_counting = threading.Lock()
+_retries = 0
+
+
+def retries() -> int:
+    """How often this process has asked a store again because it failed or sent something else."""
+    return _retries
+
+
+class MissingError(ConfigError):
+    """The store says that there is no such file."""
+
+
+@dataclass(frozen=True)
+class RemotePlace:
+    """A folder behind a URL. ``texts`` and ``files`` are where its small and its large files lie, for the hub keeps the
+    large ones apart."""
+
+    name: str
+    texts: str
+    files: str
+
+
+def is_remote(location: str | Path) -> bool:
+    """Whether a location is behind a URL; a path is not, and a pathlib.Path never is."""
+    return isinstance(location, str) and ("://" in location or location.startswith("hf:"))
+
+
+def remote_place(location: str) -> RemotePlace:
+    """What a location that `is_remote` stands for."""
+    found = _HUB.fullmatch(location)
+    if found is None or found["endpoint"] not in (None, _hub(), PUBLIC_HUB):
+        plain = location.rstrip("/")
+        return RemotePlace(plain.rpartition("/")[2], plain, plain)
+    base, revision = f"{found['endpoint'] or _hub()}/datasets/{found['name']}", found["revision"] or "main"
+    return RemotePlace(found["name"].rpartition("/")[2], f"{base}/raw/{revision}", f"{base}/resolve/{revision}")
+
+
+def local_copy(
+    url: str, cache: Cache, *, size: int | None = None, sha256: str | None = None, wait: bool = True
+) -> Path:
+    """The path of a copy of the file behind ``url``, fetched unless the cache has it.
+
+    With ``sha256`` the copy is checked when it is fetched, and found again without asking the store; without, it is
+    found by the size and version that the store tells now. Another process may push the copy out at any time, so open
+    it at once and ask again when it is gone. Without ``wait`` a file that another is just fetching is left to it, and
+    the path need not be there yet. Raises ConfigError that names the URL.
+    """
+    version = sha256
+    if version is None or size is None:
+        told = _info(url, cache.attempts)
+        size, version = told.get("size"), version or _version(told)
+    path = entry_of(cache, url, version, _file_name(url))
+    try:
+        if touch(path):
+            return path
+        with FileLock(lock_of(cache, path), blocking=wait):
+            if touch(path):
+                return path
+            _fetch(url, path, cache, size, sha256)
+            touch(path)
+    except Timeout:
+        return path
+    except OSError as error:
+        raise ConfigError(
+            f"{url}: cannot be kept in {cache.directory}: {error.strerror or error}; name a place with "
+            "SELORA_CACHE and a size with SELORA_CACHE_GB"
+        ) from error
+    return path
+
+
+def _fetch(url: str, path: Path, cache: Cache, size: int | None, sha256: str | None) -> None:
+    """Write ``path`` whole or not at all. What another process had begun is continued, unless its content is wrong."""
+    part = path.with_name(path.name + ".part")
+    for last in (False, True):
+        found = _fetched(url, path, part, cache, size, sha256)
+        if found == sha256:
+            return
+        wrong = f"its content is not what its index says (sha256 {found}, not {sha256})"
+        if last:
+            raise ConfigError(f"{url}: {wrong}")
+        _note_retry(url, wrong, _WARN_FROM)
+
+
+def _fetched(url: str, path: Path, part: Path, cache: Cache, size: int | None, sha256: str | None) -> str | None:
+    """Fetch once and keep it if its content is right; the sha256 that was found, None where none is known."""
+    whole = None
+    if size is None:  # the store does not tell it, so the file comes in one piece
+        whole = read_bytes(url, cache.attempts)
+        size = len(whole)
+    # Held over the renaming, for nobody can count a file while it changes its name.
+    with room_to_fetch(cache, url, path.parent, size):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        if whole is None:
+            _download(url, part, cache.attempts, size)
+        else:
+            part.write_bytes(whole)
+        found = None if sha256 is None else _sha256(part)
+        if found == sha256:
+            part.replace(path)
+        else:
+            part.unlink()
+        return found
+
+
+def _download(url: str, part: Path, attempts: int, size: int) -> None:
+    if part.exists() and part.stat().st_size > size:
+        part.unlink()
+    with part.open("ab") as file:
+        while (at := file.tell()) < size:
+            file.write(read_bytes(url, attempts, (at, min(at + CHUNK, size))))
+            # What is on the disk survives a killed process and is not asked for again.
+            file.flush()
+        os.fsync(file.fileno())
+
+
+def read_bytes(url: str, attempts: int, span: tuple[int, int] | None = None) -> bytes:
+    """The bytes [span[0], span[1]) of a file, or as many of them as came; the whole file without a span.
+
+    Raises MissingError when there is no such file, ConfigError that names the URL when it cannot be read.
+    """
+
+    def once() -> bytes:
+        store, path = _store(url)
+        if span is None:
+            return store.cat_file(path)
+        data = store.cat_file(path, start=span[0], end=span[1])
+        if len(data) > span[1] - span[0]:
+            # A server that knows no ranges sends the whole file.
+            data = data[span[0] : span[1]]
+        if not data:
+            raise EOFError(f"no bytes at {span[0]}")
+        return data
+
+    return _retried(url, attempts, once)
+
+
+def _info(url: str, attempts: int) -> dict[str, Any]:
+    def once() -> dict[str, Any]:
+        store, path = _store(url)
+        return store.info(path)
+
+    return _retried(url, attempts, once)
+
+
+def _store(url: str) -> tuple[Any, str]:
+    protocol = url.partition("://")[0]
+    options: dict[str, Any] = {}
+    if protocol in ("http", "https"):
+        # Compressed answers would have other lengths than the store says.
+        options["headers"] = {"Accept-Encoding": "identity"}
+        token = os.environ.get("HF_TOKEN")
+        if token and url.startswith(_hub() + "/"):
+            options["headers"]["Authorization"] = f"Bearer {token}"
+    if protocol != "s3":
+        return fsspec.core.url_to_fs(url, **options)
+    # Left alone, botocore and s3fs ask again by themselves, 125 times in all and without a word.
+    store, path = fsspec.core.url_to_fs(url, config_kwargs={"retries": {"total_max_attempts": 1}})
+    store.retries = 1
+    return store, path
+
+
+def _retried(url: str, attempts: int, once: Callable[[], T]) -> T:
+    """The result of ``once``, asked again with growing pauses (a minute over 9 attempts) while the store fails."""
+    for attempt in range(1, attempts + 1):
+        try:
+            return once()
+        # Every store's library has errors of its own, most of them not even an OSError.
+        except Exception as error:
+            refusal = _refusal(url, error)
+            if refusal is not None:
+                raise refusal from error
+            if attempt == attempts:
+                raise ConfigError(
+                    f"{url}: failed {attempts} times, last with {type(error).__name__}: {error}; what has come is "
+                    "kept, so the same command continues when the store answers again"
+                ) from error
+            _note_retry(url, f"{type(error).__name__}: {error}", attempt)
+            time.sleep(min(0.2 * 2 ** (attempt - 1), 30))
+    raise AssertionError("attempts is at least 1")
+
+
+def _note_retry(url: str, reason: str, failures: int) -> None:
+    global _retries
+    with _counting:
+        _retries += 1
+    level = logging.WARNING if failures >= _WARN_FROM else logging.INFO
+    logger.log(level, "%s: failed %d time%s in a row, asking again (%s)", url, failures, "s"[: failures > 1], reason)
+
+
+def _refusal(url: str, error: Exception) -> ConfigError | None:
+    """The error to raise when asking again cannot help."""
+    protocol = url.partition("://")[0]
+    install, credentials = _STORES.get(protocol, ("its fsspec package", "the store's own settings"))
+    if isinstance(error, ImportError):
+        return ConfigError(f"{url}: reading it needs another package ({error}); {install}")
+    # fsspec's http says "not found" for whatever went wrong with both ways to ask for the size; its cause knows better.
+    blurred = protocol in ("http", "https") and isinstance(error, FileNotFoundError) and error.__cause__ is not None
+    cause = error.__cause__ if blurred else error
+    status = getattr(cause, "status", None) or getattr(cause, "code", None)
+    if status == 404 or (isinstance(cause, FileNotFoundError | IsADirectoryError) and not blurred):
+        return MissingError(f"{url}: no such file; look for a mistyped location or an upload that is not complete")
+    # The stores' libraries agree on this word, though not on a class.
+    if isinstance(cause, PermissionError) or status in (401, 403) or "Credentials" in type(cause).__name__:
+        return ConfigError(f"{url}: access refused ({cause}); credentials are taken from {credentials}")
+    if isinstance(cause, ValueError) or (isinstance(status, int) and 400 <= status < 500 and status not in _BUSY):
+        return ConfigError(f"{url}: cannot be read ({type(cause).__name__}: {cause})")
+    return None
+
+
+def _version(told: Mapping[str, Any]) -> str:
+    """What changes when the file behind a URL does, from what the store tells of it."""
+    marks = ("size", "ETag", "etag", "md5Hash", "Content-MD5", "Last-Modified", "LastModified", "mtime", "created")
+    return repr([(mark, str(told[mark])) for mark in marks if told.get(mark) is not None])
+
+
+def _hub() -> str:
+    return os.environ.get("HF_ENDPOINT", PUBLIC_HUB).rstrip("/")
+
+
+def _file_name(url: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "_", url.partition("?")[0].rstrip("/").rpartition("/")[2]) or "file"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,158 @@
+"""The next shards behind a URL, fetched by a thread of each loader process while it uses the present ones.
+
+A process fetches ahead what it will need itself, in the order in which it will ask, so the wait and the retries that a
+fetch still costs belong to a batch of this process. A fetch that fails is dropped: whoever needs the shard asks the
+store again, and tells what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.config import ConfigError
+from pipeline.data.order import Ints, Order, rank_streams
+from pipeline.data.shards.index import ShardIndex, fetch_shard
+
+logger = logging.getLogger("selora.data")
+
+
+@dataclass(frozen=True)
+class Turns:
+    """The steps that one process of a rank makes batches for: every ``every``-th in [start, stop)."""
+
+    start: int
+    stop: int
+    every: int
+    global_batch: int
+    rank: int
+    world: int
+
+    def has(self, steps: Ints) -> np.ndarray:
+        return (steps >= self.start) & (steps < self.stop) & ((steps - self.start) % self.every == 0)
+
+
+def first_needs(order: Order, turns: Turns) -> Iterator[tuple[int, int]]:
+    """(step, shard) wherever a stream comes to a shard that its last window did not touch; the steps rise."""
+    streams = rank_streams(order.streams, turns.rank, turns.world)
+    touched: dict[int, set[int]] = {}
+    begin, end = turns.start * turns.global_batch, turns.stop * turns.global_batch
+    for epoch in range(begin // order.samples, -(-end // order.samples)):
+        passed = max(0, begin - epoch * order.samples) // order.streams
+        for number in range(max(0, passed - 1) // order.window, order.windows()):
+            found = []
+            for stream in streams:
+                positions, shards = order.in_window(epoch, stream, number)
+                steps = positions // turns.global_batch
+                mine = turns.has(steps)
+                kinds, at = np.unique(shards[mine], return_index=True)
+                known, touched[stream] = touched.get(stream, set()), set(kinds.tolist())
+                needs = zip(steps[mine][at].tolist(), kinds.tolist(), strict=True)
+                found += [(step, shard) for step, shard in needs if shard not in known]
+            yield from sorted(found)
+
+
+def room_ahead(sizes: list[int], samples: int, max_bytes: int, *, streams: int, window: int) -> int:
+    """Bytes that a rank of ``streams`` may have fetched and not used yet, in a cache that holds ``max_bytes`` for it.
+
+    Half of what is left beside the shards in use: the oldest leave a full cache first, which are about, but not quite,
+    those that all are done with. A set that fits in as a whole has no such bound.
+    """
+    total = sum(sizes)
+    if total <= max_bytes:
+        return total
+    mean = total / len(sizes)
+    in_use = streams * mean * (1 + window * len(sizes) / samples)
+    return max(0, int(max_bytes - in_use) // 2)
+
+
+class ReadAhead:
+    """Calls ``fetch`` in a thread for the shards of ``needs``, at most ``shards`` and ``room`` bytes before they are
+    needed, from ``step`` on. Leaves out those that are ``at_hand``."""
+
+    def __init__(
+        self,
+        fetch: Callable[[int], None],
+        needs: Iterator[tuple[int, int]],
+        sizes: list[int],
+        *,
+        step: int,
+        shards: int,
+        room: int,
+        at_hand: Container[int] = (),
+    ) -> None:
+        self._fetch, self._needs, self._sizes, self._at_hand = fetch, needs, sizes, at_hand
+        self._shards, self._room = shards, room
+        self._ahead: deque[tuple[int, int]] = deque()
+        self._step, self._closed = step, False
+        self._changed = threading.Condition()
+        # A daemon: a process that ends does not wait for a store, and what has come stays for the next one.
+        threading.Thread(target=self._run, name="selora-read-ahead", daemon=True).start()
+
+    def reached(self, step: int) -> None:
+        """What ``step`` needs is needed from now on, and no longer counts as ahead."""
+        with self._changed:
+            self._step = step
+            while self._ahead and self._ahead[0][0] <= step:
+                self._ahead.popleft()
+            self._changed.notify()
+
+    def close(self) -> None:
+        """The thread ends after the fetch that it is at."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def _run(self) -> None:
+        for step, shard in self._needs:
+            if not self._admitted(step, self._sizes[shard]):
+                return
+            # What an earlier step needed is there, or failed; of the present step's shards, some may come in time.
+            if step < self._step or shard in self._at_hand:
+                continue
+            try:
+                self._fetch(shard)
+            except ConfigError as error:
+                logger.info("%s; fetched ahead, so it will be asked for again when it is needed", error)
+
+    def _admitted(self, step: int, size: int) -> bool:
+        """Waits until the shard may be fetched; False when nothing more shall be."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or step <= self._step or self._fits(size))
+            if step > self._step:
+                self._ahead.append((step, size))
+            return not self._closed
+
+    def _fits(self, size: int) -> bool:
+        return len(self._ahead) < self._shards and size + sum(held for _, held in self._ahead) <= self._room
+
+
+def read_ahead(
+    index: ShardIndex, order: Order, turns: Turns, shards: int, sharing: int, at_hand: Container[int]
+) -> ReadAhead | None:
+    """Begin to fetch ``shards`` per stream ahead, where shards are fetched at all and the cache, which ``sharing``
+    ranks use, has room for it."""
+    cache = index.folder.cache
+    if cache is None or not shards:
+        return None
+    streams, sizes = len(rank_streams(order.streams, turns.rank, turns.world)), [shard.bytes for shard in index.shards]
+    room = room_ahead(sizes, index.samples, cache.max_bytes // sharing, streams=streams, window=order.window)
+    if room < min(sizes):
+        return None
+    # The order keeps what it computed last, and is not made for two threads.
+    needs = first_needs(copy.deepcopy(order), turns)
+    return ReadAhead(
+        lambda shard: fetch_shard(index, shard),
+        needs,
+        sizes,
+        step=turns.start,
+        shards=shards * streams,
+        room=room,
+        at_hand=at_hand,
+    )

@@ -1,0 +1,237 @@
+"""Shards to training batches, in the order that order.py fixes. The stream's position is one number: the step."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pipeline.config import ConfigError
+from pipeline.data.batches import Batches, taking_turns
+from pipeline.data.images import MAX_PIXELS, STORED_EXTENSIONS, BadImageError, Preprocessing, decode, train_crop
+from pipeline.data.order import Order, check_split, draw_without_repetition, rank_positions, stable_hash
+from pipeline.data.shards.index import ShardIndex, open_shard, sample_texts
+from pipeline.data.storage.remote import retries
+from pipeline.data.storage.tar import TarIndex
+from pipeline.data.train.prefetch import ReadAhead, Turns, read_ahead
+from pipeline.prompts import caption, resolve_templates
+
+OPEN_TARS = 256
+# A stream whose next 64 samples are all bad is no longer a matter of single images.
+SUBSTITUTES = 64
+
+
+@dataclass(frozen=True)
+class TrainSample:
+    """One decoded sample: uint8 (3, H, W). ``bad`` says which sample it stands in for and why; '' when for none."""
+
+    image: Tensor
+    caption: str
+    key: str
+    label: int
+    bad: str = ""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What this rank trains on in ``step``.
+
+    images: uint8 (B, 3, H, W). labels: int64 (B,), -1 without a class. keys: "shard/key" of what is really there. bad:
+    "shard/key: reason" of each sample that another one stands in for. retries: how often a store had to be asked again
+    since the last batch of the same process.
+    """
+
+    step: int
+    images: Tensor
+    captions: list[str]
+    keys: list[str]
+    labels: Tensor
+    bad: list[str]
+    retries: int = 0
+
+    def pin_memory(self) -> Batch:
+        """Called by torch's DataLoader when it pins."""
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
+
+
+class TrainDataset:
+    """Training samples by global position: a function of the arguments alone, in every process."""
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        *,
+        size: int | Sequence[int],
+        seed: int,
+        streams: int,
+        window: int,
+        templates: str | Sequence[str] = "openai",
+        crop_scale: tuple[float, float] = (0.9, 1.0),
+        flip: bool = False,
+        preprocessing: Preprocessing = "fast",
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        self.index, self.size, self.seed = index, size, seed
+        self.order = Order(index.sizes(), seed=seed, streams=streams, window=window)
+        self.templates = resolve_templates(templates)
+        self.preprocessing: Preprocessing = preprocessing
+        self.crop_scale, self.flip, self.max_pixels = crop_scale, flip, max_pixels
+        self._tars: OrderedDict[int, TarIndex] = OrderedDict()
+
+    @property
+    def opened(self) -> Container[int]:
+        """The shards that this process has open."""
+        return self._tars
+
+    def __getitem__(self, position: int) -> TrainSample:
+        """The sample at ``position``; when it is bad, the next good one of its stream, cropped for this epoch.
+
+        Raises TarError when a shard is broken, ConfigError when too many samples in a row are bad.
+        """
+        first = place = self.order.locate(position)
+        fault = ""
+        for further in range(1, SUBSTITUTES + 1):
+            tar = self._tar(place.shard)
+            key = f"{self.index.shards[place.shard].name}/{tar.samples[place.sample].key}"
+            try:
+                return replace(self._load(tar, place.sample, key, first.epoch), bad=fault)
+            except BadImageError as error:
+                fault = fault or f"{key}: {error}"
+            place = self.order.locate(position + further * self.order.streams)
+        raise ConfigError(
+            f"{self.index.folder.location}: {SUBSTITUTES} samples in a row are bad, first {fault}; "
+            "`selora verify` lists all"
+        )
+
+    def _load(self, tar: TarIndex, number: int, key: str, epoch: int) -> TrainSample:
+        members = tar.samples[number].members
+        ext = next((ext for ext in STORED_EXTENSIONS if ext in members), None)
+        if ext is None:
+            raise BadImageError(f"no image among its members ({', '.join(sorted(members))})")
+        label, texts = sample_texts(tar, number, self.index.classes)
+        name = None if texts else self._classname(label, members)
+        choices = texts or self.templates
+        image = decode(tar.read(number, ext), form=self.preprocessing, max_pixels=self.max_pixels)
+        pixels = train_crop(image, self.size, scale=self.crop_scale, seed=stable_hash("crop", self.seed, epoch, key))
+        if self.flip and stable_hash("flip", self.seed, epoch, key) % 2:
+            pixels = pixels.flip(-1)
+        text = choices[draw_without_repetition(len(choices), self.seed, key, epoch)]
+        return TrainSample(
+            image=pixels,
+            caption=text if name is None else caption(text, name),
+            key=key,
+            label=label,
+        )
+
+    def _classname(self, label: int, members: Mapping[str, object]) -> str:
+        if label < 0 or self.index.classes is None:
+            raise BadImageError(f"neither caption nor class among its members ({', '.join(sorted(members))})")
+        return self.index.classes[label]
+
+    def _tar(self, shard: int) -> TarIndex:
+        known = self._tars.get(shard)
+        if known is None:
+            known = self._tars[shard] = open_shard(self.index, shard)
+            if len(self._tars) > OPEN_TARS:
+                self._tars.popitem(last=False)[1].close()
+        self._tars.move_to_end(shard)
+        return known
+
+
+@dataclass(frozen=True)
+class RankSteps:
+    """For each step in [start, stop) the positions of one rank."""
+
+    start: int
+    stop: int
+    global_batch: int
+    streams: int
+    rank: int
+    world: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.start, self.stop):
+            yield rank_positions(step, self.global_batch, self.streams, self.rank, self.world)
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start)
+
+
+class _MakeBatch:
+    """Positions of one rank and step into a Batch, in the process that makes it; see `train_loader` for the options."""
+
+    def __init__(self, dataset: TrainDataset, plan: RankSteps, *, ahead: int, sharing: int) -> None:
+        self.dataset, self.plan = dataset, plan
+        self._ahead, self._sharing = ahead, sharing
+        self._reading: ReadAhead | None = None
+        self._next, self._retries = -1, 0
+
+    def __call__(self, positions: Sequence[int]) -> Batch:
+        step, every = positions[0] // self.plan.global_batch, taking_turns()
+        # A step that does not follow this process's last one begins an iteration.
+        begins, self._next = step != self._next, step + every
+        if begins:
+            self._stop_reading()
+            self._retries = retries()
+        elif self._reading is not None:
+            self._reading.reached(step)
+        samples = [self.dataset[position] for position in positions]
+        if begins:
+            # Not before, for the first batch should not have to share the line with those that come later.
+            self._reading = self._read_ahead(step, every)
+        before, self._retries = self._retries, retries()
+        return Batch(
+            step=step,
+            images=torch.stack([sample.image for sample in samples]),
+            captions=[sample.caption for sample in samples],
+            keys=[sample.key for sample in samples],
+            labels=torch.tensor([sample.label for sample in samples], dtype=torch.int64),
+            bad=[sample.bad for sample in samples if sample.bad],
+            retries=self._retries - before,
+        )
+
+    def __del__(self) -> None:
+        self._stop_reading()
+
+    def _stop_reading(self) -> None:
+        if self._reading is not None:
+            self._reading.close()
+            self._reading = None
+
+    def _read_ahead(self, step: int, every: int) -> ReadAhead | None:
+        plan, data = self.plan, self.dataset
+        turns = Turns(step, plan.stop, every, plan.global_batch, plan.rank, plan.world)
+        return read_ahead(data.index, data.order, turns, self._ahead, self._sharing, data.opened)
+
+
+def train_loader(
+    dataset: TrainDataset,
+    *,
+    global_batch: int,
+    start_step: int,
+    stop_step: int,
+    rank: int = 0,
+    world: int = 1,
+    sharing: int = 1,
+    workers: int = 2,
+    prefetch: int = 4,
+    ahead: int = 2,
+    pin: bool = False,
+    start_method: str | None = None,
+) -> Batches[Batch]:
+    """Batches of this rank for steps [start_step, stop_step), in order and the same with any number of workers.
+
+    ``ahead``: shards behind a URL that are fetched before they are needed, per stream of the rank. ``sharing``: ranks
+    on this machine, which share its cache.
+    Raises ConfigError when streams, batch and ranks do not fit each other, and while iterating when a shard is broken.
+    """
+    streams = dataset.order.streams
+    check_split(global_batch, streams, world)
+    if not 0 <= rank < world:
+        raise ConfigError(f"rank {rank} is not in a world of {world}")
+    plan = RankSteps(start_step, stop_step, global_batch, streams, rank, world)
+    make = _MakeBatch(dataset, plan, ahead=ahead, sharing=sharing)
+    return Batches(make, plan, workers=workers, prefetch=prefetch, pin=pin, start_method=start_method)

@@ -1,0 +1,1 @@
+"""Checks of a machine, a launch and a benchmark, before anything expensive starts."""

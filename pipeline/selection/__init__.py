@@ -1,0 +1,1 @@
+"""Which of several models to take, and what a model must reach."""

@@ -1,0 +1,227 @@
+"""Versions of a registered model: equal weights once, aliases, and who was champion before.
+
+A new version is the `challenger`; as `champion` it is no longer one. The champions so far stand, oldest first, in the
+registered model's tag selora.champions, and each champion's version names the one before it; `roll_back` walks back.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import ConfigError
+from pipeline.passwords import redact
+from pipeline.tracking.mlflow.store import Away, Gone, MlflowStore, Refused, client_environment
+from pipeline.tracking.served.served import load_served, quiet
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+CHALLENGER, CHAMPION = "challenger", "champion"
+DIGEST_TAG = "selora.weights_digest"
+CHAMPIONS_TAG = "selora.champions"
+PREVIOUS_TAG = "selora.previous_champion"
+_KEPT_CHAMPIONS = 50
+# An upload of a whole CLIP takes longer to be answered than a metric does.
+PATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "600", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
+
+
+class Registry:
+    """The versions of one registered model at one store. Faults of the store are ConfigErrors that name it."""
+
+    def __init__(self, uri: str, name: str, experiment: str = "selora") -> None:
+        if not name or re.search(r"[/:.%\"'\s]", name):
+            raise ConfigError(f"name={name!r}: a model name has none of / : . % quotes and spaces")
+        self.uri, self.name = uri, name
+        self._store = MlflowStore(uri, experiment)
+
+    def run_id_of(self, run: str) -> str | None:
+        """The MLflow run of the experiment that carries this run's uuid, or None."""
+        with self._client():
+            found = self._store.find_runs(run)
+            return found[0].info.run_id if found and found[0].info.lifecycle_stage == "active" else None
+
+    def version_of(self, digest: str) -> str | None:
+        """The version that holds weights of this digest, or None."""
+        with self._client() as client:
+            found = [v.version for v in self._versions(client) if v.tags.get(DIGEST_TAG) == digest]
+            return str(found[0]) if found else None
+
+    def register(self, model: Path, tags: Mapping[str, str], run_id: str | None) -> str:
+        """Upload the model directory and make it a version, with its tags from the start. Returns the version."""
+        with self._client() as client:
+            experiment_id = self._store.experiment_id(run_id)
+            logged = client.create_logged_model(experiment_id, self.name, source_run_id=run_id, tags=dict(tags))
+            try:
+                _sign(model, logged.model_id, run_id)
+                client.log_model_artifacts(logged.model_id, str(model))
+                client.finalize_logged_model(logged.model_id, "READY")
+                return self._make_version(client, logged.model_id, tags, run_id)
+            except BaseException:  # also Ctrl-C: what is no version has no reader
+                client.delete_logged_model(logged.model_id)
+                raise
+
+    def _make_version(self, client: MlflowClient, model_id: str, tags: Mapping[str, str], run_id: str | None) -> str:
+        from mlflow.exceptions import MlflowException
+
+        if run_id is not None:
+            _link(client, run_id, model_id)
+        try:
+            client.create_registered_model(self.name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        with _default_store(self.uri):  # a database store looks the model up at the default address
+            made = client.create_model_version(
+                self.name, f"models:/{model_id}", run_id=run_id, tags=dict(tags), model_id=model_id
+            )
+        return str(made.version)
+
+    def retag(self, version: str, tags: Mapping[str, str]) -> None:
+        """Bring the tags of a version up to date."""
+        with self._client() as client:
+            have = client.get_model_version(self.name, version).tags
+            for key, value in tags.items():
+                if have.get(key) != value:
+                    client.set_model_version_tag(self.name, version, key, value)
+
+    def tags(self, version: str) -> dict[str, str]:
+        with self._client() as client:
+            return dict(client.get_model_version(self.name, version).tags)
+
+    def alias(self, alias: str) -> str | None:
+        """The version that carries the alias, or None."""
+        with self._client() as client:
+            return self._alias(client, alias)
+
+    def aliases(self, version: str) -> list[str]:
+        """The aliases that the version carries."""
+        with self._client() as client:
+            return sorted(client.get_model_version(self.name, version).aliases)
+
+    def make_challenger(self, version: str) -> None:
+        """Give the version the alias challenger, unless it is the champion."""
+        with self._client() as client:
+            if self._alias(client, CHAMPION) != version:
+                client.set_registered_model_alias(self.name, CHALLENGER, version)
+
+    def make_champion(self, version: str) -> str | None:
+        """Move the alias champion to `version`. Returns the previous champion, which is remembered for a rollback."""
+        with self._client() as client:
+            before = self._alias(client, CHAMPION)
+            if before == version:
+                return self._before(client, version)
+            # The history first: if this process dies in between, the alias still says who the champion is.
+            history = [*self._history(client, before), version][-_KEPT_CHAMPIONS:]
+            client.set_registered_model_tag(self.name, CHAMPIONS_TAG, ",".join(history))
+            if before is not None:
+                client.set_model_version_tag(self.name, version, PREVIOUS_TAG, before)
+            client.set_registered_model_alias(self.name, CHAMPION, version)
+            if self._alias(client, CHALLENGER) == version:
+                client.delete_registered_model_alias(self.name, CHALLENGER)
+            return before
+
+    def roll_back(self) -> tuple[str, str]:
+        """Give the alias champion back to the champion before. Returns (version that had it, version that has it)."""
+        with self._client() as client:
+            now = self._alias(client, CHAMPION)
+            if now is None:
+                raise ConfigError(f"{self.name} has no champion at {redact(self.uri)}: nothing to roll back")
+            before = self._before(client, now)
+            if before is None:
+                raise ConfigError(f"{self.name}: version {now} is the first champion, there is none before it")
+            client.set_registered_model_alias(self.name, CHAMPION, before)
+            kept = self._history(client, now)[:-1]
+            client.set_registered_model_tag(self.name, CHAMPIONS_TAG, ",".join(kept))
+            return now, before
+
+    def _before(self, client: MlflowClient, version: str) -> str | None:
+        present = {str(one.version) for one in self._versions(client)}
+        earlier = [one for one in self._history(client, version)[:-1] if one in present]
+        return earlier[-1] if earlier else None
+
+    def _history(self, client: MlflowClient, now: str | None) -> list[str]:
+        """The champions up to the present one, whatever a step cut short has written behind it."""
+        if now is None:
+            return []
+        past = client.get_registered_model(self.name).tags.get(CHAMPIONS_TAG, "").split(",")
+        while past and past[-1] != now:
+            past.pop()
+        return past or [now]
+
+    def _alias(self, client: MlflowClient, alias: str) -> str | None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return str(client.get_model_version_by_alias(self.name, alias).version)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+
+    def _versions(self, client: MlflowClient) -> Iterator[ModelVersion]:
+        token = None
+        while True:
+            page = client.search_model_versions(f"name = '{self.name}'", page_token=token)
+            yield from page
+            if not (token := page.token):
+                return
+
+    @contextmanager
+    def _client(self) -> Iterator[MlflowClient]:
+        try:
+            with quiet(), client_environment(PATIENT), self._store.calling() as client:
+                yield client
+        except (Away, Refused, Gone) as error:
+            raise ConfigError(f"tracking.uri={redact(self.uri)}: {error}") from error
+
+
+def load_registered(model_uri: str, uri: str) -> Any:
+    """A model by models:/NAME@champion, models:/NAME/3, runs:/… or a directory, as `mlflow.pyfunc.load_model` does."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with client_environment(PATIENT), _default_store(uri):
+            return load_served(model_uri)
+    except (MlflowException, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{model_uri}: cannot be loaded from {redact(uri)}: {redact(reason[:300])}") from error
+
+
+@contextmanager
+def _default_store(uri: str) -> Iterator[None]:
+    """MLflow's process-wide default address for the time of a block; MLflow writes it into the environment, too."""
+    import mlflow
+
+    variable = "MLFLOW_TRACKING_URI"
+    inherited = os.environ.get(variable)
+    before: Any = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)
+        if inherited is None:
+            os.environ.pop(variable, None)
+        else:
+            os.environ[variable] = inherited
+
+
+def _sign(model: Path, model_id: str, run_id: str | None) -> None:
+    """Write into the model which logged model of which run it is."""
+    from mlflow.models import Model
+
+    signed = Model.load(str(model))
+    signed.model_id, signed.model_uuid, signed.run_id = model_id, model_id, run_id
+    signed.save(str(model / "MLmodel"))
+
+
+def _link(client: MlflowClient, run_id: str, model_id: str) -> None:
+    from mlflow.entities import LoggedModelOutput
+
+    client.log_outputs(run_id, models=[LoggedModelOutput(model_id, step=0)])

@@ -1,0 +1,247 @@
+"""The MLflow client, made narrow: what a delivery asks of it, and three kinds of failure instead of MLflow's dozens.
+
+The only importer of mlflow on the tracking path, and only inside functions: the import costs seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from pipeline.config import ConfigError
+from pipeline.passwords import redact
+from pipeline.tracking.locks import Busy, FileLock
+from pipeline.tracking.mlflow.uris import artifact_root, sqlite_path
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+RUN_TAG = "selora.run"
+PARENT_TAG = "mlflow.parentRunId"
+MAX_METRICS, MAX_PAIRS = 1000, 100  # per log_batch call
+_MAX_NAME, _MAX_PARAM, _MAX_TAG = 250, 6000, 8000
+_CREATE_WAIT_SECONDS = 120.0  # a new SQLite store runs all of MLflow's migrations first
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
+
+# MLflow's own defaults block one call for minutes when the server is away; we retry ourselves.
+CLIENT_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+
+Metric = tuple[str, float, int, int]  # name, value, time in ms, step
+
+
+class Away(Exception):
+    """The store cannot take anything now; the same call may work later."""
+
+
+class Refused(Exception):
+    """The store is there and will never take this content."""
+
+
+class Gone(Exception):
+    """The store does not know the run."""
+
+
+@contextmanager
+def client_environment(settings: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
+    """MLflow's client settings (and `settings` over ours) for the time of a block, where the user has not set them."""
+    wanted = {**CLIENT_ENVIRONMENT, **settings}
+    added = {key: value for key, value in wanted.items() if key not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for key in added:
+            os.environ.pop(key, None)
+
+
+class MlflowStore:
+    """One experiment of one tracking store; every method raises Away, Refused or Gone and nothing else.
+
+    A new experiment of a bare database keeps its files below `out`.
+    """
+
+    def __init__(self, uri: str, experiment: str, out: Path = Path("runs")) -> None:
+        self.uri = uri
+        self.experiment = experiment
+        self._out = out
+        self._client: MlflowClient | None = None
+        self._experiment_id = ""
+
+    def experiment_id(self, run_id: str | None) -> str:
+        """The experiment of a run; without one, the one this store was opened for, made if it is missing."""
+        if run_id is not None:
+            return self.get_run(run_id).info.experiment_id
+        with self.calling():
+            return self._experiment_id
+
+    def find_runs(self, run: str) -> list[Run]:
+        """The MLflow runs that carry this run's uuid, deleted ones too, in a fixed order."""
+        with self.calling() as client:
+            from mlflow.entities import ViewType
+
+            found = client.search_runs(
+                [self._experiment_id], f"tags.`{RUN_TAG}` = '{run}'", run_view_type=ViewType.ALL, max_results=100
+            )
+            return sorted(found, key=lambda one: (one.info.lifecycle_stage != "active", one.info.run_id))
+
+    def get_run(self, run_id: str) -> Run:
+        with self.calling() as client:
+            return client.get_run(run_id)
+
+    def create_run(self, run: str, name: str, start_ms: int) -> str:
+        with self.calling() as client:
+            made = client.create_run(self._experiment_id, start_time=start_ms, tags={RUN_TAG: run}, run_name=name)
+            return made.info.run_id
+
+    def delete_run(self, run_id: str) -> None:
+        with self.calling() as client:
+            client.delete_run(run_id)
+
+    def log_metrics(self, run_id: str, metrics: Sequence[Metric]) -> None:
+        with self.calling() as client:
+            from mlflow.entities import Metric as Entity
+
+            entities = [Entity(legal_name(name), value, time_ms, step) for name, value, time_ms, step in metrics]
+            client.log_batch(run_id, metrics=entities, synchronous=True)
+
+    def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
+        """`params` must have legal names and not contradict what the run has."""
+        with self.calling() as client:
+            from mlflow.entities import Param
+
+            client.log_batch(run_id, params=[Param(*pair) for pair in params.items()], synchronous=True)
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        with self.calling() as client:
+            from mlflow.entities import RunTag
+
+            entities = [RunTag(legal_name(name), _cut(value, _MAX_TAG)) for name, value in tags.items()]
+            client.log_batch(run_id, tags=entities, synchronous=True)
+
+    def upload(self, run_id: str, path: Path, folder: str) -> None:
+        with self.calling() as client:
+            client.log_artifact(run_id, str(path), folder or None)
+
+    def set_status(self, run_id: str, status: str, end_ms: int) -> None:
+        with self.calling() as client:
+            if status in ("SCHEDULED", "RUNNING"):
+                client.update_run(run_id, status=status)
+            else:
+                client.set_terminated(run_id, status, end_ms)
+
+    @contextmanager
+    def calling(self) -> Iterator[MlflowClient]:
+        """The connected client; whatever is raised in the block comes out as Away, Refused, Gone or ConfigError."""
+        with _translated(self.uri):
+            yield self._client or self._open()
+
+    def _open(self) -> MlflowClient:
+        """Connect, and make store and experiment if they are missing; SQLite by one process at a time."""
+        from mlflow import MlflowClient
+
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        file = sqlite_path(self.uri)
+        if file is None:
+            client = MlflowClient(self.uri)
+            self._experiment_id = self._settle_experiment(client)
+        else:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(file.with_name(file.name + ".lock"), _CREATE_WAIT_SECONDS):
+                client = MlflowClient(self.uri)
+                self._experiment_id = self._settle_experiment(client)
+        self._client = client
+        return client
+
+    def _settle_experiment(self, client: MlflowClient) -> str:
+        from mlflow import MlflowException
+
+        found = client.get_experiment_by_name(self.experiment)
+        if found is None:
+            try:
+                return client.create_experiment(self.experiment, artifact_location=artifact_root(self.uri, self._out))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            found = client.get_experiment_by_name(self.experiment)
+        if found is None or found.lifecycle_stage != "active":
+            raise Away(
+                f"the experiment {self.experiment!r} is deleted there; restore it or choose another tracking.experiment"
+            )
+        return found.experiment_id
+
+
+@contextmanager
+def _translated(uri: str) -> Iterator[None]:
+    try:
+        from mlflow import MlflowException
+    except ImportError as error:
+        raise Away(f"mlflow cannot be imported: {error}") from error
+    try:
+        yield
+    except (Away, Refused, Gone, ConfigError):
+        raise
+    except Busy as busy:
+        raise Away(f"{busy} is creating the store") from None
+    except MlflowException as error:
+        reason = _short(error, uri)
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            raise Gone(reason) from error
+        if error.error_code in _REFUSALS:
+            raise Refused(reason) from error
+        raise Away(reason) from error
+    except Exception as error:  # drivers and HTTP libraries below MLflow raise their own; none may reach a training
+        raise Away(_short(error, uri)) from error
+
+
+def _short(error: Exception, uri: str) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    text = redact(lines[0].replace(uri, redact(uri)))
+    for sign in (
+        "Connection refused",
+        "timed out",
+        "Name or service not known",
+        "Connection reset",
+        "database is locked",
+    ):
+        if sign in text:
+            return sign
+    return text if len(text) <= 300 else text[:300] + "…"
+
+
+def legal_name(name: str) -> str:
+    """The name under which MLflow keeps a metric, param or tag: r@1 becomes r_at_1, other signs become _ with a digest.
+
+    A pure function, so that every delivery of a value uses the same name; the digest keeps two names apart.
+    """
+    legal = re.sub(r"[^A-Za-z0-9_\-. :/]", "_", name.replace("@", "_at_"))
+    legal = re.sub(r"/{2,}", "/", legal).strip("/")
+    parts = [part.replace(".", "_") if part in (".", "..") else part for part in legal.split("/")]
+    legal = "/".join(parts) or "_"
+    if legal == name.replace("@", "_at_") and len(legal) <= _MAX_NAME:
+        return legal
+    return f"{legal[: _MAX_NAME - 9]}.{sha256(name.encode()).hexdigest()[:8]}"
+
+
+def legal_param(name: str, value: str) -> tuple[str, str]:
+    """Name and value of a param as MLflow keeps them."""
+    return legal_name(name), _cut(value, _MAX_PARAM)
+
+
+def _cut(value: str, limit: int) -> str:
+    return value if len(value) <= limit else value[: limit - 1] + "…"

@@ -1,0 +1,132 @@
+"""The sweep in MLflow: a parent run, its children below it, an end for each child that could not write its own."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from pipeline.config import Config, flatten
+from pipeline.tracking.identity import read_identity, settle_identity
+from pipeline.tracking.journal import JOURNAL, Journal, lock_path
+from pipeline.tracking.locks import is_held
+from pipeline.tracking.mlflow.delivery import StoreState, load_state, pending
+from pipeline.tracking.mlflow.sync import sync
+from pipeline.tracking.mlflow.uris import PasswordMissing, resolve_uri
+from pipeline.tracking.tracker import RunTracker, environment_tags, open_tracker
+from pipeline.tuning.files import OVER, SWEEP_FILE, TRIALS, TrialState, trial_dir
+from pipeline.tuning.grid import Grid, Trial
+
+MACHINE_SECONDS = 15.0
+TABLE_FILE = "table.txt"
+STATUS_TAG, REASON_TAG, TRIAL_TAG = "selora.trial.status", "selora.trial.reason", "selora.trial"
+_ENDS: dict[str, Literal["FINISHED", "FAILED", "KILLED"]] = {
+    "finished": "FINISHED",
+    "failed": "FAILED",
+    "stopped": "KILLED",
+    "waiting": "KILLED",
+}
+
+logger = logging.getLogger("selora.tracking")
+
+
+class Record:
+    """The parent run while the sweep's command runs. Holding its journal also keeps a second command out."""
+
+    def __init__(self, sweep_dir: Path, config: Config, grid: Grid, trials: Sequence[Trial]) -> None:
+        self._dir, self._config, self._trials = sweep_dir, config, trials
+        tracking = trials[0].config.tracking
+        self._tracker: RunTracker = open_tracker(
+            sweep_dir,
+            run_name=config.name,
+            uri=tracking.uri,
+            experiment=tracking.experiment,
+            enabled=tracking.enabled,
+            extra_tags={"selora.kind": "sweep", **environment_tags()},
+            system_metrics=(socket.gethostname(), MACHINE_SECONDS),
+            below=sweep_dir / TRIALS,
+        )
+        self._tracker.params({**flatten(config), "grid": grid.source})
+        self._place_children()
+
+    def close(self, states: Mapping[str, TrialState], table: str, *, complete: bool) -> None:
+        """Count the ends on the parent, and close every child with the status and the reason of its trial."""
+        over = sum(one.status in OVER for one in states.values())
+        ends = {f"trials/{end}": float(sum(one.status == end for one in states.values())) for end in _ENDS}
+        self._tracker.metrics(over, ends)
+        (self._dir / TABLE_FILE).write_text(table + "\n", encoding="utf-8")
+        for name in (SWEEP_FILE, TABLE_FILE):
+            self._tracker.artifact(self._dir / name)
+        for name, state in states.items():
+            _write_end(trial_dir(self._dir, name), state)
+        self._tracker.finish("FINISHED" if complete else "KILLED")
+        self._deliver([trial_dir(self._dir, name) for name in states])
+
+    def _place_children(self) -> None:
+        """Say in each trial's directory whose child its run is, before anybody trains there."""
+        above = read_identity(self._dir)
+        assert above is not None, "the tracker of the parent has written it"
+        for trial in self._trials:
+            run_dir = trial_dir(self._dir, trial.name)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if read_identity(run_dir) is not None:
+                continue
+            settle_identity(run_dir, trial.name, above.experiment, above.uri, above.run)
+            tags = {TRIAL_TAG: trial.id, "selora.label": trial.label, "selora.sweep": self._config.name}
+            journal = Journal(run_dir)
+            journal.write("tags", values=tags)
+            journal.write("status", status="SCHEDULED")
+            journal.close()
+
+    def _deliver(self, run_dirs: Sequence[Path]) -> None:
+        """What the process beside the sweep could not bring to the store, as long as the store answers."""
+        tracking = self._trials[0].config.tracking
+        if not tracking.enabled:
+            return
+        try:
+            uri = resolve_uri(tracking.uri, self._dir.parent)
+        except PasswordMissing:
+            return  # the tracker has said so
+        for run_dir in run_dirs:
+            if not (run_dir / JOURNAL).is_file() or _delivered(run_dir, uri):
+                continue
+            report = sync(run_dir, uri)
+            if report.error is not None:
+                logger.warning("tracking: %s; `selora track sync %s` catches up", report.error, self._dir)
+                return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        self._tracker.finish("FAILED" if kind is not None and issubclass(kind, Exception) else "KILLED")
+
+
+def _write_end(run_dir: Path, state: TrialState) -> None:
+    """The end of a trial in its run's journal, where the run did not write it itself."""
+    if not (run_dir / JOURNAL).is_file() or is_held(lock_path(run_dir / JOURNAL)):
+        return
+    journal = Journal(run_dir)
+    try:
+        if state.status == "waiting" and journal.status != "RUNNING":
+            return
+        tags = {STATUS_TAG: state.status}
+        if state.error or state.attempts > 1:  # also to take back the reason of an earlier attempt
+            tags[REASON_TAG] = state.error or "none"
+        journal.write("tags", values=tags)
+        if journal.status != _ENDS[state.status]:
+            journal.write("status", status=_ENDS[state.status])
+    finally:
+        journal.close()
+
+
+def _delivered(run_dir: Path, uri: str) -> bool:
+    state = load_state(run_dir, uri)
+    return state.parent_linked and state.error is None and not pending(run_dir, state) and not _owes_status(state)
+
+
+def _owes_status(state: StoreState) -> bool:
+    return state.status is not None and state.status[0] != state.status_sent

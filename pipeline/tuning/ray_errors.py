@@ -1,0 +1,89 @@
+"""What Ray's errors mean: a cluster that cannot be used from here, and why a trial ended.
+
+Ray wraps the cause in errors of its own, and each starts with a headline.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import traceback
+
+from pipeline.config import ConfigError
+from pipeline.tuning.trial import final_reason
+
+_SECONDS = 10.0
+_WRAPPED = ("controller_failure", "health_check_failure", "cause")
+_LOST_A_PEER = re.compile(r"connection (reset|closed|refused)|broken pipe|nccl|gloo|peer", re.IGNORECASE)
+_LOW_MEMORY = re.compile(r"running low on memory[^.]*", re.IGNORECASE)
+_EXIT_DETAIL = re.compile(r"Worker exit detail: (.*?)(?: Some common causes| There are some potential|$)", re.DOTALL)
+_LONGEST = 300
+
+
+def check_reachable(address: str) -> None:
+    """ConfigError at once for a HOST:PORT where nobody listens; Ray itself would try for minutes."""
+    found = re.fullmatch(r"\[?([^/\[\]]+?)\]?:(\d+)", address)
+    if found is None:
+        return  # auto, ray://…: Ray's own words for an address
+    try:
+        socket.create_connection((found[1], int(found[2])), timeout=_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"cannot use the Ray cluster at {address}: {reason}; is its head running, and is this the address that "
+            "`ray start --head` printed?"
+        ) from None
+
+
+def token_fault(error: BaseException) -> str | None:
+    """What to do where the cluster asked for a token; None for another error. Ray tells that in a cause of a cause."""
+    if "AuthenticationError" not in "".join(traceback.format_exception(error)):
+        return None
+    mode = os.environ.get("RAY_AUTH_MODE", "not set")
+    return (
+        f"the token is missing or not the cluster's (RAY_AUTH_MODE is {mode}); set RAY_AUTH_MODE=token, and "
+        "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token that the cluster was started with"
+    )
+
+
+def told(error: BaseException) -> str:
+    """What is behind an error of Ray's or of our own."""
+    cause, rank = _cause(error, None)
+    text = final_reason(cause) or _of_a_dead_process(str(cause)) or _plain(cause)
+    text = text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
+    return text if rank is None else f"rank {rank}: {text}"
+
+
+def _cause(error: BaseException, rank: int | None) -> tuple[BaseException, int | None]:
+    """(the error inside all wrappers, its rank); of several ranks the one that did not merely lose another."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        number, first = min(failures.items(), key=lambda pair: (_lost_a_peer(pair[1]), pair[0]))
+        return _cause(first, number)
+    for name in _WRAPPED:
+        inner = getattr(error, name, None)
+        if isinstance(inner, BaseException):
+            return _cause(inner, rank)
+    return error, rank
+
+
+def _lost_a_peer(error: BaseException) -> bool:
+    return bool(_LOST_A_PEER.search(f"{type(error).__name__} {error}"))
+
+
+def _of_a_dead_process(text: str) -> str | None:
+    """Ray's report of a process that is gone, without its advice; None for any other text."""
+    if memory := _LOW_MEMORY.search(text):
+        return f"out of memory: Ray ended a process, the node was {memory[0]}"
+    if detail := _EXIT_DETAIL.search(text):
+        return f"its process died, killed by somebody or for want of memory ({detail[1].strip().rstrip('.')})"
+    return None
+
+
+def _plain(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    kind = type(error).__name__
+    # Ray's own text is a headline and what it stands for; everybody else's begins with the matter.
+    matter = next((line for line in lines if not line.endswith(":")), kind)
+    return matter if matter == kind else f"{kind}: {matter}"

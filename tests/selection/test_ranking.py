@@ -1,0 +1,70 @@
+"""The one rule by which a model is chosen."""
+
+import pytest
+
+from pipeline.selection.ranking import Point, choose, kept_share, pareto_front, point_of
+
+FORGOT_ALL = Point(id=0.9, kept=0.1, gain=0.5)
+LEARNED_NOTHING = Point(id=0.4, kept=1.0, gain=0.0)
+BALANCED = Point(id=0.85, kept=0.9, gain=0.45)
+BEATEN = Point(id=0.8, kept=0.85, gain=0.4)
+
+
+def _summary(**groups: tuple[float, float | None]) -> dict:
+    return {
+        "groups": {
+            name.replace("_", "-"): {"mean": mean, "change": change, "missing": []}
+            for name, (mean, change) in groups.items()
+        }
+    }
+
+
+def test_kept_is_the_mean_ratio_over_the_groups_other_than_id() -> None:
+    means, untouched = {"id": 0.9, "shift": 0.3, "zero-shot": 0.8}, {"id": 0.1, "shift": 0.6, "zero-shot": 0.8}
+    assert kept_share(means, untouched) == pytest.approx(0.75)
+
+
+def test_a_group_without_anything_to_keep_does_not_count() -> None:
+    assert kept_share({"shift": 0.3, "retrieval": 0.1}, {"shift": 0.6, "retrieval": 0.0}) == pytest.approx(0.5)
+    assert kept_share({"id": 0.3}, {"id": 0.2}) is None
+
+
+def test_the_point_of_a_summary_needs_no_second_file() -> None:
+    point = point_of(_summary(id=(0.9, 0.5), shift=(0.3, -0.3), zero_shot=(0.8, 0.0)))
+    assert point == pytest.approx(Point(0.9, 0.75, 0.5))
+
+
+def test_a_summary_without_the_untouched_model_or_with_a_missing_dataset_has_no_point() -> None:
+    assert point_of(_summary(id=(0.9, 0.5), shift=(0.3, None))) is None
+    partial = _summary(id=(0.9, 0.5), shift=(0.3, -0.3))
+    partial["groups"]["shift"]["missing"] = ["imagenet-a"]
+    assert point_of(partial) is None
+
+
+def test_the_front_holds_what_no_other_model_beats() -> None:
+    points = {"forgot": FORGOT_ALL, "beaten": BEATEN, "balanced": BALANCED, "nothing": LEARNED_NOTHING}
+    assert pareto_front(points) == ["nothing", "balanced", "forgot"]
+
+
+def test_the_chosen_model_learned_and_kept() -> None:
+    points = {"forgot": FORGOT_ALL, "beaten": BEATEN, "balanced": BALANCED, "nothing": LEARNED_NOTHING}
+    assert choose(points) == "balanced"
+
+
+def test_a_model_that_may_not_be_promoted_is_chosen_only_where_none_may() -> None:
+    points = {"forgot": FORGOT_ALL, "balanced": BALANCED, "nothing": LEARNED_NOTHING}
+    assert choose(points, ["forgot", "nothing"]) == "forgot"
+    assert choose(points, []) == choose(points) == "balanced"
+
+
+def test_between_equals_the_first_name_wins_whatever_the_order() -> None:
+    assert choose({"b": BALANCED, "a": BALANCED}) == choose({"a": BALANCED, "b": BALANCED}) == "a"
+
+
+def test_when_no_model_gained_the_one_that_kept_most_is_chosen() -> None:
+    assert choose({"a": Point(0.4, 0.8, -0.1), "b": Point(0.3, 0.9, -0.2)}) == "b"
+
+
+def test_nothing_to_choose_from_is_an_error_that_says_what_is_missing() -> None:
+    with pytest.raises(ValueError, match="none has results"):
+        choose({})
