@@ -15,8 +15,8 @@ import sys
 from collections.abc import Sequence
 
 from pipeline.cli import cost, data, demo, doctor, handoff, report, runs, sweep
-from pipeline.cli.options import INTERRUPTED, OK, USER_MISTAKE
-from pipeline.config import ConfigError
+from pipeline.cli.options import FAILED, INTERRUPTED, OK, USER_MISTAKE
+from pipeline.config import ConfigError, Ended
 
 # In the order of `selora --help`.
 FAMILIES = (data, runs, sweep, cost, report, handoff, doctor, demo)
@@ -38,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"{_rank()}selora {arguments.command}: {_message(error)}", file=sys.stderr)
         return USER_MISTAKE
+    except Ended as error:
+        print(f"{_rank()}selora {arguments.command}: {error}", file=sys.stderr)
+        return FAILED
     except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
         if error.filename is None:
             raise

@@ -1,6 +1,6 @@
 """The config of a run: its options, and how files and `key=value` become one checked tree."""
 
-from pipeline.config.errors import ConfigError
+from pipeline.config.errors import ConfigError, Ended
 from pipeline.config.sections import Adapter, Data, Eval, Gate, Model, Promote, Section, Tracking, Train
 from pipeline.config.tree import (
     VIT_SCHEMA,
@@ -21,6 +21,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "Data",
+    "Ended",
     "Eval",
     "Gate",
     "Model",

@@ -14,6 +14,10 @@ class ConfigError(Exception):
     """A mistake of the user, told in the user's words; the command line prints it and exits with 2."""
 
 
+class Ended(Exception):
+    """What ends a command through no mistake of the user; the command line prints it and exits with 1."""
+
+
 class Raw(NamedTuple):
     """One value as it was written, before any check, and where it was written ("file:line" or "command line")."""
 

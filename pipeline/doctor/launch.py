@@ -167,7 +167,7 @@ def _shared_path(cluster: Cluster, config: Config) -> Finding:
 
 def _replace(path: Path, number: int) -> None:
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(f"{number}\n" * 1000)
+    partial.write_text(f"{number}\n" * 1000, encoding="utf-8")
     partial.replace(path)
 
 
@@ -181,7 +181,7 @@ def _rename_for_a_while(path: Path) -> None:
 def _read_for_a_while(path: Path) -> str:
     end = time.monotonic() + _RENAMES_SECONDS
     while time.monotonic() < end:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
         if len(lines) != 1000 or len(set(lines)) != 1:
             return "shows files half written"
     return ""

@@ -68,7 +68,7 @@ def find_run(run_dir: str | Path, step: int | None = None) -> RunSource:
     pointer = root / "latest"
     if step is None and not pointer.is_file():
         raise ConfigError(f"{run_dir} has no checkpoint yet: train it first")
-    name = pointer.read_text().strip() if step is None else f"step-{step:08d}"
+    name = pointer.read_text(encoding="utf-8").strip() if step is None else f"step-{step:08d}"
     if name not in present:
         raise ConfigError(f"{run_dir} has no checkpoint {name}; there are: {', '.join(present) or 'none'}")
     try:

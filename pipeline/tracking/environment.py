@@ -63,7 +63,11 @@ def _git_tags() -> dict[str, str]:
 def _git(where: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(where), *arguments], capture_output=True, text=True, timeout=_GIT_SECONDS, check=True
+            ["git", "-C", str(where), *arguments],
+            capture_output=True,
+            encoding="utf-8",
+            timeout=_GIT_SECONDS,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -79,7 +79,7 @@ def sample_gpus() -> dict[str, float]:
         return {}
     command = ["nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_GPU_SECONDS, check=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=_GPU_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):
         return {}
     return parse_gpus(done.stdout)

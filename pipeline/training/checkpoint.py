@@ -44,11 +44,11 @@ def latest_checkpoint(run_dir: Path) -> Checkpoint | None:
     pointer = run_dir / "checkpoints" / "latest"
     if not pointer.exists():
         return None
-    path = pointer.parent / pointer.read_text().strip()
+    path = pointer.parent / pointer.read_text(encoding="utf-8").strip()
     file = path / "state.json"
     if not file.exists():
         raise ConfigError(f"{pointer} names {path.name}, which is missing or incomplete: restore it or remove `latest`")
-    return Checkpoint(path, json.loads(file.read_text()))
+    return Checkpoint(path, json.loads(file.read_text(encoding="utf-8")))
 
 
 def save_checkpoint(
@@ -66,7 +66,7 @@ def save_checkpoint(
         partial.mkdir(parents=True)
         save_file(parameters, partial / "trainable.safetensors")
         save_file(moments, partial / "optimizer.safetensors")
-        (partial / "state.json").write_text(json.dumps(state, indent=1))
+        (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         _sync(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -96,7 +96,7 @@ def _sync(directory: Path) -> None:
 
 def _point(pointer: Path, name: str) -> None:
     temporary = pointer.with_suffix(".partial")
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(name + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -38,7 +38,7 @@ def claim(run_dir: Path, config: Config, world: World) -> None:
             )
     run_dir.mkdir(parents=True, exist_ok=True)
     partial_path = path.with_suffix(".partial")
-    partial_path.write_text(to_yaml(config))
+    partial_path.write_text(to_yaml(config), encoding="utf-8")
     partial_path.replace(path)
 
 
@@ -88,7 +88,7 @@ def _record_artifacts(tracker: Tracker, run_dir: Path) -> None:
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is not None:
         gates = run_dir / "gate_map.json"
-        gates.write_text(json.dumps(checkpoint.state["gate_map"], indent=1))
+        gates.write_text(json.dumps(checkpoint.state["gate_map"], indent=1), encoding="utf-8")
         tracker.artifact(gates)
 
 

@@ -139,7 +139,7 @@ def _without_compiler_noise() -> Iterator[None]:
     """DeepSpeed tries at its start which operators could be built; the linker's complaints help nobody here."""
     sys.stderr.flush()
     kept = os.dup(2)
-    with Path(os.devnull).open("w") as nowhere:
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         os.dup2(nowhere.fileno(), 2)
         try:
             yield

@@ -220,7 +220,10 @@ def _train(
             save_checkpoint(job.run_dir, parameters, moments, state, keep_last=settings.keep_last)
         dist.barrier(control)
 
-    with StopRequest(None if watch is None else watch.stop_requested) as stop:
+    def asked() -> bool:
+        return (watch is not None and watch.stop_requested()) or (lease is not None and lease.lost)
+
+    with StopRequest(asked) as stop:
         try:
             done = train_steps(
                 engine,

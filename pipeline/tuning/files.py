@@ -66,7 +66,9 @@ def steps_done(run_dir: Path) -> int:
     pointer = run_dir / "checkpoints" / "latest"
     if not pointer.exists():
         return 0
-    state = json.loads((pointer.parent / pointer.read_text().strip() / "state.json").read_text(encoding="utf-8"))
+    state = json.loads(
+        (pointer.parent / pointer.read_text(encoding="utf-8").strip() / "state.json").read_text(encoding="utf-8")
+    )
     return int(state["step"])
 
 

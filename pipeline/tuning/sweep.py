@@ -179,7 +179,7 @@ def _write(
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "config.yaml"
         partial = path.with_suffix(".partial")
-        partial.write_text(to_yaml(trial.config))
+        partial.write_text(to_yaml(trial.config), encoding="utf-8")
         partial.replace(path)
         status = read_state(run_dir).status
         again = status not in OVER or (status == "failed" and retry_failed)

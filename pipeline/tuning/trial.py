@@ -175,7 +175,9 @@ def _keep_failure(run_dir: Path, reason: str) -> None:
 def _log(run_dir: Path) -> Iterator[None]:
     """What the run says goes to its own log; a sweep's terminal shows the table."""
     rank = os.environ.get("RANK", "0")
-    with (run_dir / LOG_FILE if rank == "0" else run_dir / f"log-{rank}.txt").open("a", buffering=1) as log:
+    with (run_dir / LOG_FILE if rank == "0" else run_dir / f"log-{rank}.txt").open(
+        "a", buffering=1, encoding="utf-8"
+    ) as log:
         with redirect_stderr(log):
             yield
 

@@ -51,7 +51,7 @@ class StoreState:
 def load_state(run_dir: Path, uri: str) -> StoreState:
     """The delivery state of one store; a fresh one if there is none or it cannot be read."""
     try:
-        return StoreState(**json.loads((run_dir / STATE_FILE).read_text())[redact(uri)])
+        return StoreState(**json.loads((run_dir / STATE_FILE).read_text(encoding="utf-8"))[redact(uri)])
     except (OSError, ValueError, KeyError, TypeError):
         return StoreState()
 
@@ -60,7 +60,7 @@ def save_state(run_dir: Path, uri: str, state: StoreState) -> None:
     """Write the state of one store beside those of others; a full disk only costs a second delivery later."""
     path = run_dir / STATE_FILE
     try:
-        stores = json.loads(path.read_text())
+        stores = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         stores = {}
     try:

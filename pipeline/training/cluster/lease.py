@@ -1,8 +1,9 @@
 """One job per run, also where the jobs are on different hosts: a lease beside the run's directory.
 
-The file names its holder and carries a number that the holder raises every few seconds. Whoever wants the run looks
-whether the number moves: no two clocks are compared. A holder that was taken for dead and comes back (a frozen node, a
-cut network file system) finds another name in the file and may not write any more.
+The file names its holder and carries a number that the holder raises every few seconds. Whoever wants the run watches
+whether the number moves: no two clocks are compared. Only where the holder's process can be looked up, under the same
+boot of the same host and in the same PID namespace, its death is seen at once. A holder that was taken for dead and
+comes back (a frozen node, a cut network file system) finds another name in the file and may not write any more.
 """
 
 from __future__ import annotations
@@ -14,13 +15,11 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from pipeline.config import ConfigError
+from pipeline.config import ConfigError, Ended
 
 RENEW_SECONDS = 5.0
 STALE_SECONDS = 30.0
@@ -29,7 +28,7 @@ _SETTLE_SECONDS = 0.2
 logger = logging.getLogger("selora.training")
 
 
-class LeaseLost(RuntimeError):
+class LeaseLost(Ended):
     """Another job has taken the run over; this one must not write."""
 
 
@@ -37,12 +36,13 @@ class Lease:
     """The right to write the run in `run_dir`.
 
     Args:
-        run_dir: the run; the lease lies beside it, so that the directory may be moved.
-        renew_s: between two signs of life.
-        stale_s: a lease of another host without a sign of life for so long is free.
+        run_dir: the run; the lease is a file next to it, so that the directory may be moved.
+        renew_s: seconds between two signs of life.
+        stale_s: seconds without a sign of life after which a lease is free.
 
     Raises:
         ConfigError: a living job holds the run.
+        LeaseLost: another job took the run at the same moment.
     """
 
     def __init__(self, run_dir: Path, renew_s: float = RENEW_SECONDS, stale_s: float = STALE_SECONDS) -> None:
@@ -50,14 +50,15 @@ class Lease:
         self._renew_s, self._beat = renew_s, 0
         self._own = {
             "holder": uuid.uuid4().hex,
-            "host": os.uname().nodename,
+            **_place(),
             "pid": os.getpid(),
-            "started": psutil.Process().create_time(),
+            "started": _started(os.getpid()),
             "job": next(
                 (os.environ[name] for name in ("SLURM_JOB_ID", "RAY_JOB_ID", "HOSTNAME") if name in os.environ), ""
             ),
         }
         run_dir.parent.mkdir(parents=True, exist_ok=True)
+        self._lost = False
         self._wait_for(run_dir, stale_s)
         self._write()
         # Of two that found it free at once, the later writer has it.
@@ -66,6 +67,11 @@ class Lease:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
+
+    @property
+    def lost(self) -> bool:
+        """Whether the last sign of life found the run taken over."""
+        return self._lost
 
     def check(self) -> None:
         """Raise LeaseLost when another job has taken the run over."""
@@ -85,7 +91,7 @@ class Lease:
             self._path.unlink(missing_ok=True)
 
     def _wait_for(self, run_dir: Path, stale_s: float) -> None:
-        """Return when nobody alive holds the run; a holder on this host is looked at, another's number is watched."""
+        """Return when nobody alive holds the run; a holder in this process table is looked up, others are watched."""
         first = self._read()
         if first is None or _is_dead_here(first):
             return
@@ -107,22 +113,22 @@ class Lease:
             try:
                 self.check()
                 self._write()
-            except LeaseLost as lost:
-                logger.error("%s", lost)
+            except LeaseLost:
+                self._lost = True  # the job's own check ends it, with the message
                 return
             except OSError as error:
                 logger.warning("%s cannot be renewed: %s", self._path, error.strerror)
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            return json.loads(self._path.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+            return json.loads(self._path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
             return None
 
     def _write(self) -> None:
         self._beat += 1
         partial = self._path.with_name(f"{self._path.name}.{self._own['holder']}")
-        partial.write_text(json.dumps(self._own | {"beat": self._beat}))
+        partial.write_text(json.dumps(self._own | {"beat": self._beat}), encoding="utf-8")
         partial.replace(self._path)
 
 
@@ -139,13 +145,37 @@ def held(run_dir: Path, wanted: bool) -> Iterator[Lease | None]:
         lease.release()
 
 
+def _place() -> dict[str, str]:
+    """Whose process table this is, "" where /proc does not say; host names alone are shared by containers."""
+    boot = processes = ""
+    with suppress(OSError):
+        if str(Path("/proc/self").readlink()) == str(os.getpid()):  # else /proc is that of another namespace
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+            processes = str(Path("/proc/self/ns/pid").readlink())
+    return {"host": os.uname().nodename, "boot": boot, "processes": processes}
+
+
+def _started(pid: int) -> int | None:
+    """When a process began, in ticks since the boot, which no clock changes; None if that is not to be seen."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return 0 if fields[0] in "ZX" else int(fields[19])
+
+
 def _is_dead_here(found: dict[str, Any]) -> bool:
-    if found["host"] != os.uname().nodename:
+    """Whether the holder would be seen here if it lived, and is not; a lease of an older version is only watched."""
+    place = _place()
+    if not place["processes"] or any(found.get(key) != value for key, value in place.items()):
         return False
     try:
-        return psutil.Process(found["pid"]).create_time() != found["started"]
-    except psutil.NoSuchProcess:
+        os.kill(found["pid"], 0)
+    except ProcessLookupError:
         return True
+    except PermissionError:
+        return False
+    return _started(found["pid"]) not in (None, found["started"])
 
 
 def _name(found: dict[str, Any]) -> str:

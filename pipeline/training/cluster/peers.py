@@ -18,6 +18,7 @@ from datetime import timedelta
 import psutil
 import torch.distributed as dist
 
+from pipeline.config import Ended
 from pipeline.training.cluster.distributed import World
 
 BEAT_SECONDS = 3.0
@@ -27,7 +28,7 @@ _NAMED = 8  # ranks listed in one message
 logger = logging.getLogger("selora.training")
 
 
-class PeerLost(RuntimeError):
+class PeerLost(Ended):
     """Ranks are missing; the message names them and their hosts. The run continues from its last checkpoint."""
 
 

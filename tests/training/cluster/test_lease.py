@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from pipeline.config import ConfigError
-from pipeline.training.cluster.lease import Lease, LeaseLost
+from pipeline.training.cluster.lease import Lease, LeaseLost, _place
 
 QUICK = {"renew_s": 0.1, "stale_s": 1.5}
 
@@ -35,10 +38,7 @@ def test_a_living_job_keeps_its_run(tmp_path: Path) -> None:
 
 def test_a_dead_process_of_this_host_is_not_waited_for(tmp_path: Path) -> None:
     path = pretend_other_host(tmp_path / "run")
-    import os
-
-    entry = json.loads(path.read_text()) | {"host": os.uname().nodename, "pid": os.getpid(), "started": 1.0}
-    path.write_text(json.dumps(entry))
+    path.write_text(json.dumps(json.loads(path.read_text()) | _place() | {"pid": os.getpid(), "started": 1}))
     start = time.monotonic()
     Lease(tmp_path / "run", renew_s=0.1, stale_s=60.0).release()
     assert time.monotonic() - start < 30
@@ -66,3 +66,103 @@ def test_a_lease_cut_in_the_middle_of_writing_is_no_lease(tmp_path: Path) -> Non
     taken.check()
     taken.release()
     assert not path.exists()
+
+
+def test_a_lease_of_an_older_version_is_watched(tmp_path: Path) -> None:
+    """It has no boot and no namespace, so a PID that is free here may live elsewhere: 1.5 s pass before it is taken."""
+    pretend_other_host(tmp_path / "run", host=os.uname().nodename, pid=2**22 + 1)
+    start = time.monotonic()
+    Lease(tmp_path / "run", **QUICK).release()
+    assert time.monotonic() - start >= 1.5
+
+
+@pytest.mark.parametrize("key", ["boot", "processes"])
+def test_a_pid_of_another_boot_or_namespace_is_watched(tmp_path: Path, key: str) -> None:
+    """The holder's PID is not in use here, which says nothing: its number moves, so the run is its own."""
+    path = pretend_other_host(tmp_path / "run", **_place() | {"pid": 2**22 + 1, key: "another"})
+    beat = f"""
+import json, pathlib, time
+path = pathlib.Path({str(path)!r})
+for number in range(600):
+    partial = path.with_name("partial")
+    partial.write_text(json.dumps(json.loads(path.read_text()) | {{"beat": number}}))
+    partial.replace(path)
+    time.sleep(0.05)
+"""
+    alive = subprocess.Popen([sys.executable, "-c", beat])
+    try:
+        with pytest.raises(ConfigError, match="process 4194305 on .* is training this run"):
+            Lease(tmp_path / "run", renew_s=0.1, stale_s=20.0)
+    finally:
+        alive.kill()
+        alive.wait()
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from pipeline.config import ConfigError
+from pipeline.training.cluster.lease import Lease
+try:
+    lease = Lease(Path(sys.argv[1]), renew_s=0.1, stale_s=20.0)
+except ConfigError as error:
+    sys.exit(str(error))
+print("held", flush=True)
+sys.stdin.readline()
+lease.check()
+"""
+
+
+def test_two_containers_with_one_host_name(tmp_path: Path, repository: Path) -> None:
+    """Each has a PID namespace of its own, so the first holder's PID is not found, or is another's, in the second."""
+    command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable, "-c", HOLDER]
+    if subprocess.run([*command[:5], "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no PID namespaces here")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    first = subprocess.Popen([*command, str(tmp_path / "run")], cwd=repository, **pipes)
+    try:
+        assert first.stdout.readline() == "held\n"
+        second = subprocess.run([*command, str(tmp_path / "run")], cwd=repository, text=True, capture_output=True)
+        assert second.returncode == 1
+        assert "is training this run" in second.stderr
+        _, told = first.communicate("\n", timeout=60)
+        assert first.returncode == 0, told
+    finally:
+        first.kill()
+
+
+def test_a_change_of_the_clock_does_not_kill_a_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """psutil's creation times are wall time: a corrected clock would make every holder a stranger to its own lease."""
+    import psutil
+
+    first = Lease(tmp_path / "run", **QUICK)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: 12345.0)
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    try:
+        with pytest.raises(ConfigError, match="is training this run"):
+            Lease(tmp_path / "run", **QUICK)
+    finally:
+        first.release()
+
+
+def test_a_lost_lease_stops_the_run_at_the_next_step(tmp_path: Path) -> None:
+    lease = Lease(tmp_path / "run", renew_s=0.05)
+    assert not lease.lost
+    pretend_other_host(tmp_path / "run")
+    deadline = time.monotonic() + 30
+    while not lease.lost and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert lease.lost
+    lease.release()
+
+
+def test_who_ends_without_a_mistake_says_one_line(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    import pipeline.training.run
+    from pipeline.cli import main
+
+    def lose(config: object) -> None:
+        raise LeaseLost("runs/x: this run was taken over")
+
+    monkeypatch.setattr(pipeline.training.run, "train", lose)
+    assert main(["train", "configs/own_data.yaml"]) == 1
+    assert capsys.readouterr().err == "selora train: runs/x: this run was taken over\n"
