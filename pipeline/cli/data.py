@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.cli.options import FAILED, OK, add_command, count, part, share
 from pipeline.config import ConfigError
+
+if TYPE_CHECKING:
+    from pipeline.data.sources.sample import SourceOptions
 
 
 def add(commands: Any) -> None:
@@ -31,9 +35,9 @@ def _add_inspect(commands: Any) -> None:
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:
-    from pipeline.data.sources.formats import inspect
+    from pipeline.data.sources.inspection import inspect
 
-    print(inspect(arguments.source, arguments.format, **_source_options(arguments)))
+    print(inspect(arguments.source, _source_options(arguments)))
     return OK
 
 
@@ -116,14 +120,13 @@ def run_pack(arguments: argparse.Namespace) -> int:
     report = pack(
         arguments.source,
         arguments.out,
-        format=arguments.format,
+        options=_source_options(arguments),
         samples_per_shard=arguments.samples_per_shard,
         seed=arguments.seed,
         check=arguments.check,
         max_unreadable=arguments.max_unreadable,
         force=arguments.force,
         workers=arguments.workers,
-        **_source_options(arguments),
     )
     for left_out in report.left_out:
         print(f"left out: {left_out}", file=sys.stderr)
@@ -142,12 +145,11 @@ def _pack_eval(arguments: argparse.Namespace) -> int:
     report = pack_eval(
         arguments.source,
         arguments.out,
-        format=arguments.format,
+        options=_source_options(arguments),
         templates=arguments.templates,
         max_unreadable=arguments.max_unreadable,
         force=arguments.force,
         workers=arguments.workers,
-        **_source_options(arguments),
     )
     for left_out in report.left_out:
         print(f"left out: {left_out}", file=sys.stderr)
@@ -187,10 +189,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--class-column", metavar="NAME", help="csv: column with class names")
 
 
-def _source_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "classnames": arguments.classnames,
-        "image_column": arguments.image_column,
-        "caption_column": arguments.caption_column,
-        "class_column": arguments.class_column,
-    }
+def _source_options(arguments: argparse.Namespace) -> SourceOptions:
+    from pipeline.data.sources.sample import SourceOptions
+
+    return SourceOptions(**{each.name: getattr(arguments, each.name) for each in fields(SourceOptions)})

@@ -22,7 +22,7 @@ from PIL import Image
 from pipeline.data.eval.wds_layout import write_wds_eval
 from pipeline.data.order import stable_hash
 from pipeline.data.shards.index import pack
-from pipeline.data.sources.formats import Sample, Source
+from pipeline.data.sources.sample import Sample, Source
 from pipeline.demo.assets import ARCHIVES
 
 SIZE, QUALITY = 64, 75

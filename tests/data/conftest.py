@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from pipeline.data.shards.index import Shard, ShardIndex, pack, sha256_of, write_index, write_tar
-from pipeline.data.sources.formats import Sample
+from pipeline.data.sources.sample import Sample
 
 sys.path.insert(0, str(Path(__file__).parent))  # for what more than one test file could want
 

@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 from pipeline.data.eval.batches import eval_loader
 from pipeline.data.eval.wds_layout import open_eval_set, write_wds_eval
 from pipeline.data.images import normalize
-from pipeline.data.sources.formats import Sample
+from pipeline.data.sources.sample import Sample
 from pipeline.demo.assets import MODEL, asset, unpack
 from pipeline.model.clip import load_clip
 

@@ -26,8 +26,10 @@ from pipeline.data.images import (
     stored_extension,
 )
 from pipeline.data.shards.index import check_empty, disk_faults_told, sample_members, write_tar
-from pipeline.data.sources.formats import Format, Sample, read_source
+from pipeline.data.sources.account import Account
+from pipeline.data.sources.formats import read_source
 from pipeline.data.sources.readable import usable_samples
+from pipeline.data.sources.sample import Sample, Source, SourceOptions
 from pipeline.data.storage.cache import Cache
 from pipeline.data.storage.folders import Folder, folder_at, open_tars
 from pipeline.data.storage.tar import TarIndex
@@ -97,22 +99,24 @@ def open_eval_set(location: str | Path, *, split: str = "test", cache: Cache | N
 
 @dataclass(frozen=True)
 class PackEvalReport:
-    """What pack_eval wrote and what it left out, by name and reason."""
+    """What pack_eval wrote, from which source, and what became of everything in the source."""
 
     eval_set: EvalSet
-    left_out: list[str]
+    account: Account
+    source: Source
+
+    @property
+    def left_out(self) -> list[str]:
+        """ "name: reason" of each sample that is not packed."""
+        return [str(each) for each in self.account.left_out]
 
 
 def pack_eval(
     source: str | Path,
     out: str | Path,
     *,
-    format: Format = "auto",  # noqa: A002 - the word of the command line
+    options: SourceOptions = SourceOptions(),  # noqa: B008 - frozen
     templates: str | Sequence[str] = "openai",
-    classnames: str | Path | None = None,
-    image_column: str | None = None,
-    caption_column: str | None = None,
-    class_column: str | None = None,
     split: str = "test",
     force: bool = False,
     max_unreadable: float = 0.01,
@@ -123,17 +127,16 @@ def pack_eval(
 
     Unreadable images are left out and named, and an error above the share ``max_unreadable``, as in shards.pack.
     """
-    columns = {"image_column": image_column, "caption_column": caption_column, "class_column": class_column}
-    data = read_source(source, format, classnames=classnames, **columns)
+    data = read_source(source, options)
     check_empty(Path(out), force)
-    good, left_out = usable_samples(
+    good, account = usable_samples(
         data, decoded=True, max_unreadable=max_unreadable, max_pixels=max_pixels, workers=workers
     )
     if data.classes is None:
-        return PackEvalReport(write_wds_eval(good, out, kind="retrieval", split=split, force=force), left_out)
+        return PackEvalReport(write_wds_eval(good, out, kind="retrieval", split=split, force=force), account, data)
     sentences = resolve_templates(templates)
     written = write_wds_eval(good, out, classnames=data.classes, templates=sentences, split=split, force=force)
-    return PackEvalReport(written, left_out)
+    return PackEvalReport(written, account, data)
 
 
 def write_wds_eval(

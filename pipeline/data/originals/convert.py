@@ -11,8 +11,8 @@ from pipeline.data.eval.wds_layout import EvalSet, write_wds_eval
 from pipeline.data.images import MAX_PIXELS
 from pipeline.data.originals.table import ORIGINALS, Original
 from pipeline.data.shards.index import check_empty
-from pipeline.data.sources.formats import Source
 from pipeline.data.sources.readable import usable_samples
+from pipeline.data.sources.sample import Source
 from pipeline.prompts import resolve_templates
 
 _NAMED = 5
@@ -93,14 +93,16 @@ def check_counts(row: Original, source: Source) -> None:
     """Raise one ConfigError with everything that is found and expected, and what it is likely to come from."""
     found = len(source.samples)
     faults = [f"images: {found} found, {row.images} expected"] if found != row.images else []
-    if source.missing:
-        faults.append(f"files: {len(source.missing)} are listed and not there: {_few(source.missing)}")
+    if source.left_out:
+        faults.append(
+            f"files: {len(source.left_out)} are listed and not there: {_few([each.name for each in source.left_out])}"
+        )
     faults += _class_faults(row, source) if row.classes is not None else []
     captions = sum(len(sample.captions) for sample in source.samples)
     if row.captions is not None and captions != row.captions:
         faults.append(f"captions: {captions} found, {row.captions} expected")
     if faults:
-        cause = row.known.get(found) or (row.fewer if found < row.images or source.missing else row.more)
+        cause = row.known.get(found) or (row.fewer if found < row.images or source.left_out else row.more)
         listed = "".join(f"\n  {fault}" for fault in faults)
         raise ConfigError(f"{source.path}: not the whole dataset{listed}\nlikely: {cause}\nit must hold {row.holds}")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.config import ConfigError
 from pipeline.data.images import IMAGE_EXTENSIONS
-from pipeline.data.sources.formats import Sample, Source, sample_key
+from pipeline.data.sources.sample import Sample, Source, sample_key
 
 _WNID = re.compile(r"n\d{8}")
 _VAL_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})$")

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
-from pipeline.data.sources.formats import Sample, Source, sample_key
+from pipeline.data.sources.account import LeftOut
+from pipeline.data.sources.sample import Sample, Source, sample_key
 
 # (path of the image below a place of `images`, its captions)
 Entry = tuple[str, list[str]]
@@ -36,7 +37,7 @@ class Karpathy:
         for name, captions in entries:
             image = self._find(root, name)
             if image is None:
-                missing.append(name)
+                missing.append(LeftOut(name, "no such file"))
             else:
                 samples.append(Sample(sample_key(name), name, image, None, tuple(captions)))
         return Source("karpathy", root, samples, None, missing)

@@ -18,7 +18,8 @@ from PIL import Image
 from torchvision import datasets
 
 from pipeline.config import ConfigError
-from pipeline.data.sources.formats import Sample, Source, sample_key
+from pipeline.data.sources.account import LeftOut
+from pipeline.data.sources.sample import Sample, Source, sample_key
 from pipeline.prompts import readable_name
 
 _FAULTS = (RuntimeError, OSError, ValueError, KeyError, IndexError, EOFError, pickle.UnpicklingError)
@@ -80,7 +81,11 @@ class Loader:
         except _FAULTS as error:
             raise ConfigError(f"{folder}: damaged or incomplete ({type(error).__name__}: {error})") from error
         there = [sample for sample in listed if not isinstance(sample.image, Path) or sample.image.is_file()]
-        missing = [sample.name for sample in listed if isinstance(sample.image, Path) and not sample.image.is_file()]
+        missing = [
+            LeftOut(sample.name, "no such file")
+            for sample in listed
+            if isinstance(sample.image, Path) and not sample.image.is_file()
+        ]
         return Source("torchvision", root, there, [readable_name(name) for name in dataset.classes], missing)
 
 

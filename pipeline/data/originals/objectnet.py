@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.config import ConfigError
 from pipeline.data.originals.imagenet import class_samples, subfolders
-from pipeline.data.sources.formats import Source
+from pipeline.data.sources.sample import Source
 
 _PLACES = ("", "images", "objectnet-1.0/images")
 _LABELS, _OVERLAP = "folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json"

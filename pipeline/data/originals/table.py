@@ -17,7 +17,7 @@ from pipeline.data.originals.imagenet import (
 )
 from pipeline.data.originals.karpathy import Karpathy
 from pipeline.data.originals.objectnet import read_objectnet
-from pipeline.data.sources.formats import Source
+from pipeline.data.sources.sample import Source
 
 _BROKEN_OFF = "a download or an unpacking that broke off"
 _OTHER_SPLIT = "another split"

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +18,10 @@ from webdataset.writer import TarWriter
 from pipeline.config import ConfigError
 from pipeline.data.images import MAX_PIXELS, STORED_EXTENSIONS, BadImageError, decode, stored_extension
 from pipeline.data.order import seeded_permutation, stable_hash
-from pipeline.data.sources.formats import Format, Sample, Source, read_source
+from pipeline.data.sources.account import Account
+from pipeline.data.sources.formats import read_source
 from pipeline.data.sources.readable import usable_samples
+from pipeline.data.sources.sample import Sample, Source, SourceOptions
 from pipeline.data.storage.cache import Cache
 from pipeline.data.storage.folders import Folder, LocalFolder, folder_at
 from pipeline.data.storage.remote import is_remote
@@ -61,10 +63,16 @@ class ShardIndex:
 
 @dataclass(frozen=True)
 class PackReport:
-    """What pack wrote and what it left out, by name and reason."""
+    """What pack wrote, from which source, and what became of everything in the source."""
 
     index: ShardIndex
-    left_out: list[str] = field(default_factory=list)
+    account: Account
+    source: Source
+
+    @property
+    def left_out(self) -> list[str]:
+        """ "name: reason" of each sample that is not packed."""
+        return [str(each) for each in self.account.left_out]
 
 
 def load_index(location: str | Path, cache: Cache | None = None) -> ShardIndex:
@@ -131,13 +139,9 @@ def pack(
     source: str | Path | Source,
     out: str | Path,
     *,
-    format: Format = "auto",  # noqa: A002 - the word of the command line
+    options: SourceOptions = SourceOptions(),  # noqa: B008 - frozen
     samples_per_shard: int | None = None,
     seed: int = 0,
-    classnames: str | Path | None = None,
-    image_column: str | None = None,
-    caption_column: str | None = None,
-    class_column: str | None = None,
     force: bool = False,
     check: Literal["decode", "none"] = "decode",
     max_unreadable: float = 0.01,
@@ -151,17 +155,22 @@ def pack(
     report and index, and more than the share ``max_unreadable`` of them is an error. index.json comes last, so what
     was broken off is no shard folder.
     """
-    columns = {"image_column": image_column, "caption_column": caption_column, "class_column": class_column}
-    data = source if isinstance(source, Source) else read_source(source, format, classnames=classnames, **columns)
+    data = source if isinstance(source, Source) else read_source(source, options)
     folder = Path(out)
     check_empty(folder, force)
-    good, left_out = usable_samples(
+    good, account = usable_samples(
         data, decoded=check == "decode", max_unreadable=max_unreadable, max_pixels=max_pixels, workers=workers
     )
     order = seeded_permutation(len(good), stable_hash("pack", seed))
     per_shard = samples_per_shard or min(5000, max(64, -(-len(good) // 16)))
-    described = {"format": data.format, "name": data.path.name, "seed": seed, "left_out": left_out}
-    return PackReport(_write(folder, [good[i] for i in order], data.classes, per_shard, described), left_out)
+    described = {
+        "format": data.format,
+        "name": data.path.name,
+        "seed": seed,
+        "left_out": [str(each) for each in account.left_out],
+        "account": account.as_json(),
+    }
+    return PackReport(_write(folder, [good[i] for i in order], data.classes, per_shard, described), account, data)
 
 
 def _write(

@@ -43,7 +43,7 @@ from pipeline.data.shards.index import (
     write_index,
     write_tar,
 )
-from pipeline.data.sources.formats import Sample, sample_key
+from pipeline.data.sources.sample import Sample, sample_key
 
 PLAN, PARTS = "plan.json", "parts"
 

@@ -20,7 +20,8 @@ from pipeline.data.eval import batches as eval_batches
 from pipeline.data.eval.batches import EvalBatch, eval_loader
 from pipeline.data.eval.wds_layout import EvalSet, open_eval_set, write_wds_eval
 from pipeline.data.shards.index import ShardIndex
-from pipeline.data.sources.formats import Sample, read_source
+from pipeline.data.sources.formats import read_source
+from pipeline.data.sources.sample import Sample
 from pipeline.data.storage.cache import Cache
 from pipeline.data.train.stream import TrainDataset, train_loader
 

@@ -19,7 +19,8 @@ from pipeline.config import ConfigError
 from pipeline.data.eval.batches import EvalBatch, eval_loader
 from pipeline.data.eval.wds_layout import EvalSet, open_eval_set, pack_eval, write_wds_eval
 from pipeline.data.images import normalize
-from pipeline.data.sources.formats import Sample, read_source
+from pipeline.data.sources.formats import read_source
+from pipeline.data.sources.sample import Sample
 
 CFG = {"size": 32, "interpolation": "bicubic", "resize_mode": "shortest"}
 TEMPLATES = ["a photo of a {c}.", "the {c}"]
@@ -214,7 +215,7 @@ def test_own_test_images_become_a_set_with_their_classes_or_their_captions(
     with pytest.raises(ConfigError, match="1 of 3 images are unreadable or missing"):
         pack_eval(tmp_path / "t.csv", tmp_path / "pairs")
     report = pack_eval(tmp_path / "t.csv", tmp_path / "pairs", max_unreadable=0.5)
-    assert report.left_out == ["gone.jpg: missing file or caption"]
+    assert report.left_out == ["gone.jpg: no such file"]
     assert (report.eval_set.kind, report.eval_set.captions) == ("retrieval", (("one", "two"), ("three",)))
 
 

@@ -43,7 +43,7 @@ from pipeline.data.originals.convert import convert, original, read_original
 from pipeline.data.originals.imagenet import wnids
 from pipeline.data.originals.loaders import Loader
 from pipeline.data.originals.table import ORIGINALS
-from pipeline.data.sources.formats import Sample
+from pipeline.data.sources.sample import Sample
 
 
 def small(name: str, made: Made, split: str = "test") -> Any:

@@ -17,7 +17,8 @@ from PIL import Image
 
 from pipeline.config import ConfigError
 from pipeline.data.shards.index import ShardIndex, load_index, pack, verify
-from pipeline.data.sources.formats import Sample, Source, read_source
+from pipeline.data.sources.formats import read_source
+from pipeline.data.sources.sample import Sample, Source
 from pipeline.data.storage.tar import BLOCK, TarIndex
 
 
@@ -113,7 +114,7 @@ def test_unreadable_and_missing_images_are_named_and_refused_above_a_share(
     table.write_text("\n".join([*rows, "gone.jpg,hat"]))
     with pytest.raises(ConfigError, match="3 of 41 images are unreadable or missing") as caught:
         pack(table, tmp_path / "out")
-    assert "gone.jpg: missing" in str(caught.value)
+    assert "gone.jpg: no such file" in str(caught.value)
     assert "8.jpg: not an image" in str(caught.value)
     assert not (tmp_path / "out").exists()
 

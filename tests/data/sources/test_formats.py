@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from pipeline.config import ConfigError
-from pipeline.data.sources.formats import inspect, read_source, sample_key
+from pipeline.data.sources.formats import read_source
+from pipeline.data.sources.inspection import inspect
+from pipeline.data.sources.sample import SourceOptions, sample_key
 from pipeline.data.storage.tar import split_name
 
 
@@ -48,7 +50,7 @@ def test_class_folders_may_be_deep_and_hold_other_files(tmp_path: Path, photo: C
     assert source.classes == ["cap", "hat"]
     assert [sample.name for sample in source.samples] == ["cap/y.jpg", "hat/x.jpg", "hat/x.png", "hat/deep/er/x.JPEG"]
     assert len({sample.key for sample in source.samples}) == 4
-    assert source.ignored == 1
+    assert source.ignored == {"files that are no images by their names": 1}
 
 
 @pytest.mark.parametrize(
@@ -66,10 +68,10 @@ def test_a_classnames_file_overrides_folder_names_and_two_equal_names_are_refuse
 ) -> None:
     names = tmp_path / "names.txt"
     names.write_text("t-shirt\tT-shirt\nhat\tsun hat\nankle_boot\tboot\n")
-    assert read_source(class_folders, classnames=names).classes == ["boot", "sun hat", "T-shirt"]
+    assert read_source(class_folders, SourceOptions(classnames=names)).classes == ["boot", "sun hat", "T-shirt"]
     names.write_text("hat\nhat\nshirt\n")
     with pytest.raises(ConfigError, match="2 classes read 'hat'"):
-        read_source(class_folders, classnames=names)
+        read_source(class_folders, SourceOptions(classnames=names))
 
 
 def test_flyps_table_is_read_as_it_is_and_rows_of_one_image_are_its_captions(pictures: Path) -> None:
@@ -112,10 +114,10 @@ def test_columns_of_other_names_can_be_given(pictures: Path) -> None:
     with pytest.raises(ConfigError, match="--image-column.*the columns are where, what, who"):
         read_source(table)
     with pytest.raises(ConfigError, match="no caption and no class column among where, what, who"):
-        read_source(table, image_column="where")
+        read_source(table, SourceOptions(image_column="where"))
     with pytest.raises(ConfigError, match="no column 'wo'; the columns are where, what, who"):
-        read_source(table, image_column="wo")
-    source = read_source(table, image_column="where", class_column="what", caption_column="who")
+        read_source(table, SourceOptions(image_column="wo"))
+    source = read_source(table, SourceOptions(image_column="where", class_column="what", caption_column="who"))
     assert (source.classes, source.samples[0].captions) == (["hat"], ("me",))
 
 
@@ -123,7 +125,7 @@ def test_rows_without_a_file_are_listed_not_dropped(pictures: Path) -> None:
     table = pictures / "t.csv"
     table.write_text("path,caption\nimages/a.jpg,hat\nimages/nowhere.jpg,hat\n")
     source = read_source(table)
-    assert (len(source.samples), source.missing) == (1, ["images/nowhere.jpg"])
+    assert (len(source.samples), [each.name for each in source.left_out]) == (1, ["images/nowhere.jpg"])
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,7 @@ def test_coco_captions_keep_all_captions_of_an_image(pictures: Path) -> None:
         ("a.jpg", ("a hat", "the hat")),
         ("b.png", ("a cap",)),
     ]
-    assert source.missing == ["e.jpg"]
+    assert [str(each) for each in source.left_out] == ["e.jpg: no caption"]
 
 
 def test_coco_images_are_found_where_its_downloads_have_them(pictures: Path) -> None:
@@ -212,11 +214,11 @@ def test_inspect_shows_counts_samples_and_the_next_command(class_folders: Path, 
 
     table = pictures / "my list.csv"
     table.write_text("where,caption\nimages/a.jpg,a hat\nimages/x.jpg,a cap\n")
-    seen = inspect(table, image_column="where")
+    seen = inspect(table, SourceOptions(image_column="where"))
     assert seen.command == f"selora pack --image-column where '{table}' shards/my-list" or (
         seen.command == f"selora pack '{table}' --image-column where shards/my-list"
     )
-    assert "1 not usable" in str(seen)
+    assert "1 left out, no such file: images/x.jpg" in str(seen)
     assert "templates" not in seen.config
 
 

@@ -1,0 +1,88 @@
+"""`selora inspect`: what a source holds, and the command and the config lines that come next."""
+
+from __future__ import annotations
+
+import io
+import re
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from PIL import Image
+
+from pipeline.config import ConfigError
+from pipeline.data.sources.formats import read_source
+from pipeline.data.sources.sample import Sample, Source, SourceOptions, few
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What inspect saw. As text: counts, classes, five samples, and the command and config lines that come next."""
+
+    source: Source
+    samples: list[str]
+    command: str
+    config: str
+
+    def __str__(self) -> str:
+        found = self.source
+        lines = [f"{found.path}: {found.format}, {len(found.samples)} images"]
+        if found.classes is not None:
+            counts = Counter(sample.cls for sample in found.samples)
+            sizes = sorted((counts[label], name) for label, name in enumerate(found.classes))
+            lines.append(
+                f"  {len(sizes)} classes, {sizes[0][0]} images ({sizes[0][1]}) to {sizes[-1][0]} ({sizes[-1][1]})"
+            )
+            lines.append(f"  classes: {few(found.classes, 20)}")
+        own = [len(sample.captions) for sample in found.samples if sample.captions]
+        if own:
+            lines.append(f"  {sum(own)} captions of their own, {min(own)} to {max(own)} an image")
+        account = found.account()
+        for reason, count in account.reasons.items():
+            names = [each.name for each in account.left_out if each.reason == reason]
+            lines.append(f"  {count} left out, {reason}: {few(names, 5)}")
+        lines += [f"  {count} ignored: {kind}" for kind, count in account.ignored.items()]
+        lines += ["samples:", *(f"  {sample}" for sample in self.samples)]
+        lines += ["next:", f"  {self.command}", "config:", *(f"  {line}" for line in self.config.splitlines())]
+        return "\n".join(lines)
+
+
+def inspect(source: str | Path, options: SourceOptions = SourceOptions()) -> Inspection:  # noqa: B008 - frozen
+    """Look at a source without writing anything.
+
+    Raises:
+        ConfigError: Where read_source does, and when none of the images can be used.
+    """
+    found = read_source(source, options)
+    if not found.samples:
+        names = [str(each) for each in found.left_out]
+        raise ConfigError(f"{found.path}: none of its {len(names)} images can be used: {few(names, 5)}")
+    step = max(1, len(found.samples) // 5)
+    samples = [_describe(sample, found.classes) for sample in found.samples[::step][:5]]
+    shards = f"shards/{re.sub(r'[^A-Za-z0-9_-]+', '-', found.path.resolve().stem)}"
+    given = {each.name: value for each in fields(options) if (value := getattr(options, each.name)) != each.default}
+    flags = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given.items()]
+    command = " ".join(["selora pack", shlex.quote(str(source)), *flags, shlex.quote(shards)])
+    lines = ["data:", f"  train: {shards}"]
+    if any(not sample.captions for sample in found.samples):
+        lines.append("  templates: openai  # sentences about the class; or a list of your own with {c}")
+    if len(found.samples) < 5120:
+        batch = max(8, 2 ** ((len(found.samples) // 10).bit_length() - 1))
+        lines += [f"  streams: {min(64, batch)}", "train:", f"  global_batch_size: {batch}  # of few images"]
+    return Inspection(found, samples, command, "\n".join(lines))
+
+
+def _describe(sample: Sample, classes: Sequence[str] | None) -> str:
+    try:
+        with Image.open(io.BytesIO(sample.image.read_bytes())) as image:
+            look = f"{image.format} {image.width} x {image.height} {image.mode}"
+    except (OSError, SyntaxError, ValueError):
+        look = "unreadable"
+    parts = [sample.name, look]
+    if sample.cls is not None and classes is not None:
+        parts.append(f"class {sample.cls} {classes[sample.cls]!r}")
+    if sample.captions:
+        parts.append(f"{sample.captions[0]!r}")
+    return " | ".join(parts)

@@ -1,0 +1,120 @@
+"""What every reader of a source returns: samples with their keys, and what was not made a sample."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Literal, Protocol
+
+from pipeline.data.images import IMAGE_EXTENSIONS
+from pipeline.data.sources.account import Account, LeftOut
+
+Format = Literal["auto", "imagefolder", "csv", "coco"]
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How to read a source; each field is an option of `selora inspect` and `selora pack` with the same name.
+
+    Attributes:
+        format: ``auto`` looks at the source.
+        classnames: Text file with readable class names (see prompts.read_classnames).
+        image_column: Column of a table that holds image paths; sniffed unless given, like the other two.
+        caption_column: Column that holds captions.
+        class_column: Column that holds classes.
+    """
+
+    format: Format = "auto"
+    classnames: str | Path | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
+    class_column: str | None = None
+
+
+class ImageFile(Protocol):
+    """What is needed of an image's file: a path has it, and so has an image that a dataset keeps as an array."""
+
+    @property
+    def suffix(self) -> str: ...
+
+    def read_bytes(self) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its class, its captions or both. ``name`` is what the user calls it: a path inside the source."""
+
+    key: str
+    name: str
+    image: ImageFile
+    cls: int | None = None
+    captions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Everything a source holds.
+
+    Attributes:
+        format: What it was read as.
+        path: Where it is.
+        samples: What can be packed, in a stable order.
+        classes: Readable names by label, None when samples carry captions only.
+        left_out: What is meant as a sample and cannot be one: its file is missing, it has no caption.
+        ignored: Kind -> number of files that were never meant as samples.
+        seen: How many files or named images there are, counted where they were found; None: the sum of the above.
+        folders: Folder or label as the user wrote it, by label, where there are classes.
+        notes: What the user should know about how the source was read, a sentence each.
+    """
+
+    format: str
+    path: Path
+    samples: list[Sample]
+    classes: list[str] | None = None
+    left_out: Sequence[LeftOut] = ()
+    ignored: Mapping[str, int] = field(default_factory=dict)
+    seen: int | None = None
+    folders: Sequence[str] = ()
+    notes: Sequence[str] = ()
+
+    def account(self, unusable: Sequence[LeftOut] = ()) -> Account:
+        """The sum over the source, when of its samples those in ``unusable`` are left out too."""
+        left_out = (*self.left_out, *unusable)
+        packed = len(self.samples) - len(unusable)
+        seen = packed + len(left_out) + sum(self.ignored.values()) if self.seen is None else self.seen
+        return Account(seen, packed, left_out, self.ignored)
+
+
+def sample_key(name: str) -> str:
+    """A key for the tar that still reads like ``name``; other characters are replaced and a digest keeps it unique."""
+    stem = name.rsplit(".", 1)[0] if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS else name
+    # webdataset takes __double__ underscores for a remark about the archive, and ustar holds 100 bytes.
+    clean = re.sub(r"(^|/)__+", r"\1_", re.sub(r"[^A-Za-z0-9_/-]+", "_", stem)).strip("/")
+    if clean == stem and len(clean) <= 80:
+        return clean
+    return f"{clean[-60:].strip('/')}-{_digest(name)}"
+
+
+def unique_keys(samples: Iterable[Sample]) -> list[Sample]:
+    """Samples with a digest added to the keys that two names share (a.jpg and a.png); the rest keep theirs."""
+    listed = list(samples)
+    counts = Counter(sample.key for sample in listed)
+    return [
+        sample if counts[sample.key] == 1 else replace(sample, key=f"{sample.key}-{_digest(sample.name)}")
+        for sample in listed
+    ]
+
+
+def few(names: Sequence[str], count: int) -> str:
+    """The first ``count`` names, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+def _digest(name: str) -> str:
+    # A file name that is not UTF-8 comes as lone surrogates.
+    return blake2b(name.encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
