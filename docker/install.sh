@@ -10,7 +10,7 @@ python=${PYTHON:-python3}
 
 requirements() {
     # Without the project: its wheel comes in a step of its own. CUDA's packages belong to the CUDA build of torch alone.
-    uv export --frozen --no-dev --no-emit-project --no-hashes --no-header --no-annotate "$@" --output-file "$VENV.txt" >/dev/null
+    uv export --frozen --no-default-groups --no-emit-project --no-hashes --no-header --no-annotate "$@" --output-file "$VENV.txt" >/dev/null
     if [ -n "${TORCH_INDEX:-}" ]; then sed -i -E '/^(nvidia-|cuda-|triton)/d' "$VENV.txt"; fi
 }
 

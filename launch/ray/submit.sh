@@ -16,7 +16,7 @@ bundle=$(mktemp -d); trap 'rm -rf "$bundle"' EXIT
 
 uv build --project "$here" --wheel --out-dir "$bundle" >&2
 # What the nodes have already is not installed again; what differs from the lock file is.
-uv export --project "$here" --frozen --no-dev --no-emit-project --no-hashes --no-header --no-annotate \
+uv export --project "$here" --frozen --no-default-groups --no-emit-project --no-hashes --no-header --no-annotate \
     --output-file "$bundle/requirements.txt" >/dev/null
 mkdir "$bundle/work"
 # `base:` in a config is resolved here, so that one file says it all.

@@ -85,8 +85,9 @@ def shipped_benchmarks() -> dict[str, Path]:
 
 
 def _shipped_folder() -> Path:
-    # pipeline/configs is a link to the checkout's configs; a wheel carries the files themselves.
-    return _PACKAGE / "configs" / "benchmark"
+    # A wheel carries the configs inside the package; in a checkout they are next to it.
+    packaged = _PACKAGE / "configs"
+    return (packaged if packaged.is_dir() else _PACKAGE.parent / "configs") / "benchmark"
 
 
 def load_benchmark(name: str | Path, root: str | Path | None = None) -> Benchmark:
