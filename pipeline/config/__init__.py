@@ -1,12 +1,15 @@
 """The config of a run: its options, and how files and `key=value` become one checked tree."""
 
+from pipeline.config.effects import Effect
 from pipeline.config.errors import ConfigError, Ended
 from pipeline.config.sections import Adapter, Data, Eval, Gate, Model, Promote, Section, Tracking, Train
 from pipeline.config.tree import (
     VIT_SCHEMA,
     Config,
+    affects_result,
     describe,
     digest,
+    effects,
     flatten,
     is_vit,
     load_config,
@@ -21,6 +24,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "Data",
+    "Effect",
     "Ended",
     "Eval",
     "Gate",
@@ -29,8 +33,10 @@ __all__ = [
     "Section",
     "Tracking",
     "Train",
+    "affects_result",
     "describe",
     "digest",
+    "effects",
     "flatten",
     "is_vit",
     "load_config",

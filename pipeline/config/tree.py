@@ -1,7 +1,7 @@
 """The config: one frozen tree, filled from YAML files, `key=value` and Ray Tune points by the same path.
 
-The options stand in config_sections.py. Nothing writes into a config after load; values that follow from others
-(number of steps, scale of a block) are computed where they are used.
+The options are in sections.py, what each affects in effects.py. Nothing writes into a config after load; values that
+follow from others (number of steps, scale of a block) are computed where they are used.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from pipeline.config.effects import Effect, Place, Result, effects_of
 from pipeline.config.errors import ConfigError, Raw, at, did_you_mean, faults_of
 from pipeline.config.sections import Adapter, Data, Eval, Gate, Model, Promote, Section, Tracking, Train
 from pipeline.config.yaml_file import dump_yaml, read_chain, read_overrides
@@ -31,11 +33,11 @@ def is_vit(name: str) -> bool:
 class Config(Section):
     """The whole config of one run."""
 
-    name: str = Field(
+    name: Place[str] = Field(
         default="run", pattern=r"^[A-Za-z0-9_][A-Za-z0-9._+=,@-]*$", description="the run's directory below `out`"
     )
-    out: str = Field(default="runs", min_length=1, description="directory that holds the runs")
-    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of everything that is drawn")
+    out: Place[str] = Field(default="runs", min_length=1, description="directory that holds the runs")
+    seed: Result[int] = Field(default=0, ge=0, lt=2**63, description="seed of everything that is drawn")
     model: Model = Field(default_factory=Model)
     adapter: Adapter = Field(default_factory=Adapter)
     gate: Gate = Field(default_factory=Gate)
@@ -164,20 +166,21 @@ def _without_password(config: Config) -> Config:
 
 
 def digest(config: Config) -> str:
-    """12 hex digits over what decides the result, which name, place, tracking and the rule of promotion do not."""
-    content = config.model_dump(
-        mode="json",
-        exclude={
-            "name": True,
-            "out": True,
-            "tracking": True,
-            "promote": True,
-            "eval": {"root", "cache"},
-            "train": {"timeout_s"},
-        },
-    )
+    """12 hex digits over the options that affect the trained weights: equal for runs that train the same."""
+    content = {key: value for key, value in _leaves(config).items() if affects_result(key)}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@cache
+def effects() -> Mapping[str, Effect]:
+    """{dotted key: what it affects} of every option, in the order of the tree."""
+    return effects_of(Config)
+
+
+def affects_result(key: str) -> bool:
+    """Whether an option affects the trained weights; an option that this version does not know may."""
+    return effects().get(key, Effect.RESULT) is Effect.RESULT
 
 
 def describe() -> dict[str, str]:

@@ -8,15 +8,11 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import NamedTuple, TypeVar
 
+from pipeline.config import affects_result
 from pipeline.report.records import Run
 
-# What tells no two methods apart: the axes of the figures, places, and settings that leave the result alone.
-_NOT_A_METHOD = (
-    "seed", "name", "out", "tracking.", "eval.", "adapter.kind", "adapter.rank", "gate.lam", "gate.enabled",
-    "data.workers", "data.read_ahead", "train.zero_stage", "train.log_every", "train.gates_every",
-    "train.checkpoint_every", "train.keep_last",
-)  # fmt: skip
-
+# What the figures show on their axes and the names of methods say already.
+_AXES = ("seed", "adapter.kind", "adapter.rank", "gate.lam", "gate.enabled")
 
 Axis = TypeVar("Axis", int, float)
 
@@ -98,17 +94,22 @@ def labels(runs: Iterable[Run]) -> dict[str, str]:
 
 
 def configurations(runs: Iterable[Run]) -> list[list[Run]]:
-    """Runs that differ in their seed alone, together; in the order of the first of each."""
+    """Groups of runs whose results differ by their seed alone, in the order of the first run of each group."""
     found: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:
-        same = ("seed", "name", "out", "tracking.", "eval.")
-        key = tuple((name, str(value)) for name, value in run.config.items() if not name.startswith(same))
+        key = tuple(
+            sorted((name, str(value)) for name, value in run.config.items() if affects_result(name) and name != "seed")
+        )
         found.setdefault(key, []).append(run)
     return list(found.values())
 
 
 def _differing(runs: Sequence[Run]) -> list[str]:
-    """Settings other than the axes in which the runs of one method differ."""
-    skipped = _NOT_A_METHOD if runs[0].settings.gated else (*_NOT_A_METHOD, "gate.")
-    keys = [key for key in runs[0].config if not key.startswith(skipped)]
+    """Options other than the axes that affect the result and in which the runs of one method differ."""
+    gated = runs[0].settings.gated
+    keys = [
+        key
+        for key in runs[0].config
+        if affects_result(key) and key not in _AXES and (gated or not key.startswith("gate."))
+    ]
     return [key for key in keys if len({str(run.config.get(key)) for run in runs}) > 1]

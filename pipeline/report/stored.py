@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import ConfigError
+from pipeline.config import Config, ConfigError, flatten
 from pipeline.evaluation.summary import SUMMARY_FILE, Summary
 from pipeline.report.directories import STRENGTH_FILE
 from pipeline.report.records import Collection, Run, Settings, Status, scalar
@@ -43,7 +43,8 @@ def _names(runs: list[StoredRun], all_names: Mapping[str, str]) -> dict[str, str
 
 
 def _run(one: StoredRun, name: str) -> Run:
-    config = {key: scalar(value) for key, value in one.params.items()}
+    # A run of an earlier version lacks the options that came later.
+    config = _defaults() | {key: scalar(value) for key, value in one.params.items()}
     summary: Summary | None = json.loads(one.files[_SUMMARY]) if _SUMMARY in one.files else None
     settings = Settings.of(config)
     steps = [step for series in one.histories.values() for step, _ in series]
@@ -62,6 +63,10 @@ def _run(one: StoredRun, name: str) -> Run:
         history=one.histories,
         strength=json.loads(one.files[_STRENGTH]) if _STRENGTH in one.files else None,
     )
+
+
+def _defaults() -> dict[str, Any]:
+    return flatten(Config.model_validate({"data": {"train": "unset"}}))
 
 
 def _status(said: str, summary: Summary | None) -> Status:

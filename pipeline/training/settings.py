@@ -1,39 +1,19 @@
-"""What of a run's config decides its result, and how long the run is: known without torch, for plans and sweeps."""
+"""Which options differ between two calls for one run, and how many steps the run has; without torch."""
 
 from __future__ import annotations
 
 import math
 
-from pipeline.config import Config, flatten
-
-# Settings a run may change between two calls of the same command: they do not touch what is computed.
-FREE_SETTINGS = (
-    "tracking.",
-    "promote.",
-    "eval.",
-    "data.workers",
-    "data.read_ahead",
-    "train.zero_stage",
-    "train.micro_batch_size",
-    "train.activation_checkpointing",
-    "train.compile",
-    "train.log_every",
-    "train.gates_every",
-    "train.checkpoint_every",
-    "train.keep_last",
-    "train.timeout_s",
-    "out",
-    "name",
-)
+from pipeline.config import Config, affects_result, flatten
 
 
 def changed_settings(old: Config, new: Config) -> list[str]:
-    """`  key: old -> new` of every option that differs and decides the result."""
+    """A line `  key: old -> new` for each option that differs and affects the result: a run cannot go on with it."""
     before, after = flatten(old), flatten(new)
     return [
         f"  {key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith(FREE_SETTINGS)
+        if before.get(key) != after.get(key) and affects_result(key)
     ]
 
 

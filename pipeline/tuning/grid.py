@@ -4,7 +4,7 @@
       rank: [2, 8, 32]
       lam: [0.1, 0.3, 1.0]
       train.lr: [1e-3]
-    baselines:                   # beside the grid; a list makes alternatives here, too
+    baselines:                   # added to the grid; a list makes alternatives here as well
       - {name: flyp, label: full (FLYP), changes: {kind: full, train.lr: 3e-4}}
       - {name: lora_ungated, changes: {gate.enabled: false, rank: [2, 8, 32]}}
     resources: {workers: 2, cpus_per_worker: 0.5}
@@ -15,9 +15,12 @@ An option whose value is itself a list is written as a list of lists.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import product
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count, product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,7 +86,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Trial:
-    """One config of the sweep; `id` is its number and the digest of its config."""
+    """One config of the sweep; `id` is its number and the digest of its config when it was first laid out."""
 
     id: str
     name: str
@@ -127,7 +130,7 @@ def expand(config: Config, grid: Grid) -> list[Trial]:
     points = [(changes, None) for changes in _product(grid.axes)] if grid.axes else []
     points += [(changes, each) for each in grid.baselines for changes in _product(each.changes)]
     trials: list[Trial] = []
-    seen: dict[str, str] = {}
+    seen: dict[Config, str] = {}
     faults: dict[str, None] = {}
     for changes, baseline in points:
         try:
@@ -135,13 +138,13 @@ def expand(config: Config, grid: Grid) -> list[Trial]:
         except ConfigError as error:
             faults |= dict.fromkeys(f"{_point(changes)}: {line}" for line in str(error).splitlines())
             continue
-        same = digest(_effective(made))
+        same = _effective(made)
         if same in seen:
             continue
         varied = [key for key, values in (baseline.changes if baseline else grid.axes).items() if len(values) > 1]
         name = name_of(made, changes, varied, seeds=seeds, given=baseline.name if baseline else None)
         if name in seen.values():
-            name = f"{name}_{digest(made)[:4]}"
+            name = f"{name}_{hashlib.sha256(_canonical(changes).encode()).hexdigest()[:4]}"
         seen[same] = name
         label = label_of(made, changes, varied, seeds=seeds, given=baseline.label if baseline else None)
         try:
@@ -153,6 +156,38 @@ def expand(config: Config, grid: Grid) -> list[Trial]:
     if faults:
         raise ConfigError("\n".join(faults))
     return trials
+
+
+def keep_names(trials: Sequence[Trial], stored: Sequence[Mapping[str, Any]]) -> list[Trial]:
+    """Give the trials of a sweep that exists the ids and names it gave them; new trials are numbered after those.
+
+    An id is made once: a later version may compute another digest, and MLflow and the trial's directory keep the
+    first one.
+
+    Args:
+        trials: as `expand` made them.
+        stored: entries of sweep.json's `trials`; they match by the options changed and by the name up to the suffix
+            that tells equal names apart.
+    """
+    known = {(_canonical(each["changes"]), each["baseline"], _stem(each["name"])): each for each in stored}
+    numbers = count(1 + max((int(each["id"].partition("-")[0]) for each in stored), default=-1))
+    kept = []
+    for trial in trials:
+        old = known.get((_canonical(trial.changes), trial.baseline, _stem(trial.name)))
+        if old is None:
+            kept.append(replace(trial, id=f"{next(numbers):04d}-{digest(trial.config)}"))
+        else:
+            config = override(trial.config, {"name": old["name"]})
+            kept.append(replace(trial, id=old["id"], name=old["name"], config=config))
+    return kept
+
+
+def _canonical(changes: Mapping[str, Any]) -> str:
+    return json.dumps(changes, sort_keys=True)
+
+
+def _stem(name: str) -> str:
+    return re.sub(r"_[0-9a-f]{4}$", "", name)
 
 
 def _effective(config: Config) -> Config:

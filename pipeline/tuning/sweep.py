@@ -30,7 +30,7 @@ from pipeline.tuning.files import (
     write_state,
     write_sweep,
 )
-from pipeline.tuning.grid import Grid, Resources, Trial, expand
+from pipeline.tuning.grid import Grid, Resources, Trial, expand, keep_names
 from pipeline.tuning.plan import Capacity, Node, Plan, Speed, describe_plan, make_plan
 
 _GRACE_SECONDS = 120.0
@@ -125,7 +125,8 @@ def _prepare(config: Config, grid: Grid) -> tuple[list[Trial], dict[str, int]]:
     from pipeline.tracking.mlflow.uris import checked_uri
     from pipeline.training.settings import total_steps
 
-    trials = expand(config, grid)
+    stored = read_sweep(_directory(config))
+    trials = keep_names(expand(config, grid), stored["trials"] if stored else ())
     samples = {path: load_index(path).samples for path in {one.config.data.train for one in trials}}
     asked = {(one.config.eval.benchmark, one.config.eval.root, one.config.eval.datasets) for one in trials}
     for benchmark, root, datasets in asked:
