@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -24,6 +24,33 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as annotated_functional
 
 from pipeline.config import ConfigError
+from pipeline.data.image_files import (
+    IMAGE_EXTENSIONS,
+    MAX_PIXELS,
+    STORED_EXTENSIONS,
+    BadImageError,
+    check_size,
+    stored_extension,
+)
+
+__all__ = [
+    "IMAGE_EXTENSIONS",
+    "MAX_PIXELS",
+    "STORED_EXTENSIONS",
+    "BadImageError",
+    "Pixels",
+    "Preprocessing",
+    "Resize",
+    "decode",
+    "eval_resize",
+    "looks_the_same_to_all",
+    "normalize",
+    "size_pair",
+    "stored_extension",
+    "train_crop",
+    "with_resize",
+    "without_border",
+]
 
 Preprocessing = Literal["fast", "reference"]
 # Another resize than the model's own: see `with_resize`.
@@ -32,36 +59,11 @@ Pixels = Tensor | Image.Image
 # These functions take Pillow images as well as tensors; their annotations say tensors only.
 functional: Any = annotated_functional
 
-# File extensions that hold an image, and the one each is stored under in a shard.
-IMAGE_EXTENSIONS = {
-    "jpg": "jpg",
-    "jpeg": "jpg",
-    "jpe": "jpg",
-    "jfif": "jpg",
-    "png": "png",
-    "webp": "webp",
-    "bmp": "bmp",
-    "gif": "gif",
-    "tif": "tif",
-    "tiff": "tif",
-}
-# All spellings, for shards that others wrote.
-STORED_EXTENSIONS = tuple(IMAGE_EXTENSIONS)
-
-MAX_PIXELS = 2**28
 _ORIENTATION = 0x0112
 # Width to height of a training crop.
 _RATIO = (3 / 4, 4 / 3)
 _LOG_RATIO = torch.tensor(_RATIO).log().tolist()
 _DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
-
-# Pillow's own limit is one number for the whole process and lies below ours. Ours is an argument of `decode`, looked at
-# before a pixel is decoded, so Pillow's is lifted.
-Image.MAX_IMAGE_PIXELS = None
-
-
-class BadImageError(Exception):
-    """This image cannot be used; the message says why, and the caller knows its name."""
 
 
 def decode(
@@ -72,12 +74,12 @@ def decode(
     A JPEG's pixels stay where the decoder put them, the channels of a pixel side by side: the resize is faster so.
 
     ``as_stored`` is plain convert("RGB"), for published numbers: other readers look neither at the orientation nor at
-    the depth. Raises BadImageError for what is no image, is cut off, or has more than ``max_pixels`` pixels.
+    the depth. Raises BadImageError for what is not an image, is cut off, has more than ``max_pixels`` pixels, or is a
+    line rather than a picture (image_files.check_size).
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > max_pixels:
-                raise BadImageError(f"{image.width} x {image.height} pixels, more than max_pixels={max_pixels}")
+            check_size(image.width, image.height, max_pixels)
             fast = _decode_fast(image, data) if form == "fast" else None
             if fast is not None:
                 return fast if as_stored else _upright(fast, _orientation(image))
@@ -85,26 +87,11 @@ def decode(
     except UnidentifiedImageError as error:
         raise BadImageError("not an image" if data else "no bytes") from error
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, OverflowError) as error:
-        # What Pillow's plugins raise for damaged files; anything else is a mistake of ours and shall be seen.
+        # What Pillow's plugins raise for damaged files; anything else is a mistake of ours and should be seen.
         raise BadImageError(
             f"cannot be decoded ({str(error).partition(chr(10))[0] or type(error).__name__})"
         ) from error
     return functional.pil_to_tensor(rgb) if form == "fast" else rgb
-
-
-def stored_extension(suffix: str, read: Callable[[], bytes]) -> str:
-    """The extension to store an image file under: by its suffix, else by content. BadImageError when there is none."""
-    by_name = IMAGE_EXTENSIONS.get(suffix[1:].lower())
-    if by_name is not None:
-        return by_name
-    try:
-        with Image.open(io.BytesIO(read())) as image:
-            kind = (image.format or "").lower().replace("mpo", "jpeg")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise BadImageError("not an image") from error
-    if kind not in IMAGE_EXTENSIONS:
-        raise BadImageError(f"{kind} images are not stored; convert it to jpg, png or webp")
-    return IMAGE_EXTENSIONS[kind]
 
 
 def looks_the_same_to_all(data: bytes) -> bool:
@@ -238,7 +225,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _resize_keeping_ratio(image: Pixels, height: int, width: int, pick: Any, how: InterpolationMode) -> Pixels:
     _, h, w = functional.get_dimensions(image)
     ratio = pick(h / height, w / width)
-    return functional.resize(image, [round(h / ratio), round(w / ratio)], how, antialias=True)
+    # A side of a long image may round to nothing, which no resize takes.
+    return functional.resize(image, [max(1, round(h / ratio)), max(1, round(w / ratio))], how, antialias=True)
 
 
 def _center_crop_or_pad(image: Pixels, height: int, width: int, fill: int) -> Pixels:

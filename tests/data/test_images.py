@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from open_clip.transform import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, image_transform
-from PIL import Image
+from PIL import Image, features
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
@@ -153,7 +153,7 @@ def test_no_damage_to_a_jpeg_crashes_or_goes_unnoticed_by_one_form_alone(photo: 
 
 
 def test_a_huge_image_is_refused_by_its_header(photo: Photo, encode: Encode) -> None:
-    with pytest.raises(BadImageError, match="48 x 40 pixels, more than max_pixels=1919"):
+    with pytest.raises(BadImageError, match="48 x 40 pixels, more than the limit of 1919"):
         decode(encode(photo(8), "JPEG"), max_pixels=1919)
     # Above Pillow's own limit and below ours, where Pillow would raise an error of its own.
     chunks = ((b"IHDR", struct.pack(">IIBBBBB", 20_000, 10_000, 8, 2, 0, 0, 0)), (b"IDAT", b""))
@@ -227,3 +227,24 @@ def test_a_file_without_a_telling_name_is_stored_by_its_content(tmp_path: Path, 
         stored_extension("", (tmp_path / "b").read_bytes)
     with pytest.raises(BadImageError, match="not an image"):
         stored_extension("", (tmp_path / "c").read_bytes)
+
+
+def test_a_line_instead_of_a_picture_is_refused_by_its_header(encode: Encode) -> None:
+    """Its resize to a shorter side of 224 would take gigabytes."""
+    for size in ((60_000, 1), (1, 60_000), (801, 2)):
+        with pytest.raises(BadImageError, match=f"{size[0]} x {size[1]} pixels, a side more than 400 times"):
+            decode(encode(Image.new("RGB", size), "PNG"))
+    assert tensor(decode(encode(Image.new("RGB", (800, 2)), "PNG"))).shape == (3, 2, 800)
+
+
+def test_a_long_image_keeps_a_pixel_when_its_longer_side_is_fitted() -> None:
+    cfg = {"size": 64, "resize_mode": "longest"}
+    assert eval_resize(torch.zeros(3, 2, 800, dtype=torch.uint8), cfg).shape == (3, 64, 64)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_avif_is_read_in_both_forms(photo: Photo, encode: Encode) -> None:
+    data = encode(photo(3), "AVIF")
+    assert stored_extension("", lambda: data) == stored_extension(".AVIF", lambda: data) == "avif"
+    assert torch.equal(tensor(decode(data)), tensor(decode(data, form="reference")))
+    assert float((tensor(decode(data)).float() - tensor(photo(3)).float()).abs().mean()) < 8

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import ConfigError
-from pipeline.data.images import IMAGE_EXTENSIONS
+from pipeline.data.image_files import IMAGE_EXTENSIONS
 from pipeline.data.sources.sample import Sample, Source, sample_key
 
 _WNID = re.compile(r"n\d{8}")

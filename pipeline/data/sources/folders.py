@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config import ConfigError
-from pipeline.data.images import IMAGE_EXTENSIONS
+from pipeline.data.image_files import IMAGE_EXTENSIONS
 from pipeline.data.sources.sample import Sample, Source, SourceOptions, sample_key, unique_keys
 from pipeline.prompts import read_classnames, readable_name
 

@@ -10,7 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Literal, Protocol
 
-from pipeline.data.images import IMAGE_EXTENSIONS
+from pipeline.data.image_files import IMAGE_EXTENSIONS
 from pipeline.data.sources.account import Account, LeftOut
 
 Format = Literal["auto", "imagefolder", "csv", "coco"]

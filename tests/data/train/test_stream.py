@@ -179,7 +179,7 @@ def odd_images(photo: Photo, encode: Encode) -> dict[str, tuple[dict[str, bytes]
         "unknown class": ({"jpg": jpeg, "cls": b"7"}, "its class '7' is not in the index"),
         "huge": (
             {"png": encode(Image.new("1", (400, 300)), "PNG"), **label},
-            "400 x 300 pixels, more than max_pixels=100000",
+            "400 x 300 pixels, more than the limit of 100000",
         ),
         "cmyk": ({"jpg": encode(photo(2).convert("CMYK"), "JPEG"), **label}, ""),
         "16 bit": ({"png": encode(photo(2).convert("I;16"), "PNG"), **label}, ""),

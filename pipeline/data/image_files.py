@@ -1,0 +1,74 @@
+"""What counts as an image file, and what is known of one before its pixels are decoded; nothing here imports torch."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+from PIL import Image, features
+
+# File extensions that hold an image, and the one each is stored under in a shard.
+IMAGE_EXTENSIONS = {
+    "jpg": "jpg",
+    "jpeg": "jpg",
+    "jpe": "jpg",
+    "jfif": "jpg",
+    "png": "png",
+    "webp": "webp",
+    "bmp": "bmp",
+    "gif": "gif",
+    "tif": "tif",
+    "tiff": "tif",
+} | ({"avif": "avif", "avifs": "avif"} if features.check("avif") else {})
+# All spellings, for shards that others wrote.
+STORED_EXTENSIONS = tuple(IMAGE_EXTENSIONS)
+# Files that hold images, too, but are not read here; a user would want to know that they were not packed.
+# fmt: off
+UNREAD_EXTENSIONS = frozenset((
+    "avif", "avifs", "heic", "heif", "jp2", "j2k", "jpx", "jpf", "jxl", "psd", "svg", "exr", "ico", "tga", "ppm", "pgm",
+    "dng", "cr2", "cr3", "nef", "arw", "raw", "zip", "tar", "gz", "tgz", "7z", "rar", "parquet", "tfrecord", "h5",
+)) - set(IMAGE_EXTENSIONS)
+# fmt: on
+
+MAX_PIXELS = 2**28
+# The evaluation resize brings the shorter side to the model's size, so a line of 60,000 x 1 pixels would take 9 GB.
+MAX_RATIO = 400
+
+# Pillow's own limit is one number for the whole process and lies below ours. Ours is an argument of `decode`, looked at
+# before a pixel is decoded, so Pillow's is lifted.
+Image.MAX_IMAGE_PIXELS = None
+
+
+class BadImageError(Exception):
+    """This image cannot be used; the message says why, and the caller knows its name."""
+
+
+def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise BadImageError for an image with more pixels, or a longer and narrower one, than is decoded."""
+    if width * height > max_pixels:
+        raise BadImageError(f"{width} x {height} pixels, more than the limit of {max_pixels}")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise BadImageError(f"{width} x {height} pixels, a side more than {MAX_RATIO} times as long as the other")
+
+
+def stored_extension(suffix: str, read: Callable[[], bytes]) -> str:
+    """The extension to store an image file under: by its suffix, else by content.
+
+    Args:
+        suffix: with its dot, as in ``Path.suffix``.
+        read: gives the bytes of the file; called where the suffix is not one of an image.
+
+    Raises:
+        BadImageError: neither of the two names a kind of image that is stored.
+    """
+    by_name = IMAGE_EXTENSIONS.get(suffix[1:].lower())
+    if by_name is not None:
+        return by_name
+    try:
+        with Image.open(io.BytesIO(read())) as image:
+            kind = (image.format or "").lower().replace("mpo", "jpeg")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadImageError("not an image") from error
+    if kind not in IMAGE_EXTENSIONS:
+        raise BadImageError(f"{kind} images are not stored; convert it to jpg, png or webp")
+    return IMAGE_EXTENSIONS[kind]
