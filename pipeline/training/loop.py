@@ -1,10 +1,11 @@
-"""The training loop: everything it needs is built before it and handed in."""
+"""The training loop: everything it needs is built before it (build.py) and handed in."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -12,28 +13,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.config import ConfigError
-from pipeline.method.adapter import GradientWatch
 from pipeline.training.cluster.distributed import any_rank
 from pipeline.training.engine import set_learning_rates
-from pipeline.training.monitor import Monitor
 
 
 class StopRequest:
-    """True after the first SIGTERM, SIGUSR1 or Ctrl-C, or when `asked` says so: the loop then saves and leaves."""
+    """True after the first SIGTERM, SIGUSR1 or Ctrl-C, or when `also` returns True: the loop then saves and ends."""
 
-    def __init__(self, asked: Callable[[], bool] | None = None) -> None:
-        self._asked = asked
+    def __init__(self, also: Callable[[], bool] | None = None) -> None:
+        self._also = also
         self._noted = False
         self._previous: dict[int, Any] = {}
 
     @property
     def requested(self) -> bool:
-        return self._noted or (self._asked is not None and self._asked())
+        return self._noted or (self._also is not None and self._also())
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is not threading.main_thread():
-            return self  # Ray Train runs the training beside its own main thread, and only that one gets signals
+            return self  # Ray Train trains in a thread of its own, and only the main thread gets signals
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._note)
         return self
@@ -49,56 +47,78 @@ class StopRequest:
             signal.signal(number, self._previous[number])
 
 
-def train_steps(
-    engine: Any,
-    batches: Iterable[Any],
-    *,
-    targets_of: Callable[[Any], Tensor],
-    factor: Callable[[int], float],
-    peak_lr: float,
-    seed: int,
-    gradients: GradientWatch,
-    settle: Callable[[], None],
-    monitor: Monitor,
-    save: Callable[[int], None],
-    checkpoint_every: int,
-    total_steps: int,
-    stop: StopRequest,
-    control: dist.ProcessGroup,
-) -> int:
-    """Train over `batches`, which start at the step to be done next; return the number of steps done in all.
+@dataclass(frozen=True)
+class Step:
+    """One finished optimizer step.
 
-    `targets_of(batch)` is what the task wants of a batch beside its images. `settle()` is called after each step,
-    `save(step)` with the number of finished steps: at intervals, at the end, and when a stop is requested.
+    Attributes:
+        batch: what this rank trained on.
+        losses: scalars of this rank, by name.
+        lr_factor: what the peak learning rates were multiplied by.
     """
-    done, watching = 0, True
-    for batch in batches:
-        step = batch.step
+
+    batch: Any
+    losses: dict[str, Tensor]
+    lr_factor: float
+
+    @property
+    def done(self) -> int:
+        """Optimizer steps finished, this one included."""
+        return self.batch.step + 1
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run that is ready to go.
+
+    Attributes:
+        engine: the objective inside DeepSpeed.
+        batches: this rank's batches, from the step to be done next.
+        inputs: batch -> the tensors that the objective takes.
+        schedule: step -> factor of the peak learning rates.
+        after_step: called in this order after each optimizer step.
+        save: writes a checkpoint of the given number of finished steps; collective.
+        checkpoint_every: steps between two checkpoints; the last step always has one.
+        total_steps: length of the schedule.
+        seed: of any random draw inside the model.
+        control: group for messages between ranks.
+    """
+
+    engine: Any
+    batches: Iterable[Any]
+    inputs: Callable[[Any], tuple[Tensor, ...]]
+    schedule: Callable[[int], float]
+    after_step: Sequence[Callable[[Step], None]]
+    save: Callable[[int], None]
+    checkpoint_every: int
+    total_steps: int
+    seed: int
+    control: dist.ProcessGroup
+
+
+def train_steps(training: Training, stop: StopRequest) -> int:
+    """Train until the batches end or a stop is requested on any rank.
+
+    Returns:
+        The number of optimizer steps finished in all; a checkpoint holds them.
+    """
+    engine, done = training.engine, 0
+    for batch in training.batches:
         # Any random draw inside the model follows from seed, step and rank: a resumed run needs no generator state.
-        torch.manual_seed((seed * 1_000_003 + step) * 4096 + dist.get_rank())
-        set_learning_rates(engine, factor(step))
-        images = batch.images.to(engine.device, non_blocking=True)
-        targets = targets_of(batch).to(engine.device, non_blocking=True)
-        losses = engine(images, targets, step)
+        torch.manual_seed((training.seed * 1_000_003 + batch.step) * 4096 + dist.get_rank())
+        factor = training.schedule(batch.step)
+        set_learning_rates(engine, factor)
+        inputs = [each.to(engine.device, non_blocking=True) for each in training.inputs(batch)]
+        losses = engine(*inputs, batch.step)
         engine.backward(losses["total"])
         engine.step()
-        if watching:  # after the step, when ZeRO-3 has put the scores together again
-            _check(gradients)
-            watching = False
-        settle()
-        done = step + 1
-        monitor.after_step(batch, losses, factor(step), peak_lr)
-        stopping = any_rank(stop.requested, control)
-        if done % checkpoint_every == 0 or done == total_steps or stopping:
-            monitor.check_finite()
-            save(done)
+        step = Step(batch, losses, factor)
+        for hook in training.after_step:
+            hook(step)
+        done = step.done
+        stopping = any_rank(stop.requested, training.control)
+        if done % training.checkpoint_every == 0 or done == training.total_steps or stopping:
+            training.save(done)
         if stopping:
             break
     return done
-
-
-def _check(gradients: GradientWatch) -> None:
-    try:
-        gradients.check()
-    except ValueError as error:
-        raise ConfigError(f"after the first backward pass {error}; take them out of adapter.targets") from error

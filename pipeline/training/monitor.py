@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from pipeline.config import ConfigError
 from pipeline.training.cluster.distributed import World, gather_numbers
+from pipeline.training.loop import Step
 
 
 class Sink(Protocol):
@@ -53,6 +54,7 @@ class Monitor:
     gates: Callable[[], dict[str, float]]
     total_steps: int
     global_batch_size: int
+    peak_lr: float
     log_every: int
     gates_every: int
     bad_limit: float
@@ -65,18 +67,19 @@ class Monitor:
     _open: dict[str, bool] = field(default_factory=dict)
     _bar: tqdm | None = None
 
-    def after_step(self, batch: TrainingBatch, losses: dict[str, Tensor], factor: float, peak_lr: float) -> None:
+    def after_step(self, step: Step) -> None:
         """Take note of one finished step. Collective at every `log_every`-th step."""
+        batch: TrainingBatch = step.batch
         shards = sorted({key.rpartition("/")[0] for key in batch.keys})
-        self._window.append((batch.step, losses, shards))
+        self._window.append((batch.step, step.losses, shards))
         self._bad.update(batch.bad)
         self._retries += batch.retries
-        done = batch.step + 1
+        done = step.done
         if done % self.log_every and done != self.total_steps:
             return
         values = self.check_finite()
         values |= {
-            "train/lr": factor * peak_lr,
+            "train/lr": step.lr_factor * self.peak_lr,
             "train/images_per_s": len(self._window) * self.global_batch_size / (time.perf_counter() - self._since),
             "train/samples_seen": float(done * self.global_batch_size),
             "data/bad_samples": self._count_bad(),

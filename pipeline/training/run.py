@@ -1,63 +1,39 @@
-"""From a config to a finished run: build every part, resume where a checkpoint lies, call the loop."""
+"""From a config to a finished run: claim its directory, meet the other ranks, build its parts, call the loop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-import torch.distributed as dist
-
 from pipeline.config import Config, ConfigError
-from pipeline.data.batches import Batches
 from pipeline.data.shards.index import ShardIndex, load_index
-from pipeline.data.train.stream import Batch, TrainDataset, train_loader
-from pipeline.method.adapter import GradientWatch
 from pipeline.model.load import Model
-from pipeline.model.towers import inside_layers
 from pipeline.tracking.tracker import Tracker
-from pipeline.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from pipeline.training.build import Job, build_training
+from pipeline.training.checkpoint import Checkpoint, latest_checkpoint
 from pipeline.training.cluster.distributed import World, keep_heap, label_logs, read_world, share_threads
 from pipeline.training.cluster.lease import Lease, held
 from pipeline.training.cluster.peers import meet, watched_peers
 from pipeline.training.directory import claim, leave_mark, say, tracked
-from pipeline.training.engine import (
-    build_engine,
-    full_parameters,
-    optimizer_state,
-    rest,
-    restore_moments,
-    start_process_group,
-)
+from pipeline.training.engine import start_process_group
 from pipeline.training.loop import StopRequest, train_steps
-from pipeline.training.model import (
-    build_model,
-    checkpoint_state,
-    classes_of,
-    compiled_layers,
-    gate_values,
-    load_trainable,
-    objective_of,
-    settling_of,
-    targets_of,
-    trainable,
-)
-from pipeline.training.monitor import Monitor, Sink, TrainingFailed
-from pipeline.training.optim import Rates, lr_factor, parameter_groups
+from pipeline.training.model import build_model, classes_of, load_trainable
+from pipeline.training.monitor import Sink
+from pipeline.training.optim import lr_factor
 from pipeline.training.settings import total_steps
 
 
 class Watch(Protocol):
-    """Somebody beside the run: told what it records, and asked after every step whether it shall stop."""
+    """An observer of the run, such as a trial of a sweep."""
 
     def recorded(self, step: int, values: Mapping[str, float]) -> None:
-        """The values that the journal gets at `step`; called on every rank, in step with the others."""
+        """Called with what the journal records at `step`, on every rank."""
 
     def stop_requested(self) -> bool:
-        """True on any rank: all save at the end of this step and leave."""
+        """Called after each step; True on any rank makes all ranks save and end."""
         ...
 
 
@@ -76,7 +52,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Watched:
-    """The tracker, and the one who watches."""
+    """A tracker whose metrics an observer sees as well."""
 
     tracker: Tracker
     watch: Watch
@@ -89,10 +65,12 @@ class _Watched:
 def train(config: Config, watch: Watch | None = None, label: str | None = None) -> Outcome:
     """Train until the schedule ends or a signal asks to stop; the same call again continues from the last checkpoint.
 
-    `label` is what the logs call the run, where its name does not say all.
+    Args:
+        label: name of the run in the logs; None: `name` of the config.
 
-    Raises ConfigError for every mistake of the user's, before the first step wherever it can be known; PeerLost when
-    other ranks do not come or are lost.
+    Raises:
+        ConfigError: for every mistake of the user's, before the first step wherever it can be known.
+        PeerLost: when other ranks do not come or are lost.
     """
     world = read_world()
     share_threads(world)
@@ -106,21 +84,9 @@ def train(config: Config, watch: Watch | None = None, label: str | None = None) 
     return outcome
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What is settled before anything is built."""
-
-    config: Config
-    run_dir: Path
-    world: World
-    index: ShardIndex
-    total: int
-
-
 def _train_held(config: Config, run_dir: Path, world: World, lease: Lease | None, watch: Watch | None) -> Outcome:
     index = load_index(config.data.train)
     total = total_steps(config, index.samples)
-    job = _Job(config, run_dir, world, index, total)
     claim(run_dir, config, world)
     timeout = timedelta(seconds=config.train.timeout_s)
     store = meet(world, timeout)
@@ -141,7 +107,8 @@ def _train_held(config: Config, run_dir: Path, world: World, lease: Lease | None
         digests = {"selora.base_digest": model.digest, "selora.data_digest": index.digest}
         with tracked(config, run_dir, world, digests, total) as tracker:
             sink = tracker if watch is None else _Watched(tracker, watch)
-            step = _train(job, model, checkpoint, control, sink, watch, lease)
+            job = Job(config, run_dir, world, index, total, control, lease)
+            step = _train(job, model, checkpoint, sink, watch)
     return Outcome(run_dir, step, total)
 
 
@@ -177,116 +144,17 @@ def warnings_of(config: Config, total: int, samples: int) -> list[str]:
     return found
 
 
-def _train(
-    job: _Job,
-    model: Model,
-    checkpoint: Checkpoint | None,
-    control: dist.ProcessGroup,
-    sink: Sink,
-    watch: Watch | None,
-    lease: Lease | None,
-) -> int:
-    config, net, settings, total = job.config, model.model, job.config.train, job.total
-    rates = Rates(settings.lr, settings.rest_lr or settings.lr, config.gate.lr or settings.lr)
-    groups = parameter_groups(trainable(net), inside_layers, rates, settings.weight_decay)
-    gradients = GradientWatch(net)
-    engine = build_engine(objective_of(config, model), groups, config, job.world, compiled_layers(config, model))
-    named = trainable(net)
-    settling = settling_of(config, model)
-    start = 0
-    if checkpoint is not None:
-        restore_moments(engine, named, checkpoint.moments())
-        start = checkpoint.step
-        if settling is not None:
-            settling.restore(checkpoint.state["settling"])
-    monitor = _monitor(job, sink, control, partial(gate_values, net, settling))
+def _train(job: Job, model: Model, checkpoint: Checkpoint | None, sink: Sink, watch: Watch | None) -> int:
+    training, monitor = build_training(job, model, checkpoint, sink)
 
-    def settle() -> None:
-        for block in settling.observe() if settling is not None else []:
-            rest(engine, block.lowrank.parameters(), at_zero=True)
-            rest(engine, block.undecayed(), at_zero=False)
-        if not trainable(net):
-            raise TrainingFailed(
-                "every gate has settled and train.train_rest=none: nothing is left to train. "
-                "Lower gate.lam, or set gate.settle_steps=null"
-            )
+    def also() -> bool:
+        return (watch is not None and watch.stop_requested()) or (job.lease is not None and job.lease.lost)
 
-    def save(done: int) -> None:
-        parameters, moments = full_parameters(named), optimizer_state(engine, named)
-        if job.world.is_main:
-            if lease is not None:
-                lease.check()
-            state = checkpoint_state(config, model, job.index.digest, done, job.world, settling)
-            save_checkpoint(job.run_dir, parameters, moments, state, keep_last=settings.keep_last)
-        dist.barrier(control)
-
-    def asked() -> bool:
-        return (watch is not None and watch.stop_requested()) or (lease is not None and lease.lost)
-
-    with StopRequest(asked) as stop:
+    with StopRequest(also) as stop:
         try:
-            done = train_steps(
-                engine,
-                _batches(job, model, start),
-                targets_of=partial(targets_of, model),
-                factor=lambda step: lr_factor(step, settings.warmup_steps, total),
-                peak_lr=settings.lr,
-                seed=config.seed,
-                gradients=gradients,
-                settle=settle,
-                monitor=monitor,
-                save=save,
-                checkpoint_every=settings.checkpoint_every,
-                total_steps=total,
-                stop=stop,
-                control=control,
-            )
+            done = train_steps(training, stop)
         finally:
             monitor.close()
-    if done < total:
-        say(job.world, f"stopped by a signal at step {done} of {total}, saved; the same command continues")
+    if done < job.total:
+        say(job.world, f"stopped by a signal at step {done} of {job.total}, saved; the same command continues")
     return done
-
-
-def _monitor(job: _Job, sink: Sink, control: dist.ProcessGroup, gates: Callable[[], dict[str, float]]) -> Monitor:
-    config = job.config
-    return Monitor(
-        world=job.world,
-        control=control,
-        sink=sink,
-        gates=gates,
-        total_steps=job.total,
-        global_batch_size=config.train.global_batch_size,
-        log_every=config.train.log_every,
-        gates_every=config.train.gates_every,
-        bad_limit=config.data.max_bad_share * job.index.samples,
-        negatives=not config.classifies,
-    )
-
-
-def _batches(job: _Job, model: Model, start: int) -> Batches[Batch]:
-    config, data = job.config, job.config.data
-    dataset = TrainDataset(
-        job.index,
-        size=model.preprocess_cfg["size"],
-        seed=config.seed,
-        streams=data.streams,
-        window=data.shuffle_window,
-        templates=data.templates,
-        crop_scale=data.crop_scale,
-        flip=data.flip,
-        preprocessing=data.preprocessing,
-        max_pixels=data.max_pixels,
-    )
-    return train_loader(
-        dataset,
-        global_batch=config.train.global_batch_size,
-        start_step=start,
-        stop_step=job.total,
-        rank=job.world.rank,
-        world=job.world.world_size,
-        sharing=job.world.local_world_size,
-        workers=data.workers,
-        ahead=data.read_ahead,
-        pin=job.world.device.type == "cuda",
-    )

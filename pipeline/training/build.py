@@ -1,0 +1,182 @@
+"""The parts of a run, built from its config and put together for the loop (loop.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.config import Config, ConfigError
+from pipeline.data.batches import Batches
+from pipeline.data.shards.index import ShardIndex
+from pipeline.data.train.stream import Batch, TrainDataset, train_loader
+from pipeline.method.adapter import GradientWatch
+from pipeline.method.settle import Settling
+from pipeline.model.load import Model
+from pipeline.model.towers import inside_layers
+from pipeline.training.checkpoint import Checkpoint, save_checkpoint
+from pipeline.training.cluster.distributed import World
+from pipeline.training.cluster.lease import Lease
+from pipeline.training.engine import build_engine, full_parameters, optimizer_state, rest, restore_moments
+from pipeline.training.loop import Step, Training
+from pipeline.training.model import (
+    checkpoint_state,
+    compiled_layers,
+    gate_values,
+    objective_of,
+    settling_of,
+    targets_of,
+    trainable,
+)
+from pipeline.training.monitor import Monitor, Sink, TrainingFailed
+from pipeline.training.optim import Rates, lr_factor, parameter_groups
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is settled before anything is built.
+
+    Attributes:
+        total: optimizer steps of the whole run.
+        control: gloo group for messages between ranks.
+        lease: this job's claim on the run directory; None on ranks that do not write.
+    """
+
+    config: Config
+    run_dir: Path
+    world: World
+    index: ShardIndex
+    total: int
+    control: dist.ProcessGroup
+    lease: Lease | None
+
+
+def build_training(job: Job, model: Model, checkpoint: Checkpoint | None, sink: Sink) -> tuple[Training, Monitor]:
+    """Put a run together, at the step of `checkpoint` where there is one.
+
+    The parameters of the checkpoint are in `model` already; the optimizer's moments and the state of the gates follow
+    here.
+
+    Returns:
+        What the loop needs, and the monitor among its hooks, which is to be closed after the loop.
+    """
+    config, net, settings = job.config, model.model, job.config.train
+    rates = Rates(settings.lr, settings.rest_lr or settings.lr, config.gate.lr or settings.lr)
+    groups = parameter_groups(trainable(net), inside_layers, rates, settings.weight_decay)
+    watch = GradientWatch(net)
+    engine = build_engine(objective_of(config, model), groups, config, job.world, compiled_layers(config, model))
+    named, settling = trainable(net), settling_of(config, model)
+    if checkpoint is not None:
+        restore_moments(engine, named, checkpoint.moments())
+        if settling is not None:
+            settling.restore(checkpoint.state["settling"])
+    monitor = _monitor(job, sink, partial(gate_values, net, settling))
+
+    def save(done: int) -> None:
+        monitor.check_finite()
+        parameters, moments = full_parameters(named), optimizer_state(engine, named)
+        if job.world.is_main:
+            if job.lease is not None:
+                job.lease.check()
+            state = checkpoint_state(config, model, job.index.digest, done, job.world, settling)
+            save_checkpoint(job.run_dir, parameters, moments, state, keep_last=settings.keep_last)
+        dist.barrier(job.control)
+
+    training = Training(
+        engine=engine,
+        batches=_batches(job, model, 0 if checkpoint is None else checkpoint.step),
+        inputs=partial(_inputs, model),
+        schedule=lambda step: lr_factor(step, settings.warmup_steps, job.total),
+        after_step=[_gradient_check(watch), _settle(engine, model, settling), monitor.after_step],
+        save=save,
+        checkpoint_every=settings.checkpoint_every,
+        total_steps=job.total,
+        seed=config.seed,
+        control=job.control,
+    )
+    return training, monitor
+
+
+def _inputs(model: Model, batch: Batch) -> tuple[Tensor, ...]:
+    return batch.images, targets_of(model, batch)
+
+
+def _gradient_check(watch: GradientWatch) -> Callable[[Step], None]:
+    """After the first step, when ZeRO-3 has put the scores together again: every block must have got a gradient."""
+    pending = [watch]
+
+    def check(_: Step) -> None:
+        if not pending:
+            return
+        try:
+            pending.pop().check()
+        except ValueError as error:
+            raise ConfigError(f"after the first backward pass {error}; take them out of adapter.targets") from error
+
+    return check
+
+
+def _settle(engine: Any, model: Model, settling: Settling | None) -> Callable[[Step], None]:
+    """Shut the blocks whose gates settle with a step, and keep the optimizer from moving them."""
+
+    def settle(_: Step) -> None:
+        for block in settling.observe() if settling is not None else []:
+            rest(engine, block.lowrank.parameters(), at_zero=True)
+            rest(engine, block.undecayed(), at_zero=False)
+        if not trainable(model.model):
+            raise TrainingFailed(
+                "every gate has settled and train.train_rest=none: nothing is left to train. "
+                "Lower gate.lam, or set gate.settle_steps=null"
+            )
+
+    return settle
+
+
+def _monitor(job: Job, sink: Sink, gates: Callable[[], dict[str, float]]) -> Monitor:
+    config = job.config
+    return Monitor(
+        world=job.world,
+        control=job.control,
+        sink=sink,
+        gates=gates,
+        total_steps=job.total,
+        global_batch_size=config.train.global_batch_size,
+        peak_lr=config.train.lr,
+        log_every=config.train.log_every,
+        gates_every=config.train.gates_every,
+        bad_limit=config.data.max_bad_share * job.index.samples,
+        negatives=not config.classifies,
+    )
+
+
+def _batches(job: Job, model: Model, start: int) -> Batches[Batch]:
+    config, data = job.config, job.config.data
+    dataset = TrainDataset(
+        job.index,
+        size=model.preprocess_cfg["size"],
+        seed=config.seed,
+        streams=data.streams,
+        window=data.shuffle_window,
+        templates=data.templates,
+        crop_scale=data.crop_scale,
+        flip=data.flip,
+        preprocessing=data.preprocessing,
+        max_pixels=data.max_pixels,
+    )
+    return train_loader(
+        dataset,
+        global_batch=config.train.global_batch_size,
+        start_step=start,
+        stop_step=job.total,
+        rank=job.world.rank,
+        world=job.world.world_size,
+        sharing=job.world.local_world_size,
+        workers=data.workers,
+        ahead=data.read_ahead,
+        pin=job.world.device.type == "cuda",
+    )
