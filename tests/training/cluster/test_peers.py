@@ -14,10 +14,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from pipeline.training.cluster import peers
 from pipeline.training.cluster.distributed import World
 from pipeline.training.cluster.peers import PeerLost, meet, watched_peers
+
+
+@pytest.fixture(autouse=True)
+def no_process_group() -> None:
+    """An earlier test of the same process may have left its group of one, and ranks in a group do not meet again."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def world(rank: int, size: int, host: str) -> World:
