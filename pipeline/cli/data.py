@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,10 @@ from pipeline.cli.options import FAILED, OK, add_command, count, part, share
 from pipeline.config import ConfigError
 
 if TYPE_CHECKING:
-    from pipeline.data.sources.sample import SourceOptions
+    from pipeline.data.eval.wds_layout import PackEvalReport
+    from pipeline.data.shards.index import PackReport
+    from pipeline.data.sources.account import Account
+    from pipeline.data.sources.sample import Source, SourceOptions
 
 
 def add(commands: Any) -> None:
@@ -37,7 +40,10 @@ def _add_inspect(commands: Any) -> None:
 def run_inspect(arguments: argparse.Namespace) -> int:
     from pipeline.data.sources.inspection import inspect
 
-    print(inspect(arguments.source, _source_options(arguments)))
+    found = inspect(arguments.source, _source_options(arguments))
+    print(found)
+    if arguments.report is not None:
+        _write_report(arguments.report, found.source, found.source.account())
     return OK
 
 
@@ -128,15 +134,33 @@ def run_pack(arguments: argparse.Namespace) -> int:
         force=arguments.force,
         workers=arguments.workers,
     )
-    for left_out in report.left_out:
-        print(f"left out: {left_out}", file=sys.stderr)
     index = report.index
     classes = f", {len(index.classes)} classes" if index.classes else ""
-    print(
-        f"{index.directory}: {index.samples} samples{classes} in {len(index.shards)} shards, "
-        f"{len(report.left_out)} left out"
-    )
+    print(f"{index.directory}: {index.samples} samples{classes} in {len(index.shards)} shards")
+    return _end_of_pack(arguments, report)
+
+
+def _end_of_pack(arguments: argparse.Namespace, report: PackReport | PackEvalReport) -> int:
+    """What the user should know about the source, and the sum over it."""
+    for note in report.source.notes:
+        print(f"note: {note}")
+    print(report.account)
+    if arguments.report is not None:
+        _write_report(arguments.report, report.source, report.account)
     return OK
+
+
+def _write_report(file: Path, source: Source, account: Account) -> None:
+    content = {"source": str(source.path), "format": source.format, **account.as_json(), "notes": list(source.notes)}
+    if source.classes is not None:
+        content["classes"] = [
+            {"folder": folder, "name": name}
+            for folder, name in zip(source.folders or source.classes, source.classes, strict=True)
+        ]
+    try:
+        file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--report {file}: {error.strerror}; give a file in a folder that exists") from error
 
 
 def _pack_eval(arguments: argparse.Namespace) -> int:
@@ -151,10 +175,8 @@ def _pack_eval(arguments: argparse.Namespace) -> int:
         force=arguments.force,
         workers=arguments.workers,
     )
-    for left_out in report.left_out:
-        print(f"left out: {left_out}", file=sys.stderr)
-    print(f"{arguments.out}: an evaluation set of {len(report.eval_set)} images, {len(report.left_out)} left out")
-    return OK
+    print(f"{arguments.out}: an evaluation set of {len(report.eval_set)} images")
+    return _end_of_pack(arguments, report)
 
 
 def _add_verify(commands: Any) -> None:
@@ -171,7 +193,7 @@ def _add_verify(commands: Any) -> None:
 
 
 def run_verify(arguments: argparse.Namespace) -> int:
-    from pipeline.data.shards.index import verify
+    from pipeline.data.shards.verify import verify
 
     report = verify(arguments.shards, decode=not arguments.no_decode)
     print(report)
@@ -181,7 +203,13 @@ def run_verify(arguments: argparse.Namespace) -> int:
 def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help="folder of class folders, csv/tsv, or COCO captions json")
     parser.add_argument(
-        "--format", choices=("auto", "imagefolder", "csv", "coco"), default="auto", help="default: found out by looking"
+        "--format",
+        choices=("auto", "imagefolder", "sidecar", "csv", "coco"),
+        default="auto",
+        help="default: found out by looking",
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="write the summary as json, with the name of each that is left out"
     )
     parser.add_argument("--classnames", type=Path, metavar="FILE", help="readable class names, one line per class")
     parser.add_argument("--image-column", metavar="NAME", help="csv: column with image paths")

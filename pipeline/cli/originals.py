@@ -29,6 +29,7 @@ _FOR_OWN_IMAGES = (
     "eval",
     "templates",
     "max_unreadable",
+    "report",
 )
 _FOR_TRAINING = ("samples_per_shard", "seed", "part")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.eval.wds_layout import open_eval_set
-from pipeline.data.shards.index import load_index, verify
+from pipeline.data.shards.index import load_index
+from pipeline.data.shards.verify import verify
 from pipeline.demo.assets import ARCHIVES, BENCHMARK, GRID, MODEL, asset, unpack
 from pipeline.demo.recipe import CLOTHING, Picture, archive, captions
 from pipeline.demo.run import demo_config

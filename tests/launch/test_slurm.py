@@ -140,7 +140,8 @@ def test_the_tasks_of_an_array_pack_one_dataset_and_the_last_writes_the_index(
     from PIL import Image
 
     from pipeline.data.originals.imagenet import wnids
-    from pipeline.data.shards.index import load_index, verify
+    from pipeline.data.shards.index import load_index
+    from pipeline.data.shards.verify import verify
 
     source, bin_folder, out = open_folder / "imagenet", open_folder / "pack-bin", open_folder / "packed"
     for number in range(1040):

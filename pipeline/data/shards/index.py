@@ -7,7 +7,6 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, Literal
 from webdataset.writer import TarWriter
 
 from pipeline.config import ConfigError
-from pipeline.data.images import MAX_PIXELS, STORED_EXTENSIONS, BadImageError, decode, stored_extension
+from pipeline.data.images import MAX_PIXELS, BadImageError, stored_extension
 from pipeline.data.order import seeded_permutation, stable_hash
 from pipeline.data.sources.account import Account
 from pipeline.data.sources.formats import read_source
@@ -24,7 +23,6 @@ from pipeline.data.sources.readable import usable_samples
 from pipeline.data.sources.sample import Sample, Source, SourceOptions
 from pipeline.data.storage.cache import Cache
 from pipeline.data.storage.folders import Folder, LocalFolder, folder_at
-from pipeline.data.storage.remote import is_remote
 from pipeline.data.storage.tar import TarError, TarIndex
 
 FORMAT_NAME, FORMAT_VERSION = "selora-shards", 1
@@ -81,10 +79,10 @@ def load_index(location: str | Path, cache: Cache | None = None) -> ShardIndex:
     ``location``: a folder, or a URL (see remote.py), whose shards are copied into ``cache`` and checked by their sha256
     when they are opened. Raises ConfigError that names the shard.
     """
-    index = _read_index(folder_at(location, cache))
+    index = read_index(folder_at(location, cache))
     if isinstance(index.folder, LocalFolder):
         for shard in index.shards:
-            fault = _size_fault(index.directory, shard)
+            fault = size_fault(index.directory, shard)
             if fault:
                 raise ConfigError(f"{index.directory / shard.name}: {fault}; copy it again or pack the source again")
     return index
@@ -105,7 +103,8 @@ def fetch_shard(index: ShardIndex, number: int) -> None:
     index.folder.fetch(shard.name, size=shard.bytes, sha256=shard.sha256)
 
 
-def _read_index(folder: Folder) -> ShardIndex:
+def read_index(folder: Folder) -> ShardIndex:
+    """The index alone, without a look at its tars. Raises ConfigError."""
     file = f"{folder.location}/{INDEX_NAME}"
     text = folder.read_text(INDEX_NAME)
     if text is None:
@@ -125,7 +124,8 @@ def _read_index(folder: Folder) -> ShardIndex:
     return index
 
 
-def _size_fault(folder: Path, shard: Shard) -> str | None:
+def size_fault(folder: Path, shard: Shard) -> str | None:
+    """How the size of a tar differs from what its index says; None where it does not."""
     path = folder / shard.name
     if not path.is_file():
         return f"missing, with {shard.samples} samples"
@@ -275,104 +275,6 @@ def _digest(shards: Sequence[Shard], classes: Sequence[str] | None) -> str:
         None if classes is None else list(classes),
     )
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """What verify found. ``faults`` has a line for each, by shard and key."""
-
-    directory: Path
-    shards: int
-    samples: int
-    faults: list[str]
-
-    @property
-    def ok(self) -> bool:
-        return not self.faults
-
-    def __str__(self) -> str:
-        lines = [f"{self.directory}: {self.samples} samples in {self.shards} shards"]
-        lines += [f"  fault: {fault}" for fault in self.faults] or ["  ok"]
-        return "\n".join(lines)
-
-
-def verify(
-    directory: str | Path, *, decode: bool = True, max_pixels: int = MAX_PIXELS, workers: int = 4
-) -> VerifyReport:
-    """Compare shards with their index: size, checksum, count, keys, members and, with ``decode``, every image.
-
-    Every fault is reported, none stops the check. Raises ConfigError when the index itself cannot be read.
-    """
-    if is_remote(directory):
-        raise ConfigError(
-            f"{directory}: verify reads a directory; a shard behind a URL is checked by its sha256 when it is fetched"
-        )
-    index = _read_index(LocalFolder(Path(directory)))
-    known = {shard.name for shard in index.shards}
-    faults = [
-        f"{path.name}: not in the index" for path in sorted(index.directory.glob("*.tar")) if path.name not in known
-    ]
-    seen: dict[str, str] = {}
-    with ThreadPoolExecutor(workers) as pool:
-        for shard in index.shards:
-            found, tar = _shard_faults(index.directory, shard)
-            faults += found
-            if tar is None:
-                continue
-            check = _SampleCheck(tar, index.classes, max_pixels if decode else None)
-            for number, reasons in enumerate(pool.map(check, range(len(tar)))):
-                key = tar.samples[number].key
-                if key in seen:
-                    reasons.append(f"its key is also in {seen[key]}")
-                seen[key] = shard.name
-                faults += [f"{shard.name}/{key}: {reason}" for reason in reasons]
-            tar.close()
-    return VerifyReport(index.directory, len(index.shards), index.samples, faults)
-
-
-def _shard_faults(folder: Path, shard: Shard) -> tuple[list[str], TarIndex | None]:
-    faults = []
-    size_fault = _size_fault(folder, shard)
-    if size_fault:
-        faults.append(f"{shard.name}: {size_fault}")
-    path = folder / shard.name
-    if not path.is_file():
-        return faults, None
-    if not size_fault and sha256_of(path) != shard.sha256:
-        faults.append(f"{shard.name}: its content has changed since it was packed (sha256)")
-    try:
-        tar = TarIndex(path)
-    except TarError as error:
-        return [*faults, str(error)], None
-    if len(tar) != shard.samples:
-        faults.append(f"{shard.name}: {len(tar)} samples where its index has {shard.samples}")
-    return faults, tar
-
-
-@dataclass(frozen=True)
-class _SampleCheck:
-    """The faults of sample ``number`` of a tar. ``max_pixels`` None: without decoding."""
-
-    tar: TarIndex
-    classes: Sequence[str] | None
-    max_pixels: int | None
-
-    def __call__(self, number: int) -> list[str]:
-        members = self.tar.samples[number].members
-        images = [ext for ext in STORED_EXTENSIONS if ext in members]
-        reasons = [] if images else [f"no image among its members ({', '.join(sorted(members))})"]
-        try:
-            label, texts = sample_texts(self.tar, number, self.classes)
-            if not texts and (label < 0 or self.classes is None):
-                reasons.append(f"neither caption nor class among its members ({', '.join(sorted(members))})")
-        except BadImageError as error:
-            reasons.append(str(error))
-        if images and self.max_pixels is not None:
-            try:
-                decode(self.tar.read(number, images[0]), max_pixels=self.max_pixels)
-            except BadImageError as error:
-                reasons.append(str(error))
-        return reasons
 
 
 def sample_texts(tar: TarIndex, number: int, classes: Sequence[str] | None) -> tuple[int, list[str]]:

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+# Names in a line of the summary; the report has all of them.
+SHOWN = 5
+
 
 @dataclass(frozen=True)
 class LeftOut:
@@ -54,6 +57,32 @@ class Account:
     def reasons(self) -> dict[str, int]:
         """Reason -> number of samples left out for it, the most frequent first."""
         return dict(Counter(each.reason for each in self.left_out).most_common())
+
+    def __str__(self) -> str:
+        """The sum in a line, and a line for each reason and kind."""
+        lines = [
+            f"{self.seen} seen = {self.packed} packed + {len(self.left_out)} left out + "
+            f"{sum(self.ignored.values())} ignored"
+        ]
+        for reason, count in self.reasons.items():
+            names = [str(each) if each.detail else each.name for each in self.left_out if each.reason == reason]
+            more = f" and {count - SHOWN} more" if count > SHOWN else ""
+            lines.append(f"  {count} left out, {reason}: {', '.join(names[:SHOWN])}{more}")
+        lines += [f"  {count} ignored: {kind}" for kind, count in self.ignored.items()]
+        return "\n".join(lines)
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> Account:
+        """The sum that ``as_json`` wrote.
+
+        Raises:
+            ValueError: For anything else.
+        """
+        try:
+            left_out = tuple(LeftOut(each["name"], each["reason"], each["detail"]) for each in content["names"])
+            return Account(content["seen"], content["packed"], left_out, dict(content["ignored"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not the sum over a source: {error}") from error
 
     def as_json(self) -> dict[str, Any]:
         """The sum with every name, as index.json keeps it and ``--report`` writes it."""

@@ -1,42 +1,76 @@
-"""A folder of class folders -> samples."""
+"""A folder of class folders, or of images with their captions in files next to them -> samples."""
 
 from __future__ import annotations
 
-import os
-from collections import Counter
+import json
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pipeline.config import ConfigError
 from pipeline.data.image_files import IMAGE_EXTENSIONS
-from pipeline.data.sources.sample import Sample, Source, SourceOptions, sample_key, unique_keys
+from pipeline.data.sources.account import SHOWN, LeftOut
+from pipeline.data.sources.sample import Sample, Source, SourceOptions, few, sample_key, unique_keys
+from pipeline.data.sources.walk import Walked, hidden, kinds, printable, walk
 from pipeline.prompts import read_classnames, readable_name
+
+# Where the captions of an image are looked for, in this order: next to it, under its name without the extension.
+CAPTION_FILES = (".txt", ".json")
+LOOSE = "images next to the class folders"
+WITH_IMAGE = "caption files, read with their images"
 
 
 def read_folders(root: Path, options: SourceOptions) -> Source:
     """The images of ``root/CLASS/…``, sorted by name; classes are the folders directly below ``root``.
 
     Raises:
-        ConfigError: For a class folder without an image, or class names that do not fit.
+        ConfigError: For a class folder without an image or with a name that is not UTF-8, or class names that do not
+            fit.
     """
-    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    samples: list[Sample] = []
-    ignored: Counter[str] = Counter()
-    for label, folder in enumerate(folders):
-        before = len(samples)
-        for directory, below, files in os.walk(root / folder, followlinks=True):
-            below.sort()
-            for file in sorted(files):
-                path = Path(directory) / file
-                if not _is_image(path):
-                    ignored["files that are no images by their names"] += not file.startswith(".")
-                    continue
-                name = path.relative_to(root).as_posix()
-                samples.append(Sample(sample_key(name), name, path, label))
-        if len(samples) == before:
-            raise ConfigError(f"{root / folder}: the class folder holds no image ({', '.join(IMAGE_EXTENSIONS)})")
-    names = class_names(folders, options.classnames)
-    return Source("imagefolder", root, unique_keys(samples), names, ignored=ignored, folders=folders)
+    walked = walk(root)
+    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not hidden(entry.name))
+    images: dict[str, list[str]] = {folder: [] for folder in folders}
+    loose = []
+    for name in walked.images:
+        images.get(name.partition("/")[0], loose).append(name)
+    _check_folders(walked, images)
+    samples = [
+        Sample(sample_key(name), printable(name), root / name, label)
+        for label, folder in enumerate(folders)
+        for name in images[folder]
+    ]
+    notes = walked.notes()
+    if loose:
+        notes.append(f"{len(loose)} {LOOSE} have no class: {few([printable(name) for name in loose], SHOWN)}")
+    if told := len(_captions_next_to(walked)):
+        notes.append(f"{told} images have a text file next to them; --format sidecar takes it as their captions")
+    return Source(
+        "imagefolder",
+        root,
+        unique_keys(samples),
+        class_names(folders, options.classnames),
+        left_out=walked.left_out,
+        ignored=walked.ignored + kinds(walked.others) + Counter({LOOSE: len(loose)} if loose else {}),
+        seen=walked.seen,
+        folders=folders,
+        notes=notes,
+    )
+
+
+def _check_folders(walked: Walked, images: dict[str, list[str]]) -> None:
+    for folder, found in images.items():
+        if printable(folder) != folder:
+            raise ConfigError(
+                f"{printable(str(walked.root / folder))}: the folder's name is not UTF-8, so no class can be called by "
+                "it; rename it (convmv -f latin1 -t utf8 --notest)"
+            )
+        if found:
+            continue
+        link = next((link for link in walked.links if link.startswith(f"{folder} -> ")), None)
+        why = f" ({link}: read as another class already)" if link else ""
+        raise ConfigError(
+            f"{walked.root / folder}: the class folder holds no image ({', '.join(IMAGE_EXTENSIONS)}){why}; remove it"
+        )
 
 
 def class_names(folders: Sequence[str], classnames: str | Path | None) -> list[str]:
@@ -52,5 +86,85 @@ def class_names(folders: Sequence[str], classnames: str | Path | None) -> list[s
     return names
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix[1:].lower() in IMAGE_EXTENSIONS and not path.name.startswith(".")
+def has_sidecars(root: Path) -> bool:
+    """Whether most images below ``root`` have a text file with a caption next to them, as img2dataset writes them."""
+    walked = walk(root)
+    # A few of them are opened: numbers alone are boxes of a detector, and a json without a caption is something else.
+    named = _captions_next_to(walked)
+    some = sorted(named)[:: max(1, len(named) // 16)]
+    read = [image for image in some if any(map(str.isalpha, "".join(_captions(root, named[image])[0])))]
+    return 2 * len(named) > len(walked.images) and 2 * len(read) > len(some)
+
+
+def read_sidecars(root: Path, options: SourceOptions) -> Source:  # noqa: ARG001 - as every reader
+    """The images below ``root`` with the captions in the files next to them: ``a.txt``, a caption a line, or in
+    ``a.json`` the value of ``caption``.
+
+    Raises:
+        ConfigError: For a folder that cannot be listed.
+    """
+    walked = walk(root)
+    named = _captions_next_to(walked)
+    samples: list[Sample] = []
+    left_out = list(walked.left_out)
+    for name in walked.images:
+        captions, fault = _captions(root, named[name]) if name in named else ((), "no caption file next to it")
+        if captions:
+            samples.append(Sample(sample_key(name), printable(name), root / name, None, captions))
+        else:
+            left_out.append(LeftOut(printable(name), "no caption", fault))
+    used = {file for files in named.values() for file in files}
+    others = kinds([name for name in walked.others if name not in used])
+    return Source(
+        "sidecar",
+        root,
+        unique_keys(samples),
+        left_out=left_out,
+        ignored=walked.ignored + others + Counter({WITH_IMAGE: len(used)} if used else {}),
+        seen=walked.seen,
+        notes=walked.notes(),
+    )
+
+
+def _captions_next_to(walked: Walked) -> dict[str, list[str]]:
+    """Image -> the files next to it that may hold its captions, the first choice first."""
+    beside: dict[str, list[str]] = defaultdict(list)
+    for name in walked.others:
+        if (path := PurePosixPath(name)).suffix.lower() in CAPTION_FILES:
+            beside[str(path.with_suffix(""))].append(name)
+    found = ((name, beside.get(str(PurePosixPath(name).with_suffix("")))) for name in walked.images)
+    rank = {suffix: number for number, suffix in enumerate(CAPTION_FILES)}
+    return {
+        name: sorted(files, key=lambda file: rank[PurePosixPath(file).suffix.lower()]) for name, files in found if files
+    }
+
+
+def _captions(root: Path, files: Sequence[str]) -> tuple[tuple[str, ...], str]:
+    """The captions in the first of the files that has some, and otherwise why there are none."""
+    faults = []
+    for file in files:
+        try:
+            text = (root / file).read_text(encoding="utf-8-sig")
+            lines = _json_captions(text) if file.lower().endswith(".json") else text.splitlines()
+        except UnicodeDecodeError as error:
+            faults.append(f"{printable(file)}: byte {error.start} is not UTF-8; save it as UTF-8")
+            continue
+        except (ValueError, OSError, RecursionError) as error:
+            faults.append(f"{printable(file)}: {error}")
+            continue
+        # str.splitlines keeps lone surrogates that a json escape may hold, and nothing could write them.
+        captions = dict.fromkeys(clean for line in lines if (clean := " ".join(_writable(line).split())))
+        if captions:
+            return tuple(captions), ""
+        faults.append(f"{printable(file)} holds no caption")
+    return (), "; ".join(faults)
+
+
+def _json_captions(text: str) -> list[str]:
+    content = json.loads(text)
+    found = content.get("caption", content.get("captions")) if isinstance(content, dict) else None
+    return [each for each in (found if isinstance(found, list) else [found]) if isinstance(each, str)]
+
+
+def _writable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -7,9 +7,10 @@ from typing import Literal
 
 from pipeline.config import ConfigError
 from pipeline.data.sources.coco import read_coco
-from pipeline.data.sources.folders import read_folders
+from pipeline.data.sources.folders import has_sidecars, read_folders, read_sidecars
 from pipeline.data.sources.sample import Source, SourceOptions
 from pipeline.data.sources.tables import read_table
+from pipeline.data.sources.walk import hidden
 
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
 
@@ -23,15 +24,18 @@ def read_source(source: str | Path, options: SourceOptions = SourceOptions()) ->
     path = Path(source)
     if not path.exists():
         raise ConfigError(f"{path}: no such file or folder")
-    kind = sniff(path) if options.format == "auto" else options.format
-    if kind == "imagefolder":
-        return read_folders(path, options)
-    if kind == "csv":
-        return read_table(path, options)
-    return read_coco(path)
+    return READERS[sniff(path) if options.format == "auto" else options.format](path, options)
 
 
-def sniff(path: Path) -> Literal["imagefolder", "csv", "coco"]:
+READERS = {
+    "imagefolder": read_folders,
+    "sidecar": read_sidecars,
+    "csv": read_table,
+    "coco": lambda path, _: read_coco(path),
+}
+
+
+def sniff(path: Path) -> Literal["imagefolder", "sidecar", "csv", "coco"]:
     """The format of a source by its look; ConfigError with what was seen when it is none."""
     if path.is_file():
         suffix = path.suffix.lower()
@@ -42,7 +46,9 @@ def sniff(path: Path) -> Literal["imagefolder", "csv", "coco"]:
         raise ConfigError(f"{path}: not a csv, tsv or json file; give a folder of class folders or one of these files")
     if (path / "index.json").exists():
         raise ConfigError(f"{path}: these are packed shards already (index.json); use them as data.train")
-    folders = [entry for entry in sorted(path.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
+    if has_sidecars(path):
+        return "sidecar"
+    folders = [entry for entry in sorted(path.iterdir()) if entry.is_dir() and not hidden(entry.name)]
     if folders and all(entry.name.lower() in SPLIT_NAMES for entry in folders):
         names = ", ".join(entry.name for entry in folders)
         one = next((entry for entry in folders if entry.name.lower().startswith("train")), folders[0])

@@ -39,13 +39,10 @@ class Inspection:
         own = [len(sample.captions) for sample in found.samples if sample.captions]
         if own:
             lines.append(f"  {sum(own)} captions of their own, {min(own)} to {max(own)} an image")
-        account = found.account()
-        for reason, count in account.reasons.items():
-            names = [each.name for each in account.left_out if each.reason == reason]
-            lines.append(f"  {count} left out, {reason}: {few(names, 5)}")
-        lines += [f"  {count} ignored: {kind}" for kind, count in account.ignored.items()]
         lines += ["samples:", *(f"  {sample}" for sample in self.samples)]
         lines += ["next:", f"  {self.command}", "config:", *(f"  {line}" for line in self.config.splitlines())]
+        lines += [f"note: {note}" for note in found.notes]
+        lines.append(str(found.account()))
         return "\n".join(lines)
 
 

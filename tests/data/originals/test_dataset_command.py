@@ -14,7 +14,8 @@ from pipeline.data.eval.wds_layout import open_eval_set
 from pipeline.data.originals.convert import original
 from pipeline.data.originals.imagenet import wnids
 from pipeline.data.originals.table import ORIGINALS
-from pipeline.data.shards.index import load_index, verify
+from pipeline.data.shards.index import load_index
+from pipeline.data.shards.verify import verify
 from pipeline.doctor.benchmark import inspect_row
 from pipeline.evaluation.benchmark import load_benchmark
 

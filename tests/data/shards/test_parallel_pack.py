@@ -23,8 +23,9 @@ from pipeline.config import ConfigError
 from pipeline.data.originals.imagenet import wnids
 from pipeline.data.originals.train import list_imagenet_train
 from pipeline.data.shards import parallel_pack
-from pipeline.data.shards.index import ShardIndex, load_index, verify
+from pipeline.data.shards.index import ShardIndex, load_index
 from pipeline.data.shards.parallel_pack import Packing, pack_in_parallel
+from pipeline.data.shards.verify import verify
 from pipeline.data.sources.sample import Sample
 from pipeline.data.storage.tar import TarIndex
 

@@ -16,7 +16,8 @@ import webdataset
 from PIL import Image
 
 from pipeline.config import ConfigError
-from pipeline.data.shards.index import ShardIndex, load_index, pack, verify
+from pipeline.data.shards.index import ShardIndex, load_index, pack
+from pipeline.data.shards.verify import verify
 from pipeline.data.sources.formats import read_source
 from pipeline.data.sources.sample import Sample, Source
 from pipeline.data.storage.tar import BLOCK, TarIndex

@@ -50,7 +50,7 @@ def test_class_folders_may_be_deep_and_hold_other_files(tmp_path: Path, photo: C
     assert source.classes == ["cap", "hat"]
     assert [sample.name for sample in source.samples] == ["cap/y.jpg", "hat/x.jpg", "hat/x.png", "hat/deep/er/x.JPEG"]
     assert len({sample.key for sample in source.samples}) == 4
-    assert source.ignored == {"files that are no images by their names": 1}
+    assert source.ignored == {"hidden and system files": 1, ".txt files": 1}
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ import pytest
 from pipeline.config import ConfigError
 from pipeline.data.eval.batches import eval_loader
 from pipeline.data.eval.wds_layout import EvalSet, open_eval_set, write_wds_eval
-from pipeline.data.shards.index import ShardIndex, load_index, open_shard, verify
+from pipeline.data.shards.index import ShardIndex, load_index, open_shard
+from pipeline.data.shards.verify import verify
 from pipeline.data.sources.formats import read_source
 from pipeline.data.storage import remote
 from pipeline.data.storage.cache import Cache
