@@ -34,6 +34,7 @@ from pipeline.evaluation.retrieval import Embeddings, embed_batch, join, recall_
 from pipeline.evaluation.rows import Row, Task
 from pipeline.evaluation.zeroshot import apply_subset, class_logits, classifier_head
 from pipeline.model.load import Model
+from pipeline.model.text import batch_tokenizer
 from pipeline.model.vit import Vit
 from pipeline.model.weights import stock_state, weights_digest
 
@@ -60,7 +61,7 @@ class Subject:
         """Move the model to the device, in eval mode."""
         digest = weights_digest(stock_state(clip.model))
         model = clip.model.to(settings.device).eval()
-        tokenizer = None if isinstance(clip, Vit) else clip.tokenizer
+        tokenizer = None if isinstance(clip, Vit) else batch_tokenizer(model, clip.tokenizer)
         return Subject(clip, Encoder(model, tokenizer, settings.device, settings.precision), digest)
 
     def unable(self, dataset: Dataset) -> str | None:

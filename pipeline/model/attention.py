@@ -24,10 +24,12 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 class SplitAttention(nn.Module):
     """Self-attention with q, k, v and out as four nn.Linear, where open_clip and timm keep q, k and v in one parameter.
 
-    `stock_qkv`, `stock_out`: how those call them.
+    `stock_qkv`, `stock_out`: how those call them. `causal`: the mask of this tower is the causal one, which the
+    kernel then applies by itself; a mask in memory would keep it off its fast form.
     """
 
     stock_qkv, stock_out = "in_proj_", "out_proj."
+    causal = False
 
     def __init__(self, in_weight: Tensor, in_bias: Tensor | None, out: nn.Linear, num_heads: int) -> None:
         super().__init__()
@@ -41,8 +43,16 @@ class SplitAttention(nn.Module):
         """(N, L, C) -> (N, heads, L, C / heads)."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def additive_mask(self, mask: Tensor | None, q: Tensor) -> Tensor | None:
-        """(L, L) or (N * heads, L, L), boolean (True = hidden) or additive -> additive, in the dtype of q."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float = 0.0) -> Tensor:
+        """Softmax attention of (N, heads, L, C / heads) each -> (N, heads, L, C / heads).
+
+        mask: (L, L) or (N * heads, L, L), boolean (True = hidden) or additive; None hides nothing.
+        """
+        if mask is not None and self.causal:
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self._additive(mask, q), dropout_p=dropout_p)
+
+    def _additive(self, mask: Tensor | None, q: Tensor) -> Tensor | None:
         if mask is None:
             return None
         if mask.ndim == 3:
@@ -84,7 +94,7 @@ class SplitMultiheadAttention(SplitAttention):
             self.heads(self.k_proj(key)),
             self.heads(self.v_proj(value)),
         )
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.additive_mask(attn_mask, q))
+        out = self.attend(q, k, v, attn_mask)
         return self.out_proj(out.transpose(1, 2).flatten(2)), None
 
 
@@ -112,13 +122,7 @@ class SplitCustomAttention(SplitAttention):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """(N, L, C) -> (N, L, C)."""
         q, k, v = (self.heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        out = F.scaled_dot_product_attention(
-            self.ln_q(q),
-            self.ln_k(k),
-            v,
-            attn_mask=self.additive_mask(attn_mask, q),
-            dropout_p=self.attn_drop.p if self.training else 0.0,
-        )
+        out = self.attend(self.ln_q(q), self.ln_k(k), v, attn_mask, self.attn_drop.p if self.training else 0.0)
         if self.head_scale is not None:
             out = out * self.head_scale
         return self.out_drop(self.out_proj(self.ln_inner(out.transpose(1, 2).flatten(2))))

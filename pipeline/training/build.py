@@ -18,7 +18,9 @@ from pipeline.data.train.stream import Batch, TrainDataset, train_loader
 from pipeline.method.adapter import GradientWatch
 from pipeline.method.settle import Settling
 from pipeline.model.load import Model
+from pipeline.model.text import batch_tokenizer
 from pipeline.model.towers import inside_layers
+from pipeline.model.vit import Vit
 from pipeline.training.checkpoint import Checkpoint, save_checkpoint
 from pipeline.training.cluster.distributed import World
 from pipeline.training.cluster.lease import Lease
@@ -90,7 +92,7 @@ def build_training(job: Job, model: Model, checkpoint: Checkpoint | None, sink: 
     training = Training(
         engine=engine,
         batches=_batches(job, model, 0 if checkpoint is None else checkpoint.step),
-        inputs=partial(_inputs, model),
+        inputs=_inputs,
         schedule=lambda step: lr_factor(step, settings.warmup_steps, job.total),
         after_step=[_gradient_check(watch), _settle(engine, model, settling), monitor.after_step],
         save=save,
@@ -102,8 +104,8 @@ def build_training(job: Job, model: Model, checkpoint: Checkpoint | None, sink: 
     return training, monitor
 
 
-def _inputs(model: Model, batch: Batch) -> tuple[Tensor, ...]:
-    return batch.images, targets_of(model, batch)
+def _inputs(batch: Batch) -> tuple[Tensor, ...]:
+    return batch.images, targets_of(batch)
 
 
 def _gradient_check(watch: GradientWatch) -> Callable[[Step], None]:
@@ -173,6 +175,7 @@ def _batches(job: Job, model: Model, start: int) -> Batches[Batch]:
         global_batch=config.train.global_batch_size,
         start_step=start,
         stop_step=job.total,
+        tokenizer=None if isinstance(model, Vit) else batch_tokenizer(model.model, model.tokenizer),
         rank=job.world.rank,
         world=job.world.world_size,
         sharing=job.world.local_world_size,

@@ -65,10 +65,10 @@ def classes_of(config: Config, index: ShardIndex) -> tuple[str, ...] | None:
     return index.classes
 
 
-def targets_of(model: Model, batch: Batch) -> Tensor:
-    """What the task of a model wants of a batch beside its images: tokens (B, context), or classes (B,)."""
-    if not isinstance(model, Vit):
-        return model.tokenizer(batch.captions)
+def targets_of(batch: Batch) -> Tensor:
+    """What the task of a model wants of a batch besides its images: tokens (B, L), or classes (B,)."""
+    if batch.tokens is not None:
+        return batch.tokens
     if int(batch.labels.min()) < 0:
         nameless = batch.keys[int(batch.labels.argmin())]
         raise ConfigError(f"data.train: {nameless} has no class, and the model is trained as a classifier")

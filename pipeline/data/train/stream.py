@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,8 @@ from pipeline.data.train.prefetch import ReadAhead, Turns, read_ahead
 from pipeline.prompts import caption, resolve_templates
 
 OPEN_TARS = 256
+# Captions to tokens (B, L), int64, in the process that makes the batch.
+Tokenizer = Callable[[list[str]], Tensor]
 # A stream whose next 64 samples are all bad is no longer a matter of single images.
 SUBSTITUTES = 64
 
@@ -40,8 +42,8 @@ class Batch:
     """What this rank trains on in ``step``.
 
     images: uint8 (B, 3, H, W). labels: int64 (B,), -1 without a class. keys: "shard/key" of what is really there. bad:
-    "shard/key: reason" of each sample that another one stands in for. retries: how often a store had to be asked again
-    since the last batch of the same process.
+    "shard/key: reason" of each sample that another one stands in for. tokens: int64 (B, L) of the captions, None
+    without a tokenizer. retries: how often a store had to be asked again since the last batch of the same process.
     """
 
     step: int
@@ -50,11 +52,17 @@ class Batch:
     keys: list[str]
     labels: Tensor
     bad: list[str]
+    tokens: Tensor | None = None
     retries: int = 0
 
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader when it pins."""
-        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
+        return self.each_tensor(Tensor.pin_memory)
+
+    def each_tensor(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with its images, labels and tokens changed."""
+        tokens = None if self.tokens is None else change(self.tokens)
+        return replace(self, images=change(self.images), labels=change(self.labels), tokens=tokens)
 
 
 class TrainDataset:
@@ -163,8 +171,10 @@ class RankSteps:
 class _MakeBatch:
     """Positions of one rank and step into a Batch, in the process that makes it; see `train_loader` for the options."""
 
-    def __init__(self, dataset: TrainDataset, plan: RankSteps, *, ahead: int, sharing: int) -> None:
-        self.dataset, self.plan = dataset, plan
+    def __init__(
+        self, dataset: TrainDataset, plan: RankSteps, tokenizer: Tokenizer | None, *, ahead: int, sharing: int
+    ) -> None:
+        self.dataset, self.plan, self.tokenizer = dataset, plan, tokenizer
         self._ahead, self._sharing = ahead, sharing
         self._reading: ReadAhead | None = None
         self._next, self._retries = -1, 0
@@ -183,10 +193,12 @@ class _MakeBatch:
             # Not before, for the first batch should not have to share the line with those that come later.
             self._reading = self._read_ahead(step, every)
         before, self._retries = self._retries, retries()
+        captions = [sample.caption for sample in samples]
         return Batch(
             step=step,
             images=torch.stack([sample.image for sample in samples]),
-            captions=[sample.caption for sample in samples],
+            captions=captions,
+            tokens=None if self.tokenizer is None else self.tokenizer(captions),
             keys=[sample.key for sample in samples],
             labels=torch.tensor([sample.label for sample in samples], dtype=torch.int64),
             bad=[sample.bad for sample in samples if sample.bad],
@@ -213,6 +225,7 @@ def train_loader(
     global_batch: int,
     start_step: int,
     stop_step: int,
+    tokenizer: Tokenizer | None = None,
     rank: int = 0,
     world: int = 1,
     sharing: int = 1,
@@ -224,8 +237,9 @@ def train_loader(
 ) -> Batches[Batch]:
     """Batches of this rank for steps [start_step, stop_step), in order and the same with any number of workers.
 
-    ``ahead``: shards behind a URL that are fetched before they are needed, per stream of the rank. ``sharing``: ranks
-    on this machine, which share its cache.
+    ``tokenizer``: makes the tokens of a batch, in the worker that makes the batch. ``ahead``: shards behind a URL that
+    are fetched before they are needed, per stream of the rank. ``sharing``: ranks on this machine, which share its
+    cache.
     Raises ConfigError when streams, batch and ranks do not fit each other, and while iterating when a shard is broken.
     """
     streams = dataset.order.streams
@@ -233,5 +247,5 @@ def train_loader(
     if not 0 <= rank < world:
         raise ConfigError(f"rank {rank} is not in a world of {world}")
     plan = RankSteps(start_step, stop_step, global_batch, streams, rank, world)
-    make = _MakeBatch(dataset, plan, ahead=ahead, sharing=sharing)
+    make = _MakeBatch(dataset, plan, tokenizer, ahead=ahead, sharing=sharing)
     return Batches(make, plan, workers=workers, prefetch=prefetch, pin=pin, start_method=start_method)

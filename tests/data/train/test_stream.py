@@ -161,6 +161,27 @@ def test_spawned_workers_make_the_same_batches(shards: ShardIndex) -> None:
     assert same(batches(shards, 2, 3, workers=1, start_method="spawn")[0], batches(shards, 2, 3)[0])
 
 
+def lengths(captions: list[str]) -> torch.Tensor:
+    """A tokenizer that pickles: the length of each caption."""
+    return torch.tensor([[len(caption)] for caption in captions])
+
+
+@pytest.mark.parametrize("method", [None, "forkserver"])
+def test_workers_make_the_tokens_of_their_batches(shards: ShardIndex, method: str | None) -> None:
+    made = batches(shards, 0, 3, workers=2, tokenizer=lengths, start_method=method)
+    assert [batch.tokens.tolist() for batch in made if batch.tokens is not None] == [
+        lengths(batch.captions).tolist() for batch in made
+    ]
+    assert batches(shards, 0, 1)[0].tokens is None
+
+
+def test_a_pinned_batch_pins_all_that_goes_to_the_device(shards: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    batch = batches(shards, 0, 1, tokenizer=lengths)[0].pin_memory()
+    assert {id(tensor) for tensor in pinned} == {id(batch.images), id(batch.labels), id(batch.tokens)}
+
+
 # ---- what is wrong with single images: each has a named outcome, and the position stays a function of the step
 
 
