@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.config import VIT_SCHEMA, ConfigError
+from pipeline.data.classnames import plain_name
 from pipeline.evaluation.benchmark import Benchmark, is_there
-from pipeline.evaluation.dataset import Dataset, open_dataset, plain
+from pipeline.evaluation.dataset import Dataset, open_dataset
 from pipeline.evaluation.results import Result
 from pipeline.evaluation.rows import TOLERANCE, Row
 
@@ -58,7 +59,7 @@ def _names_remark(dataset: Dataset) -> str | None:
     if dataset.row.classnames is None or (subset is not None and any(len(ids) > 1 for ids in subset)):
         return None
     ours = dataset.classnames if subset is None else [dataset.classnames[ids[0]] for ids in subset]
-    other = [(a, b) for a, b in zip(shipped, ours, strict=False) if plain(a) not in plain(b)]
+    other = [(a, b) for a, b in zip(shipped, ours, strict=False) if plain_name(a) not in plain_name(b)]
     if not other:
         return None
     first = f"{other[0][0]!r} where the row has {other[0][1]!r}"

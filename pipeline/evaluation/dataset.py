@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from pipeline.config import ConfigError
+from pipeline.data.classnames import by_plain_name, plain_name
 from pipeline.data.eval.wds_layout import EvalSet, open_eval_set
 from pipeline.data.images import Preprocessing
 from pipeline.data.order import seeded_permutation, stable_hash
@@ -133,16 +133,13 @@ def count_faults(row: Row, data: EvalSet) -> list[str]:
 
 
 def _names(row: Row, data: EvalSet) -> tuple[str, ...]:
+    shipped = data.classnames or ()
     if row.spellings is None:
-        return row.classnames or data.classnames or ()
-    spelled = {plain(name): name for name in row.spellings}
-    strange = [name for name in data.classnames or () if plain(name) not in spelled]
+        return row.classnames or shipped
+    spelled = by_plain_name(row.spellings, f"{row.key}: spellings")
+    by_plain_name(shipped, f"{row.key}: classnames.txt of {row.path}")
+    strange = [name for name in shipped if plain_name(name) not in spelled]
     if strange:
         few = ", ".join(repr(name) for name in strange[:3])
         raise ConfigError(f"{row.key}: {few} in classnames.txt of {row.path}: the row's spellings have no such class")
-    return tuple(spelled[plain(name)] for name in data.classnames or ())
-
-
-def plain(name: str) -> str:
-    """Letters and digits of a class name: what is left when people spell it differently."""
-    return re.sub(r"[^a-z0-9]", "", name.lower())
+    return tuple(spelled[plain_name(name)] for name in shipped)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.data.classnames import by_plain_name, plain_name
 from pipeline.data.eval.batches import EvalBatch, eval_loader
 from pipeline.data.eval.wds_layout import EvalSet
 from pipeline.data.images import normalize
@@ -38,13 +38,7 @@ from pipeline.model.text import batch_tokenizer
 from pipeline.model.vit import Vit
 from pipeline.model.weights import stock_state, weights_digest
 
-_SPELLING = re.compile(r"[\W_]+")
 Head = tuple[tuple[str, ...], tuple[str, ...]]
-
-
-def plain_name(name: str) -> str:
-    """A class name by its letters and digits of any script: "aquarium_fish" and "Aquarium fish" are one class."""
-    return _SPELLING.sub("", name.casefold())
 
 
 @dataclass
@@ -74,6 +68,8 @@ class Subject:
             return "the model reads no texts"
         if self.clip.classes is None:
             return "the untouched model has no classifier"
+        for names, where in ((self.clip.classes, "the model"), (dataset.classnames, dataset.row.key)):
+            by_plain_name(names, where)
         if list(map(plain_name, self.clip.classes)) != list(map(plain_name, dataset.classnames)):
             return "the model was trained for other classes"
         return None

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pipeline.method.folded import full_precision
 
+# CLIP's bound on the temperature (arXiv 2103.00020, section 2.5): exp(logit_scale) <= 100.
+MAX_LOGIT_SCALE = 100.0
 # Logits that a rank holds at once, 256 MiB in fp32; more are computed in chunks of rows, and again in the backward.
 MOST_LOGITS = 2**26
 

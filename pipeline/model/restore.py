@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from pipeline.config import ConfigError
 from pipeline.config.yaml_file import read_chain
 from pipeline.method.adapter import attach_adapter, merge_adapter
+from pipeline.method.contrastive import MAX_LOGIT_SCALE
 from pipeline.model.load import Model, load_model
 from pipeline.model.towers import adapter_targets, apply_trainable
 
@@ -162,3 +164,5 @@ def copy_parameters(model: Model, names: list[str], checkpoint: Path) -> None:
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(saved[name])
+            if name == "logit_scale":  # earlier versions trained and saved it beyond the bound of their loss
+                parameter.clamp_(max=math.log(MAX_LOGIT_SCALE))

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.batches import Batches
 from pipeline.data.shards.index import ShardIndex
 from pipeline.data.train.stream import Batch, TrainDataset, train_loader
 from pipeline.method.adapter import GradientWatch
+from pipeline.method.contrastive import MAX_LOGIT_SCALE
 from pipeline.method.settle import Settling
 from pipeline.model.load import Model
 from pipeline.model.text import batch_tokenizer
@@ -24,7 +26,7 @@ from pipeline.model.vit import Vit
 from pipeline.training.checkpoint import Checkpoint, save_checkpoint
 from pipeline.training.cluster.distributed import World
 from pipeline.training.cluster.lease import Lease
-from pipeline.training.engine import build_engine, full_parameters, optimizer_state, rest, restore_moments
+from pipeline.training.engine import Bound, build_engine, full_parameters, optimizer_state, rest, restore_moments
 from pipeline.training.loop import Step, Training
 from pipeline.training.model import (
     checkpoint_state,
@@ -94,7 +96,12 @@ def build_training(job: Job, model: Model, checkpoint: Checkpoint | None, sink: 
         batches=_batches(job, model, 0 if checkpoint is None else checkpoint.step),
         inputs=_inputs,
         schedule=lambda step: lr_factor(step, settings.warmup_steps, job.total),
-        after_step=[_gradient_check(watch), _settle(engine, model, settling), monitor.after_step],
+        after_step=[
+            _gradient_check(watch),
+            _cap_scale(engine, dict(named)),
+            _settle(engine, model, settling),
+            monitor.after_step,
+        ],
         save=save,
         checkpoint_every=settings.checkpoint_every,
         total_steps=job.total,
@@ -121,6 +128,18 @@ def _gradient_check(watch: GradientWatch) -> Callable[[Step], None]:
             raise ConfigError(f"after the first backward pass {error}; take them out of adapter.targets") from error
 
     return check
+
+
+def _cap_scale(engine: Any, named: Mapping[str, nn.Parameter]) -> Callable[[Step], None]:
+    """Keep the stored logit scale at or below ln 100, where it trains; the loss does not see more than that."""
+    scale = named.get("logit_scale")
+    bound = None if scale is None else Bound(engine, scale, math.log(MAX_LOGIT_SCALE))
+
+    def cap(_: Step) -> None:
+        if bound is not None:
+            bound.apply()
+
+    return cap
 
 
 def _settle(engine: Any, model: Model, settling: Settling | None) -> Callable[[Step], None]:

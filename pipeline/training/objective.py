@@ -7,7 +7,6 @@ It is a module so that ZeRO-3 gathers every parameter it touches, the scores of 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,12 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.method.contrastive import flyp_loss
+from pipeline.method.contrastive import MAX_LOGIT_SCALE, flyp_loss
 from pipeline.method.gate import Gate, read_gates
 from pipeline.method.penalty import PenaltyKind, Reduction, gate_penalty
-
-# open_clip's and OpenAI's bound on the temperature: exp(logit_scale) <= 100.
-MAX_LOGIT_SCALE = 100.0
 
 
 @dataclass(frozen=True)
@@ -157,8 +153,3 @@ class Objective(nn.Module):
         # Read as an attribute of its gate, for that is what makes ZeRO-3 gather a score.
         scores = [gate.score for gate in self._gates]
         return gate_penalty(scores, settings.kind, settings.lam, settings.reduction, settings.threshold)
-
-
-def capped_logit_scale(value: Tensor) -> Tensor:
-    """The stored parameter after training: never above the cap that the forward applied."""
-    return value.clamp(max=math.log(MAX_LOGIT_SCALE))

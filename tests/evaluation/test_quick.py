@@ -59,6 +59,16 @@ def test_the_interval_holds_the_whole_sets_value_as_often_as_it_says() -> None:
     assert interval(0.5, 1000, 1000) == [0.5, 0.5]
 
 
+def test_spellings_that_collide_are_refused(tmp_path: Path, make_classification: Callable[..., Path]) -> None:
+    make_classification(tmp_path / "wds_a", n=8, classnames=("犬", "猫", "T-shirt"), shards=1)
+    row = "{key: a, group: id, path: wds_a, spellings: %s}"
+    [found] = load_benchmark(bench(tmp_path, f"datasets: [{row % ['t-shirt', '猫', '犬']}]")).rows
+    assert open_dataset(found).classnames == ("犬", "猫", "t-shirt")
+    [twice] = load_benchmark(bench(tmp_path, f"datasets: [{row % ['t-shirt', 'T shirt', '猫', '犬']}]")).rows
+    with pytest.raises(ConfigError, match="a: spellings: the class names 't-shirt' and 'T shirt'"):
+        open_dataset(twice)
+
+
 def test_spellings_follow_the_order_of_the_directory(tmp_path: Path, make_classification: Callable[..., Path]) -> None:
     make_classification(tmp_path / "wds_a", n=8, classnames=("red_fox", "bow window indoor", "T-shirt"), shards=1)
     row = "{key: a, group: id, path: wds_a, spellings: %s}"

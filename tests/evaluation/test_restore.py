@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,13 @@ def test_a_step_can_be_chosen_and_the_newest_is_the_default(tmp_path: Path, make
     assert older != weights_digest(stock_state(newest))
     with pytest.raises(ConfigError, match="no checkpoint step-00000015; there are: step-00000010, step-00000020"):
         find_run(run, step=15)
+
+
+def test_restored_logit_scale_is_capped(tmp_path: Path, make_run: Make) -> None:
+    """Earlier versions saved what the optimizer made of it; evaluation, exports and the served model take exp of it."""
+    run = make_run(tmp_path / "run")
+    edit(run, lambda saved: saved["logit_scale"].fill_(5.0), "trainable.safetensors")
+    assert stock_state(load_run(run).model)["logit_scale"] == torch.tensor(math.log(100.0))
 
 
 def test_all_gates_closed_and_no_rest_is_the_base_bit_for_bit(tmp_path: Path, make_run: Make) -> None:

@@ -18,7 +18,6 @@ from pipeline.evaluation.benchmark import load_benchmark
 from pipeline.evaluation.checkpoints import evaluate_checkpoints
 from pipeline.evaluation.command import evaluate_command
 from pipeline.evaluation.dataset import Settings
-from pipeline.evaluation.passes import plain_name
 from pipeline.evaluation.run import evaluate_run
 from pipeline.evaluation.strength import evaluate_strength
 from pipeline.model.restore import load_run
@@ -130,11 +129,6 @@ def timm_accuracy(run: Path, folder: Path, out: Path) -> float:
     with torch.no_grad():
         guesses = model(torch.stack([transform(image) for image in images])).argmax(1)
     return float((guesses == torch.tensor(data.labels)).float().mean())
-
-
-def test_classes_are_the_same_by_their_letters_in_any_script() -> None:
-    assert plain_name("aquarium_fish") == plain_name("Aquarium fish")
-    assert plain_name("猫") != plain_name("鳥")
 
 
 def test_the_strength_curve_keeps_the_classifier(run: Path, table: Path, tmp_path: Path) -> None:
