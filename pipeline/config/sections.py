@@ -209,6 +209,13 @@ class Promote(Section):
     max_forgetting: Promotion[float | None] = Field(
         default=None, ge=-1, le=1, description="largest mean drop over the groups other than id"
     )
+    min_kept: Promotion[float | None] = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="smallest share kept of what the untouched model could do: mean over the datasets other than id of "
+        "min(1, after / before)",
+    )
     max_drop: Promotion[float | None] = Field(
         default=None, ge=-1, le=1, description="largest drop of any one dataset, against the same as min_gain"
     )
@@ -217,7 +224,7 @@ class Promote(Section):
     )
     champion: Promotion[Literal["by_hand", "if_better", "always"]] = Field(
         default="by_hand",
-        description="when a version becomes champion; if_better: no worse than it in id and forgetting, better in one",
+        description="when a version becomes champion; if_better: no worse than it in id and kept, better in one",
     )
 
     def floors(self) -> dict[str, float]:

@@ -99,7 +99,7 @@ def read_rows(sweep_dir: Path) -> list[Row]:
 
 def _untouched(summary: Mapping[str, Any]) -> Row:
     means = {name: found["mean"] - found["change"] for name, found in summary["groups"].items()}
-    return Row("untouched", means["id"], means["shift"], means["zero-shot"], means["retrieval"], 1.0, None)
+    return Row("untouched", means["id"], means["shift"], means["zero-shot"], means["retrieval"], 1.0, None, None)
 
 
 def _row(label: str, summary: Mapping[str, Any], gates: Mapping[str, Any], *, chosen: bool) -> Row:
@@ -113,6 +113,7 @@ def _row(label: str, summary: Mapping[str, Any], gates: Mapping[str, Any], *, ch
         zero_shot=means["zero-shot"],
         retrieval=means["retrieval"],
         kept=point.kept,
+        worst=(point.worst, point.worst_kept),
         active=(sum(gate["open"] for gate in gates.values()), len(gates)) if gates else None,
     )
 

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Row:
-    """The result of one method. Accuracies and shares in [0, 1]; `kept` relative to the untouched model."""
+    """The result of one method. Accuracies and shares in [0, 1].
+
+    `kept` and `worst` are relative to the untouched model; `worst` is (dataset, share), None of the untouched one.
+    """
 
     label: str
     id: float
@@ -16,6 +19,7 @@ class Row:
     zero_shot: float
     retrieval: float
     kept: float
+    worst: tuple[str, float] | None
     active: tuple[int, int] | None
 
 
@@ -25,13 +29,15 @@ def active_text(row: Row) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Accuracies in percent, gain in points, knowledge kept relative to the untouched model."""
-    head = ("method", "active blocks", "id", "gained", "shift", "zero-shot", "retrieval", "kept")
+    """Accuracies and shares kept in percent, gain in points; the last column names the dataset that kept least."""
+    head = ("method", "active blocks", "id", "gained", "shift", "zero-shot", "retrieval", "kept", "worst")
     lines: list[tuple[str, ...]] = [head]
     for row in rows:
         gained = "" if row is rows[0] else f"{100 * (row.id - rows[0].id):+.1f}"
         numbers = [f"{100 * value:.1f}" for value in (row.shift, row.zero_shot, row.retrieval)]
-        lines.append((row.label, active_text(row), f"{100 * row.id:.1f}", gained, *numbers, f"{row.kept:.0%}"))
+        worst = "" if row.worst is None else f"{row.worst[0]} {100 * row.worst[1]:.1f}"
+        shares = f"{100 * row.kept:.1f}", worst
+        lines.append((row.label, active_text(row), f"{100 * row.id:.1f}", gained, *numbers, *shares))
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     texts = [
         "  ".join(cell.ljust(width) if column < 2 else cell.rjust(width)

@@ -8,13 +8,15 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.evaluation.results import Result
 from pipeline.evaluation.summary import Summary
+from pipeline.selection.ranking import point_of
 from pipeline.tracking.tracker import RunTracker, open_tracker
 
 
 def track_results(run_dir: Path, config: Config, step: int, results: dict[str, Result], summary: Summary) -> None:
-    """Add `eval/<dataset>/<metric>`, the groups' means and changes, and the result files, at `step`. Rank 0 only.
+    """Add `eval/<dataset>/<metric>`, means and changes of the groups, what was kept, and the result files, at `step`.
 
-    A value recorded at a step stays, so the mean of a group waits until all of its datasets are evaluated.
+    Rank 0 only. A value recorded at a step stays, so the mean of a group waits until all of its datasets are evaluated,
+    and what was kept until all of all groups are.
     """
     values = {
         f"eval/{key}/{metric.replace('@', '_at_')}": value
@@ -30,6 +32,8 @@ def track_results(run_dir: Path, config: Config, step: int, results: dict[str, R
             values[f"eval/change/{group}"] = found["change"]
     if summary["forgetting"] is not None and complete == summary["groups"].keys():
         values["eval/forgetting"] = summary["forgetting"]
+    if (point := point_of(summary)) is not None:
+        values |= {"eval/kept": point.kept, "eval/kept_worst": point.worst_kept}
     with _tracker(run_dir, config) as tracker:
         tracker.metrics(step, values)
         for file in sorted((run_dir / "eval").glob("*.json")):

@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.config import ConfigError
 from pipeline.evaluation.benchmark import GROUPS, Benchmark
 from pipeline.evaluation.results import Result
+from pipeline.selection.kept import kept_of
 
 Summary = dict[str, Any]
 SUMMARY_FILE = "summary.json"
@@ -20,10 +21,16 @@ def summarise(
 ) -> Summary:
     """Everything that tables and reports need, from the result files of one model.
 
-    `model` tells which (name, pretrained, model_digest, ..). `baseline` is the summary of the untouched model.
-    `change` = value - baseline; a group's mean and change run over its rows with `in_mean`. `forgetting` is the mean
-    drop over the groups other than id (positive = knowledge lost), None without a baseline. `with_id` of a group is the
-    outer mean of the paper's tables 10 to 15, where id weighs one half whatever the number of the other sets.
+    Args:
+        model: which one (name, pretrained, model_digest, ..).
+        baseline: the summary of the untouched model.
+
+    Returns:
+        Per dataset `change` = value - baseline. A group's mean and change run over its rows with `in_mean`, and its
+        `with_id` is the outer mean of the paper's tables 10 to 15, where id weighs one half whatever the number of the
+        other sets. `forgetting` is the mean drop over the groups other than id (positive: knowledge lost), `kept` the
+        mean over the datasets other than id of min(1, value / baseline) and the worst of them; both are None without
+        a baseline.
     """
     old = {} if baseline is None else baseline["datasets"]
     datasets = {
@@ -51,12 +58,14 @@ def summarise(
     for name in groups.keys() - {"id"} if "id" in groups else ():
         groups[name]["with_id"] = (groups["id"]["mean"] + groups[name]["mean"]) / 2
     drops = [-groups[g]["change"] for g in groups if g != "id" and groups[g]["change"] is not None]
+    kept = kept_of(datasets)
     return {
         **model,
         "benchmark": benchmark.name,
         "groups": groups,
         "datasets": datasets,
         "forgetting": sum(drops) / len(drops) if drops else None,
+        "kept": None if kept is None else kept._asdict(),
     }
 
 
@@ -124,6 +133,11 @@ def _closing_lines(summary: Summary) -> list[str]:
     absent = [key for group in summary["groups"].values() for key in group["missing"]]
     if absent:
         lines.append(f"not evaluated: {', '.join(absent)}")
+    if (kept := kept_of(summary["datasets"])) is not None:
+        lines.append(
+            f"kept {100 * kept.mean:.2f} % (mean over the datasets other than id of min(1, after / before)), "
+            f"least of {kept.worst}: {100 * kept.worst_share:.2f} %"
+        )
     if summary["forgetting"] is not None:
         lines.append(f"forgetting {100 * summary['forgetting']:.2f} points (mean drop over the groups other than id)")
     return lines

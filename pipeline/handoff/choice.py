@@ -57,9 +57,14 @@ def _chosen_trial(sweep: Path, rule: Promote | None) -> tuple[Path, str]:
         if holds(rule or load_config(run_dir / "config.yaml").promote, summary):
             allowed.append(run_dir.name)
     if not points:
-        raise ConfigError(f"{sweep}: none of its {len(names)} trials has results of all groups yet")
+        raise ConfigError(
+            f"{sweep}: none of its {len(names)} trials has results of id and of another dataset on which the untouched "
+            "model is better than guessing"
+        )
     name = choose(points, allowed)
-    told = f"chosen of {len(points)} trials: {name} (id {points[name].id:.4f}, kept {points[name].kept:.4f})"
+    one = points[name]
+    told = f"chosen of {len(points)} trials: {name} (id {one.id:.4f}, kept {one.kept:.4f}, "
+    told += f"least of {one.worst}, {one.worst_kept:.4f})"
     if len(allowed) < len(points):
         told += f"; the rule of promotion holds for {len(allowed) or 'none'} of them"
     left = len(names) - len(points)

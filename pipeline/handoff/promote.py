@@ -15,6 +15,7 @@ from pipeline.handoff.choice import chosen_run
 from pipeline.handoff.served_run import build_served, check_labels, labels_of
 from pipeline.handoff.source import Source, read_source
 from pipeline.passwords import redact
+from pipeline.selection.kept import kept_of
 from pipeline.selection.rule import Clause, check
 from pipeline.tracking.mlflow.registry import CHAMPION, DIGEST_TAG, Registry
 from pipeline.tracking.mlflow.sync import sync
@@ -138,6 +139,8 @@ def version_tags(source: Source, summary: Summary) -> dict[str, str]:
         tags["id"] = repr(groups["id"]["mean"])
     if summary["forgetting"] is not None:
         tags["forgetting"] = repr(summary["forgetting"])
+    if (kept := kept_of(summary["datasets"])) is not None:
+        tags |= {"kept": repr(kept.mean), "kept_worst": f"{kept.worst} {kept.worst_share:.4f}"}
     tags = {f"selora.{key}": value for key, value in tags.items()}
     assert DIGEST_TAG in tags  # what Registry looks equal weights up by
     return tags
@@ -185,11 +188,15 @@ def _deserves(rule: Promote, registry: Registry, version: str, tags: Mapping[str
 
 
 def _not_better(tags: Mapping[str, str], champion: Mapping[str, str]) -> str:
-    """Why the first is not better than the second: no worse in id and forgetting, and better in one of them."""
+    """Why the first is not better than the second: no worse in id and kept, and better in one of them.
+
+    A champion registered before kept was a tag is compared by forgetting.
+    """
     if tags["selora.benchmark_digest"] != champion.get("selora.benchmark_digest"):
         return "its results are of another benchmark"
     better = False
-    for key, sign in (("selora.id", 1), ("selora.forgetting", -1)):
+    kept = ("selora.kept", 1) if "selora.kept" in champion else ("selora.forgetting", -1)
+    for key, sign in (("selora.id", 1), kept):
         if key not in tags or key not in champion:
             return f"{key.removeprefix('selora.')} is not known of both"
         ours, theirs = float(tags[key]), float(champion[key])

@@ -75,7 +75,7 @@ def pareto(collection: Collection, *, narrow: bool) -> Figure:
                   label="untouched model")  # fmt: skip
     elif collection.untouched:
         axes.axvline(100, color=GREY, linestyle=":", linewidth=1.3, label="untouched model, which has no classifier")
-    what = "mean of the groups other than in-distribution"
+    what = "mean over the data sets other than in-distribution"
     if {each["group"] for each in collection.datasets.values()} == {"id", "source"}:
         what = "K-NN on its source set"
     axes.set_xlabel(f"knowledge kept (% of the untouched model{'' if narrow else f', {what}'})")

@@ -72,7 +72,7 @@ def _facts(collection: Collection, when: datetime) -> list[tuple[str, str]]:
             facts.append(
                 ("chosen" if part is collection else f"chosen, {part.title}",
                  f"{chosen.label}: in-distribution {percent(one.id)} % ({100 * one.gain:+.1f} points{over}), "
-                 f"kept {percent(one.kept)} %")
+                 f"kept {percent(one.kept)} %, least of {one.worst}: {percent(one.worst_kept)} %")
             )  # fmt: skip
     return [*facts, ("written", when.strftime("%Y-%m-%d %H:%M"))]
 

@@ -213,7 +213,7 @@ class Collection:
 
     @cached_property
     def chosen(self) -> Run | None:
-        """The model by the rule of evaluation.choice; None before the first result, and where there is no choice."""
+        """The model by the rule of selection.ranking; None before the first result, and where there is no choice."""
         if len(self.points) < 2:
             return None
         allowed = [run.name for run in self.runs if run.may_be_promoted]

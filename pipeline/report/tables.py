@@ -88,10 +88,11 @@ def overview(collection: Collection) -> Table:
     known = {entry["group"] for entry in collection.datasets.values()}
     groups = [name for name in GROUPS if name in known or name == "id"]
     compared = any(run.best is not None for run in collection.runs)
-    last = ["kept (%)", "forgetting (points)", *(["best and last checkpoint (%)"] if compared else [])]
+    last = ["forgetting (points)", *(["best and last checkpoint (%)"] if compared else [])]
     head = (
         ("", ("run", "method", "rank", "λ", "seed", "state", "active blocks")),
         ("mean of the group (%)", tuple(GROUPS[name] for name in groups)),
+        ("kept (%)", ("mean", "worst", "worst set")),
         ("", tuple(last)),
     )
     starred = {part.chosen.name for part in collection.parts if part.chosen is not None}
@@ -99,7 +100,23 @@ def overview(collection: Collection) -> Table:
     named = labels(collection.runs)
     if collection.untouched:
         means = [percent(collection.untouched.get(name)) for name in groups]
-        rows.append(["untouched model", "", "", "", "", "", "", *means, "100.0", "0.00", *([""] if compared else [])])
+        rows.append(
+            [
+                "untouched model",
+                "",
+                "",
+                "",
+                "",
+                "",
+                "",
+                *means,
+                "100.0",
+                "100.0",
+                "",
+                "0.00",
+                *([""] if compared else []),
+            ]
+        )
         kinds.append("reference")
     for run in collection.runs:
         settings, chosen = run.settings, run.name in starred
@@ -114,15 +131,16 @@ def overview(collection: Collection) -> Table:
                 state(run),
                 f"{sum(run.gates.values())} of {len(run.gates)}" if run.gates else "",
                 *(percent(run.group(name)) for name in groups),
-                percent(run.point.kept if run.point else None),
+                *_kept(run),
                 "" if forgetting is None else f"{100 * forgetting:.2f}",
                 *([_best_and_last(run)] if compared else []),
             ]
         )
         kinds.append("chosen" if chosen else "failed" if run.status == "failed" else "run")
     notes = [
-        "Kept: mean over the groups other than in-distribution of accuracy / accuracy of the untouched model. "
-        "Forgetting: mean drop over these groups, in points."
+        "Kept: result / result of the untouched model, as mean over the data sets of the groups other than "
+        "in-distribution, each counted as 100 % at most, and of the worst of them; a set on which the untouched model "
+        "is no better than guessing does not count. Forgetting: mean drop over these groups, in points."
     ]
     if starred:
         of_each = " of each target set" if len(collection.parts) > 1 else ""
@@ -137,6 +155,12 @@ def overview(collection: Collection) -> Table:
             "is too good by that much. A run that was evaluated at no other shows it in all its columns."
         )
     return Table("runs", "All runs", head, rows, kinds, notes)
+
+
+def _kept(run: Run) -> list[str]:
+    """The mean share, that of the worst dataset, and its name."""
+    one = run.point
+    return ["", "", ""] if one is None else [percent(one.kept), percent(one.worst_kept), one.worst]
 
 
 def _best_and_last(run: Run) -> str:

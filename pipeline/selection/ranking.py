@@ -9,35 +9,34 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+from pipeline.selection.kept import kept_of
+
 
 class Point(NamedTuple):
-    """One model. `id` in [0, 1]; `kept` relative to the untouched model (1 = as good); `gain` of `id` over it."""
+    """One model: what it learned against what it kept.
+
+    Attributes:
+        id: mean of the id group in [0, 1].
+        kept: see `kept_of`, in [0, 1].
+        gain: of `id` over the untouched model, for a trained classifier over guessing.
+        worst: the dataset of which least was kept.
+        worst_kept: its result / result of the untouched model.
+    """
 
     id: float
     kept: float
     gain: float
-
-
-def kept_share(means: Mapping[str, float], untouched: Mapping[str, float]) -> float | None:
-    """Mean over the groups other than id of mean / untouched mean.
-
-    A group in which the untouched model has nothing to keep does not count; None if no group is left.
-    """
-    shares = [means[name] / untouched[name] for name in means if name != "id" and untouched.get(name, 0.0) > 0]
-    return sum(shares) / len(shares) if shares else None
+    worst: str = ""
+    worst_kept: float = 1.0
 
 
 def point_of(summary: Mapping[str, Any]) -> Point | None:
-    """Where the model of a summary.json lies; None while a dataset or the untouched model's result is missing."""
+    """Where the model of a summary.json is; None while a dataset or the untouched model's result is missing."""
     groups = summary["groups"]
     if "id" not in groups or any(found["missing"] for found in groups.values()):
         return None
-    gain, others = gain_of(summary), {name: found for name, found in groups.items() if name != "id"}
-    if gain is None or any(found["change"] is None for found in others.values()):
-        return None
-    means = {name: found["mean"] for name, found in others.items()}
-    kept = kept_share(means, {name: found["mean"] - found["change"] for name, found in others.items()})
-    return None if kept is None else Point(groups["id"]["mean"], kept, gain)
+    gain, kept = gain_of(summary), kept_of(summary["datasets"])
+    return None if gain is None or kept is None else Point(groups["id"]["mean"], kept.mean, gain, *kept[1:])
 
 
 def gain_of(summary: Mapping[str, Any]) -> float | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import Promote
+from pipeline.selection.kept import kept_of
 from pipeline.selection.ranking import gain_of, rise_of
 
 
@@ -59,12 +60,26 @@ def _clauses(rule: Promote, summary: Mapping[str, Any]) -> Iterator[Clause]:
         note = note or _no_baseline(groups, others)
         value = None if note else summary["forgetting"]
         yield Clause("promote.max_forgetting: mean drop", value, most=rule.max_forgetting, note=note)
+    if rule.min_kept is not None:
+        yield _kept(rule.min_kept, summary)
     if rule.max_drop is not None:
         yield _largest_drop(rule.max_drop, summary)
     for key, least in rule.floors().items():
         found = summary["datasets"].get(key)
         note = "" if found else f"not evaluated; there are: {', '.join(summary['datasets'])}"
         yield Clause(f"promote.min_dataset: {key}", found["value"] if found else None, least, note=note)
+
+
+def _kept(least: float, summary: Mapping[str, Any]) -> Clause:
+    groups, kept = summary["groups"], kept_of(summary["datasets"])
+    others = [name for name in groups if name != "id"]
+    note = _missing(groups, others) if others else "only the id group was evaluated"
+    note = note or _no_baseline(groups, others)
+    if not note and kept is None:
+        note = "the untouched model is no better than guessing, so there is nothing to keep"
+    if note or kept is None:
+        return Clause("promote.min_kept: kept", None, least, note=note)
+    return Clause("promote.min_kept: kept", kept.mean, least, note=f"least of {kept.worst}, {kept.worst_share:.4f}")
 
 
 def _largest_drop(most: float, summary: Mapping[str, Any]) -> Clause:

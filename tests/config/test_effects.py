@@ -47,6 +47,7 @@ OTHER = {
     "promote.min_gain": 0.1,
     "promote.max_forgetting": 0.1,
     "promote.max_drop": 0.1,
+    "promote.min_kept": 0.9,
     "promote.min_dataset": ["pets >= 0.8"],
     "promote.champion": "always",
 }

@@ -87,10 +87,11 @@ def test_the_sweep_has_gates_at_two_ranks_and_the_ungated_baselines_beside_them(
 
 def test_the_table_shows_every_trial_with_its_gain() -> None:
     rows = [
-        Row("untouched", 0.3, 0.7, 0.3, 0.1, 1.0, None),
-        Row("gated LoRA r16 *", 0.4, 0.6, 0.2, 0.05, 0.7, (12, 144)),
+        Row("untouched", 0.3, 0.7, 0.3, 0.1, 1.0, None, None),
+        Row("gated LoRA r16 *", 0.4, 0.6, 0.2, 0.05, 0.7, ("emoji", 0.5), (12, 144)),
     ]
     text = table(rows)
     assert all(row.label in text for row in rows)
     assert "12/144 (8%)" in text
     assert "+10.0" in text
+    assert text.splitlines()[-1].split()[-3:] == ["70.0", "emoji", "50.0"]

@@ -122,9 +122,9 @@ def _save(run: Path, config: Config, pruned: bool, seed: int, data: Path) -> Non
 
 @pytest.fixture(scope="session")
 def benchmark(image_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A benchmark of one id and one zero-shot set, of 12 images each."""
+    """A benchmark of one id and one zero-shot set, of 12 images each; on the second the untouched CLIP beats chance."""
     root = tmp_path_factory.mktemp("benchmark")
-    for seed, name in enumerate(("ours", "others")):
+    for seed, name in ((0, "ours"), (11, "others")):
         pack_eval(image_folder(classes=3, each=4, seed=seed), root / name, templates="simple", workers=1)
     rows = "  - {key: ours, group: id, path: ours}\n  - {key: others, group: zero-shot, path: others}\n"
     (root / "benchmark.yaml").write_text(f"name: tiny\ndatasets:\n{rows}")

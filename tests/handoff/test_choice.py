@@ -25,7 +25,8 @@ def sweep(tmp_path: Path) -> Path:
             "id": {"mean": 0.5 + gain, "change": gain, "missing": []},
             "shift": {"mean": 0.8 - drop, "change": -drop, "missing": []},
         }
-        summary = {"groups": groups, "forgetting": drop, "datasets": {}}
+        datasets = {name: {"group": name, "value": each["mean"]} | each for name, each in groups.items()}
+        summary = {"groups": groups, "forgetting": drop, "datasets": datasets}
         (folder / "eval" / "summary.json").write_text(json.dumps(summary))
     return tmp_path
 

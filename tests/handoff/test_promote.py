@@ -53,6 +53,10 @@ def test_a_run_becomes_challenger_then_champion_then_is_rolled_back(
     assert tags["selora.active_blocks"] == "48/144"
     assert tags["selora.gate_map"].startswith("image.0: q out; image.1: q out")
     assert tags["selora.result"].startswith("id 0.")
+    kept = json.loads((first / "eval" / "summary.json").read_text())["kept"]
+    assert kept["worst"] == "others" and kept["mean"] == min(1, kept["worst_share"])
+    assert tags["selora.kept"] == repr(kept["mean"])
+    assert tags["selora.kept_worst"] == f"others {kept['worst_share']:.4f}"
     assert tags["selora.git_commit"] == "0123abc"
     assert tags["selora.run"] == json.loads((first / "run.json").read_text())["tracking"]["run"]
 

@@ -33,6 +33,8 @@ def results(**changes: Any) -> dict[str, Any]:
         ({"min_gain": 0.2}, False),
         ({"max_forgetting": 0.02}, True),
         ({"max_forgetting": 0.019}, False),
+        ({"min_kept": 0.95}, True),
+        ({"min_kept": 0.96}, False),
         ({"max_drop": 0.05}, True),
         ({"max_drop": 0.04}, False),
         ({"min_dataset": ("pets >= 0.7", "cars>=0.5")}, True),
@@ -44,6 +46,12 @@ def test_each_clause_holds_up_to_its_limit(rule: dict[str, Any], holds: bool) ->
     assert all(clause.holds for clause in clauses) == holds
     failed = [str(clause) for clause in clauses if not clause.holds]
     assert len(failed) == (0 if holds else 1)
+
+
+def test_the_kept_clause_names_the_worst_dataset() -> None:
+    """The zero-shot sets: pets has risen and counts as 1, cars has 0.50 of 0.55."""
+    (clause,) = check(Promote(min_kept=0.96), results())
+    assert str(clause) == "FAILS  promote.min_kept: kept 0.9545, at least 0.96 asked (least of cars, 0.9091)"
 
 
 def test_a_failed_clause_says_what_was_found_and_what_was_asked() -> None:
@@ -75,17 +83,19 @@ def test_what_was_not_measured_does_not_hold() -> None:
     missing["groups"]["id"]["missing"] = ["more"]
     missing["groups"]["zero-shot"]["change"] = None
     missing["datasets"]["cars"]["change"] = None
-    rule = Promote(min_id=0.1, min_gain=0.0, max_forgetting=1.0, max_drop=1.0, min_dataset=("dogs >= 0",))
+    rule = Promote(min_id=0.1, min_gain=0.0, max_forgetting=1.0, min_kept=0.0, max_drop=1.0, min_dataset=("dogs >= 0",))
     told = [str(clause) for clause in check(rule, missing)]
     assert all("FAILS" in line and "not known" in line for line in told)
     assert "not evaluated: more" in told[0]
     assert "no results of the untouched model for zero-shot" in told[2]
-    assert "cars" in told[3]
-    assert "there are: ours, pets, cars" in told[4]
+    assert "no results of the untouched model for zero-shot" in told[3]
+    assert "cars" in told[4]
+    assert "there are: ours, pets, cars" in told[5]
 
 
 def test_forgetting_needs_a_group_beside_id() -> None:
     alone = results(groups={"id": {"mean": 0.8, "change": 0.1, "missing": []}}, forgetting=None)
-    (clause,) = check(Promote(max_forgetting=0.5), alone)
-    assert not clause.holds
-    assert "only the id group" in str(clause)
+    for rule in (Promote(max_forgetting=0.5), Promote(min_kept=0.5)):
+        (clause,) = check(rule, alone)
+        assert not clause.holds
+        assert "only the id group" in str(clause)
