@@ -8,7 +8,12 @@ from importlib import resources
 from pathlib import Path
 
 # Archives in assets/ and what each unpacks to; tar's padding of small files is why they are compressed at all.
-ARCHIVES = {"pretrain.tar.gz": "pretrain", "clothing_train.tar.gz": "clothing_train", "eval.tar.gz": "eval"}
+ARCHIVES = {
+    "pretrain.tar.gz": "pretrain",
+    "reference.tar.gz": "reference",
+    "clothing_train.tar.gz": "clothing_train",
+    "eval.tar.gz": "eval",
+}
 MODEL, BENCHMARK, FINETUNE, GRID = "clip", "benchmark.yaml", "finetune.yaml", "grid.yaml"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import re
 import sys
 import tarfile
@@ -30,6 +31,8 @@ SIZE, QUALITY = 64, 75
 PRETRAIN_SHARE_OF_CLOTHING = 0.25
 PRETRAIN_FASHION = 2000
 HELD_OUT_CLIPART = 0.2
+# Images of the pretraining mix that `keep` holds in place.
+REFERENCE = 2048
 
 CLOTHING = ("dress", "hat", "longsleeve", "outwear", "pants", "shirt", "shoes", "shorts", "skirt", "t-shirt")
 # Fashion-MNIST's names for the same things; its bags have no counterpart among the photos.
@@ -127,6 +130,25 @@ def pretraining(root: Path) -> Iterator[tuple[Picture, tuple[str, ...]]]:
         yield picture, captions(picture, TEMPLATES["fashion"])
 
 
+def reference(root: Path) -> list[tuple[Picture, tuple[str, ...]]]:
+    """A draw from the pretraining mix without clothes; none of its images is in an evaluation set.
+
+    The clip art library holds some drawings twice, once in each part of the split.
+    """
+    evaluated = {_content(picture) for picture in clipart(root, held_out=True)}
+    others = [
+        (picture, texts)
+        for picture, texts in pretraining(root)
+        if picture.path.relative_to(root).parts[0] != "clothing" and _content(picture) not in evaluated
+    ]
+    others.sort(key=lambda each: stable_hash("reference", each[0].path.relative_to(root).as_posix()))
+    return others[:REFERENCE]
+
+
+def _content(picture: Picture) -> bytes:
+    return hashlib.sha256(picture.path.read_bytes()).digest()
+
+
 class Stage:
     """Re-encoded copies of the images in a working folder, one per source image."""
 
@@ -159,10 +181,11 @@ class Stage:
 
 
 def build(root: Path, out: Path) -> None:
-    """Write pretrain/ and clothing_train/ as shards and one folder per evaluation set under eval/."""
+    """Write pretrain/, reference/ and clothing_train/ as shards and one folder per evaluation set under eval/."""
     stage = Stage(out / "images", root)
     mix = Source("demo", root, stage.samples(pretraining(root)))
     pack(mix, out / "pretrain", samples_per_shard=2048)
+    pack(Source("demo", root, stage.samples(reference(root))), out / "reference", samples_per_shard=512)
     photos = stage.samples(((p, ()) for p in clothing(root, "train")), lambda p: CLOTHING.index(p.kind))
     pack(Source("demo", root, photos, classes=list(CLOTHING)), out / "clothing_train", samples_per_shard=512)
     for name, pictures, classes in (

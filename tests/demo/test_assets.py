@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -31,10 +33,29 @@ def test_the_assets_stay_below_40_megabytes() -> None:
 
 
 def test_the_training_shards_are_whole(data: Path) -> None:
-    for name, samples in (("clothing_train", 3068), ("pretrain", 12830)):
+    for name, samples in (("clothing_train", 3068), ("pretrain", 12830), ("reference", 2048)):
         report = verify(data / name, decode=False)
         assert report.ok, report.faults
         assert load_index(data / name).samples == samples
+
+
+def test_reference_images_are_pretraining_images(data: Path) -> None:
+    """None of them is a photo of clothes to train on, and none is evaluated."""
+
+    def digests(folder: Path) -> set[str]:
+        found = set()
+        for file in sorted(folder.rglob("*.tar")):
+            with tarfile.open(file) as tar:
+                for member in tar:
+                    if member.name.endswith(".webp"):
+                        found.add(hashlib.sha256(tar.extractfile(member).read()).hexdigest())
+        return found
+
+    reference = digests(data / "reference")
+    assert len(reference) > 2000
+    assert reference <= digests(data / "pretrain")
+    assert not reference & digests(data / "clothing_train")
+    assert not reference & digests(data / "eval")
 
 
 def test_the_benchmark_has_all_four_groups_and_counts(data: Path) -> None:
