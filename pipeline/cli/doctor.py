@@ -134,12 +134,14 @@ def _golden(benchmark: Any, arguments: argparse.Namespace) -> int:
 
 
 def _machine(config: Config | None) -> Iterator[Finding]:
+    from pipeline.data.storage.cache import cache_directory
+
     yield _versions()
     yield _accelerator()
     yield _backends()
     yield _shared_memory()
     yield _disk("disk", Path(config.out if config is not None else "."))
-    yield _disk("cache", Path(os.environ.get("SELORA_CACHE", "~/.cache/selora")).expanduser())
+    yield _disk("cache", cache_directory())
     yield _tracking(config)
 
 

@@ -8,7 +8,9 @@ over its whole line.
 from __future__ import annotations
 
 import argparse
+import codecs
 import importlib.metadata
+import io
 import os
 import re
 import sys
@@ -17,39 +19,64 @@ from collections.abc import Sequence
 from pipeline.cli import cost, data, demo, doctor, handoff, report, runs, sweep
 from pipeline.cli.options import FAILED, INTERRUPTED, OK, USER_MISTAKE
 from pipeline.config import ConfigError, Ended
+from pipeline.faults import one_line
 
 # In the order of `selora --help`.
 FAMILIES = (data, runs, sweep, cost, report, handoff, doctor, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. 0: done; 1: it failed or found something wrong; 2: the user's mistake, told; 130: Ctrl-C."""
+    """Run one command. 0: done; 1: it failed or found something wrong; 2: a mistake or a full disk; 130: Ctrl-C."""
+    if argv is None:
+        _use_utf8()
     arguments = _parse(_without_local_rank(sys.argv[1:] if argv is None else argv))
     try:
         code = arguments.run(arguments)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        if not arguments.text_only:
-            raise
-        # `selora config … | head` ends without a word, and Python's own flush at exit must not find the closed pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
+        _drop_output()
+        if arguments.text_only:  # `selora config … | head` ends without a word
+            return OK
+        print(f"{_rank()}selora {arguments.command}: ended early: the reader of its output left", file=sys.stderr)
+        return FAILED
     except ConfigError as error:
         print(f"{_rank()}selora {arguments.command}: {_message(error)}", file=sys.stderr)
         return USER_MISTAKE
     except Ended as error:
         print(f"{_rank()}selora {arguments.command}: {error}", file=sys.stderr)
         return FAILED
-    except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
-        if error.filename is None:
-            raise
-        advice = "give a place that you may read and write"
-        print(f"{_rank()}selora {arguments.command}: {error.filename}: {error.strerror}; {advice}", file=sys.stderr)
-        return USER_MISTAKE
     except KeyboardInterrupt:
         print(f"{_rank()}interrupted", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        print(f"{_rank()}selora {arguments.command}: {line}", file=sys.stderr)
+        _drop_output()
+        return USER_MISTAKE
+
+
+def _use_utf8() -> None:
+    """A locale of plain ASCII could name no file that a config may name: Python starts again in its UTF-8 mode.
+
+    Under any other locale only what is printed is adapted to it.
+    """
+    if codecs.lookup(sys.getfilesystemencoding()).name == "ascii" and not sys.flags.utf8_mode:
+        os.environ["PYTHONUTF8"] = "1"
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """Python's own flush at exit must not find the pipe closed, or the disk full, a second time."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.config import ConfigError
+from pipeline.faults import FULL, number_of
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def save_checkpoint(
         _point(root / "latest", final.name)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if _is_disk_full(error):
+        if number_of(error) in FULL:
             raise ConfigError(
                 f"no space for the checkpoint of step {state['step']} in {root}: {error}. "
                 f"Earlier checkpoints are intact: free space (train.keep_last=1 needs least) and run it again"
@@ -81,11 +82,6 @@ def save_checkpoint(
         raise
     _drop_old(root, keep_last)
     return final
-
-
-def _is_disk_full(error: Exception) -> bool:
-    # safetensors reports the operating system's error as text.
-    return (isinstance(error, OSError) and error.errno == 28) or "No space left" in str(error)
 
 
 def _sync(directory: Path) -> None:

@@ -10,14 +10,20 @@ its room on the disk until then. Locks end with the process that holds them, how
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
 import os
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.config import ConfigError
 
 OFF = "off"
+
+logger = logging.getLogger("selora.data")
 
 
 @dataclass(frozen=True)
@@ -35,12 +41,11 @@ class Cache:
         if place == OFF:
             return None
         machine = Cache.from_environment()
-        return machine if place is None else replace(machine, directory=Path(place).expanduser().absolute())
+        return machine if place is None else replace(machine, directory=expand(place).absolute())
 
     @staticmethod
     def from_environment() -> Cache:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        directory = Path(os.environ.get("SELORA_CACHE") or base / "selora").expanduser()
+        directory = cache_directory()
         said = os.environ.get("SELORA_CACHE_GB", "100")
         try:
             gigabytes = float(said)
@@ -49,6 +54,45 @@ class Cache:
         if not gigabytes > 0:
             raise ConfigError(f"SELORA_CACHE_GB: should be a number of gigabytes above 0, got {said!r}")
         return Cache(directory, int(gigabytes * 1e9))
+
+
+def cache_directory() -> Path:
+    """The machine's cache: SELORA_CACHE, else `selora` in XDG_CACHE_HOME, in ~/.cache, or below TMPDIR with a warning.
+
+    The last is for a process without a home, or with one that it may not write, as user ids in containers have it.
+    """
+    said = os.environ.get("SELORA_CACHE")
+    if said:
+        return expand(said)
+    wanted = [expand(place) for place in (os.environ.get("XDG_CACHE_HOME"), "~/.cache") if place]
+    usable = [base for base in wanted if base.is_absolute() and _is_writable(base)]
+    return usable[0] / "selora" if usable else _temporary(wanted[0])
+
+
+def expand(path: str) -> Path:
+    """`path` with ~ replaced, as it is where no home directory is known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def _is_writable(directory: Path) -> bool:
+    """Whether a directory can be written, or made."""
+    there = next(parent for parent in (directory, *directory.parents) if parent.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
+@functools.cache
+def _temporary(refused: Path) -> Path:
+    """A directory of this user alone below TMPDIR; one that somebody else has put there is not used."""
+    directory = Path(tempfile.gettempdir()) / f"selora-cache-{os.getuid()}"
+    with suppress(OSError):
+        directory.mkdir(mode=0o700, exist_ok=True)
+    if directory.is_symlink() or not directory.is_dir() or directory.stat().st_uid != os.getuid():
+        directory = Path(tempfile.mkdtemp(prefix="selora-cache-"))
+    logger.warning("%s cannot be written; the cache is in %s, give another by SELORA_CACHE", refused, directory)
+    return directory
 
 
 def entry_of(cache: Cache, url: str, version: str, name: str) -> Path:

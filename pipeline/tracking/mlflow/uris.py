@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -47,7 +48,7 @@ def with_password(uri: str) -> str:
     variable = _PASSWORD_VARIABLES.get(re.split(r"[+:]", uri)[0])
     if variable is not None and os.environ.get(variable):
         return uri.replace(MASK, quote(os.environ[variable], safe=""))
-    if variable == "PGPASSWORD" and Path(os.environ.get("PGPASSFILE", "~/.pgpass")).expanduser().is_file():
+    if variable == "PGPASSWORD" and _has_pgpass():
         return uri.replace(f":{MASK}@", "@")
     own = "" if variable is None else f", or the password alone by {variable}"
     own += " or ~/.pgpass" if variable == "PGPASSWORD" else ""
@@ -55,6 +56,12 @@ def with_password(uri: str) -> str:
         f"the password of {uri} is kept nowhere; give the whole address by MLFLOW_TRACKING_URI, tracking.uri or "
         f"--uri{own}"
     )
+
+
+def _has_pgpass() -> bool:
+    with suppress(RuntimeError):  # a process without a home directory
+        return Path(os.environ.get("PGPASSFILE", "~/.pgpass")).expanduser().is_file()
+    return False
 
 
 def without_user(uri: str) -> str:

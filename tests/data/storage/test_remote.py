@@ -336,15 +336,6 @@ def test_wrong_content_and_refusals_name_the_url_and_the_way_out(
         open_eval_set(f"{server.url}/x")
 
 
-def test_the_environment_places_and_bounds_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SELORA_CACHE", str(tmp_path / "node"))
-    monkeypatch.setenv("SELORA_CACHE_GB", "0.5")
-    assert Cache.from_environment() == Cache(tmp_path / "node", 500_000_000)
-    monkeypatch.delenv("SELORA_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert Cache.from_environment().directory == tmp_path / "selora"
-
-
 def test_training_batches_are_the_same_from_a_url_with_errors_and_a_tight_cache(
     shards: ShardIndex, server: Server, tmp_path: Path
 ) -> None:
