@@ -27,7 +27,7 @@ WAYS_OUT = {
     errno.ENFILE: "this machine has too many open files: end what holds them",
     errno.ELOOP: "its symbolic links lead in a circle: mend them, or give another place",
     errno.EINVAL: "this file system does not take such a file or name: give another place",
-    errno.ENOENT: "look for a mistyped path, or for what removed it meanwhile",
+    errno.ENOENT: "look for a mistyped path, or give another place",
     errno.ENOTEMPTY: "something else writes there: end it, or give another place",
     errno.EBUSY: "something else uses it: end that, or give another place",
     errno.ENOMEM: "not enough memory: fewer workers or a smaller batch need less",

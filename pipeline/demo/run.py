@@ -20,6 +20,7 @@ from pipeline.demo.assets import BENCHMARK, FINETUNE, GRID, MODEL, asset, unpack
 from pipeline.demo.show import Row, table
 from pipeline.evaluation.summary import read_summary
 from pipeline.selection.ranking import point_of
+from pipeline.tracking.mlflow.uris import sqlite_uri
 
 NAME = "selora-demo"
 PHOTOS = 4
@@ -72,7 +73,7 @@ def demo_config(out: Path, seed: int) -> Config:
         "data.train": out / "data" / "clothing_train",
         "eval.benchmark": out / "data" / BENCHMARK,
         "tracking.experiment": NAME,
-        "tracking.uri": f"sqlite:///{out / 'mlflow.db'}",
+        "tracking.uri": sqlite_uri(out / "mlflow.db"),
     }
     return load_config(asset(FINETUNE), [f"{key}={value}" for key, value in changes.items()])
 

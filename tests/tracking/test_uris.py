@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import pytest
 
 from pipeline.config import ConfigError
 from pipeline.passwords import redact
-from pipeline.tracking.mlflow.uris import artifact_root, resolve_uri
+from pipeline.tracking.mlflow.store import MlflowStore
+from pipeline.tracking.mlflow.uris import artifact_root, resolve_uri, sqlite_path
 from pipeline.tracking.tracker import open_tracker
 
 
@@ -54,6 +57,34 @@ def test_default_store_lies_beside_the_runs_and_the_environment_goes_before_it(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example.org")
     assert resolve_uri(None, Path("runs")) == "https://mlflow.example.org"
     assert artifact_root("https://mlflow.example.org", Path("runs")) is None
+
+
+NAMES = ("a?b", "a%20b", "50%", "%25", "c#d", "[x]", "{y}", "sp ace", "ünï", "日本", "a&b=c+d;e:@f", "100%?")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_of_a_directory_comes_back_from_its_address(tmp_path: Path, name: str) -> None:
+    out = tmp_path / name
+    out.mkdir()
+    uri = resolve_uri(None, out)
+    assert (sqlite_path(uri), resolve_uri(uri, tmp_path)) == (out / "mlflow.db", uri)
+    root = artifact_root(uri, out)
+    assert root is not None
+    assert Path(url2pathname(urlsplit(root).path if root.startswith("file:") else root)) == out / "mlartifacts"
+
+
+def test_mlflow_keeps_everything_below_out_whatever_its_name(tmp_path: Path) -> None:
+    """Database, lock and artifacts: nothing next to OUT, nothing in a directory of a decoded name."""
+    out = tmp_path / "a?b%20#c [d] {e} ü"
+    out.mkdir()
+    file = out / "what is 50% ?.txt"
+    file.write_text("x")
+    store = MlflowStore(resolve_uri(None, out), "an experiment: 100%? [x]", out)
+    run = store.create_run("uuid", "{name} %20", 1)
+    store.upload(run, file, "")
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    assert [path.name for path in (out / "mlartifacts").rglob("*.txt")] == [file.name]
+    assert (out / "mlflow.db").stat().st_size > 0
 
 
 def test_bare_database_gets_the_driver_that_is_there_and_a_place_for_files(tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from pipeline.config import ConfigError
 from pipeline.passwords import MASK, redact
 
+_QUOTED = re.compile(r"[?%]")
 _SERVERS = ("http", "https", "databricks")
 _PASSWORD_VARIABLES = dict.fromkeys(("http", "https"), "MLFLOW_TRACKING_PASSWORD") | {"postgresql": "PGPASSWORD"}
 # The drivers that MLflow is run with; an address without one gets the first that is installed, not SQLAlchemy's choice.
@@ -77,7 +78,7 @@ def checked_uri(uri: str | None, out: Path) -> str:
     Raises:
         ConfigError: the address is malformed, or names a file store, which MLflow has given up.
     """
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{out.absolute() / 'mlflow.db'}"
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(out / "mlflow.db")
     scheme, separator, rest = uri.partition("://")
     dialect, _, driver = scheme.partition("+")
     if uri == "databricks" or (separator and dialect == "databricks"):
@@ -85,7 +86,7 @@ def checked_uri(uri: str | None, out: Path) -> str:
     if not separator or dialect == "file":
         raise ConfigError(
             f"tracking.uri={redact(uri)!r}: MLflow no longer keeps runs in plain directories; "
-            f"use sqlite:///{out.absolute() / 'mlflow.db'}, postgresql://… or http(s)://…"
+            f"use {sqlite_uri(out / 'mlflow.db')}, postgresql://… or http(s)://…"
         )
     if dialect == "sqlite":
         return _absolute_sqlite(uri, rest)
@@ -98,21 +99,32 @@ def checked_uri(uri: str | None, out: Path) -> str:
     )
 
 
+def sqlite_uri(path: Path) -> str:
+    """The address of a SQLite file: ? begins the options of an address, and % a sign that is written by its number."""
+    plain = str(path.absolute())
+    quoted = _QUOTED.sub(lambda sign: quote(sign[0]), plain)
+    # With the driver named MLflow does not make a directory of the quoted name.
+    return f"sqlite:///{plain}" if quoted == plain else f"sqlite+pysqlite:///{quoted}"
+
+
 def sqlite_path(uri: str) -> Path | None:
     """The file of a resolved sqlite address, None for any other."""
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    found = re.match(r"sqlite(?:\+pysqlite)?:///", uri)
+    return None if found is None else Path(unquote(uri[found.end() :]))
 
 
 def artifact_root(uri: str, out: Path) -> str | None:
-    """Where a new experiment keeps its files: beside the SQLite file, else in `out`; None leaves it to the server."""
-    if uri.partition("+")[0] in _DRIVERS:
-        return str(out.absolute() / "mlartifacts")
+    """Where a new experiment keeps its files: next to the SQLite file, else in `out`; None leaves it to the server."""
     path = sqlite_path(uri)
-    return None if path is None else str(path.parent / "mlartifacts")
+    if path is None and uri.partition("+")[0] not in _DRIVERS:
+        return None
+    root = (out.absolute() if path is None else path.parent) / "mlartifacts"
+    # MLflow decodes %.. of a plain path, too; where there is none a plain path is what people read.
+    return root.as_uri() if re.search(r"[?%#]", str(root)) else str(root)
 
 
 def _absolute_sqlite(uri: str, rest: str) -> str:
-    file = rest.removeprefix("/").partition("?")[0]
+    file = unquote(rest.removeprefix("/").partition("?")[0])
     if not rest.startswith("/") or not file or file == ":memory:":
         raise ConfigError(f"tracking.uri={uri!r}: name a file, as in sqlite:///runs/mlflow.db")
     path = Path(file).absolute()
@@ -120,7 +132,7 @@ def _absolute_sqlite(uri: str, rest: str) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"tracking.uri={uri!r}: cannot make {path.parent}: {error.strerror}") from None
-    return f"sqlite:///{path}"
+    return sqlite_uri(path)
 
 
 def _checked_server(uri: str) -> str:

@@ -148,6 +148,7 @@ def keep_heap(world: World) -> None:
 def label_logs(world: World, run: str) -> None:
     """Let every log line say when, which run (SWEEP/TRIAL in a sweep), which rank and on which host."""
     log = logging.getLogger("selora")
+    log.propagate = False  # a library's logging.basicConfig would print every line a second time
     for handler in [each for each in log.handlers if each.name == _LOG_HANDLER]:
         log.removeHandler(handler)
     handler = logging.StreamHandler()

@@ -128,8 +128,13 @@ class Lease:
     def _write(self) -> None:
         self._beat += 1
         partial = self._path.with_name(f"{self._path.name}.{self._own['holder']}")
-        partial.write_text(json.dumps(self._own | {"beat": self._beat}), encoding="utf-8")
-        partial.replace(self._path)
+        try:
+            partial.write_text(json.dumps(self._own | {"beat": self._beat}), encoding="utf-8")
+            partial.replace(self._path)
+        except OSError:
+            with suppress(OSError):
+                partial.unlink()
+            raise
 
 
 @contextmanager

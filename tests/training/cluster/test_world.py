@@ -57,7 +57,13 @@ def test_a_rank_beyond_its_world_is_two_launchers_at_once() -> None:
         read_world({"RANK": "4", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
 
 
-def test_every_log_line_says_run_rank_and_host_and_says_it_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_log_line_says_run_rank_and_host_and_says_it_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a library has called logging.basicConfig, as deepspeed and alembic do."""
+    root = logging.StreamHandler()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [root])
+    monkeypatch.setattr(logging.getLogger("selora"), "propagate", True)
     world = read_world(TORCHRUN)
     for run in ("first", "trial"):
         label_logs(world, run)
