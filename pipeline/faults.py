@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 _PLACE = "give a place that you may read and write"
 _SPACE = "free space there or give another place; what was complete before is intact"
@@ -96,7 +97,7 @@ def _place_of(error: BaseException) -> str:
     return ""
 
 
-def _frames(traceback: TracebackType | None) -> Iterator[dict[str, object]]:
+def _frames(traceback: TracebackType | None) -> Iterator[dict[str, Any]]:
     while traceback is not None:
         yield traceback.tb_frame.f_locals
         traceback = traceback.tb_next
