@@ -7,7 +7,7 @@
 # Expects on every host: this directory and its environment under the same path, the shards, `out` on a shared
 # path, ssh without a password from here, and pdsh here. HOSTFILE: see hostfile.example; its first host leads.
 # MASTER_ADDR, MASTER_PORT (29500), SSH_PORT (22): other than the default. RESTARTS (0): after a failure wait until
-# every host answers and continue from the last checkpoint, so many times.
+# every host answers and continue from the last checkpoint, so many times. A stopped run exits with 130.
 set -euo pipefail
 
 [[ $# -ge 2 ]] || { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
@@ -31,13 +31,15 @@ answer() {
 }
 
 answer || exit 1
+stopped=0; trap 'stopped=1' INT # Ctrl-C reaches the launcher as well; its ranks save and end
 for ((attempt = 0; ; attempt++)); do
     status=0
     "$bin/deepspeed" --hostfile "$hostfile" --force_multi --no_ssh_check --ssh_port "${SSH_PORT:-22}" \
         --master_addr "${MASTER_ADDR:-${hosts[0]}}" --master_port "$((${MASTER_PORT:-29500} + attempt))" \
         --module pipeline train "$@" || status=$?
-    # 2 is the user's mistake: trying again would only repeat it.
-    ((status == 0 || status == 2 || attempt >= ${RESTARTS:-0})) && exit "$status"
+    # 2 is a mistake of the user, which trying again would repeat; 130 is a run that was asked to stop, and has saved.
+    ((stopped)) && exit 130
+    ((status == 0 || status == 130 || status == 2 || attempt >= ${RESTARTS:-0})) && exit "$status"
     echo "attempt $((attempt + 1)) ended with $status: waiting for all hosts, then continuing" >&2
     until answer; do sleep 10; done
 done

@@ -5,10 +5,11 @@
 #   RANKS=2 launch/local.sh configs/own_data.yaml train.zero_stage=2
 #
 # Expects the environment of `make env`, or SELORA_BIN=DIR with selora's python and torchrun in it.
-# Ctrl-C (once) saves and ends; the same command continues.
+# Ctrl-C (once) saves and ends; the same command continues. A stopped run does not exit with 0 (torchrun makes 1 of its
+# ranks' 130), so `launch/local.sh CONFIG && selora promote ...` promotes finished runs alone.
 set -euo pipefail
 
-[[ $# -ge 1 ]] || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[[ $# -ge 1 ]] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bin=${SELORA_BIN:-$here/.venv/bin}
 [[ -x $bin/torchrun ]] || { echo "no torchrun in $bin: run \`make env\` or set SELORA_BIN" >&2; exit 2; }

@@ -26,7 +26,12 @@ FAMILIES = (data, runs, sweep, cost, report, handoff, doctor, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. 0: done; 1: it failed or found something wrong; 2: a mistake or a full disk; 130: Ctrl-C."""
+    """Run one command.
+
+    Returns:
+        The exit code. 0: done; 1: it failed or found something wrong; 2: a mistake of the user or a full disk, which is
+        printed; 130: a signal stopped it, and what it had done is saved where the command can be continued.
+    """
     if argv is None:
         _use_utf8()
     arguments = _parse(_without_local_rank(sys.argv[1:] if argv is None else argv))

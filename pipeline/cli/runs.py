@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli.options import FAILED, OK, add_command, add_config_arguments, count, share, whole
+from pipeline.cli.options import FAILED, INTERRUPTED, OK, add_command, add_config_arguments, count, share, whole
 from pipeline.config.yaml_file import dump_yaml
 
 
@@ -23,7 +23,7 @@ def _add_train(commands: Any) -> None:
         commands,
         "train",
         run_train,
-        "train by a config; the same command again continues where the run stopped",
+        "train by a config; the same command again continues where the run stopped (a stopped run exits with 130)",
         "selora train configs/own_data.yaml adapter.rank=16 gate.lam=0.5",
         "torchrun --nproc-per-node 8 -m pipeline train configs/own_data.yaml",
         "deepspeed --module pipeline train configs/own_data.yaml",
@@ -37,8 +37,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)  # before torch: a typo is told at once
     from pipeline.training.run import train
 
-    train(config)
-    return OK
+    return OK if train(config).finished else INTERRUPTED
 
 
 def _add_evaluate(commands: Any) -> None:

@@ -93,7 +93,10 @@ def _record_artifacts(tracker: Tracker, run_dir: Path) -> None:
 
 
 def leave_mark() -> None:
-    """Tell the launch script, which torchrun gives no exit code, that the run was stopped before its end."""
+    """Leave a file for the launch script when the run was stopped before its end.
+
+    The rank exits with 130, but torchrun reports 1 for whatever a rank exits with.
+    """
     if "SELORA_STOPPED" in os.environ:
         Path(os.environ["SELORA_STOPPED"]).touch()
 

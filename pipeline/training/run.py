@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
+
+import torch.distributed as dist
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.shards.index import ShardIndex, load_index
@@ -68,6 +71,9 @@ def train(config: Config, watch: Watch | None = None, label: str | None = None) 
     Args:
         label: name of the run in the logs; None: `name` of the config.
 
+    Returns:
+        What was done; `finished` is False when a signal or the observer stopped the run, which has saved then.
+
     Raises:
         ConfigError: for every mistake of the user's, before the first step wherever it can be known.
         PeerLost: when other ranks do not come or are lost.
@@ -78,13 +84,19 @@ def train(config: Config, watch: Watch | None = None, label: str | None = None) 
     label_logs(world, label or config.name)
     run_dir = Path(config.out).absolute() / config.name
     with held(run_dir, world.is_main) as lease:
-        outcome = _train_held(config, run_dir, world, lease, watch)
-    if not outcome.finished and world.local_rank == 0:
-        leave_mark()
+        outcome, control = _train_held(config, run_dir, world, lease, watch)
+    if not outcome.finished:
+        if world.local_rank == 0:
+            leave_mark()
+        # A launcher ends all ranks once one exits with another code than 0; rank 0 may still be closing its journal.
+        with suppress(RuntimeError):  # a rank that is gone already needs no waiting for
+            dist.barrier(control)
     return outcome
 
 
-def _train_held(config: Config, run_dir: Path, world: World, lease: Lease | None, watch: Watch | None) -> Outcome:
+def _train_held(
+    config: Config, run_dir: Path, world: World, lease: Lease | None, watch: Watch | None
+) -> tuple[Outcome, dist.ProcessGroup]:
     index = load_index(config.data.train)
     total = total_steps(config, index.samples)
     claim(run_dir, config, world)
@@ -95,7 +107,7 @@ def _train_held(config: Config, run_dir: Path, world: World, lease: Lease | None
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is not None and checkpoint.step >= total:
         say(world, f"{run_dir}: already trained for {total} steps")
-        return Outcome(run_dir, checkpoint.step, total)
+        return Outcome(run_dir, checkpoint.step, total), control
     for warning in warnings_of(config, total, index.samples):
         say(world, f"warning: {warning}")
     with watched_peers(store, world):
@@ -109,7 +121,7 @@ def _train_held(config: Config, run_dir: Path, world: World, lease: Lease | None
             sink = tracker if watch is None else _Watched(tracker, watch)
             job = Job(config, run_dir, world, index, total, control, lease)
             step = _train(job, model, checkpoint, sink, watch)
-    return Outcome(run_dir, step, total)
+    return Outcome(run_dir, step, total), control
 
 
 def _check_data(checkpoint: Checkpoint, index: ShardIndex) -> None:

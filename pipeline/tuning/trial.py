@@ -1,6 +1,7 @@
 """One trial without Ray: the training stage on every rank, the evaluation stage in one process.
 
-By hand, for a trial of a sweep that exists: python -m pipeline.tuning.trial SWEEP_DIR NAME
+By hand, for a trial of a sweep that exists: python -m pipeline.tuning.trial SWEEP_DIR NAME. It exits with 0 when the
+trial is finished, with 130 when it was stopped and can go on, with 1 when it failed.
 """
 
 from __future__ import annotations
@@ -193,4 +194,6 @@ def _device() -> Any:
 
 
 if __name__ == "__main__":
-    print(run_trial(Path(sys.argv[1]).absolute(), sys.argv[2]))  # noqa: T201
+    ended = run_trial(Path(sys.argv[1]).absolute(), sys.argv[2])
+    print(ended)  # noqa: T201
+    sys.exit({"finished": 0, "waiting": 130}.get(ended.status, 1))

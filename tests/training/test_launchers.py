@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.config import ConfigError
@@ -15,7 +19,8 @@ from pipeline.training.cluster.distributed import read_world
 
 
 def losses(run_dir: Path) -> list[float]:
-    records = [json.loads(line) for line in (run_dir / "journal.jsonl").read_text().splitlines()]
+    lines = (run_dir / "journal.jsonl").read_text().splitlines(keepends=True)
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
     return [record["values"]["train/loss"] for record in records if record["kind"] == "metrics"]
 
 
@@ -51,3 +56,34 @@ def test_half_a_launcher_is_named() -> None:
 def test_without_a_launcher_there_is_one_rank() -> None:
     world = read_world({})
     assert (world.rank, world.world_size, world.is_main) == (0, 1, True)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_stopped_training_does_not_exit_with_zero(ranks: int, config_file: Path, tmp_path: Path) -> None:
+    """So that `train && promote` ends there: 130 from the command, 1 from torchrun, and the journal is closed."""
+    mark, log, run_dir = tmp_path / "stopped", tmp_path / "log.txt", tmp_path / "runs" / "run"
+    starter = [sys.executable, "-m"] if ranks == 1 else launcher("torchrun", tmp_path)[:-1]
+    command = [*starter, "pipeline", "train", str(config_file), "train.steps=5000", "train.checkpoint_every=5000"]
+    with log.open("w") as stream:
+        environment = os.environ | {"SELORA_STOPPED": str(mark)}
+        process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
+    try:
+        wait_for(lambda: (run_dir / "journal.jsonl").is_file() and len(losses(run_dir)) > 2, process, log)
+        pids = [one.pid for one in psutil.Process(process.pid).children()] if ranks > 1 else [process.pid]
+        os.kill(pids[-1], signal.SIGTERM)
+        assert process.wait(240) == (130 if ranks == 1 else 1), log.read_text()[-3000:]
+    finally:
+        process.kill()
+        process.wait()
+    lines = [json.loads(line) for line in (run_dir / "journal.jsonl").read_text().splitlines()]
+    assert [line["status"] for line in lines if line["kind"] == "status"] == ["RUNNING", "KILLED"]
+    assert mark.exists()
+    assert (run_dir / "checkpoints" / "latest").exists()
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.05)
