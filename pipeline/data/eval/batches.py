@@ -141,7 +141,7 @@ class _MakeEvalBatch:
         index = self.eval_set.tars[tar]
         ext = next((ext for ext in STORED_EXTENSIONS if ext in index.samples[number].members), None)
         if ext is None:
-            raise ConfigError(f"{self._name(i)}: no image among its members")
+            raise ConfigError(f"{self._name(i)}: no image among its members ({index.samples[number]})")
         return index.read(number, ext)
 
     def _name(self, i: int) -> str:

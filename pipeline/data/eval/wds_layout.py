@@ -270,6 +270,5 @@ def _captions(tar: TarIndex, number: int) -> tuple[str, ...]:
 
 def _member(tar: TarIndex, number: int, ext: str) -> bytes:
     if ext not in tar.samples[number].members:
-        there = ", ".join(sorted(tar.samples[number].members))
-        raise ConfigError(f"{tar.name}: {tar.samples[number].key} has no .{ext} member (it has {there})")
+        raise ConfigError(f"{tar.name}: {tar.samples[number].key} has no .{ext} member (it has {tar.samples[number]})")
     return tar.read(number, ext)

@@ -107,11 +107,11 @@ class _SampleCheck:
     def __call__(self, number: int) -> list[str]:
         members = self.tar.samples[number].members
         images = [ext for ext in STORED_EXTENSIONS if ext in members]
-        reasons = [] if images else [f"no image among its members ({', '.join(sorted(members))})"]
+        reasons = [] if images else [f"no image among its members ({self.tar.samples[number]})"]
         try:
             label, texts = sample_texts(self.tar, number, self.classes)
             if not texts and (label < 0 or self.classes is None):
-                reasons.append(f"neither caption nor class among its members ({', '.join(sorted(members))})")
+                reasons.append(f"neither caption nor class among its members ({self.tar.samples[number]})")
         except BadImageError as error:
             reasons.append(str(error))
         if images and self.max_pixels is not None:

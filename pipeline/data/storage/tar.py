@@ -20,6 +20,25 @@ BLOCK = tarfile.BLOCKSIZE
 FETCHES = 5
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")
 _REMARK = re.compile(r"__[^/]*__($|/)")
+_PAX_RECORD = re.compile(rb"([0-9]{1,10}) ([^=\n]*)=")
+# Tars are filled up to full records of 20 blocks, or of more blocks by writers that were told so.
+PADDING = 4 * tarfile.RECORDSIZE
+# What lies under the name of a tar instead of one, by its first bytes.
+_NOT_A_TAR = {
+    "a git-lfs pointer and not the file it stands for; `git lfs pull` fetches that": re.compile(
+        rb"version https://git-lfs"
+    ),
+    "compressed by gzip, so nothing in it can be found by its place; `gunzip` it": re.compile(rb"\x1f\x8b"),
+    "compressed, so nothing in it can be found by its place; unpack it to a plain tar": re.compile(
+        rb"BZh|\xfd7zXZ|\x28\xb5\x2f\xfd"
+    ),
+    "a zip archive and not a tar": re.compile(rb"PK\x03\x04"),
+    "a web page and not a tar; look at its address and download it again": re.compile(
+        rb"\s*<(!doctype html|html|\?xml)", re.IGNORECASE
+    ),
+}
+# Members that a message names of one sample.
+_NAMED = 6
 
 
 class TarError(ConfigError):
@@ -40,6 +59,16 @@ class TarSample:
 
     key: str
     members: dict[str, Member]
+
+    def __str__(self) -> str:
+        """Its members in few words, for a message."""
+        named = sorted(self.members)
+        more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+        listed = ", ".join(named[:_NAMED]) + more
+        if len(named) > 1 and all("." in name for name in named):
+            # img.0001.jpg: whatever follows the first dot is the extension, so all of them are one sample.
+            return f"{listed}; names are split at their first dot, so keys must have none: rename the files"
+        return listed
 
 
 class TarIndex:
@@ -129,41 +158,95 @@ def _members(fd: int, path: str) -> Iterator[tuple[str, Member]]:
     while True:
         info = _header(fd, path, at, total)
         if info is None:
+            _check_end(fd, path, at, total)
             return
-        size, data = int(pax.get("size", info.size)), at + BLOCK
+        size, data = _size(pax, info, path, at), at + BLOCK
         if data + size > total:
             raise TarError(f"{path}: cut off inside {info.name!r}: {data + size} bytes needed, {total} there")
         at = data + -(-size // BLOCK) * BLOCK
         if info.type == tarfile.GNUTYPE_LONGNAME:
             long_name = os.pread(fd, size, data).rstrip(b"\0").decode("utf-8", "surrogateescape")
         elif info.type == tarfile.XHDTYPE:
-            pax = _pax_records(os.pread(fd, size, data))
+            pax = _pax_records(os.pread(fd, size, data), path, data)
         elif info.type != tarfile.XGLTYPE:
+            name = long_name or pax.get("path", info.name)
+            _check_kind(info, pax, path, name)
             if info.isreg():
-                yield long_name or pax.get("path", info.name), Member(data, size)
+                yield name, Member(data, size)
             long_name, pax = None, {}
+
+
+def _size(pax: dict[str, str], info: tarfile.TarInfo, path: str, at: int) -> int:
+    said = pax.get("size", str(info.size))
+    if not said.isdecimal():
+        raise TarError(f"{path}: damaged header at byte {at}: its size is {said[:20]!r}")
+    return int(said)
+
+
+def _check_kind(info: tarfile.TarInfo, pax: dict[str, str], path: str, name: str) -> None:
+    """Members whose bytes are not where their header is, or not whole there, would make samples that lack them."""
+    if not split_name(name)[0]:
+        return
+    if info.islnk() or info.issym():
+        raise TarError(
+            f"{path}: {name} is a link to {info.linkname}; make the tar with --dereference --hard-dereference"
+        )
+    if info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in pax):
+        raise TarError(f"{path}: {name} is a sparse file; make the tar without --sparse")
 
 
 def _header(fd: int, path: str, at: int, total: int) -> tarfile.TarInfo | None:
     """The header at byte ``at``; None for the end marker, TarError for anything else."""
+    block = os.pread(fd, BLOCK, at)
     try:
-        return tarfile.TarInfo.frombuf(os.pread(fd, BLOCK, at), "utf-8", "surrogateescape")
-    except tarfile.HeaderError as error:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except (tarfile.HeaderError, ValueError) as error:
         # The classes that tell the end marker from damage are not public; the marker is a block of zeros.
-        block = os.pread(fd, BLOCK, at)
         if len(block) == BLOCK and not block.strip(b"\0"):
             return None
+        if at == 0:
+            for kind, looks in _NOT_A_TAR.items():
+                if looks.match(block):
+                    raise TarError(f"{path}: {kind}") from error
         if len(block) < BLOCK:
             raise TarError(f"{path}: cut off at byte {at} of {total}, before its end marker") from error
         raise TarError(f"{path}: damaged header at byte {at}; the samples behind it cannot be found") from error
 
 
-def _pax_records(data: bytes) -> dict[str, str]:
-    """The ``LENGTH KEY=VALUE\\n`` records of a pax header."""
+def _check_end(fd: int, path: str, end: int, total: int) -> None:
+    """Behind the end marker come zeros up to the next full record, and nothing else.
+
+    Raises:
+        TarError: There is more, as where tars were joined by cat, or there are zeros where an unfinished download would
+            have put its bytes.
+    """
+    at = end
+    while at < total:
+        part = os.pread(fd, 2**20, at)
+        if not part:
+            return  # it shrinks under the reader, who will find out
+        if rest := part.lstrip(b"\0"):
+            more = at + len(part) - len(rest)
+            raise TarError(
+                f"{path}: ends at byte {end} and goes on at byte {more} of {total}: several tars joined by cat, of "
+                "which readers see the first; join them by `tar --concatenate`, or keep them apart"
+            )
+        at += len(part)
+    if total - end > PADDING:
+        raise TarError(
+            f"{path}: zeros from byte {end} to its end at {total}, more than a tar is filled up with: a download or a "
+            "copy that was not finished; copy it again"
+        )
+
+
+def _pax_records(data: bytes, path: str, at: int) -> dict[str, str]:
+    """The ``LENGTH KEY=VALUE\\n`` records of a pax header, which is at byte ``at``."""
     records: dict[str, str] = {}
     while data.strip(b"\0"):
-        length = int(data.split(b" ", 1)[0])
-        key, _, value = data[:length].split(b" ", 1)[1].rstrip(b"\n").partition(b"=")
-        records[key.decode()] = value.decode("utf-8", "surrogateescape")
-        data = data[length:]
+        found = _PAX_RECORD.match(data)
+        if found is None or not found.end() <= int(found[1]) <= len(data):
+            raise TarError(f"{path}: damaged pax header at byte {at}")
+        value = data[found.end() : int(found[1])].rstrip(b"\n")
+        records[found[2].decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        data = data[int(found[1]) :]
     return records

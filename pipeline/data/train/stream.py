@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +15,7 @@ from pipeline.data.images import MAX_PIXELS, STORED_EXTENSIONS, BadImageError, P
 from pipeline.data.order import Order, check_split, draw_without_repetition, rank_positions, stable_hash
 from pipeline.data.shards.index import ShardIndex, open_shard, sample_texts
 from pipeline.data.storage.remote import retries
-from pipeline.data.storage.tar import TarIndex
+from pipeline.data.storage.tar import TarIndex, TarSample
 from pipeline.data.train.prefetch import ReadAhead, Turns, read_ahead
 from pipeline.prompts import caption, resolve_templates
 
@@ -118,9 +118,9 @@ class TrainDataset:
         members = tar.samples[number].members
         ext = next((ext for ext in STORED_EXTENSIONS if ext in members), None)
         if ext is None:
-            raise BadImageError(f"no image among its members ({', '.join(sorted(members))})")
+            raise BadImageError(f"no image among its members ({tar.samples[number]})")
         label, texts = sample_texts(tar, number, self.index.classes)
-        name = None if texts else self._classname(label, members)
+        name = None if texts else self._classname(label, tar.samples[number])
         choices = texts or self.templates
         image = decode(tar.read(number, ext), form=self.preprocessing, max_pixels=self.max_pixels)
         pixels = train_crop(image, self.size, scale=self.crop_scale, seed=stable_hash("crop", self.seed, epoch, key))
@@ -134,9 +134,9 @@ class TrainDataset:
             label=label,
         )
 
-    def _classname(self, label: int, members: Mapping[str, object]) -> str:
+    def _classname(self, label: int, sample: TarSample) -> str:
         if label < 0 or self.index.classes is None:
-            raise BadImageError(f"neither caption nor class among its members ({', '.join(sorted(members))})")
+            raise BadImageError(f"neither caption nor class among its members ({sample})")
         return self.index.classes[label]
 
     def _tar(self, shard: int) -> TarIndex:

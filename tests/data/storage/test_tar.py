@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import pickle
@@ -84,10 +85,22 @@ def test_a_member_that_comes_twice_is_an_error(tmp_path: Path) -> None:
         TarIndex(path)
 
 
-@pytest.mark.parametrize("data", [b"", b"not a tar" * 100, b"\x1f\x8b" + bytes(2000)])
-def test_what_is_no_tar_is_an_error(tmp_path: Path, data: bytes) -> None:
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "cut off at byte 0 of 0"),
+        (b"not a tar" * 100, "damaged header at byte 0"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 1\n", "git-lfs pointer.*git lfs pull"),
+        (gzip.compress(b"x" * 5000, mtime=0), "compressed by gzip.*gunzip"),
+        (b"\x28\xb5\x2f\xfd" + bytes(2000), "compressed, .*unpack it to a plain tar"),
+        (b"PK\x03\x04" + bytes(600), "a zip archive"),
+        (b"<!DOCTYPE html><html><title>404</title>", "a web page and not a tar.*download it again"),
+        (b"\n <HTML>" + b" " * 600, "a web page"),
+    ],
+)
+def test_what_is_not_a_tar_is_called_by_its_name(tmp_path: Path, data: bytes, message: str) -> None:
     (tmp_path / "a.tar").write_bytes(data)
-    with pytest.raises(TarError, match=r"a.tar"):
+    with pytest.raises(TarError, match=rf"a\.tar: .*{message}"):
         TarIndex(tmp_path / "a.tar")
     with pytest.raises(TarError, match=r"b.tar: cannot be opened"):
         TarIndex(tmp_path / "b.tar")
@@ -119,3 +132,55 @@ def test_indices_nobody_holds_give_their_files_back(tmp_path: Path) -> None:
     for _ in range(50):
         TarIndex(path).read(1, "jpg")
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_tars_joined_by_cat_are_an_error_and_not_the_first_of_them(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "1.tar", MEMBERS[:8]), write(tmp_path / "2.tar", MEMBERS[8:])
+    (tmp_path / "a.tar").write_bytes(one.read_bytes() + two.read_bytes())
+    at = one.stat().st_size
+    with pytest.raises(TarError, match=f"a.tar: ends at byte .* goes on at byte {at} of .*tar --concatenate"):
+        TarIndex(tmp_path / "a.tar")
+
+
+def test_a_tail_of_zeros_is_a_download_that_was_not_finished(tmp_path: Path) -> None:
+    """A downloader that takes the room beforehand leaves a file of the right size."""
+    path = write(tmp_path / "a.tar", [(f"s{i}.jpg", bytes([i + 1]) * 5000) for i in range(40)])
+    data = path.read_bytes()
+    path.write_bytes(data[: 28 * 5632] + bytes(len(data) - 28 * 5632))
+    with pytest.raises(TarError, match=rf"zeros from byte {28 * 5632} to its end at {len(data)}.*copy it again"):
+        TarIndex(path)
+    path.write_bytes(data.rstrip(b"\0") + bytes(2 * BLOCK - len(data.rstrip(b"\0")) % BLOCK))
+    assert len(TarIndex(path)) == 40, "one block of zeros ends a tar as well"
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(tarfile.LNKTYPE, "is a link to a.jpg"), (tarfile.SYMTYPE, "is a link"), (tarfile.GNUTYPE_SPARSE, "is a sparse")],
+)
+def test_members_without_bytes_of_their_own_are_an_error(tmp_path: Path, kind: bytes, message: str) -> None:
+    path = write(tmp_path / "a.tar", [("a.jpg", b"1"), ("a.cls", b"0")])
+    with tarfile.open(path, "a") as tar:
+        info = tarfile.TarInfo("b.jpg")
+        info.type, info.linkname = kind, "a.jpg"
+        tar.addfile(info)
+    with pytest.raises(TarError, match=rf"a\.tar: b\.jpg {message}"):
+        TarIndex(path)
+
+
+@pytest.mark.parametrize("record", [b"0 a=b\n", b"-5 a=b\n", b"x", b"999 a=b\n", b"11 size=-9\n", b"12 size=9x9\n"])
+def test_a_damaged_pax_header_is_an_error_and_no_endless_loop(tmp_path: Path, record: bytes) -> None:
+    path = write(tmp_path / "a.tar", [("a.jpg", b"1")])
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, len(record)
+    header = info.tobuf(tarfile.USTAR_FORMAT)
+    path.write_bytes(header + record.ljust(BLOCK, b"\0") + path.read_bytes())
+    with pytest.raises(TarError, match=r"a\.tar: damaged (pax )?header at byte"):
+        TarIndex(path)
+
+
+def test_a_message_about_thousands_of_members_is_short(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tar", [(f"img.{i:04d}.{ext}", b"1") for i in range(2000) for ext in ("jpg", "cls")])
+    (sample,) = TarIndex(path).samples
+    assert str(sample).startswith("0000.cls, 0000.jpg, 0001.cls") and "and 3994 more" in str(sample)
+    assert "names are split at their first dot" in str(sample)
+    assert len(str(sample)) < 250
