@@ -1,19 +1,23 @@
-# A fresh machine needs Python >= 3.11, git and make; everything else is put into .venv (and .uv where uv is missing).
+# A fresh machine needs Python >= 3.11, git and make. Everything else goes into .venv, and uv into .uv if it is missing.
 
 PYTHON ?= python3
 BIN := .venv/bin
 UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
-# The environment is set up again only when what it is made from changes, or when the checkout moved.
+# The environment is set up again only when pyproject.toml or uv.lock changes, or when the checkout has moved.
 STAMP := .venv/.made-$(shell { pwd; cat pyproject.toml uv.lock; } | cksum | tr -d ' ')
 
-.PHONY: help demo test test-slow bench lint format env clean
+.PHONY: help demo test test-slow bench docs lint format env clean
 
 help:
-	@echo "make demo   the whole story on the embedded data, from environment to table and figure"
-	@echo "make test   lint, types, import rows and all tests; no network once the environment stands"
-	@echo "make bench  how fast it is beside its peers, into build/benchmarks;  make test-slow  the tests of minutes"
-	@echo "make lint   the checks alone;  make format  puts the code into shape"
-	@echo "make env    the environment alone;  make clean  removes it and all caches"
+	@echo "make demo       run the whole pipeline on embedded data, from photos to a registered model"
+	@echo "make test       lint, types, import rules and all fast tests; needs no network once the environment is set up"
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make bench      measure speed and memory against PEFT, open_clip and webdataset, into build/benchmarks"
+	@echo "make docs       build the documentation site, into build/site"
+	@echo "make lint       the checks alone"
+	@echo "make format     format the code"
+	@echo "make env        set up the environment in .venv"
+	@echo "make clean      remove the environment and all caches"
 
 demo: env
 	$(BIN)/selora demo
@@ -29,6 +33,9 @@ bench: env
 	$(BIN)/python tests/benchmarks/scaling.py | tee build/benchmarks/scaling.md
 	$(BIN)/python tests/benchmarks/settling.py --out build/benchmarks
 
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,7 +48,7 @@ format: env
 
 env: $(STAMP)
 
-# Bytecode is compiled now, or the first command of every kind would spend its first seconds on it.
+# Compile bytecode now; otherwise the first run of each command would spend seconds on it.
 $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "Python 3.11 or newer is needed, and $(PYTHON) is $$($(PYTHON) --version 2>&1)." >&2; \

@@ -29,11 +29,13 @@ class Model(Section):
     name: Result[str] = Field(
         default="ViT-B-16-quickgelu",
         min_length=1,
-        description="open_clip name, local-dir:PATH or hf-hub:ORG/NAME of a CLIP; after timm: the same of a ViT, which "
-        "is trained as a classifier",
+        description="open_clip architecture, local-dir:PATH or hf-hub:ORG/NAME of a CLIP; with the prefix timm: a ViT, "
+        "which is trained as a classifier",
     )
     pretrained: Result[str | None] = Field(
-        default=None, description="open_clip tag (openai) or weights file; null: as the name says, or random"
+        default=None,
+        description="open_clip tag such as openai, or a weights file; null: the weights that come with the name, or "
+        "random ones",
     )
     precision: Result[Literal["fp32", "bf16"]] = Field(
         default="fp32", description="precision of the frozen weights and activations"
@@ -42,11 +44,13 @@ class Model(Section):
 
 class Adapter(Section):
     kind: Result[Literal["full", "none", "lora", "dora"]] = Field(
-        default="lora", description="full: every weight trains (FLYP); none: no block, only train_rest"
+        default="lora",
+        description="form of the blocks; full: no blocks, every weight trains (FLYP); none: no blocks, only "
+        "train.train_rest trains",
     )
     rank: Result[int] = Field(default=16, ge=1, description="rank of each block")
     alpha: Result[float | None] = Field(
-        default=None, gt=0, description="a block is scaled by alpha / rank; null: scale 1"
+        default=None, gt=0, description="blocks are scaled by alpha / rank; null: scale 1"
     )
     towers: Result[Towers] = Field(default=("image", "text"), min_length=1, description="towers that carry blocks")
     projections: Result[Projections] = Field(
@@ -57,16 +61,16 @@ class Adapter(Section):
     targets: Result[Texts | None] = Field(
         default=None,
         min_length=1,
-        description="globs over target names (image.3.q_proj), instead of towers and projections",
+        description="glob patterns over target names such as image.3.q_proj, instead of towers and projections",
     )
     random_k: Result[int | None] = Field(
-        default=None, ge=1, description="baseline: this many blocks drawn by seed, always on, no gate"
+        default=None, ge=1, description="baseline: this number of blocks, drawn by seed, without gates"
     )
 
 
 class Gate(Section):
     enabled: Result[bool] = Field(
-        default=True, description="each block carries a learned gate (never for random_k, full, none)"
+        default=True, description="give each block a learned gate; ignored with random_k, full and none"
     )
     threshold: Result[float] = Field(default=0.1, ge=0, description="tau: a gate is open where its score >= tau")
     init: Result[float] = Field(default=0.15, ge=0, description="score of every gate before training")
@@ -74,157 +78,177 @@ class Gate(Section):
         default="l1", description="form of the sparsity penalty on the scores"
     )
     reduction: Result[Literal["mean", "sum"]] = Field(
-        default="mean", description="over the scores; sum is the paper's eq. 4 to the letter"
+        default="mean", description="how the penalty combines the scores; sum is equation 4 of the paper to the letter"
     )
-    lam: Result[float] = Field(default=1.0, ge=0, description="lambda, weight of the penalty")
-    delay_steps: Result[int] = Field(default=0, ge=0, description="optimizer steps before the penalty sets in")
+    lam: Result[float] = Field(default=1.0, ge=0, description="λ, the weight of the penalty")
+    delay_steps: Result[int] = Field(default=0, ge=0, description="optimizer steps before the penalty starts")
     lr: Result[float | None] = Field(default=None, gt=0, description="learning rate of the scores; null: train.lr")
     settle_steps: Result[int | None] = Field(
         default=None,
         ge=1,
-        description="steps in a row that a gate stays closed before its block is shut for good and leaves the "
+        description="number of consecutive steps after which a closed gate is closed for good and its block leaves the "
         "computation; null: never",
     )
     settle_margin: Result[float] = Field(
-        default=0.02, ge=0, description="how far below the threshold a score must lie for gate.settle_steps to count it"
+        default=0.02, ge=0, description="how far below the threshold a score must be to count for gate.settle_steps"
     )
 
 
 class Train(Section):
     train_rest: Result[Literal["all", "proj_ln", "none"]] = Field(
-        default="all", description="what trains outside the transformer layers; proj_ln: projections and outer norms"
+        default="all",
+        description="what trains outside the transformer layers; proj_ln: the projections and the outer layer norms",
     )
     lr: Result[float] = Field(default=1e-5, gt=0, description="peak learning rate")
-    rest_lr: Result[float | None] = Field(default=None, gt=0, description="peak learning rate of train_rest; null: lr")
-    optimizer: Result[Literal["adamw", "sgd"]] = Field(default="adamw", description="AdamW, or SGD with train.momentum")
-    momentum: Result[float] = Field(default=0.9, ge=0, lt=1, description="of SGD")
-    weight_decay: Result[float] = Field(default=0.1, ge=0, description="never on scores, magnitudes, logit scale")
-    betas: Result[Pair] = Field(default=(0.9, 0.999), description="AdamW betas")
-    eps: Result[float] = Field(default=1e-8, gt=0, description="AdamW eps")
+    rest_lr: Result[float | None] = Field(
+        default=None, gt=0, description="peak learning rate of what train_rest names; null: train.lr"
+    )
+    optimizer: Result[Literal["adamw", "sgd"]] = Field(default="adamw", description="adamw, or sgd with train.momentum")
+    momentum: Result[float] = Field(default=0.9, ge=0, lt=1, description="momentum of SGD")
+    weight_decay: Result[float] = Field(
+        default=0.1, ge=0, description="weight decay; never applied to scores, magnitudes and the logit scale"
+    )
+    betas: Result[Pair] = Field(default=(0.9, 0.999), description="decay rates of AdamW's two moments")
+    eps: Result[float] = Field(default=1e-8, gt=0, description="AdamW's epsilon")
     warmup_steps: Result[int] = Field(
-        default=500, ge=0, description="optimizer steps of linear warmup, then cosine to 0"
+        default=500, ge=0, description="optimizer steps of linear warm-up, followed by cosine decay to 0"
     )
     epochs: Result[float] = Field(default=10.0, gt=0, description="passes over the images")
     steps: Result[int | None] = Field(default=None, ge=1, description="optimizer steps, instead of epochs")
-    global_batch_size: Result[int] = Field(default=512, ge=2, description="images of one optimizer step over all ranks")
+    global_batch_size: Result[int] = Field(default=512, ge=2, description="images per optimizer step, over all ranks")
     micro_batch_size: Speed[int | None] = Field(
         default=None,
         ge=1,
-        description="images of a rank that go through the towers at a time: less memory, one more forward, the same "
-        "gradient; null: all its images of the step",
+        description="images that a rank passes through the towers at a time: less memory, one more forward pass, the "
+        "same gradient; null: all images of the step",
     )
     activation_checkpointing: Speed[bool] = Field(
-        default=False, description="compute the inside of each layer again in the backward instead of keeping it"
+        default=False,
+        description="recompute the activations of each layer in the backward pass instead of storing them",
     )
-    compile: Speed[bool] = Field(default=False, description="torch.compile each layer")
+    compile: Speed[bool] = Field(default=False, description="compile each layer with torch.compile")
     grad_clip: Result[float | None] = Field(
-        default=None, gt=0, description="largest norm of the gradient; null: no clipping"
+        default=None, gt=0, description="clip the gradient to this norm; null: no clipping"
     )
     zero_stage: Speed[int] = Field(default=1, ge=0, le=3, description="DeepSpeed ZeRO stage")
-    log_every: Record[int] = Field(default=10, ge=1, description="steps between records of losses and speed")
-    gates_every: Record[int] = Field(default=50, ge=1, description="steps between records of every gate")
+    log_every: Record[int] = Field(default=10, ge=1, description="steps between log records of losses and speed")
+    gates_every: Record[int] = Field(default=50, ge=1, description="steps between log records of every gate")
     checkpoint_every: Record[int] = Field(
-        default=500, ge=1, description="steps between checkpoints; the last step always has one"
+        default=500, ge=1, description="steps between checkpoints; the last step always writes one"
     )
-    keep_last: Record[int] = Field(default=2, ge=1, description="checkpoints kept on disk")
+    keep_last: Record[int] = Field(default=2, ge=1, description="number of checkpoints to keep on disk")
     timeout_s: Speed[float] = Field(
-        default=1800.0, gt=0, description="seconds that ranks wait for each other, at the start and in any collective"
+        default=1800.0, gt=0, description="seconds that ranks wait for each other, at the start and in collectives"
     )
 
 
 class Data(Section):
-    train: Result[str] = Field(min_length=1, description="directory or URL of training shards (made by selora pack)")
-    streams: Result[int] = Field(default=64, ge=1, description="equal parts of an epoch; ranks must divide it")
-    shuffle_window: Result[int] = Field(default=2048, ge=1, description="samples among which a stream is shuffled")
-    workers: Speed[int] = Field(default=2, ge=0, description="decoding processes per rank; 0: in the training process")
+    train: Result[str] = Field(min_length=1, description="directory or URL of training shards, written by selora pack")
+    streams: Result[int] = Field(
+        default=64, ge=1, description="number of equal parts of an epoch; the number of ranks must divide it"
+    )
+    shuffle_window: Result[int] = Field(
+        default=2048, ge=1, description="number of samples within which a stream is shuffled"
+    )
+    workers: Speed[int] = Field(
+        default=2, ge=0, description="decoding processes per rank; 0: decode in the training process"
+    )
     read_ahead: Speed[int] = Field(
         default=2,
         ge=0,
-        description="shards behind a URL fetched before they are needed, per stream and as far as SELORA_CACHE_GB has "
-        "room; 0: none",
+        description="number of shards behind a URL to fetch before they are needed, per stream and within "
+        "SELORA_CACHE_GB; 0: none",
     )
     templates: Result[str | Texts] = Field(
-        default="openai", min_length=1, description="name of a caption template set, or a list with {c}"
+        default="openai",
+        min_length=1,
+        description="name of a set of caption templates, or a list of sentences with {c} for the class name",
     )
     crop_scale: Result[Pair] = Field(
-        default=(0.9, 1.0), description="share of the image area kept by the random crop, low and high"
+        default=(0.9, 1.0), description="smallest and largest share of the image area that the random crop keeps"
     )
-    flip: Result[bool] = Field(default=False, description="mirror every other image from left to right, at random")
+    flip: Result[bool] = Field(default=False, description="mirror images at random, half of them")
     preprocessing: Result[Literal["fast", "reference"]] = Field(
-        default="fast", description="reference: PIL, for published numbers"
+        default="fast", description="fast: torchvision; reference: PIL, for published numbers"
     )
     max_bad_share: Speed[float] = Field(
-        default=0.001, ge=0, le=1, description="share of unreadable images that stops the run"
+        default=0.001, ge=0, le=1, description="stop the run when a larger share of the images is unreadable"
     )
-    max_pixels: Result[int] = Field(default=2**28, ge=1, description="an image with more pixels counts as unreadable")
+    max_pixels: Result[int] = Field(default=2**28, ge=1, description="images with more pixels count as unreadable")
 
 
 class Eval(Section):
     benchmark: Measurement[str | None] = Field(
-        default=None, description="evaluation datasets: paper, quick, wds, or a YAML file; null: no evaluation"
+        default=None, description="paper, quick, wds, vision or a YAML file; null: no evaluation"
     )
     root: Place[str | None] = Field(
-        default=None, min_length=1, description="where the benchmark's datasets lie; null: as its file says"
+        default=None,
+        min_length=1,
+        description="directory or URL of the benchmark's datasets; null: the root in the benchmark's file",
     )
     datasets: Measurement[Texts | None] = Field(
-        default=None, min_length=1, description="only these rows of the benchmark, by their keys; null: all"
+        default=None, min_length=1, description="keys of the datasets to evaluate; null: all of the benchmark"
     )
-    batch_size: Speed[int] = Field(default=64, ge=1, description="images per rank and forward")
+    batch_size: Speed[int] = Field(default=64, ge=1, description="images per rank and forward pass")
     workers: Speed[int] = Field(default=2, ge=0, description="decoding processes per rank")
     preprocessing: Measurement[Literal["fast", "reference"]] = Field(
-        default="reference", description="of a sweep's evaluations; reference: PIL, for published numbers"
+        default="reference",
+        description="preprocessing in the evaluations of a sweep; reference: PIL, for published numbers",
     )
     cache: Place[str | None] = Field(
         default=None,
         min_length=1,
-        description="directory where decoded images are kept for the next model; null: SELORA_CACHE; off: nowhere",
+        description="directory that keeps decoded images for the next model; null: SELORA_CACHE; off: none",
     )
 
 
 class Tracking(Section):
     uri: Record[str | None] = Field(
-        default=None, min_length=1, description="MLflow tracking server; null: sqlite:///OUT/mlflow.db"
+        default=None, min_length=1, description="MLflow tracking server or database; null: sqlite:///OUT/mlflow.db"
     )
-    experiment: Record[str] = Field(default="selora", min_length=1, description="MLflow experiment")
+    experiment: Record[str] = Field(default="selora", min_length=1, description="name of the MLflow experiment")
     enabled: Record[bool] = Field(
-        default=True, description="send the journal to MLflow; the journal itself is always written"
+        default=True, description="send the journal to MLflow; the journal is written in any case"
     )
     machine_every_s: Record[float | None] = Field(
-        default=None, gt=0, description="seconds between samples of every node's CPU, memory and GPUs; null: none"
+        default=None, gt=0, description="seconds between samples of CPU, memory and GPU use on every node; null: none"
     )
 
 
 class Promote(Section):
-    """What a run must reach before it enters the registry; accuracies and their changes are shares, 0.02 = 2 points."""
+    """What a run must reach to enter the registry. Accuracies and changes are shares: 0.02 is 2 points."""
 
     min_id: Promotion[float | None] = Field(
-        default=None, ge=0, le=1, description="smallest mean accuracy of the id group"
+        default=None, ge=0, le=1, description="required mean accuracy of the group id"
     )
     min_gain: Promotion[float | None] = Field(
         default=None,
         ge=-1,
         le=1,
-        description="smallest rise of the id mean over the untouched model, of a ViT's own classifier over guessing",
+        description="required gain of the id mean over the untouched model; for a ViT's classifier, over guessing",
     )
     max_forgetting: Promotion[float | None] = Field(
-        default=None, ge=-1, le=1, description="largest mean drop over the groups other than id"
+        default=None, ge=-1, le=1, description="largest allowed mean drop over the groups other than id"
     )
     min_kept: Promotion[float | None] = Field(
         default=None,
         ge=0,
         le=1,
-        description="smallest share kept of what the untouched model could do: mean over the datasets other than id of "
+        description="required share of what the untouched model could do: mean over the datasets other than id of "
         "min(1, after / before)",
     )
     max_drop: Promotion[float | None] = Field(
-        default=None, ge=-1, le=1, description="largest drop of any one dataset, against the same as min_gain"
+        default=None,
+        ge=-1,
+        le=1,
+        description="largest allowed drop of any dataset, compared with the same model as min_gain",
     )
     min_dataset: Promotion[Texts | None] = Field(
-        default=None, min_length=1, description="smallest result of single datasets, as in ['pets >= 0.85']"
+        default=None, min_length=1, description="required results of single datasets, for example ['pets >= 0.85']"
     )
     champion: Promotion[Literal["by_hand", "if_better", "always"]] = Field(
         default="by_hand",
-        description="when a version becomes champion; if_better: no worse than it in id and kept, better in one",
+        description="when a version becomes champion; if_better: if it is as good in id and kept, and better in one of them",
     )
 
     def floors(self) -> dict[str, float]:

@@ -34,10 +34,12 @@ class Config(Section):
     """The whole config of one run."""
 
     name: Place[str] = Field(
-        default="run", pattern=r"^[A-Za-z0-9_][A-Za-z0-9._+=,@-]*$", description="the run's directory below `out`"
+        default="run",
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9._+=,@-]*$",
+        description="name of the run and of its directory in `out`",
     )
-    out: Place[str] = Field(default="runs", min_length=1, description="directory that holds the runs")
-    seed: Result[int] = Field(default=0, ge=0, lt=2**63, description="seed of everything that is drawn")
+    out: Place[str] = Field(default="runs", min_length=1, description="directory of all runs")
+    seed: Result[int] = Field(default=0, ge=0, lt=2**63, description="seed of every random draw")
     model: Model = Field(default_factory=Model)
     adapter: Adapter = Field(default_factory=Adapter)
     gate: Gate = Field(default_factory=Gate)

@@ -20,9 +20,9 @@ from pipeline.evaluation.dataset import Settings
 from pipeline.evaluation.encode import Precision
 from pipeline.evaluation.ranks import Ranks, launched_ranks
 from pipeline.evaluation.record import track_curve, track_results
-from pipeline.evaluation.run import evaluate, evaluate_run
+from pipeline.evaluation.run import Outcome, evaluate, evaluate_run
 from pipeline.evaluation.strength import STRENGTH_FILE, evaluate_strength, format_curve
-from pipeline.evaluation.summary import format_summary
+from pipeline.evaluation.summary import Summary, format_summary
 from pipeline.model.clip import CONFIG_FILE
 from pipeline.model.load import Model, load_model
 from pipeline.model.restore import check_exists, find_run, is_run
@@ -90,9 +90,7 @@ def evaluate_command(run_or_model: str | Path, **asked: object) -> int:
             _plain_model(str(run_or_model), table, options, ranks)
         return 0
     run = Path(run_or_model)
-    if options.pretrained is not None:
-        raise ConfigError("pretrained: a run brings its own weights; give it for a plain model only")
-    config = load_config(run / "config.yaml", [])
+    config = _config_of(run, options)
     table = options.table(config)
     if options.checkpoints and options.strength is not None:
         raise ConfigError("checkpoints and strength: one at a time")
@@ -102,23 +100,96 @@ def evaluate_command(run_or_model: str | Path, **asked: object) -> int:
     return 0
 
 
+def evaluate_model(
+    run_or_model: str | Path,
+    benchmark: str | Path | None = None,
+    *,
+    pretrained: str | None = None,
+    root: str | Path | None = None,
+    out: str | Path | None = None,
+    datasets: Sequence[str] | None = None,
+    limit: int | None = None,
+    device: str | None = None,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    precision: Precision = "fp32",
+) -> Summary:
+    """Evaluate a run or a plain model on a benchmark; `selora evaluate` without the table that it prints.
+
+    Args:
+        run_or_model: directory of a run, or a model by the name that `model.name` accepts.
+        benchmark: name or file of a benchmark; None: the one in the run's config.
+        pretrained: open_clip tag or weights file of a plain model.
+        root: directory or URL of the benchmark's datasets; None: the root in its file.
+        out: directory for the results; None: RUN/eval, or eval/MODEL.
+        datasets: keys of the datasets to evaluate; None: all.
+        limit: number of images of each dataset, evenly spaced; None: all.
+        device: "cpu", "cuda" or "cuda:1"; None: a GPU if there is one.
+        batch_size: images per forward pass; None: as in the run's config, or 64.
+        workers: decoding processes; None: as in the run's config, or 2.
+        precision: of the model.
+
+    Returns:
+        The content of summary.json: means and changes by group, values by dataset (shares, not percent), forgetting.
+
+    Raises:
+        ConfigError: a wrong argument, or faults of the data; the message names all of them.
+    """
+    asked = Asked(
+        benchmark=benchmark,
+        root=root,
+        out=out,
+        datasets=datasets,
+        limit=limit,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        pretrained=pretrained,
+        precision=precision,
+    )
+    check_exists(run_or_model)
+    if not is_run(run_or_model):
+        table = asked.table(None)
+        with launched_ranks():
+            return _plain_results(str(run_or_model), table, asked)[0].summary
+    config = _config_of(Path(run_or_model), asked)
+    table = asked.table(config)
+    with launched_ranks() as ranks:
+        return _run_results(Path(run_or_model), config, table, asked, ranks)[0].summary
+
+
+def _config_of(run: Path, options: Asked) -> Config:
+    if options.pretrained is not None:
+        raise ConfigError("pretrained: a run brings its own weights; give it for a plain model only")
+    return load_config(run / "config.yaml", [])
+
+
 def _plain_model(name: str, table: Benchmark, options: Asked, ranks: Ranks) -> None:
-    clip = load_plain(name, options.pretrained)
-    folder = Path(options.out) if options.out is not None else Path("eval") / _slug(clip)
-    outcome = evaluate(clip, table, folder, options.settings(None), datasets=options.datasets, say=progress)
+    outcome, folder = _plain_results(name, table, options)
     if ranks.rank == 0:
         sys.stdout.write(format_summary(outcome.summary) + f"\nresults in {folder}\n")
 
 
+def _plain_results(name: str, table: Benchmark, options: Asked) -> tuple[Outcome, Path]:
+    clip = load_plain(name, options.pretrained)
+    folder = Path(options.out) if options.out is not None else Path("eval") / _slug(clip)
+    return evaluate(clip, table, folder, options.settings(None), datasets=options.datasets, say=progress), folder
+
+
 def _run(run: Path, config: Config, table: Benchmark, options: Asked, ranks: Ranks) -> None:
+    outcome, folder = _run_results(run, config, table, options, ranks)
+    if ranks.rank == 0:
+        sys.stdout.write(format_summary(outcome.summary) + f"\nresults in {folder}\n")
+
+
+def _run_results(run: Path, config: Config, table: Benchmark, options: Asked, ranks: Ranks) -> tuple[Outcome, Path]:
+    """The results of a run and their folder; whole ones in the run's own folder are also tracked."""
     folder, baselines = _places(run, options)
     settings = options.settings(config)
     outcome = evaluate_run(run, table, folder, settings, baselines=baselines, datasets=options.datasets, say=progress)
-    if ranks.rank != 0:
-        return
-    sys.stdout.write(format_summary(outcome.summary) + f"\nresults in {folder}\n")
-    if options.out is None and options.limit is None:
+    if ranks.rank == 0 and options.out is None and options.limit is None:
         track_results(run, config, find_run(run).step, outcome.results, outcome.summary)
+    return outcome, folder
 
 
 def _curve(run: Path, config: Config, table: Benchmark, options: Asked, ranks: Ranks) -> None:
