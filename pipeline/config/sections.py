@@ -248,7 +248,7 @@ class Promote(Section):
     )
     champion: Promotion[Literal["by_hand", "if_better", "always"]] = Field(
         default="by_hand",
-        description="when a version becomes champion; if_better: if it is as good in id and kept, and better in one of them",
+        description="when a version becomes champion; if_better: if as good in id and kept, and better in one",
     )
 
     def floors(self) -> dict[str, float]:
