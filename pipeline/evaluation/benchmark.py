@@ -29,7 +29,6 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-import pipeline
 from pipeline.config import ConfigError
 from pipeline.config.errors import Raw
 from pipeline.config.yaml_file import read_chain
@@ -42,7 +41,7 @@ __all__ = ["GROUPS", "Benchmark", "Row", "load_benchmark", "shipped_benchmarks"]
 KEYS = ("name", "root", "include", "mode", "sample", "seed", "datasets")
 COUNTS = "images."
 _PUBLISHED = {"published", "published_wds", "published_of"}
-_PACKAGE = Path(pipeline.__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def examples(repository: Path) -> list[str]:
 
 
 def test_the_page_lists_every_public_name(examples: list[str]) -> None:
-    listed = re.findall(r"\w+(?=,|  #)", examples[0])
+    listed = re.findall(r"\w+(?=,|  #)", re.sub(r"  #.*", "  #", examples[0]))
     assert sorted(listed) == sorted(pipeline.__all__)
     assert set(pipeline.__all__) == pipeline._HOMES.keys()
 
