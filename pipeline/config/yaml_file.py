@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from pipeline.config.errors import ConfigError, Raw
+from pipeline.config.text_file import decode_text
 
 BASE_KEY = "base"  # `base: other.yaml` in a file: read that one first, relative to the file that names it
 COMMAND_LINE = "command line"
@@ -114,12 +115,11 @@ def _read_chain(path: Path, above: tuple[Path, ...]) -> dict[str, Raw]:
 
 def _read_file(path: Path, named_by: Path | None) -> dict[str, Raw]:
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
     except OSError as error:
         source = f" (named as {BASE_KEY} by {_short(named_by)})" if named_by else ""
         raise ConfigError(f"cannot read config file {path}: {error.strerror}{source}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not a text file in UTF-8") from None
+    text = decode_text(data, str(path))
     loader = _Loader(text)
     try:
         node = loader.get_single_node()

@@ -31,6 +31,7 @@ from pydantic import ValidationError
 
 from pipeline.config import ConfigError
 from pipeline.config.errors import Raw
+from pipeline.config.text_file import lines_of, read_text
 from pipeline.config.yaml_file import read_chain
 from pipeline.data.storage.remote import is_remote
 from pipeline.evaluation.rows import GROUPS, Mode, Row
@@ -240,7 +241,7 @@ def _lines(folder: Path, key: str, name: str) -> list[str]:
     """The lines of a file beside the yaml file, or of a shipped list; a line that begins with `# ` is a remark."""
     for file in (folder / name, _shipped_folder() / "names" / f"{name}.txt"):
         if file.is_file():
-            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+            lines = [line.strip() for line in lines_of(read_text(file))]
             return [line for line in lines if line and not line.startswith("# ")]
     lists = ", ".join(sorted(file.stem for file in (_shipped_folder() / "names").glob("*.txt")))
     raise ConfigError(f"{key}: no file {folder / name}, and no shipped list of that name ({lists})")

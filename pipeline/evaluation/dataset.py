@@ -11,12 +11,13 @@ import torch
 
 from pipeline.config import ConfigError
 from pipeline.data.classnames import by_plain_name, plain_name
-from pipeline.data.eval.wds_layout import EvalSet, open_eval_set
+from pipeline.data.eval.wds_layout import TEMPLATES, EvalSet, open_eval_set
 from pipeline.data.images import Preprocessing
 from pipeline.data.order import seeded_permutation, stable_hash
 from pipeline.data.storage.cache import Cache
 from pipeline.evaluation.encode import Precision
 from pipeline.evaluation.rows import Row
+from pipeline.prompts import resolve_templates
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,10 @@ def open_dataset(row: Row) -> Dataset:
     for name, value in (("classnames", classnames), ("templates", templates)):
         if not value:
             raise ConfigError(f"{row.key}: no {name}: neither in its row nor as a file in {row.path}")
+    try:
+        resolve_templates(templates)
+    except ConfigError as error:
+        raise ConfigError(f"{row.key}: {row.path}/{TEMPLATES}: {error}") from None
     if row.subset is not None and (largest := max(max(ids) for ids in row.subset)) >= len(classnames):
         raise ConfigError(f"{row.key}: subset names class {largest} of {len(classnames)} classes")
     dataset = Dataset(row, data, classnames, templates)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipeline.evaluation.encode import TEXTS_PER_FORWARD, Encoder
 from pipeline.evaluation.ranks import Ranks
+from pipeline.prompts import caption
 
 # CLIP_benchmark's constant. It changes no order, but it decides float ties, so it is kept.
 LOGIT_SCALE = 100.0
@@ -36,7 +37,7 @@ def classifier_head(encoder: Encoder, classnames: Sequence[str], templates: Sequ
 
 
 def _class_vectors(encoder: Encoder, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
-    prompts = [template.format(c=name) for name in classnames for template in templates]
+    prompts = [caption(template, name) for name in classnames for template in templates]
     features = encoder.texts(prompts).view(len(classnames), len(templates), -1).mean(dim=1)
     return features / features.norm(dim=-1, keepdim=True)
 

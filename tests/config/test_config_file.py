@@ -95,7 +95,7 @@ def test_repeated_key_is_an_error_that_names_both_lines(write, text, told):
         ("- a\n- b\n", "expected `key: value` lines"),
         ("just text\n", "expected `key: value` lines"),
         ("? [a, b]\n: 1\n", "c.yaml:1: a key should be a name"),
-        (b"a: \xff\xfe\n", "not a text file in UTF-8"),
+        (b"a: \xff\xfe\n", "c.yaml:1: byte 0xff (number 4 of the file) is not UTF-8"),
         ("a: &x {b: *x}\n", "alias"),
         ("a: *nowhere\n", "undefined alias"),
         ("a: 1\n---\nb: 2\n", "another document"),

@@ -18,6 +18,7 @@ from typing import Literal
 from PIL import Image
 
 from pipeline.config import ConfigError
+from pipeline.config.text_file import lines_of
 from pipeline.data.images import (
     MAX_PIXELS,
     BadImageError,
@@ -25,7 +26,14 @@ from pipeline.data.images import (
     looks_the_same_to_all,
     stored_extension,
 )
-from pipeline.data.shards.index import check_empty, disk_faults_told, sample_members, write_tar
+from pipeline.data.shards.index import (
+    caption_lines,
+    caption_member,
+    check_empty,
+    disk_faults_told,
+    sample_members,
+    write_tar,
+)
 from pipeline.data.sources.account import Account
 from pipeline.data.sources.formats import read_source
 from pipeline.data.sources.readable import usable_samples
@@ -234,7 +242,7 @@ def _members(sample: Sample) -> dict[str, bytes]:
     if sample.cls is not None:
         members["cls"] = str(sample.cls).encode()
     if sample.captions:
-        members["txt"] = "\n".join(text.replace("\n", "\\n") for text in sample.captions).encode()
+        members["txt"] = caption_member(sample.captions)
     return members
 
 
@@ -248,8 +256,14 @@ def _kind(folder: Folder) -> Kind:
 
 
 def _lines(folder: Folder, file: str) -> tuple[str, ...] | None:
+    """The lines of a small file; a label is the number of a line, so a blank one is an error but at the end."""
     text = folder.read_text(file)
-    return None if text is None else tuple(line.strip() for line in text.splitlines())
+    if text is None:
+        return None
+    lines = tuple(line.strip() for line in lines_of(text.rstrip()))
+    if "" in lines:
+        raise ConfigError(f"{folder.location}/{file}:{lines.index('') + 1}: a blank line between the others")
+    return lines
 
 
 def _label(tar: TarIndex, number: int, classnames: Sequence[str] | None) -> int:
@@ -262,10 +276,11 @@ def _label(tar: TarIndex, number: int, classnames: Sequence[str] | None) -> int:
 
 
 def _captions(tar: TarIndex, number: int) -> tuple[str, ...]:
-    lines = tuple(_member(tar, number, "txt").decode("utf-8").splitlines())
+    name = f"{tar.name}: {tar.samples[number].key}.txt"
+    lines = caption_lines(_member(tar, number, "txt"), name)
     if not lines:
         raise ConfigError(f"{tar.name}: {tar.samples[number].key}.txt holds no caption")
-    return lines
+    return tuple(lines)
 
 
 def _member(tar: TarIndex, number: int, ext: str) -> bytes:

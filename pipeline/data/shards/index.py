@@ -15,6 +15,7 @@ from typing import Any, Literal
 from webdataset.writer import TarWriter
 
 from pipeline.config import ConfigError
+from pipeline.config.text_file import decode_text
 from pipeline.data.images import MAX_PIXELS, BadImageError, stored_extension
 from pipeline.data.order import seeded_permutation, stable_hash
 from pipeline.data.sources.account import Account
@@ -258,8 +259,7 @@ def sample_members(sample: Sample) -> dict[str, bytes]:
     if sample.cls is not None:
         members["cls"] = str(sample.cls).encode()
     if sample.captions:
-        # A caption is a line, so its own line breaks are escaped as clip-benchmark does.
-        members["txt"] = "\n".join(text.replace("\n", "\\n") for text in sample.captions).encode()
+        members["txt"] = caption_member(sample.captions)
     return members
 
 
@@ -288,5 +288,23 @@ def sample_texts(tar: TarIndex, number: int, classes: Sequence[str] | None) -> t
         label = int(raw)
     if "txt" not in members:
         return label, []
-    lines = tar.read(number, "txt").decode("utf-8", "replace").splitlines()
-    return label, [line.replace("\\n", "\n") for line in lines if line.strip()]
+    try:
+        return label, caption_lines(tar.read(number, "txt"), "its txt member")
+    except ConfigError as error:
+        raise BadImageError(str(error)) from None
+
+
+def caption_member(captions: Sequence[str]) -> bytes:
+    """A txt member, one caption a line. A line end inside one is written as ``\\n``, as clip-benchmark's own sets do,
+    and stays two characters for every reader: only published captions have any."""
+    return "\n".join(text.replace("\n", "\\n") for text in captions).encode()
+
+
+def caption_lines(data: bytes, name: str) -> list[str]:
+    """The captions in a txt member, one a line, letter by letter as they were stored; blank lines are none.
+
+    Raises:
+        ConfigError: When ``name``, as messages call it, is not UTF-8.
+    """
+    lines = (line.removesuffix("\r") for line in decode_text(data, name).split("\n"))
+    return [line for line in lines if line.strip()]

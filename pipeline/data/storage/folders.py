@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.config import ConfigError
+from pipeline.config.text_file import decode_text, read_text
 from pipeline.data.storage.cache import Cache
 from pipeline.data.storage.remote import MissingError, RemotePlace, is_remote, local_copy, read_bytes, remote_place
 from pipeline.data.storage.tar import TarIndex
@@ -66,7 +67,7 @@ class LocalFolder:
 
     def read_text(self, path: str) -> str | None:
         file = self.path / path
-        return file.read_text(encoding="utf-8") if file.is_file() else None
+        return read_text(file) if file.is_file() else None
 
     def open_tar(self, path: str, *, size: int | None = None, sha256: str | None = None) -> TarIndex:  # noqa: ARG002
         return TarIndex(self.path / path)
@@ -95,7 +96,8 @@ class RemoteFolder:
 
     def read_text(self, path: str) -> str | None:
         try:
-            return read_bytes(f"{self.place.texts}/{path}", self.cache.attempts).decode("utf-8")
+            name = f"{self.place.texts}/{path}"
+            return decode_text(read_bytes(name, self.cache.attempts), name)
         except MissingError:
             return None
 

@@ -139,7 +139,7 @@ def test_own_captions_are_used_before_templates(shards_of: ShardsOf, photo: Phot
     jpeg = encode(photo(1), "JPEG")
     index = shards_of([{"jpg": jpeg, "cls": b"0", "txt": b"one\ntwo\\nlines\n\n"}, {"jpg": jpeg, "cls": b"0"}] * 4)
     texts = Counter(text for batch in batches(index, 0, 8, dataset={"templates": "simple"}) for text in batch.captions)
-    assert texts == {"one": 16, "two\nlines": 16, "a photo of a hat.": 32}
+    assert texts == {"one": 16, "two\\nlines": 16, "a photo of a hat.": 32}
 
 
 def test_the_trainers_random_state_is_left_alone(shards: ShardIndex) -> None:
