@@ -33,7 +33,7 @@ def inspect_benchmark(benchmark: Benchmark) -> Iterable[Inspected]:
 
 
 def inspect_row(row: Row) -> Inspected:
-    """`digest` covers names and sizes of the images, labels and captions: equal ones on two machines are equal data.
+    """`digest` covers the images, labels and captions: equal ones on two machines are equal data.
 
     Of K-NN it is that of the images asked about and that of the bank.
     """

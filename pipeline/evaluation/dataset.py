@@ -65,7 +65,7 @@ class Dataset:
 
     @property
     def digest(self) -> str:
-        """sha256 over the images' names and sizes, the labels and everything else that decides a result."""
+        """sha256 over the images, the labels and everything else that decides a result."""
         row, chosen = self.row, self.chosen
         parts = [self.data.digest, self.classnames, self.templates, row.subset, row.border, row.metric, chosen]
         # Only where they are asked for: the results of all other rows keep their digests.

@@ -3,7 +3,6 @@ sample that cannot be read is an error."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,9 +27,6 @@ from pipeline.data.images import (
     without_border,
 )
 from pipeline.data.storage.cache import Cache
-
-# Images of a set whose bytes are looked at before pixels that were kept of it are believed.
-_LOOKED_AT = 16
 
 
 @dataclass(frozen=True)
@@ -102,18 +98,12 @@ class _MakeEvalBatch:
         if cache is None:
             return self
         deciding = {name: self.cfg.get(name) for name in ("interpolation", "resize_mode", "fill_color", "shorter_side")}
-        key = self.eval_set.digest, self._few_bytes(), self.preprocessing, self.border, deciding
+        key = self.eval_set.digest, self.preprocessing, self.border, deciding
         try:
             found = open_pixels(cache, self.eval_set.name, key, size_pair(self.cfg["size"]), wanted)
         except OSError as error:
             return replace(self, trouble=trouble_with(cache.directory, error))
         return replace(self, kept=found)
-
-    def _few_bytes(self) -> str:
-        """sha256 of some stored images: a set made anew may by chance have equal sizes, and so an equal digest."""
-        total = len(self.eval_set)
-        some = sorted({i * total // _LOOKED_AT for i in range(_LOOKED_AT)})
-        return hashlib.sha256(b"".join(self._stored(i) for i in some)).hexdigest()
 
     def __call__(self, indices: Sequence[int]) -> EvalBatch:
         chosen = self.eval_set

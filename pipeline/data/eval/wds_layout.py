@@ -40,6 +40,7 @@ from pipeline.data.sources.readable import usable_samples
 from pipeline.data.sources.sample import Sample, Source, SourceOptions
 from pipeline.data.storage.cache import Cache
 from pipeline.data.storage.folders import Folder, folder_at, open_tars
+from pipeline.data.storage.sums import content_sums
 from pipeline.data.storage.tar import TarIndex
 from pipeline.prompts import resolve_templates
 
@@ -55,7 +56,7 @@ class EvalSet:
     """One opened evaluation set. Sample i lies in ``tars[places[i][0]]`` as number ``places[i][1]``.
 
     ``labels`` holds the classes of a classification set, ``captions`` the sentences of a retrieval set; the other is
-    empty. ``digest`` covers names and sizes of all files, labels, captions, class names and templates.
+    empty. ``digest`` covers the bytes of all tars, labels, captions, class names and templates.
     """
 
     name: str
@@ -91,6 +92,7 @@ def open_eval_set(location: str | Path, *, split: str = "test", cache: Cache | N
     count = count.strip()
     if not count.isdecimal() or int(count) < 1:
         raise ConfigError(f"{folder.location}/{split}/nshards.txt: {count!r} is no number of shards")
+    _check_left_over(folder, split, int(count))
     tars = open_tars(folder, [f"{split}/{number}.tar" for number in range(int(count))])
     places = tuple((t, i) for t, tar in enumerate(tars) for i in range(len(tar)))
     classnames, templates = _lines(folder, CLASSNAMES), _lines(folder, TEMPLATES)
@@ -100,7 +102,8 @@ def open_eval_set(location: str | Path, *, split: str = "test", cache: Cache | N
         labels, captions = (), tuple(_captions(tars[t], i) for t, i in places)
     if not places:
         raise ConfigError(f"{folder.location}: its {count} shards hold no sample")
-    content = kind, classnames, templates, labels, captions, [(tar.path.name, tar.samples) for tar in tars]
+    sums = content_sums(f"{folder.location}/{split}", tars, cache or Cache.from_environment())
+    content = kind, classnames, templates, labels, captions, [(tar.path.name, tar.samples) for tar in tars], sums
     digest = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
     return EvalSet(folder.name, kind, classnames, templates, labels, captions, places, tars, digest)
 
@@ -244,6 +247,16 @@ def _members(sample: Sample) -> dict[str, bytes]:
     if sample.captions:
         members["txt"] = caption_member(sample.captions)
     return members
+
+
+def _check_left_over(folder: Folder, split: str, count: int) -> None:
+    """Raise ConfigError where there are more tars than nshards.txt says: their images would be left out silently."""
+    numbers = sorted(int(name[:-4]) for name in folder.tars(split) if name[:-4].isdecimal())
+    if beyond := [number for number in numbers if number >= count]:
+        raise ConfigError(
+            f"{folder.location}/{split}/nshards.txt: says {count}, and there is also {beyond[0]}.tar; write "
+            f"{numbers[-1] + 1} into it, or remove what is left over from another set"
+        )
 
 
 def _kind(folder: Folder) -> Kind:

@@ -36,6 +36,10 @@ class Folder(Protocol):
         """A small file; None where there is none."""
         ...
 
+    def tars(self, path: str) -> list[str]:
+        """The names of the tars in a folder of it; none where a store is not asked for lists."""
+        ...
+
     def open_tar(self, path: str, *, size: int | None = None, sha256: str | None = None) -> TarIndex:
         """A tar, at hand for reading. What is known of it is checked when it is fetched. Raises ConfigError."""
         ...
@@ -69,6 +73,9 @@ class LocalFolder:
         file = self.path / path
         return read_text(file) if file.is_file() else None
 
+    def tars(self, path: str) -> list[str]:
+        return sorted(file.name for file in (self.path / path).glob("*.tar"))
+
     def open_tar(self, path: str, *, size: int | None = None, sha256: str | None = None) -> TarIndex:  # noqa: ARG002
         return TarIndex(self.path / path)
 
@@ -100,6 +107,9 @@ class RemoteFolder:
             return decode_text(read_bytes(name, self.cache.attempts), name)
         except MissingError:
             return None
+
+    def tars(self, path: str) -> list[str]:  # noqa: ARG002
+        return []
 
     def open_tar(self, path: str, *, size: int | None = None, sha256: str | None = None) -> TarIndex:
         url = f"{self.place.files}/{path}"

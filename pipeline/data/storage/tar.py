@@ -86,6 +86,11 @@ class TarIndex:
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def is_copy(self) -> bool:
+        """Whether the path is a copy in a cache, which has a path of its own for every version of the file."""
+        return self._fetch is not None
+
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_pid": -1}  # a copy opens the file for itself
 

@@ -151,6 +151,20 @@ def test_the_digest_is_the_contents_and_not_the_folders(eval_set: EvalSet, tmp_p
     assert len(digests) == 4
 
 
+def test_other_images_of_equal_names_sizes_and_dates_are_another_set(eval_set: EvalSet, tmp_path: Path) -> None:
+    """A result of the set before is out of date, whatever the dates of its files say."""
+    tar = eval_set.tars[1]
+    assert open_eval_set(tmp_path / "clothes").digest == eval_set.digest
+    before = tar.path.stat()
+    member = tar.samples[3].members["jpg"]
+    with tar.path.open("r+b") as file:
+        file.seek(member.offset + member.size - 40)
+        file.write(bytes(8))
+    os.utime(tar.path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert tar.path.stat().st_size == before.st_size
+    assert open_eval_set(tmp_path / "clothes").digest != eval_set.digest
+
+
 def test_writing_again_gives_the_same_bytes(eval_set: EvalSet, class_folders: Path, tmp_path: Path) -> None:
     source = read_source(class_folders)
     options: dict[str, Any] = {"classnames": source.classes, "templates": TEMPLATES, "samples_per_shard": 20}
@@ -171,6 +185,7 @@ def test_writing_again_gives_the_same_bytes(eval_set: EvalSet, class_folders: Pa
         (lambda f: (f / "test/nshards.txt").unlink(), "no test/nshards.txt, so it is no clip-benchmark set"),
         (lambda f: (f / "test/nshards.txt").write_text("many"), "'many' is no number of shards"),
         (lambda f: (f / "test/nshards.txt").write_text("4"), r"3.tar: cannot be opened \(No such file"),
+        (lambda f: (f / "test/nshards.txt").write_text("1"), "nshards.txt: says 1, and there is also 1.tar; write 3"),
         (lambda f: (f / "dataset_type.txt").write_text("multilabel"), "'multilabel' sets are not evaluated here"),
         (
             lambda f: (f / "classnames.txt").write_text("a\nb\n"),
