@@ -11,17 +11,18 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
-from pipeline.passwords import redact
 from pipeline.tracking.tracker import SHIPPED_VARIABLE
+from pipeline.tuning.environment import kept_back, passed_on, short_sockets
 from pipeline.tuning.files import OVER, TrialState, read_state, steps_done, trial_dir, write_state
 from pipeline.tuning.grid import Asha, Resources
 from pipeline.tuning.plan import Capacity, Node
@@ -39,10 +40,8 @@ _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 _OBJECT_STORE_BYTES = 100 * 2**20  # nothing but configs passes through it
 # A trial's own process waits for its workers and must take no core from them, but Tune wants it to take something.
 _TRIAL_SHARE = {"memory": float(2**20)}
-_PASSED_ON = ("MLFLOW_TRACKING_URI", "HF_HUB_OFFLINE", "HF_HOME", "MLFLOW_DISABLE_TELEMETRY", "DS_ACCELERATOR")
 _TEARDOWN_SECONDS = 5.0
 _CHANCES = 4  # of a local cluster to start
-_PASSED_PREFIXES = ("NCCL_", "GLOO_")
 # Of the driver and of the trials' processes: no usage report over the network, no doubled prints, our own paths.
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -90,6 +89,7 @@ def cluster(address: str | None, resources: Resources) -> Iterator[Capacity]:
     address = address or os.environ.get("RAY_ADDRESS")
     if address is not None:
         check_reachable(address)
+        _name_secrets()
     settings = dict(_QUIET)
     if address is None and "RAY_AUTH_MODE" not in os.environ:
         # A token of this cluster's own, in no file: Ray would put one into the home directory.
@@ -101,7 +101,7 @@ def cluster(address: str | None, resources: Resources) -> Iterator[Capacity]:
         settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
         # The process of an evaluation waits for the next one: its imports take as long as a small benchmark.
         settings["RAY_idle_worker_killing_time_threshold_ms"] = "3600000"
-    with _environment(settings):
+    with short_sockets(os.environ) if address is None else nullcontext({}) as sockets, _environment(settings | sockets):
         import ray
 
         _connect(address, resources)
@@ -109,6 +109,15 @@ def cluster(address: str | None, resources: Resources) -> Iterator[Capacity]:
             yield _capacity()
         finally:
             ray.shutdown()
+
+
+def _name_secrets() -> None:
+    names = kept_back(os.environ)
+    if names:
+        sys.stderr.write(
+            f"{', '.join(names)}: set here and not passed to the cluster, because Ray would write them into its logs; "
+            "its nodes need their own where trials read from such a store\n"
+        )
 
 
 def _connect(address: str | None, resources: Resources) -> None:
@@ -128,11 +137,7 @@ def _connect(address: str | None, resources: Resources) -> None:
 
 
 def _init_settings(address: str | None, resources: Resources) -> dict[str, Any]:
-    # Ray writes it into its logs. No trial needs a password: the sweep's own process ships the journals.
-    environment = {key: redact(value) for key, value in os.environ.items() if key in _PASSED_ON}
-    environment |= {key: value for key, value in os.environ.items() if key.startswith(_PASSED_PREFIXES)}
-    environment |= {key: value for key, value in os.environ.items() if key.startswith("RAY_TRAIN_")}
-    environment |= {
+    environment = passed_on(os.environ) | {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, int(resources.cpus_per_worker)))),
         "PYTHONPATH": os.pathsep.join(filter(None, [_PACKAGE_ROOT, os.environ.get("PYTHONPATH")])),
         "RAY_CHDIR_TO_TRIAL_DIR": "0",

@@ -1,0 +1,100 @@
+"""What of this process's environment the processes of a cluster get, and what their nodes must have themselves.
+
+Ray writes the environment that it passes on into its logs, so no secret goes that way.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.config import ConfigError
+from pipeline.passwords import redact
+
+_PREFIXES = ("SELORA_", "NCCL_", "GLOO_", "RAY_TRAIN_", "AWS_", "HF_", "GOOGLE_", "GCSFS_", "AZURE_", "FSSPEC_")
+_NAMES = {
+    "MLFLOW_DISABLE_TELEMETRY", "DS_ACCELERATOR", "XDG_CACHE_HOME", "TORCH_HOME", "STORAGE_EMULATOR_HOST",
+    "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
+    *(f"{what}_PROXY" for what in ("HTTP", "HTTPS", "ALL", "NO")),
+}  # fmt: skip
+# What the launcher and the tracker of this very process are told by.
+_ONLY_HERE = {"SELORA_HOSTS", "SELORA_STOPPED", "SELORA_SHIPPED", "SELORA_SHIPPING_URI"}
+_SECRET = re.compile(r"SECRET|PASSWORD|PASSWD|TOKEN|CREDENTIAL|(^|_)KEY(_|$)")
+_WHERE_ONE_IS = re.compile(r"_(FILE|PATH|URI)$|^GOOGLE_APPLICATION_CREDENTIALS$")
+# Ray's longest socket: TMP/ray/session_<date and process: 34>/sockets/plasma_store, in the 107 bytes of an address.
+_LONGEST_TMP = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+_SHORT = ("/tmp", "/var/tmp", "/dev/shm")
+
+
+def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
+    """The own variables, those of stores, endpoints and proxies, and those of the network libraries.
+
+    Args:
+        environment: of the process that starts a sweep.
+
+    Returns:
+        {name: value} without any secret; of a tracking address all but its password.
+    """
+    found = {name: value for name, value in _wanted(environment).items() if not _is_secret(name, value)}
+    if "MLFLOW_TRACKING_URI" in environment:
+        found["MLFLOW_TRACKING_URI"] = redact(environment["MLFLOW_TRACKING_URI"])
+    return found
+
+
+def kept_back(environment: Mapping[str, str]) -> list[str]:
+    """The names of the secrets that `passed_on` leaves out, and that the nodes may need."""
+    return sorted(name for name, value in _wanted(environment).items() if _is_secret(name, value))
+
+
+def _wanted(environment: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in _ONLY_HERE and (name.startswith(_PREFIXES) or name.upper() in _NAMES)
+    }
+
+
+def _is_secret(name: str, value: str) -> bool:
+    named = bool(_SECRET.search(name.upper())) and not _WHERE_ONE_IS.search(name.upper())
+    return named or redact(value) != value
+
+
+@contextmanager
+def short_sockets(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """Settings for a cluster on this machine whose sockets have addresses that the system takes.
+
+    Args:
+        environment: RAY_TMPDIR and TMPDIR say where Ray would put them.
+
+    Yields:
+        RAY_TMPDIR as a directory for the time of the block, or nothing where the given ones are short enough.
+
+    Raises:
+        ConfigError: RAY_TMPDIR is too long, or no short directory can be written.
+    """
+    given = environment.get("RAY_TMPDIR")
+    place = given or environment.get("TMPDIR") or _SHORT[0]
+    if len(os.fsencode(place)) <= _LONGEST_TMP:
+        yield {}
+        return
+    if given:
+        raise ConfigError(
+            f"RAY_TMPDIR={given}: Ray's sockets would have longer addresses than the system takes; "
+            f"give a directory of at most {_LONGEST_TMP} bytes"
+        )
+    usable = [short for short in _SHORT if os.access(short, os.W_OK | os.X_OK)]
+    if not usable:
+        raise ConfigError(
+            f"TMPDIR={place}: too long for the addresses of Ray's sockets; "
+            f"set RAY_TMPDIR to a directory of at most {_LONGEST_TMP} bytes"
+        )
+    directory = Path(tempfile.mkdtemp(prefix="selora-", dir=usable[0]))
+    try:
+        yield {"RAY_TMPDIR": str(directory)}
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
