@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import ConfigError
 from pipeline.passwords import redact
-from pipeline.tracking.mlflow.store import PARENT_TAG, client_environment
+from pipeline.tracking.mlflow.store import PARENT_TAG, client_environment, reason_of
 from pipeline.tracking.mlflow.uris import resolve_uri, sqlite_path
 
 if TYPE_CHECKING:
@@ -78,8 +78,7 @@ def _told(uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, OSError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{redact(uri)}: {redact(line)[:300]}") from error
+        raise ConfigError(f"{redact(uri)}: {reason_of(error, uri)}") from error
 
 
 def _all_runs(client: MlflowClient, experiment_id: str) -> list[Run]:

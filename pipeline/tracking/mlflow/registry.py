@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import ConfigError
 from pipeline.passwords import redact
-from pipeline.tracking.mlflow.store import Away, Gone, MlflowStore, Refused, client_environment
+from pipeline.tracking.mlflow.store import Away, Gone, MlflowStore, Refused, client_environment, reason_of
 from pipeline.tracking.served.served import load_served, quiet
 
 if TYPE_CHECKING:
@@ -189,8 +189,8 @@ def load_registered(model_uri: str, uri: str) -> Any:
         with client_environment(PATIENT), _default_store(uri):
             return load_served(model_uri)
     except (MlflowException, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{model_uri}: cannot be loaded from {redact(uri)}: {redact(reason[:300])}") from error
+        reason = reason_of(error, uri)
+        raise ConfigError(f"{model_uri}: cannot be loaded from {redact(uri)}: {reason}") from error
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
+from pipeline.passwords import redact
 from pipeline.tracking.identity import read_identity
 from pipeline.tracking.journal import JOURNAL, lock_path
 from pipeline.tracking.locks import Busy, FileLock, is_held
@@ -63,7 +64,9 @@ class Shipper:
             environment[_URI_VARIABLE] = uri
         package_root = str(Path(__file__).resolve().parents[3])
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-        with (run_dir / LOG_FILE).open("ab") as log:
+        self._log = run_dir / LOG_FILE
+        self._note(f"started for {run_dir}" + ("" if uri is None else f", delivering to {redact(uri)}"))
+        with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 arguments, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
             )
@@ -81,7 +84,13 @@ class Shipper:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+            self._note(f"not done {wait_s:.0f} s after the end of the run, and ended")
             return False
+
+    def _note(self, text: str) -> None:
+        """A line of the trainer's in the log, which may name a process that was ended before it could write one."""
+        with suppress(OSError), self._log.open("ab") as log:
+            log.write(f"{time.strftime('%H:%M:%S')}: {text}\n".encode())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -29,6 +29,13 @@ PARENT_TAG = "mlflow.parentRunId"
 MAX_METRICS, MAX_PAIRS = 1000, 100  # per log_batch call
 _MAX_NAME, _MAX_PARAM, _MAX_TAG = 250, 6000, 8000
 _CREATE_WAIT_SECONDS = 120.0  # a new SQLite store runs all of MLflow's migrations first
+# What an error's first line holds, and how it is put.
+_SIGNS = {
+    **{sign: sign for sign in ("Connection refused", "timed out", "Name or service not known", "Connection reset")},
+    "database is locked": "database is locked",
+    "out-of-date database schema": "its tables are of another MLflow: back it up, then run `mlflow db upgrade '{uri}'`",
+    "Can't locate revision": "the tables of {uri} are of a newer MLflow than the one installed here: upgrade mlflow",
+}
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
 
 # MLflow's own defaults block one call for minutes when the server is away; we retry ourselves.
@@ -199,28 +206,31 @@ def _translated(uri: str) -> Iterator[None]:
     except Busy as busy:
         raise Away(f"{busy} is creating the store") from None
     except MlflowException as error:
-        reason = _short(error, uri)
+        reason = reason_of(error, uri)
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             raise Gone(reason) from error
         if error.error_code in _REFUSALS:
             raise Refused(reason) from error
         raise Away(reason) from error
     except Exception as error:  # drivers and HTTP libraries below MLflow raise their own; none may reach a training
-        raise Away(_short(error, uri)) from error
+        raise Away(reason_of(error, uri)) from error
 
 
-def _short(error: Exception, uri: str) -> str:
+def reason_of(error: Exception, uri: str) -> str:
+    """MLflow's error, or that of a driver below it, in one line.
+
+    Args:
+        error: as it was raised.
+        uri: the store's address, which MLflow's advice leaves open.
+
+    Returns:
+        At most 300 characters, without a password.
+    """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     text = redact(lines[0].replace(uri, redact(uri)))
-    for sign in (
-        "Connection refused",
-        "timed out",
-        "Name or service not known",
-        "Connection reset",
-        "database is locked",
-    ):
+    for sign, reason in _SIGNS.items():
         if sign in text:
-            return sign
+            return reason.format(uri=redact(uri))
     return text if len(text) <= 300 else text[:300] + "…"
 
 
