@@ -9,9 +9,17 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from pipeline.passwords import redact
+
 
 class ConfigError(Exception):
-    """A mistake of the user, told in the user's words; the command line prints it and exits with 2."""
+    """A mistake of the user, told in the user's words; the command line prints it and exits with 2.
+
+    Its message is printed, logged and kept with the run, so it holds no password of an address that it names.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
 
 
 class Ended(Exception):

@@ -148,28 +148,31 @@ def flatten(config: Config) -> dict[str, str | int | float | bool | None]:
         key: "[" + ", ".join(dump_yaml(each).splitlines()[0] for each in value) + "]"
         if isinstance(value, list)
         else value
-        for key, value in _leaves(_without_password(config)).items()
+        for key, value in _without_passwords(_leaves(config)).items()
     }
 
 
 def to_yaml(config: Config) -> str:
     """The whole config as YAML that `load_config` reads back as an equal config.
 
-    Only the password of `tracking.uri` is left out as ***: the file is kept, copied and uploaded. Where it is needed
-    again, tracking/uris.py finds it.
+    Only the passwords of addresses are left out as ***: the file is kept, copied and uploaded. Where one is needed
+    again, tracking/mlflow/uris.py finds that of `tracking.uri`, and data/storage/folders.py that of a store.
     """
-    return dump_yaml(_without_password(config).model_dump(mode="json"))
+    return dump_yaml(_without_passwords(config.model_dump(mode="json")))
 
 
-def _without_password(config: Config) -> Config:
-    uri = config.tracking.uri
-    tracking = config.tracking.model_copy(update={"uri": None if uri is None else redact(uri)})
-    return config.model_copy(update={"tracking": tracking})
+def _without_passwords(value: Any) -> Any:
+    """A plain value with redact() over every text in it."""
+    if isinstance(value, dict):
+        return {key: _without_passwords(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_passwords(each) for each in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def digest(config: Config) -> str:
     """12 hex digits over the options that affect the trained weights: equal for runs that train the same."""
-    content = {key: value for key, value in _leaves(config).items() if affects_result(key)}
+    content = {key: value for key, value in _without_passwords(_leaves(config)).items() if affects_result(key)}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

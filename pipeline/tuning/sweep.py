@@ -19,6 +19,8 @@ from types import FrameType
 from typing import Any
 
 from pipeline.config import Config, ConfigError, digest, load_config, override, to_yaml
+from pipeline.data.storage.folders import STORE_PASSWORD
+from pipeline.passwords import password_in
 from pipeline.tuning.files import (
     OVER,
     STOP_FILE,
@@ -64,6 +66,7 @@ def plan_sweep(
     """What the sweep would take; touches no directory. Without an address it is planned for this machine."""
     from pipeline.tuning.disk import checkpoint_bytes, trained_parameters
 
+    _hand_down_passwords(config)
     trials, totals = _prepare(config, grid)
     sweep_dir = _directory(config)
     _refuse_changes(sweep_dir, trials)
@@ -250,6 +253,14 @@ def _run(
                 lost = {}
         del machines
     _settle(sweep_dir, left, lost, stop.requested)
+
+
+def _hand_down_passwords(config: Config) -> None:
+    """The trials' configs are files and hold no password; the processes of this machine inherit it."""
+    for address in (config.data.train, config.eval.root):
+        password = password_in(address or "")
+        if password is not None:
+            os.environ.setdefault(STORE_PASSWORD, password)
 
 
 def _settle(sweep_dir: Path, left: Sequence[Trial], lost: dict[str, str], interrupted: bool) -> None:

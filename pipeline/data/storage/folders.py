@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import quote
 
 from pipeline.config import ConfigError
 from pipeline.config.text_file import decode_text, read_text
 from pipeline.data.storage.cache import Cache
 from pipeline.data.storage.remote import MissingError, RemotePlace, is_remote, local_copy, read_bytes, remote_place
 from pipeline.data.storage.tar import TarIndex
+from pipeline.passwords import MASK, redact
 
 # Tars of an evaluation set that are fetched at once.
 AT_ONCE = 4
+# Of an address that was kept with *** in the place of its password.
+STORE_PASSWORD = "SELORA_STORE_PASSWORD"
 
 
 class Folder(Protocol):
@@ -114,7 +119,7 @@ class RemoteFolder:
     def open_tar(self, path: str, *, size: int | None = None, sha256: str | None = None) -> TarIndex:
         url = f"{self.place.files}/{path}"
         fetch = partial(local_copy, url, self.cache, size=size, sha256=sha256)
-        return TarIndex(fetch(), fetch=fetch, name=url)
+        return TarIndex(fetch(), fetch=fetch, name=redact(url))
 
     def fetch(self, path: str, *, size: int, sha256: str) -> None:
         local_copy(f"{self.place.files}/{path}", self.cache, size=size, sha256=sha256, wait=False)
@@ -123,8 +128,21 @@ class RemoteFolder:
 def folder_at(location: str | Path, cache: Cache | None = None) -> Folder:
     """The folder that a path, a URL or a dataset of the hub names; see remote.py for URLs and the default cache."""
     if isinstance(location, str) and is_remote(location):
-        return RemoteFolder(location, remote_place(location), cache or Cache.from_environment())
+        place = remote_place(_with_password(location))
+        return RemoteFolder(redact(location), place, cache or Cache.from_environment())
     return LocalFolder(Path(location))
+
+
+def _with_password(location: str) -> str:
+    """A location as it was kept, its password from the environment where it was left out as ***."""
+    if MASK not in location:
+        return location
+    password = os.environ.get(STORE_PASSWORD)
+    if password is None:
+        raise ConfigError(
+            f"{location}: its password is kept nowhere; give it by {STORE_PASSWORD}, or the whole address again"
+        )
+    return location.replace(MASK, quote(password, safe=""))
 
 
 def open_tars(folder: Folder, paths: Sequence[str]) -> tuple[TarIndex, ...]:

@@ -8,6 +8,7 @@ by AWS_ENDPOINT_URL_S3.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import os
@@ -20,11 +21,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+import fsspec.asyn
 from filelock import FileLock, Timeout
 
 from pipeline.config import ConfigError
 from pipeline.data.storage.cache import Cache, entry_of, lock_of, touch
 from pipeline.data.storage.cache_budget import room_to_fetch
+from pipeline.passwords import redact
 
 CHUNK = 8 * 2**20
 _WARN_FROM = 3  # a store that fails so often in a row is worth a line in the log
@@ -46,6 +49,8 @@ T = TypeVar("T")
 logger = logging.getLogger("selora.data")
 _counting = threading.Lock()
 _retries = 0
+_AWAY_S = 60.0
+_given_up: dict[str, tuple[int, float]] = {}  # store: (how often it failed in a row, when that ended)
 
 
 def retries() -> int:
@@ -198,6 +203,7 @@ def _store(url: str) -> tuple[Any, str]:
         token = os.environ.get("HF_TOKEN")
         if token and url.startswith(_hub() + "/"):
             options["headers"]["Authorization"] = f"Bearer {token}"
+    fsspec.asyn.get_loop().set_exception_handler(_on_loop_error)
     if protocol != "s3":
         return fsspec.core.url_to_fs(url, **options)
     # Left alone, botocore and s3fs ask again by themselves, 125 times in all and without a word.
@@ -206,20 +212,40 @@ def _store(url: str) -> tuple[Any, str]:
     return store, path
 
 
+def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What a broken connection leaves behind in tasks of the store's library: the request itself has failed before."""
+    if "never retrieved" in context.get("message", ""):
+        logger.debug("%s: %r", context["message"], context.get("exception"))
+    else:
+        loop.default_exception_handler(context)
+
+
 def _retried(url: str, attempts: int, once: Callable[[], T]) -> T:
-    """The result of ``once``, asked again with growing pauses (a minute over 9 attempts) while the store fails."""
+    """The result of ``once``, asked again with growing pauses (a minute over 9 attempts) while the store fails.
+
+    A store that has just failed for all of another file's attempts, as for a shard fetched ahead, is asked once.
+    """
+    store = url.partition("://")[0] + "://" + url.partition("://")[2].partition("/")[0]
+    before, when = _given_up.get(store, (0, 0.0))
+    if before and time.monotonic() - when < _AWAY_S:
+        attempts = 1
+    else:
+        before = 0
     for attempt in range(1, attempts + 1):
         try:
-            return once()
+            result = once()
+            _given_up.pop(store, None)
+            return result
         # Every store's library has errors of its own, most of them not even an OSError.
         except Exception as error:
             refusal = _refusal(url, error)
             if refusal is not None:
                 raise refusal from error
             if attempt == attempts:
+                _given_up[store] = before + attempts, time.monotonic()
                 raise ConfigError(
-                    f"{url}: failed {attempts} times, last with {type(error).__name__}: {error}; what has come is "
-                    "kept, so the same command continues when the store answers again"
+                    f"{url}: failed {before + attempts} times, last with {type(error).__name__}: {error}; what has "
+                    "come is kept, so the same command continues when the store answers again"
                 ) from error
             _note_retry(url, f"{type(error).__name__}: {error}", attempt)
             time.sleep(min(0.2 * 2 ** (attempt - 1), 30))
@@ -231,7 +257,8 @@ def _note_retry(url: str, reason: str, failures: int) -> None:
     with _counting:
         _retries += 1
     level = logging.WARNING if failures >= _WARN_FROM else logging.INFO
-    logger.log(level, "%s: failed %d time%s in a row, asking again (%s)", url, failures, "s"[: failures > 1], reason)
+    plural = "s"[: failures > 1]
+    logger.log(level, "%s: failed %d time%s in a row, asking again (%s)", redact(url), failures, plural, redact(reason))
 
 
 def _refusal(url: str, error: Exception) -> ConfigError | None:
