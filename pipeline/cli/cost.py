@@ -1,4 +1,4 @@
-"""cost: what a model's blocks cost, before anything is trained."""
+"""The command cost: what a model's blocks cost, before anything is trained."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add(commands: Any) -> None:
         commands,
         "cost",
         run_cost,
-        "parameters, multiply-accumulates per image and per text, and latency of a model with blocks",
+        "count parameters and multiply-accumulates of a model with blocks, and measure its latency",
         "selora cost ViT-B-16",
         "selora cost ViT-B-16 --rank 16 256 --active 8 --latency 1 32",
         "selora cost runs/my_run",
@@ -24,12 +24,16 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="RUN_OR_MODEL", help="directory of a run, or a name as in model.name")
     parser.add_argument("--pretrained", metavar="TAG", help="open_clip tag or weights file of a plain model")
-    parser.add_argument("--rank", type=count, nargs="+", metavar="R", help="of the blocks (default: the run's)")
-    parser.add_argument("--kind", choices=("lora", "dora"), nargs="+", help="of the blocks (default: the run's)")
-    parser.add_argument("--active", type=count, metavar="N", help="open blocks (default: the run's)")
-    parser.add_argument("--latency", type=count, nargs="+", metavar="BATCH", help="time a forward of these sizes")
-    parser.add_argument("--device", metavar="DEVICE", help="of the latency: cpu, cuda (default: a GPU, if any)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
+    parser.add_argument("--rank", type=count, nargs="+", metavar="R", help="ranks of the blocks (default: the run's)")
+    parser.add_argument("--kind", choices=("lora", "dora"), nargs="+", help="forms of the blocks (default: the run's)")
+    parser.add_argument("--active", type=count, metavar="N", help="number of open blocks (default: the run's)")
+    parser.add_argument(
+        "--latency", type=count, nargs="+", metavar="BATCH", help="time a forward pass at these batch sizes"
+    )
+    parser.add_argument(
+        "--device", metavar="DEVICE", help="device for --latency: cpu, cuda (default: a GPU if there is one)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to FILE")
 
 
 def run_cost(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""inspect, pack, verify: from the user's files to checked shards."""
+"""The commands inspect, pack and verify: from the user's files to checked shards."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _add_inspect(commands: Any) -> None:
         commands,
         "inspect",
         run_inspect,
-        "look at images before packing them: format, counts, classes, captions, what is missing",
+        "show what a folder or table of images holds before packing it: format, counts, classes, captions, faults",
         "selora inspect photos/",
         text_only=True,
     )
@@ -52,7 +52,7 @@ def _add_pack(commands: Any) -> None:
         commands,
         "pack",
         run_pack,
-        "write images as WebDataset shards with an index.json beside them",
+        "write images as WebDataset shards with an index.json",
         "selora pack photos/ shards/train",
         "selora pack photos_test/ eval_sets/photos --eval --templates simple",
         "selora pack --dataset objectnet originals/objectnet-1.0 eval_sets/wds_objectnet",
@@ -60,46 +60,51 @@ def _add_pack(commands: Any) -> None:
         "selora pack --dataset cifar100 --split train originals/cifar shards/cifar100",
     )
     _add_source(parser)
-    parser.add_argument("out", type=Path, help="directory for the shards, new or empty")
-    parser.add_argument("--samples-per-shard", type=count, metavar="N", help="default: 16 shards, 64 to 5000 each")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the order in the shards (default: 0)")
+    parser.add_argument("out", type=Path, help="new or empty directory for the shards")
+    parser.add_argument("--samples-per-shard", type=count, metavar="N", help="default: 16 shards of 64 to 5000 samples")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the order in the shards (default: 0)")
     parser.add_argument(
-        "--check", choices=("decode", "none"), default="decode", help="decode every image once (default), or trust them"
+        "--check", choices=("decode", "none"), default="decode", help="decode every image once (default), or none"
     )
     parser.add_argument(
         "--max-unreadable",
         type=share,
         default=0.01,
         metavar="SHARE",
-        help="more than this share is an error (default: 0.01)",
+        help="fail when a larger share of the images is unreadable (default: 0.01)",
     )
-    parser.add_argument("--force", action="store_true", help="replace the shards that are there")
+    parser.add_argument("--force", action="store_true", help="replace existing shards")
     parser.add_argument("--workers", type=count, default=4, metavar="N", help="decoding threads (default: 4)")
-    parser.add_argument("--eval", action="store_true", help="write an evaluation set for a benchmark file instead")
-    parser.add_argument("--templates", default="openai", metavar="NAME", help="--eval: how to ask (openai, simple)")
+    parser.add_argument(
+        "--eval", action="store_true", help="write an evaluation set for a benchmark instead of training shards"
+    )
+    parser.add_argument(
+        "--templates", default="openai", metavar="NAME", help="with --eval: caption templates (openai, simple)"
+    )
     parser.add_argument(
         "--dataset",
         action=_Dataset,
         metavar="NAME",
-        help="the source is this public dataset as its authors hand it out; a dataset of the paper's benchmark becomes "
-        "an evaluation set, imagenet-train becomes training shards; list: print all names",
+        help="the source is this public dataset, as distributed by its authors; writes an evaluation set, and for "
+        "imagenet-train training shards; list: print all names",
     )
     parser.add_argument(
         "--split",
         metavar="NAME",
-        help="--dataset: other images of it than the benchmark's: train as training shards, val as an evaluation set",
+        help="with --dataset: train writes its training images as training shards, val its validation images as an "
+        "evaluation set",
     )
     parser.add_argument(
         "--part",
         type=part,
         metavar="I/N",
-        help="imagenet-train: only part I of N, for N parallel jobs; the last one to end writes the index",
+        help="with imagenet-train: only part I of N, for N parallel jobs; the last to finish writes the index",
     )
     parser.set_defaults(default_of=parser.get_default)
 
 
 class _Dataset(argparse.Action):
-    """`--dataset list` asks, and like --help needs nothing else on the line."""
+    """`--dataset list` prints the names and exits; like --help, it needs no other argument."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
         if values == "list":
@@ -184,12 +189,12 @@ def _add_verify(commands: Any) -> None:
         commands,
         "verify",
         run_verify,
-        "check shards against their index: counts, sizes, checksums, and that every image decodes",
+        "check shards against their index: counts, sizes and checksums; decode every image",
         "selora verify shards/train",
         text_only=True,
     )
     parser.add_argument("shards", help="directory with index.json")
-    parser.add_argument("--no-decode", action="store_true", help="checksums only, without decoding the images")
+    parser.add_argument("--no-decode", action="store_true", help="check only the checksums, without decoding")
 
 
 def run_verify(arguments: argparse.Namespace) -> int:
@@ -206,10 +211,13 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=("auto", "imagefolder", "sidecar", "csv", "coco"),
         default="auto",
-        help="default: found out by looking",
+        help="layout of the source (default: detected)",
     )
     parser.add_argument(
-        "--report", type=Path, metavar="FILE", help="write the summary as json, with the name of each that is left out"
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="write the summary as JSON, with the name of each image that was left out",
     )
     parser.add_argument("--classnames", type=Path, metavar="FILE", help="readable class names, one line per class")
     parser.add_argument("--image-column", metavar="NAME", help="csv: column with image paths")

@@ -1,4 +1,4 @@
-"""demo: the whole story on the embedded data."""
+"""The command demo: the whole pipeline on embedded data."""
 
 from __future__ import annotations
 
@@ -15,11 +15,17 @@ def add(commands: Any) -> None:
         commands,
         "demo",
         run_demo,
-        "the whole story on embedded photos: sweep, report, promotion, prediction",
+        "run the whole pipeline on embedded photos: sweep, report, promotion, prediction",
         "selora demo",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the fine-tuning (default: 0)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/demo"),
+        metavar="DIR",
+        help="directory for everything that is written (default: runs/demo)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the fine-tuning (default: 0)")
 
 
 def run_demo(arguments: argparse.Namespace) -> int:

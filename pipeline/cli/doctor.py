@@ -1,4 +1,4 @@
-"""doctor: what this machine, a config and a benchmark's data lack, and what to do about it."""
+"""The command doctor: what this machine, a config and a benchmark's data lack, and what to do about it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NEEDED_DISK_GIB, NEEDED_SHM_GIB = 10, 1
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. `todo` is what to do about it; empty: nothing, it is well."""
+    """One result of a check. `todo` says what to do about it, and is empty if all is well."""
 
     what: str
     said: str
@@ -39,31 +39,37 @@ def add(commands: Any) -> None:
         commands,
         "doctor",
         run_doctor,
-        "look at this machine, and where they are given at a config and a benchmark's data: ok, or what to do",
+        "check this machine, and optionally a config, a launch or the data of a benchmark",
         "selora doctor",
         "selora doctor configs/own_data.yaml data.train=shards",
         "selora doctor --benchmark paper --root /data/eval",
         "selora doctor --benchmark paper --root /data/eval --golden",
         "srun --ntasks-per-node=1 torchrun … --no-python selora doctor configs/own_data.yaml --launch",
     )
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file: look at its shards, places and server")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="options over the file's")
     parser.add_argument(
-        "--launch", action="store_true", help="ask all ranks of this launch together; start it as `train` is started"
+        "config", nargs="?", metavar="CONFIG", help="YAML file; check its shards, directories and tracking server"
     )
     parser.add_argument(
-        "--benchmark", metavar="NAME", help="paper, quick, vision, wds or a YAML file: look at its data"
+        "overrides", nargs="*", default=[], metavar="key=value", help="options that replace those of the file"
     )
-    parser.add_argument("--root", metavar="DIR", help="where the benchmark's datasets lie: a directory, URL or hf:ORG")
+    parser.add_argument(
+        "--launch",
+        action="store_true",
+        help="check all ranks of a launch together; start it in the same way as `selora train`",
+    )
+    parser.add_argument("--benchmark", metavar="NAME", help="paper, quick, vision, wds or a YAML file; check its data")
+    parser.add_argument("--root", metavar="DIR", help="root of the benchmark's datasets: a directory, URL or hf:ORG")
     parser.add_argument(
         "--golden",
         nargs="?",
         const=GOLDEN_MODEL,
         metavar="MODEL",
-        help=f"evaluate this untouched CLIP (default: {GOLDEN_MODEL}, {GOLDEN_TAG}) and compare with the published row",
+        help=f"evaluate this untouched CLIP (default: {GOLDEN_MODEL}, {GOLDEN_TAG}) and compare with published results",
     )
     parser.add_argument("--pretrained", metavar="TAG", help="open_clip tag or weights file of --golden")
-    parser.add_argument("--out", type=Path, default=Path("eval/golden"), metavar="DIR", help="results of --golden")
+    parser.add_argument(
+        "--out", type=Path, default=Path("eval/golden"), metavar="DIR", help="directory for the results of --golden"
+    )
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
@@ -90,7 +96,7 @@ def _look_at_launch(config: Config | None) -> int:
     from pipeline.doctor.launch import check_launch
 
     if config is None:
-        raise ConfigError("--launch: name the CONFIG whose shared path, shards and server the ranks shall look at")
+        raise ConfigError("--launch: give a CONFIG; the ranks check its shared path, shards and tracking server")
     findings = check_launch(config)
     if os.environ.get("RANK", "0") == "0":
         for each in findings:
@@ -106,7 +112,7 @@ def _look_at_benchmark(arguments: argparse.Namespace) -> int:
     found = []
     for each in inspect_benchmark(benchmark):
         found.append(each)
-        print(f"looked at {each.row.key}", file=sys.stderr)
+        print(f"checked {each.row.key}", file=sys.stderr)
     print(format_inspection(found))
     ready = [each.row for each in found if each.fault is None]
     code = OK if len(ready) == len(found) else FAILED
@@ -146,14 +152,14 @@ def _machine(config: Config | None) -> Iterator[Finding]:
 
 
 def _versions() -> Finding:
-    """Every package that selora asks for, in the version that it asks for."""
+    """Every required package, and its version against the required one."""
     from packaging.requirements import Requirement
 
     wrong = []
     for text in importlib.metadata.requires("selora") or []:
         needed = Requirement(text)
         if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
-            continue  # of an extra, which nobody has to have
+            continue  # belongs to an extra
         try:
             version = importlib.metadata.version(needed.name)
         except importlib.metadata.PackageNotFoundError:
@@ -163,7 +169,7 @@ def _versions() -> Finding:
             wrong.append(f"{needed.name} is {version}, wanted {needed.specifier}")
     said = f"Python {sys.version.split()[0]}, selora {importlib.metadata.version('selora')}"
     said += f", torch {importlib.metadata.version('torch')}"
-    return Finding("versions", said, f"{'; '.join(wrong)}: `make env` puts it right" if wrong else "")
+    return Finding("versions", said, f"{'; '.join(wrong)}: run `make env`" if wrong else "")
 
 
 def _accelerator() -> Finding:
@@ -173,11 +179,11 @@ def _accelerator() -> Finding:
         cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         said = ", ".join(f"{card.name} {card.total_memory / GIB:.0f} GiB" for card in cards)
         old = [card.name for card in cards if card.major < 8]
-        todo = f"{', '.join(old)} has no bf16: keep to fp32" if old else ""
+        todo = f"{', '.join(old)} has no bf16: use model.precision=fp32" if old else ""
         return Finding("GPU", f"{len(cards)}: {said}", todo)
     if Path("/proc/driver/nvidia").exists():
         todo = (
-            f"a driver is there, but torch {torch.__version__} sees no GPU: install the torch build of its CUDA version"
+            f"there is a driver, but torch {torch.__version__} sees no GPU: install the torch build of its CUDA version"
         )
         return Finding("GPU", "none that torch sees", todo)
     return Finding("GPU", f"none; {os.cpu_count()} CPU cores, enough for the demo and for small data")
@@ -189,12 +195,12 @@ def _backends() -> Finding:
 
     there = [name for name in ("nccl", "gloo") if dist.is_available() and dist.is_backend_available(name)]
     wanted = "nccl" if torch.cuda.is_available() else "gloo"
-    todo = "" if wanted in there else f"no {wanted}: several ranks cannot talk; install a torch build that has it"
+    todo = "" if wanted in there else f"no {wanted}: ranks cannot communicate; install a torch build that has it"
     return Finding("backends", ", ".join(there) or "none", todo)
 
 
 def _shared_memory() -> Finding:
-    """Loader processes hand their batches over through it; containers often have 64 MB."""
+    """Loader processes pass their batches through shared memory; containers often have 64 MB."""
     place = Path("/dev/shm")
     if not place.exists():
         return Finding("shm", "no /dev/shm on this system")
@@ -206,9 +212,13 @@ def _shared_memory() -> Finding:
 def _disk(what: str, folder: Path) -> Finding:
     above = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     if not os.access(above, os.W_OK):
-        return Finding(what, str(folder), f"{above} cannot be written to: choose another place, or ask for the right")
+        return Finding(what, str(folder), f"{above} is not writable: choose another directory, or get permission")
     free = shutil.disk_usage(above).free / GIB
-    todo = "" if free >= NEEDED_DISK_GIB else f"less than {NEEDED_DISK_GIB} GiB: make room, or checkpoints will not fit"
+    todo = (
+        ""
+        if free >= NEEDED_DISK_GIB
+        else f"less than {NEEDED_DISK_GIB} GiB: free some space, or checkpoints will not fit"
+    )
     return Finding(what, f"{folder.absolute()}: {free:.0f} GiB free", todo)
 
 
@@ -231,7 +241,7 @@ def _tracking(config: Config | None) -> Finding:
             return Finding("tracking", f"{redact(uri)} answers ({answer.status})")
     except (URLError, OSError) as error:
         reason = getattr(error, "reason", error)
-        todo = f"no answer ({reason}): start it, or go on: runs wait in their journals, `selora track sync` sends them"
+        todo = f"no answer ({reason}): start it, or train anyway and run `selora track sync` later"
         return Finding("tracking", redact(uri), todo)
 
 
@@ -251,5 +261,5 @@ def _config(config: Config) -> Iterator[Finding]:
             benchmark.check_paths()
             yield Finding("benchmark", f"{benchmark.name}: {len(benchmark.rows)} datasets are there")
         except ConfigError as error:
-            more = f"{error}; `selora doctor --benchmark {config.eval.benchmark}` says more"
+            more = f"{error}; `selora doctor --benchmark {config.eval.benchmark}` has the details"
             yield Finding("benchmark", config.eval.benchmark, more)

@@ -1,4 +1,4 @@
-"""export, promote, predict: a finished run for other libraries, for the registry, and the registered model asked."""
+"""The commands export, promote and predict: a finished run for other libraries, for the registry, and its use there."""
 
 from __future__ import annotations
 
@@ -24,21 +24,37 @@ def _add_export(commands: Any) -> None:
         commands,
         "export",
         run_export,
-        "write a run's model for open_clip, transformers, peft or timm, and compare what they read back",
+        "write a run's model for open_clip, transformers, peft or timm, and check its outputs there",
         "selora export runs/my_run out/clip --to open_clip",
         "selora export runs/my_run out/adapter --to peft",
     )
     parser.add_argument("target", metavar="RUN_OR_SWEEP", help="directory of a run or of a sweep")
     parser.add_argument("out", type=Path, metavar="OUT", help="new directory")
     parser.add_argument(
-        "--to", required=True, choices=("open_clip", "hf", "peft", "timm"), help="whose layout (a ViT: timm)"
+        "--to", required=True, choices=("open_clip", "hf", "peft", "timm"), help="library to write for (a ViT: timm)"
     )
     kept = parser.add_mutually_exclusive_group()
-    kept.add_argument("--merged", action="store_true", default=None, help="adapters in the weights (all but peft)")
-    kept.add_argument("--keep-adapters", dest="merged", action="store_false", help="adapters beside the weights (peft)")
-    parser.add_argument("--step", type=count, metavar="N", help="checkpoint of this step (default: the newest)")
-    parser.add_argument("--base-name", metavar="NAME", help="what the PEFT adapter calls its base (default: its path)")
-    parser.add_argument("--unverified", action="store_true", help="do not read it back by the stock library")
+    kept.add_argument(
+        "--merged",
+        action="store_true",
+        default=None,
+        help="merge the blocks into the weights (default, except for peft)",
+    )
+    kept.add_argument(
+        "--keep-adapters",
+        dest="merged",
+        action="store_false",
+        help="keep the blocks separate from the weights (default for peft)",
+    )
+    parser.add_argument(
+        "--step", type=count, metavar="N", help="step of the checkpoint to export (default: the newest)"
+    )
+    parser.add_argument(
+        "--base-name", metavar="NAME", help="name of the base model in the PEFT adapter (default: its path)"
+    )
+    parser.add_argument(
+        "--unverified", action="store_true", help="do not load the export with the library to compare outputs"
+    )
     parser.add_argument("--force", action="store_true", help="replace an earlier export in OUT")
 
 
@@ -73,21 +89,24 @@ def _add_promote(commands: Any) -> None:
         commands,
         "promote",
         run_promote,
-        "register a run, or a sweep's chosen trial, as a version of a model in MLflow, if the config's rule holds",
+        "register a run, or the best trial of a sweep, as a model version in MLflow, if the config's rule holds",
         "selora promote runs/my_run --name my-clip --rule min_id=0.75 max_forgetting=0.02",
         "selora promote runs/my_sweep --name my-clip --champion",
         "selora promote --name my-clip --rollback",
     )
     parser.add_argument("target", nargs="?", metavar="RUN_OR_SWEEP", help="directory of a run or of a sweep")
-    parser.add_argument("--name", required=True, help="of the registered model")
+    parser.add_argument("--name", required=True, help="name of the registered model")
     parser.add_argument(
-        "--rule", nargs="+", metavar="key=value", help="options of promote over those of the run's config"
+        "--rule",
+        nargs="+",
+        metavar="key=value",
+        help="options of the section promote that replace those of the run's config",
     )
-    parser.add_argument("--champion", action="store_true", help="give it the alias champion, not only challenger")
-    parser.add_argument("--rollback", action="store_true", help="give the alias champion back to the one before")
+    parser.add_argument("--champion", action="store_true", help="also give it the alias champion")
+    parser.add_argument("--rollback", action="store_true", help="give the alias champion back to the previous champion")
     parser.add_argument("--uri", help="MLflow tracking server or database (default: the run's own)")
     parser.add_argument(
-        "--classnames", type=Path, metavar="FILE", help="class names, a line each (default: trained on)"
+        "--classnames", type=Path, metavar="FILE", help="class names, one per line (default: those of the training)"
     )
     parser.add_argument("--templates", metavar="NAME", help="caption templates by name (default: data.templates)")
 
@@ -98,7 +117,7 @@ def run_promote(arguments: argparse.Namespace) -> int:
 
     if arguments.rollback:
         if arguments.target is not None or arguments.champion:
-            raise ConfigError("--rollback takes a name and no run: the champion before is known to the registry")
+            raise ConfigError("--rollback takes a name and no run: the registry knows the previous champion")
         old, new = rollback(arguments.name, arguments.uri)
         print(f"{arguments.name}: champion is version {new} again, was version {old}")
         return OK
@@ -122,7 +141,7 @@ def _add_predict(commands: Any) -> None:
         commands,
         "predict",
         run_predict,
-        "name what is on images with a registered model",
+        "classify images with a registered model",
         "selora predict models:/my-clip@champion photo.jpg",
         "selora predict models:/my-clip/3 photos/*.jpg --classes 'a cat' 'a dog' --json",
         text_only=True,
@@ -130,9 +149,9 @@ def _add_predict(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL_URI", help="models:/NAME@ALIAS, models:/NAME/VERSION or a directory")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument("--uri", help="MLflow server or database (default: MLFLOW_TRACKING_URI, or runs/mlflow.db)")
-    parser.add_argument("--classes", nargs="+", metavar="NAME", help="instead of the model's own class names")
-    parser.add_argument("--top", type=count, default=3, metavar="N", help="labels per image (default: 3)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--classes", nargs="+", metavar="NAME", help="use these class names instead of the model's own")
+    parser.add_argument("--top", type=count, default=3, metavar="N", help="number of labels per image (default: 3)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
 
 
 def run_predict(arguments: argparse.Namespace) -> int:

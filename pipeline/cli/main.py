@@ -1,8 +1,7 @@
-"""The command line: one function per command, and a stage is imported only when its command is chosen.
+"""The command line: one function per command; a stage is imported only when its command is chosen.
 
-No option repeats a key of the config where there is one: what a run computes is said by its config file and key=value,
-ranks come from the launcher's environment. No option may be a prefix of one of torchrun's, which accepts abbreviations
-over its whole line.
+No option duplicates a key of the config: the config file and key=value say what a run computes, and ranks come from the
+launcher's environment. No option may be a prefix of one of torchrun's, which accepts abbreviations in its whole line.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except BrokenPipeError:
         _drop_output()
-        if arguments.text_only:  # `selora config … | head` ends without a word
+        if arguments.text_only:  # `selora config … | head` ends silently
             return OK
         print(f"{_rank()}selora {arguments.command}: ended early: the reader of its output left", file=sys.stderr)
         return FAILED
@@ -101,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """argparse closes a list of positionals at the first option, so `--plan adapter.rank=8` would be a mistake."""
+    """Accept key=value after an option; argparse closes a list of positionals at the first option."""
     parser = build_parser()
     arguments, left = parser.parse_known_args(argv)
     late = [argument for argument in left if re.match(r"[a-z][a-z_.]*=", argument)]
@@ -113,12 +112,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _without_local_rank(argv: Sequence[str]) -> list[str]:
-    """deepspeed's launcher adds --local_rank=N in front of the command; the environment's LOCAL_RANK is what counts."""
+    """Drop the --local_rank=N that deepspeed's launcher adds in front of the command; LOCAL_RANK is set as well."""
     return [argument for argument in argv if not re.fullmatch(r"--local[_-]rank=\d+", argument)]
 
 
 def _rank() -> str:
-    """Every rank finds the same mistake; the others' copies say whose they are."""
+    """Prefix of a message: every rank finds the same mistake, and all but rank 0 name themselves."""
     rank = os.environ.get("RANK", "0")
     return "" if rank == "0" else f"[rank {rank}] "
 

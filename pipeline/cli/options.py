@@ -1,4 +1,4 @@
-"""What the commands share: exit codes, how a command is declared, argument types."""
+"""Shared by all commands: exit codes, declaration of a command, types of arguments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OK, FAILED, USER_MISTAKE, INTERRUPTED = 0, 1, 2, 130
 def add_command(
     commands: Any, name: str, run: Command, summary: str, *examples: str, text_only: bool = False
 ) -> argparse.ArgumentParser:
-    """A command's parser; `text_only`: it prints and ends, so a closed pipe may end it without a word."""
+    """Add the parser of a command. `text_only`: the command only prints, so a closed pipe ends it silently."""
     parser = commands.add_parser(
         name,
         help=summary,
@@ -31,7 +31,11 @@ def add_command(
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="options over the file's, as in adapter.rank=16"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="options that replace those of the file, as in adapter.rank=16",
     )
 
 
@@ -61,5 +65,5 @@ def share(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"should lie between 0 and 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"should be between 0 and 1, got {text!r}")
     return value

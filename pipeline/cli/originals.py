@@ -1,4 +1,4 @@
-"""`selora pack --dataset`: public datasets as their authors hand them out, with counts and names from the benchmark."""
+"""`selora pack --dataset`: public datasets as distributed by their authors, with counts and names of the benchmark."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _FOR_TRAINING = ("samples_per_shard", "seed", "part")
 
 
 def pack_dataset(arguments: argparse.Namespace) -> int:
-    """Convert one dataset. Options that would mean nothing are refused."""
+    """Convert one dataset. Options that have no effect on it are refused."""
     whole, training = arguments.dataset == TRAIN, arguments.split == "train"
     useless = _FOR_OWN_IMAGES + (("split",) if whole else ("part",) if training else _FOR_TRAINING)
     given = [name for name in useless if getattr(arguments, name) != arguments.default_of(name)]
     if given:
         listed = ", ".join("--" + name.replace("_", "-") for name in given)
         raise ConfigError(f"--dataset {arguments.dataset}: does not go with {listed}")
-    # Counts and names are asked of the rows; where their directories lie does not matter.
+    # Only counts and names are read from the rows, so any root will do.
     rows = {row.key: row for name in ("vision", "paper") for row in load_benchmark(name, root=".").rows}
     work = _pack_train if whole else _pack_shards if training else _pack_evaluation
     return work(arguments, rows)
@@ -71,7 +71,7 @@ def _pack_evaluation(arguments: argparse.Namespace, rows: Mapping[str, Row]) -> 
 
 
 def _pack_shards(arguments: argparse.Namespace, rows: Mapping[str, Row]) -> int:
-    """The training images as training shards, with the class names that the evaluation asks by."""
+    """Pack the training images as training shards, with the class names of the evaluation."""
     known, row = original(arguments.dataset, arguments.split), rows[arguments.dataset]
     check_empty(arguments.out, arguments.force)
     source = read_original(known, arguments.source)
@@ -125,7 +125,7 @@ def _tell(done: int, total: int) -> None:
 
 
 def _wnid_names(rows: Mapping[str, Row]) -> dict[str, str]:
-    """ImageNet's readable names, which every row has that is scored among its 1000 classes."""
+    """{wnid: readable name} of ImageNet, from any row that is scored among its 1000 classes."""
     known = wnids()
     names = next(
         row.classnames for row in rows.values() if row.classnames is not None and len(row.classnames) == len(known)

@@ -1,4 +1,4 @@
-"""report: what runs and sweeps showed, as one page."""
+"""The command report: results of runs and sweeps as one page."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ def add(commands: Any) -> None:
         commands,
         "report",
         run_report,
-        "one HTML page with the figures and tables of a run, a sweep or an MLflow experiment",
+        "write one HTML page with the figures and tables of a run, a sweep or an MLflow experiment",
         "selora report runs/my_sweep",
         "selora report mlflow:selora --uri http://tracking:5000 --out report",
     )
     parser.add_argument(
-        "target", metavar="RUN_OR_SWEEP_OR_EXPERIMENT", help="a directory, or mlflow:EXPERIMENT; may still be running"
+        "target", metavar="RUN_OR_SWEEP_OR_EXPERIMENT", help="a directory or mlflow:EXPERIMENT; it may still be running"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: TARGET/report, or report/EXPERIMENT")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="directory for the page (default: TARGET/report, or report/EXPERIMENT)"
+    )
     parser.add_argument("--uri", help="MLflow tracking server or database of the experiment")
 
 

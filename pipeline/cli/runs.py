@@ -1,4 +1,4 @@
-"""config, train, evaluate, track: one run, from its config to its results on the server."""
+"""The commands config, train, evaluate and track: one run, from its config to its results on the server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _add_train(commands: Any) -> None:
         commands,
         "train",
         run_train,
-        "train by a config; the same command again continues where the run stopped (a stopped run exits with 130)",
+        "train a model; the same command continues an interrupted run (which exits with 130)",
         "selora train configs/own_data.yaml adapter.rank=16 gate.lam=0.5",
         "torchrun --nproc-per-node 8 -m pipeline train configs/own_data.yaml",
         "deepspeed --module pipeline train configs/own_data.yaml",
@@ -45,7 +45,7 @@ def _add_evaluate(commands: Any) -> None:
         commands,
         "evaluate",
         run_evaluate,
-        "zero-shot accuracy, retrieval and K-NN on the datasets of a benchmark, finished ones skipped",
+        "evaluate a run or a model on a benchmark: zero-shot accuracy, retrieval, K-NN; finished datasets are skipped",
         "selora evaluate runs/my_run --benchmark benchmark.yaml",
         "selora evaluate ViT-B-16-quickgelu --pretrained openai --benchmark paper --root /data/eval",
         "selora evaluate runs/my_run --strength",
@@ -55,7 +55,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument(
         "--benchmark", metavar="NAME", help="paper, quick, vision, wds or a YAML file (default: the run's own)"
     )
-    parser.add_argument("--root", metavar="DIR", help="where the benchmark's datasets lie: a directory, URL or hf:ORG")
+    parser.add_argument("--root", metavar="DIR", help="root of the benchmark's datasets: a directory, URL or hf:ORG")
     parser.add_argument(
         "--strength",
         nargs="*",
@@ -66,17 +66,19 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument(
         "--checkpoints",
         action="store_true",
-        help="compare all kept checkpoints of the run by group id, and evaluate the best of them",
+        help="compare all checkpoints of the run by the group id, and evaluate the best one",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="results (default: RUN/eval, or eval/MODEL)")
-    parser.add_argument("--datasets", nargs="+", metavar="KEY", help="only these rows of the benchmark")
+    parser.add_argument("--datasets", nargs="+", metavar="KEY", help="evaluate only these datasets of the benchmark")
     parser.add_argument(
         "--limit",
         type=count,
         metavar="N",
-        help="only N images of each dataset, evenly spaced; of a bank for K-NN the same share",
+        help="use only N images of each dataset, evenly spaced, and the same share of a K-NN bank",
     )
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: this rank's GPU, if any)")
+    parser.add_argument(
+        "--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: this rank's GPU if there is one)"
+    )
     parser.add_argument("--batch-size", type=count, metavar="N", help="images per rank (default: the run's, or 64)")
     parser.add_argument(
         "--workers", type=whole, metavar="N", help="decoding processes per rank (default: the run's, or 2)"
@@ -110,14 +112,14 @@ def _add_track(commands: Any) -> None:
         commands,
         "track",
         run_track,
-        "send to MLflow what the journals of runs hold and the server has not got",
+        "upload the journal entries of runs that are missing from MLflow",
         "selora track sync runs/my_run",
         "selora track sync runs --uri http://tracking:5000",
     )
-    parser.add_argument("action", choices=("sync",), help="sync: replay the journals; nothing is sent twice")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="directory of a run, or of many")
+    parser.add_argument("action", choices=("sync",), help="sync: replay the journals; nothing is stored twice")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="directory of a run, or of several runs")
     parser.add_argument("--uri", help="MLflow tracking server or database (default: each run's own)")
-    parser.add_argument("--full", action="store_true", help="deliver everything again, to a store that lost data")
+    parser.add_argument("--full", action="store_true", help="upload everything again, for a store that has lost data")
 
 
 def run_track(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""sweep: many trials over a grid, on this machine or a Ray cluster."""
+"""The command sweep: trials over a grid, on this machine or a Ray cluster."""
 
 from __future__ import annotations
 
@@ -14,22 +14,35 @@ def add(commands: Any) -> None:
         commands,
         "sweep",
         run_sweep,
-        "train and evaluate every trial of a grid on Ray; the same command again continues",
+        "train and evaluate every trial of a grid on Ray; the same command continues an interrupted sweep",
         "selora sweep configs/own_data.yaml configs/grids/own_data.yaml --plan",
         "selora sweep configs/own_data.yaml configs/grids/own_data.yaml name=first_sweep",
         "selora sweep configs/imagenet_vit_b16.yaml configs/grids/paper.yaml --address 10.0.0.1:6379",
     )
-    parser.add_argument("config", metavar="CONFIG", help="YAML file that all trials start from")
-    parser.add_argument("grid", metavar="GRID", help="YAML file with what varies, baselines and resources")
+    parser.add_argument("config", metavar="CONFIG", help="YAML file with the options that all trials share")
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="options over CONFIG's, as in name=first"
+        "grid", metavar="GRID", help="YAML file with the options that vary, the baselines and the resources"
     )
-    parser.add_argument("--plan", action="store_true", help="say what it would take, and start nothing")
     parser.add_argument(
-        "--address", metavar="HOST:PORT", help="of a Ray cluster (default: RAY_ADDRESS, else one on this machine)"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="options that replace those of CONFIG, as in name=first",
     )
-    parser.add_argument("--retry-failed", action="store_true", help="run the trials that failed again, too")
-    parser.add_argument("--seconds-per-step", type=float, metavar="S", help="for the plan (default: as measured here)")
+    parser.add_argument("--plan", action="store_true", help="print trials, hours and disk space, and start nothing")
+    parser.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="address of a Ray cluster (default: RAY_ADDRESS, or start Ray on this machine)",
+    )
+    parser.add_argument("--retry-failed", action="store_true", help="also run the trials again that failed")
+    parser.add_argument(
+        "--seconds-per-step",
+        type=float,
+        metavar="S",
+        help="speed to assume in the plan (default: as measured on this machine)",
+    )
 
 
 def run_sweep(arguments: argparse.Namespace) -> int:
