@@ -1,0 +1,285 @@
+"""What keeps knowledge: the demo's tiny CLIP fine-tuned on two own tasks, with and without reference data.
+
+    python tests/benchmarks/keeping.py --out build/keeping                        # everything: hours on two cores
+    python tests/benchmarks/keeping.py --out build/keeping --world clothes --seeds 0 --methods lora64
+    python tests/benchmarks/keeping.py --out build/keeping --table                # the tables of what is finished
+
+A finished run is not repeated. Each trains by `train`, is evaluated at six strengths by `evaluate_strength`, and
+leaves its directory below OUT/WORLD. Foreign reference images are random crops of the photographs in --foreign FOLDER.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from pipeline.config import load_config
+from pipeline.data.shards.index import load_index, open_shard, pack, sample_texts
+from pipeline.demo.assets import FINETUNE, MODEL, asset, unpack
+from pipeline.selection.kept import kept_of
+
+ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+FLOORS = (0.99, 0.95, 0.90)
+METHODS = {
+    "full": {"adapter.kind": "full", "train.lr": "3e-4"},
+    "lora16": {"adapter.rank": "16", "gate.enabled": "false"},
+    "lora64": {"adapter.rank": "64", "gate.enabled": "false"},
+    "lora64-fast": {"adapter.rank": "64", "gate.enabled": "false", "train.lr": "2e-3"},
+    "gated64": {"adapter.rank": "64", "gate.lam": "0.3"},
+    "gated64-fast": {"adapter.rank": "64", "gate.lam": "0.3", "train.lr": "2e-3"},
+}
+KEPT = {"keep.weight": "3", "keep.batch_size": "16", "keep.texts": "general"}
+REFERENCES: dict[str, dict[str, str]] = {
+    "none": {"keep.weight": "0", "keep.texts": "null", "keep.images": "null"},
+    "texts": {**KEPT, "keep.images": "null"},
+    "foreign": {**KEPT, "keep.images": "{foreign}"},
+    "own": {**KEPT, "keep.images": "{reference}"},
+    "own-replay": {**KEPT, "keep.images": "{reference}", "keep.replay": "0.1"},
+}
+# The evaluated sets by world: the own task is the id group there, everything else is to be kept.
+WORLDS = {
+    "clothes": {"clothing": "id", "fashion": "shift", "grocery": "zero-shot", "emoji": "zero-shot",
+                "clipart": "zero-shot", "emoji_names": "retrieval"},
+    "groceries": {"grocery": "id", "clothing": "zero-shot", "fashion": "zero-shot", "emoji": "zero-shot",
+                  "clipart": "zero-shot", "emoji_names": "retrieval"},
+}  # fmt: skip
+IN_A_STORE = " in a store."
+
+
+class Case(NamedTuple):
+    """One run."""
+
+    world: str
+    method: str
+    reference: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.reference}-s{self.seed}"
+
+
+def prepare(out: Path, foreign: Path | None) -> None:
+    """Unpack the demo's data, and make the groceries' training set, the benchmarks and the foreign reference images."""
+    data = unpack(out / "data")
+    for world, groups in WORLDS.items():
+        rows = [{"key": key, "group": group, "path": key} for key, group in groups.items()]
+        content = {"name": world, "root": str(data / "eval"), "datasets": rows}
+        (data / f"{world}.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    if not (data / "groceries_train").exists():
+        pack(_groceries(data), data / "groceries_train", samples_per_shard=512)
+    if foreign is not None and not (data / "foreign").exists():
+        pack(_crops(foreign, data / "foreign_images"), data / "foreign", samples_per_shard=512)
+
+
+def _groceries(data: Path) -> Path:
+    """The groceries of the pretraining mix as class folders; their captions name the precise and the broad class."""
+    folder, index = data / "groceries_images", load_index(data / "pretrain")
+    for number, shard in enumerate(index.shards):
+        tar = open_shard(index, number)
+        for i in range(shard.samples):
+            captions = sample_texts(tar, i, None)[1]
+            if not any(text.endswith(IN_A_STORE) for text in captions):
+                continue
+            broad = captions[-1].rpartition(", ")[2] if ", " in captions[-1] else captions[-1]
+            file = folder / broad / f"{number}-{i}.webp"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(tar.read(i, "webp"))
+    return folder
+
+
+def _crops(photos: Path, folder: Path, number: int = 2048) -> Path:
+    """Random square crops of at least a quarter of a photograph's height, scaled to the model's 64 pixels."""
+    draw = np.random.default_rng(0)
+    files = sorted(path for path in photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    (folder / "photo").mkdir(parents=True, exist_ok=True)
+    for position, path in enumerate(files):
+        image = Image.open(path).convert("RGB")
+        image.thumbnail((1024, 1024))
+        for i in range(position, number, len(files)):
+            side = int(draw.uniform(0.25, 1) * min(image.size))
+            x, y = int(draw.integers(image.width - side + 1)), int(draw.integers(image.height - side + 1))
+            crop = image.crop((x, y, x + side, y + side)).resize((64, 64), Image.Resampling.BICUBIC)
+            crop.save(folder / "photo" / f"{i:05d}.webp", quality=75)
+    return folder
+
+
+def run(out: Path, case: Case, steps: int) -> None:
+    """Train and evaluate one case in this process."""
+    import torch
+
+    from pipeline.data.storage.cache import Cache
+    from pipeline.evaluation.benchmark import load_benchmark
+    from pipeline.evaluation.dataset import Settings
+    from pipeline.evaluation.strength import evaluate_strength
+    from pipeline.training.run import train
+
+    torch.set_num_threads(1)
+    data = out / "data"
+    places = {"foreign": str(data / "foreign"), "reference": str(data / "reference")}
+    changes = {
+        "name": case.name,
+        "out": str(out / case.world),
+        "seed": str(case.seed),
+        "model.name": f"local-dir:{asset(MODEL)}",
+        "data.train": str(data / {"clothes": "clothing_train", "groceries": "groceries_train"}[case.world]),
+        "train.steps": str(steps),
+        "tracking.enabled": "false",
+        **METHODS[case.method],
+        **{key: value.format(**places) for key, value in REFERENCES[case.reference].items()},
+    }
+    config = load_config(asset(FINETUNE), [f"{key}={value}" for key, value in changes.items()])
+    train(config)
+    run_dir = out / case.world / case.name
+    settings = Settings(batch_size=128, workers=0, preprocessing="fast", cache=Cache(out / "cache"))
+    evaluate_strength(
+        run_dir,
+        load_benchmark(data / f"{case.world}.yaml"),
+        run_dir / "eval",
+        settings,
+        baselines=out / case.world / "baselines",
+        alphas=ALPHAS,
+    )
+
+
+class Curve(NamedTuple):
+    """Accuracies of the own task and shares kept by strength, and what they say."""
+
+    own: list[float]
+    kept: list[float]
+    worst: list[float]
+    blocks: int | None
+
+    def at_floor(self, floor: float) -> float:
+        """The largest id between the evaluated strengths (linear) with kept >= floor, from the strongest down."""
+        for right in range(len(self.kept) - 1, -1, -1):
+            if self.kept[right] >= floor:
+                return self.own[right]
+            left = right - 1
+            if left >= 0 and self.kept[left] >= floor:
+                share = (self.kept[left] - floor) / (self.kept[left] - self.kept[right])
+                return self.own[left] + share * (self.own[right] - self.own[left])
+        return self.own[0]
+
+
+def read_curve(out: Path, case: Case) -> Curve | None:
+    """The curve of a finished case, None before."""
+    run_dir = out / case.world / case.name
+    file = run_dir / "eval" / "strength.json"
+    if not file.is_file():
+        return None
+    datasets, groups = json.loads(file.read_text(encoding="utf-8"))["datasets"], WORLDS[case.world]
+    own_key = next(key for key, group in groups.items() if group == "id")
+    before = datasets["0.0"]
+    levels = [_entries(groups, before, datasets[str(alpha)]) for alpha in ALPHAS]
+    kept = [kept_of(entries) for entries in levels]
+    latest = (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+    state = json.loads((run_dir / "checkpoints" / latest / "state.json").read_text(encoding="utf-8"))
+    gates = state["gate_map"]
+    return Curve(
+        own=[datasets[str(alpha)][own_key] for alpha in ALPHAS],
+        kept=[each.mean for each in kept if each is not None],
+        worst=[each.worst_share for each in kept if each is not None],
+        blocks=sum(gate["open"] for gate in gates.values()) if gates else None,
+    )
+
+
+def _entries(groups: dict[str, str], before: dict[str, float], after: dict[str, float]) -> dict[str, dict[str, Any]]:
+    return {
+        key: {"group": group, "value": after[key], "baseline": before[key], "change": after[key] - before[key]}
+        for key, group in groups.items()
+    }
+
+
+def table(out: Path, world: str, seeds: list[int]) -> str:
+    """One row a method and reference: means over the seeds that are there, smallest and largest id in brackets."""
+    head = "| run | reference | seeds | blocks | id | kept | worst | " + " | ".join(f"id at {f:.0%}" for f in FLOORS)
+    lines = [f"{head} |", "|" + "---|" * (7 + len(FLOORS))]
+    for method in METHODS:
+        for reference in REFERENCES:
+            cases = [Case(world, method, reference, seed) for seed in seeds]
+            curves = [curve for case in cases if (curve := read_curve(out, case)) is not None]
+            if curves:
+                lines.append(_line(method, reference, curves))
+    untouched = next(
+        (c for m in METHODS for r in REFERENCES if (c := read_curve(out, Case(world, m, r, seeds[0])))), None
+    )
+    first = f"untouched: id {100 * untouched.own[0]:.1f}\n\n" if untouched else ""
+    return first + "\n".join(lines)
+
+
+def _line(method: str, reference: str, curves: list[Curve]) -> str:
+    def cell(values: list[float]) -> str:
+        low, high = f"{100 * min(values):.1f}", f"{100 * max(values):.1f}"
+        return f"{100 * np.mean(values):.1f}" + (f" ({low} to {high})" if len(values) > 1 else "")
+
+    blocks = [curve.blocks for curve in curves if curve.blocks is not None]
+    cells = [
+        method,
+        reference,
+        str(len(curves)),
+        f"{np.mean(blocks):.0f}" if blocks else "",
+        *(cell([getattr(curve, name)[-1] for curve in curves]) for name in ("own", "kept", "worst")),
+        *(cell([curve.at_floor(floor) for curve in curves]) for floor in FLOORS),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--world", choices=WORLDS, nargs="+", default=list(WORLDS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS))
+    parser.add_argument("--references", choices=REFERENCES, nargs="+", default=list(REFERENCES))
+    parser.add_argument("--foreign", type=Path)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--table", action="store_true", help="print the tables and run nothing")
+    parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    out = asked.out.absolute()
+    if asked.case:
+        world, method, reference, seed = asked.case
+        run(out, Case(world, method, reference, int(seed)), asked.steps)
+        return
+    if not asked.table:
+        prepare(out, asked.foreign)
+        cases = [
+            Case(world, method, reference, seed)
+            for world in asked.world
+            for seed in asked.seeds
+            for reference in asked.references
+            for method in asked.methods
+        ]
+        todo = [case for case in cases if read_curve(out, case) is None]
+        with ThreadPoolExecutor(asked.jobs) as pool:
+            list(pool.map(lambda case: _spawn(out, case, asked.steps), todo))
+    for world in asked.world:
+        print(f"\n## {world}\n\n{table(out, world, asked.seeds)}")
+
+
+def _spawn(out: Path, case: Case, steps: int) -> None:
+    """A process a run: an engine leaves state behind that the next one must not see."""
+    command = [sys.executable, __file__, "--out", str(out), "--steps", str(steps), "--case", *map(str, case)]
+    log = out / case.world / f"{case.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as file:
+        done = subprocess.run(command, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    curve = read_curve(out, case)
+    found = f"id {100 * curve.own[-1]:.1f}, kept {100 * curve.kept[-1]:.1f}" if curve else f"failed, see {log}"
+    print(f"{case.world} {case.name}: {found}" if done.returncode == 0 or curve is None else found, flush=True)
+
+
+if __name__ == "__main__":
+    main()
