@@ -92,6 +92,12 @@ class Gate(Section):
     settle_margin: Result[float] = Field(
         default=0.02, ge=0, description="how far below the threshold a score must be to count for gate.settle_steps"
     )
+    budget: Result[float | None] = Field(
+        default=None,
+        gt=0,
+        description="exact number of blocks that are active at the end, or a share of all below 1, chosen by how much "
+        "each lowers the loss; needs gate.lam=0; null: the penalty decides",
+    )
 
 
 class Train(Section):

@@ -86,6 +86,7 @@ def broken_rules(config: Config) -> Iterator[tuple[set[str], str]]:
             f"gate.settle_margin: {gate.settle_margin} should be below gate.threshold ({gate.threshold}), "
             f"or no score lies low enough to settle",
         )
+    yield from _budget_rules(config)
     # A classifier's head trains in any case: that is the linear probe.
     if adapter.kind == "none" and train.train_rest == "none" and not config.classifies:
         yield (
@@ -107,6 +108,29 @@ def broken_rules(config: Config) -> Iterator[tuple[set[str], str]]:
     for template in data.templates if isinstance(data.templates, tuple) else ():
         if "{c}" not in template:
             yield {"data.templates"}, f"data.templates: {template!r} has no {{c}} for the class name"
+
+
+def _budget_rules(config: Config) -> Iterator[tuple[set[str], str]]:
+    budget, gate = config.gate.budget, config.gate
+    if budget is None:
+        return
+    if budget >= 1 and budget != int(budget):
+        yield {"gate.budget"}, f"gate.budget: {budget} should be a whole number of blocks, or a share below 1"
+    if not config.gated:
+        yield (
+            {"gate.budget", "gate.enabled", "adapter.kind", "adapter.random_k"},
+            f"gate.budget: {budget:g} needs gates: gate.enabled=true, adapter.kind lora or dora, no adapter.random_k",
+        )
+    if gate.lam > 0:
+        yield (
+            {"gate.budget", "gate.lam"},
+            f"gate.budget: {budget:g} and gate.lam: {gate.lam:g} both decide which blocks close; set gate.lam=0",
+        )
+    if gate.settle_steps is not None:
+        yield (
+            {"gate.budget", "gate.settle_steps"},
+            "gate.settle_steps: closed blocks leave by themselves once gate.budget has fixed the set; leave it out",
+        )
 
 
 def _compiling_rules(train: Train) -> Iterator[tuple[set[str], str]]:

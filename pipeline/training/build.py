@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from pipeline.data.batches import Batches
 from pipeline.data.shards.index import ShardIndex
 from pipeline.data.train.stream import Batch, TrainDataset, train_loader
 from pipeline.method.adapter import GradientWatch
+from pipeline.method.budget import BlockBudget
 from pipeline.method.contrastive import MAX_LOGIT_SCALE
 from pipeline.method.settle import Settling
 from pipeline.model.load import Model
@@ -26,13 +28,22 @@ from pipeline.model.vit import Vit
 from pipeline.training.checkpoint import Checkpoint, save_checkpoint
 from pipeline.training.cluster.distributed import World
 from pipeline.training.cluster.lease import Lease
-from pipeline.training.engine import Bound, build_engine, full_parameters, optimizer_state, rest, restore_moments
+from pipeline.training.engine import (
+    build_engine,
+    full_parameters,
+    optimizer_state,
+    pieces_of,
+    rest,
+    restore_moments,
+)
 from pipeline.training.loop import Step, Training
 from pipeline.training.model import (
+    budget_of,
     checkpoint_state,
     compiled_layers,
     gate_values,
     objective_of,
+    score_rate,
     settling_of,
     targets_of,
     trainable,
@@ -70,7 +81,8 @@ def build_training(job: Job, model: Model, checkpoint: Checkpoint | None, sink: 
         What the loop needs, and the monitor among its hooks, which is to be closed after the loop.
     """
     config, net, settings = job.config, model.model, job.config.train
-    rates = Rates(settings.lr, settings.rest_lr or settings.lr, config.gate.lr or settings.lr)
+    budget = budget_of(config, model, job.total)
+    rates = Rates(settings.lr, settings.rest_lr or settings.lr, score_rate(config))
     groups = parameter_groups(trainable(net), inside_layers, rates, settings.weight_decay)
     watch = GradientWatch(net)
     engine = build_engine(objective_of(config, model), groups, config, job.world, compiled_layers(config, model))
@@ -79,6 +91,9 @@ def build_training(job: Job, model: Model, checkpoint: Checkpoint | None, sink: 
         restore_moments(engine, named, checkpoint.moments())
         if settling is not None:
             settling.restore(checkpoint.state["settling"])
+        if budget is not None:
+            budget.restore(checkpoint.state["budget"])
+            budget.shut_closed(checkpoint.step)
     monitor = _monitor(job, sink, partial(gate_values, net, settling))
 
     def save(done: int) -> None:
@@ -87,7 +102,7 @@ def build_training(job: Job, model: Model, checkpoint: Checkpoint | None, sink: 
         if job.world.is_main:
             if job.lease is not None:
                 job.lease.check()
-            state = checkpoint_state(config, model, job.index.digest, done, job.world, settling)
+            state = checkpoint_state(config, model, job.index.digest, done, job.world, settling, budget)
             save_checkpoint(job.run_dir, parameters, moments, state, keep_last=settings.keep_last)
         dist.barrier(job.control)
 
@@ -100,6 +115,7 @@ def build_training(job: Job, model: Model, checkpoint: Checkpoint | None, sink: 
             _gradient_check(watch),
             _cap_scale(engine, dict(named)),
             _settle(engine, model, settling),
+            _spend(engine, config, budget),
             monitor.after_step,
         ],
         save=save,
@@ -133,11 +149,12 @@ def _gradient_check(watch: GradientWatch) -> Callable[[Step], None]:
 def _cap_scale(engine: Any, named: Mapping[str, nn.Parameter]) -> Callable[[Step], None]:
     """Keep the stored logit scale at or below ln 100, where it trains; the loss does not see more than that."""
     scale = named.get("logit_scale")
-    bound = None if scale is None else Bound(engine, scale, math.log(MAX_LOGIT_SCALE))
+    pieces = [] if scale is None else pieces_of(engine, scale)
 
+    @torch.no_grad()
     def cap(_: Step) -> None:
-        if bound is not None:
-            bound.apply()
+        for piece in pieces:
+            piece.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
     return cap
 
@@ -156,6 +173,29 @@ def _settle(engine: Any, model: Model, settling: Settling | None) -> Callable[[S
             )
 
     return settle
+
+
+def _spend(engine: Any, config: Config, budget: BlockBudget | None) -> Callable[[Step], None]:
+    """Open and close blocks as the budget asks; once the set is fixed, closed blocks leave the computation."""
+
+    @torch.no_grad()
+    def spend(step: Step) -> None:
+        if budget is None:
+            return
+        for name, opens in budget.observe(step.done, _mean_over_ranks).items():
+            for piece in pieces_of(engine, budget.gate(name).score):
+                piece.fill_(config.gate.init if opens else 0.0)
+        for block in budget.shut_closed(step.done):
+            rest(engine, block.lowrank.parameters(), at_zero=True)
+            rest(engine, block.undecayed(), at_zero=False)
+
+    return spend
+
+
+def _mean_over_ranks(values: Tensor) -> Tensor:
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values / dist.get_world_size()
 
 
 def _monitor(job: Job, sink: Sink, gates: Callable[[], dict[str, float]]) -> Monitor:

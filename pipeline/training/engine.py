@@ -232,29 +232,22 @@ def rest(engine: Any, parameters: Iterable[nn.Parameter], *, at_zero: bool) -> N
                 _set_value(engine, parameter, nothing)
 
 
-class Bound:
-    """Keeps a parameter at or below a bound after every step.
+def pieces_of(engine: Any, parameter: Any) -> list[Tensor]:
+    """Every tensor of this rank that holds a parameter or a part of it, to be changed in place between steps.
 
-    Each rank clamps the pieces that it holds: no collective, and the host does not wait.
+    They are what the model computes with, the partition that ZeRO-3 gathers from, and the fp32 master. A change that
+    all ranks make to their pieces needs no collective, and the host does not wait.
     """
+    master: Tensor | None = None
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        from deepspeed.utils import safe_get_local_fp32_param
 
-    def __init__(self, engine: Any, parameter: Any, largest: float) -> None:
-        self._parameter, self._largest = parameter, largest
-        self._master: Tensor | None = None
-        stage = engine.zero_optimization_stage()
-        if stage == 3:
-            from deepspeed.utils import safe_get_local_fp32_param
-
-            self._master = safe_get_local_fp32_param(parameter)
-        elif stage > 0 and parameter._hp_mapping is not None:
-            self._master = parameter._hp_mapping.get_hp_fragment()
-
-    @torch.no_grad()
-    def apply(self) -> None:
-        """Clamp the fp32 master, the partition that ZeRO-3 gathers from, and what the model computes with."""
-        for piece in (self._parameter, getattr(self._parameter, "ds_tensor", None), self._master):
-            if piece is not None:
-                piece.clamp_(max=self._largest)
+        master = safe_get_local_fp32_param(parameter)
+    elif stage > 0 and parameter._hp_mapping is not None:
+        master = parameter._hp_mapping.get_hp_fragment()
+    pieces = (parameter, getattr(parameter, "ds_tensor", None), master)
+    return [piece for piece in pieces if piece is not None]
 
 
 def _whole_shape(parameter: Any) -> torch.Size:

@@ -11,6 +11,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.data.shards.index import ShardIndex
 from pipeline.data.train.stream import Batch
 from pipeline.method.adapter import attach_adapter, blocks, gate_map, gate_scores, random_targets, select_targets
+from pipeline.method.budget import BlockBudget, blocks_of_budget
 from pipeline.method.settle import Settling
 from pipeline.model.load import Model, load_model
 from pipeline.model.restore import check_base, copy_parameters
@@ -122,6 +123,26 @@ def settling_of(config: Config, model: Model) -> Settling | None:
     return Settling(model.model, gate.settle_steps, gate.settle_margin)
 
 
+def budget_of(config: Config, model: Model, total: int) -> BlockBudget | None:
+    """What holds the number of active blocks at `gate.budget`; None without one.
+
+    Raises:
+        ConfigError: the model has fewer gated blocks.
+    """
+    asked = config.gate.budget
+    if asked is None or not config.gated:
+        return None
+    try:
+        return BlockBudget(model.model, blocks_of_budget(asked, len(gate_scores(model.model))), total)
+    except ValueError as error:
+        raise ConfigError(f"gate.{error}") from error
+
+
+def score_rate(config: Config) -> float:
+    """Peak learning rate of the scores; under a budget they are set, not trained."""
+    return 0.0 if config.gate.budget is not None else config.gate.lr or config.train.lr
+
+
 def gate_values(model: nn.Module, settling: Settling | None = None) -> dict[str, float]:
     """Scores and states of all gates, as the monitor reads them; empty without gates."""
     values = {} if settling is None else {"adapter/settled_blocks": float(settling.settled)}
@@ -133,7 +154,13 @@ def gate_values(model: nn.Module, settling: Settling | None = None) -> dict[str,
 
 
 def checkpoint_state(
-    config: Config, model: Model, data_digest: str, step: int, world: World, settling: Settling | None = None
+    config: Config,
+    model: Model,
+    data_digest: str,
+    step: int,
+    world: World,
+    settling: Settling | None = None,
+    budget: BlockBudget | None = None,
 ) -> dict[str, Any]:
     """What state.json says: enough to rebuild the model around the saved parameters, and the gates as they stand."""
     gates = gate_map(model.model)
@@ -160,6 +187,7 @@ def checkpoint_state(
         },
         "gate_map": gates,
         **({} if settling is None else {"settling": settling.state()}),
+        **({} if budget is None else {"budget": budget.state()}),
         "written_by": {
             "world_size": world.world_size,
             "zero_stage": config.train.zero_stage,

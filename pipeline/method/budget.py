@@ -1,0 +1,189 @@
+"""An exact number of active blocks: all open at first, the most useful ones to the end.
+
+The usefulness of block l is a running mean of -dL/dI_l, the straight-through gradient of its indicator (paper eq. 3):
+by how much the loss falls, to first order, when the block acts. A closed block has this gradient as well, so it can
+return while the number of active blocks still falls. The cubic schedule is that of AdaLoRA (arXiv 2303.10512, eq. 12).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.method.adapter import blocks
+from pipeline.method.gate import Gate
+from pipeline.method.linear import Block
+
+# Share of the run with every block open: while B is about zero, the gradient of the indicator says nothing.
+WARM = 0.15
+# Share of the run, at its end, in which the set of active blocks is fixed: what is open needs time to learn.
+FIXED = 0.5
+# Decay of the running mean of the usefulness, per step.
+DECAY = 0.9
+# A closed block replaces an open one only if it is more useful by this share of the mean size of all usefulness.
+MARGIN = 0.1
+
+
+class BudgetState(TypedDict):
+    """What a checkpoint keeps of a budget; all by target name."""
+
+    usefulness: dict[str, float]
+    open: list[str]
+    dropped_at: dict[str, int]
+
+
+@dataclass(frozen=True)
+class BudgetSchedule:
+    """How many of `blocks` are open after each step of a run of `steps` steps that ends with `budget` of them."""
+
+    blocks: int
+    budget: int
+    steps: int
+
+    @property
+    def start(self) -> int:
+        """Steps with every block open."""
+        return int(WARM * self.steps)
+
+    @property
+    def end(self) -> int:
+        """Step after which the set is fixed; at least one after `start`."""
+        return max(self.start + 1, int((1 - FIXED) * self.steps))
+
+    def open_after(self, done: int) -> int:
+        """Number of open blocks after `done` steps."""
+        if done <= self.start:
+            return self.blocks
+        left = 1 - min(1.0, (done - self.start) / (self.end - self.start))
+        return self.budget + int((self.blocks - self.budget) * left**3)
+
+    def decides(self, done: int) -> bool:
+        """Whether the set may change after `done` steps."""
+        return self.start < done <= self.end
+
+
+class BlockBudget:
+    """Measures the usefulness of all gated blocks and says which of them are open.
+
+    Create it before the first backward: it reads the gradients of the scores by hooks, because DeepSpeed takes `.grad`
+    away. Nothing here trains or writes a score; the caller sets the scores of the gates that `observe` returns.
+
+    Args:
+        model: a model with gated blocks.
+        budget: number of blocks that stay open, at least 1.
+        steps: optimizer steps of the whole run.
+
+    Raises:
+        ValueError: the model has fewer gated blocks than `budget`, or none.
+    """
+
+    def __init__(self, model: nn.Module, budget: int, steps: int) -> None:
+        gated = {name: block for name, block in sorted(blocks(model).items()) if block.gate is not None}
+        self._blocks = gated
+        self._gates: dict[str, Gate] = {name: block.gate for name, block in gated.items() if block.gate is not None}
+        if not 1 <= budget <= len(self._gates):
+            raise ValueError(f"budget={budget}: must be between 1 and the {len(self._gates)} gated blocks")
+        self.schedule = BudgetSchedule(len(self._gates), budget, steps)
+        self._usefulness: Tensor | None = None
+        self._open = set(self._gates)
+        self._dropped_at: dict[str, int] = {}
+        self._gradients: dict[str, Tensor] = {}
+        for name, gate in self._gates.items():
+            gate.score.register_post_accumulate_grad_hook(lambda score, name=name: self._note(name, score))
+
+    @property
+    def open(self) -> frozenset[str]:
+        """Names of the blocks that are open now."""
+        return frozenset(self._open)
+
+    def gate(self, name: str) -> Gate:
+        """The gate of a block."""
+        return self._gates[name]
+
+    def observe(self, done: int, mean_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, bool]:
+        """Take in the gradients of step number `done`, and decide.
+
+        Args:
+            done: optimizer steps finished, this one included.
+            mean_over_ranks: gives the mean of an fp32 tensor over all ranks, the same on each of them.
+
+        Returns:
+            {target name: open} of the blocks that change; the host reads the device only while the number of open
+            blocks falls.
+        """
+        if done > self.schedule.end:
+            return {}
+        gradient = torch.stack([self._gradients[name].flatten()[0].float() for name in self._gates])
+        latest = -mean_over_ranks(gradient)
+        self._usefulness = latest if self._usefulness is None else DECAY * self._usefulness + (1 - DECAY) * latest
+        if not self.schedule.decides(done):
+            return {}
+        return self._choose(done, dict(zip(self._gates, self._usefulness.tolist(), strict=True)))
+
+    def _choose(self, done: int, usefulness: Mapping[str, float]) -> dict[str, bool]:
+        chosen = most_useful(usefulness, self._open, self.schedule.open_after(done))
+        changes = dict.fromkeys(self._open - chosen, False) | dict.fromkeys(chosen - self._open, True)
+        for name, opens in changes.items():
+            if opens:
+                self._dropped_at.pop(name, None)
+            else:
+                self._dropped_at[name] = done
+        self._open = chosen
+        return dict(sorted(changes.items()))
+
+    def shut_closed(self, done: int) -> list[Block]:
+        """Take the closed blocks out of training once the set is fixed; the blocks for which that is new."""
+        if done < self.schedule.end:
+            return []
+        shut = [
+            block
+            for name, block in self._blocks.items()
+            if name not in self._open and block.lowrank.lora_A.requires_grad
+        ]
+        for block in shut:
+            block.requires_grad_(False)
+        return shut
+
+    def state(self) -> BudgetState:
+        """What `restore` needs to go on as if nothing had happened."""
+        values = [0.0] * len(self._gates) if self._usefulness is None else self._usefulness.tolist()
+        return {
+            "usefulness": dict(zip(self._gates, values, strict=True)),
+            "open": sorted(self._open),
+            "dropped_at": dict(sorted(self._dropped_at.items())),
+        }
+
+    def restore(self, state: BudgetState) -> None:
+        """Take up the state of a checkpoint. The scores themselves come with the checkpoint's parameters."""
+        device = next(iter(self._gates.values())).score.device
+        self._usefulness = torch.tensor([state["usefulness"][name] for name in self._gates], device=device)
+        self._open = set(state["open"])
+        self._dropped_at = dict(state["dropped_at"])
+
+    def _note(self, name: str, score: Tensor) -> None:
+        if score.grad is not None:
+            self._gradients[name] = score.grad.detach().clone()
+
+
+def most_useful(usefulness: Mapping[str, float], is_open: set[str] | frozenset[str], count: int) -> set[str]:
+    """The `count` most useful blocks, open ones favoured by a margin; ties by name.
+
+    Args:
+        usefulness: {target name: by how much the loss falls when the block acts}.
+        is_open: the blocks that are open now.
+        count: how many to choose.
+    """
+    margin = MARGIN * sum(abs(value) for value in usefulness.values()) / len(usefulness)
+    ranked: Sequence[str] = sorted(
+        usefulness, key=lambda name: (-usefulness[name] - (margin if name in is_open else 0.0), name)
+    )
+    return set(ranked[:count])
+
+
+def blocks_of_budget(budget: float, blocks: int) -> int:
+    """The number of blocks that `gate.budget` means: a count from 1 on; below 1 a share of all, at least one block."""
+    return int(budget) if budget >= 1 else max(1, round(budget * blocks))
