@@ -1,15 +1,15 @@
 #!/bin/sh
-# The steps of the Dockerfile's build stages, runnable anywhere: VENV=DIR docker/install.sh STEP, in the repository.
-#   packages    everything that uv.lock pins, into a new environment VENV; TORCH_INDEX: where other builds of torch lie
+# The steps of the Dockerfile's build stages. Run in the repository: VENV=DIR docker/install.sh STEP
+#   packages    everything in uv.lock, into a new environment VENV; TORCH_INDEX: index with other builds of torch
 #   project     selora itself
-#   server      what the MLflow server needs besides: PostgreSQL, S3, users
+#   server      what the MLflow server needs in addition: PostgreSQL, S3, users
 #   operators   DeepSpeed's CUDA operators, into VENV/operators (needs nvcc)
 set -eu
 : "${VENV:?names the environment}"
 python=${PYTHON:-python3}
 
 requirements() {
-    # Without the project: its wheel comes in a step of its own. CUDA's packages belong to the CUDA build of torch alone.
+    # Without the project, which is a step of its own. CUDA's packages belong only to the CUDA build of torch.
     uv export --frozen --no-default-groups --no-emit-project --no-hashes --no-header --no-annotate "$@" --output-file "$VENV.txt" >/dev/null
     if [ -n "${TORCH_INDEX:-}" ]; then sed -i -E '/^(nvidia-|cuda-|triton)/d' "$VENV.txt"; fi
 }
@@ -18,7 +18,7 @@ case ${1:?names the step} in
 packages)
     uv venv --quiet --python "$python" "$VENV"
     requirements --extra s3 --extra gcs # shards from object stores
-    # Versions are exact, so whichever index has one gives the same release.
+    # Versions are exact, so every index gives the same release.
     uv pip install --quiet --python "$VENV/bin/python" --requirement "$VENV.txt" \
         ${TORCH_INDEX:+--index "$TORCH_INDEX" --index-strategy unsafe-best-match}
     rm "$VENV.txt"

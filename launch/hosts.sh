@@ -4,10 +4,10 @@
 #   launch/hosts.sh HOSTFILE CONFIG [key=value ...]
 #   RESTARTS=5 launch/hosts.sh hosts.txt configs/own_data.yaml train.zero_stage=2 train.timeout_s=120
 #
-# Expects on every host: this directory and its environment under the same path, the shards, `out` on a shared
-# path, ssh without a password from here, and pdsh here. HOSTFILE: see hostfile.example; its first host leads.
-# MASTER_ADDR, MASTER_PORT (29500), SSH_PORT (22): other than the default. RESTARTS (0): after a failure wait until
-# every host answers and continue from the last checkpoint, so many times. A stopped run exits with 130.
+# Needs on every host: this directory and its environment under the same path, the shards, and `out` on a shared path;
+# ssh without a password from this host, and pdsh on it. HOSTFILE: see hostfile.example; its first host leads.
+# Optional: MASTER_ADDR, MASTER_PORT (29500), SSH_PORT (22). RESTARTS (0): after a failure wait until every host answers
+# and continue from the last checkpoint, at most this number of times. A stopped run exits with 130.
 set -euo pipefail
 
 [[ $# -ge 2 ]] || { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
@@ -17,10 +17,10 @@ command -v pdsh >/dev/null || { echo "pdsh is missing here: apt install pdsh (or
 mapfile -t hosts < <(awk '!/^[[:space:]]*(#|$)/ {print $1}' "$hostfile")
 [[ ${#hosts[@]} -ge 1 ]] || { echo "$hostfile names no host" >&2; exit 2; }
 
-# A host whose link is gone is given up after a minute instead of never.
+# Give up on a host whose link is down after a minute, instead of never.
 ssh_options=(-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4)
 export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} ${ssh_options[*]}"
-export PATH="$bin:$PATH" # the launcher's helpers are looked up there
+export PATH="$bin:$PATH" # the launcher looks up its helpers here
 
 answer() {
     local host

@@ -4,8 +4,8 @@
 #   launch/local.sh CONFIG [key=value ...]
 #   RANKS=2 launch/local.sh configs/own_data.yaml train.zero_stage=2
 #
-# Expects the environment of `make env`, or SELORA_BIN=DIR with selora's python and torchrun in it.
-# Ctrl-C (once) saves and ends; the same command continues. A stopped run does not exit with 0 (torchrun makes 1 of its
+# Needs the environment of `make env`, or SELORA_BIN=DIR with selora, python and torchrun.
+# Press Ctrl-C once to save and stop; the same command continues. A stopped run does not exit with 0 (torchrun makes 1 of its
 # ranks' 130), so `launch/local.sh CONFIG && selora promote ...` promotes finished runs alone.
 set -euo pipefail
 
@@ -18,6 +18,6 @@ gpus=0
 if command -v nvidia-smi >/dev/null; then gpus=$(nvidia-smi --list-gpus | grep -c '^GPU' || true); fi
 ranks=${RANKS:-$((gpus > 0 ? gpus : 1))}
 
-# Workers get the time to finish a step and save after the signal; torchrun's own default is 30 s.
+# After a signal, give workers time to finish a step and save; torchrun's default is 30 s.
 exec "$bin/torchrun" --standalone --nproc-per-node "$ranks" --shutdown-timeout 240 \
     --no-python "$bin/selora" train "$@"

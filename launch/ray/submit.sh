@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Submit a sweep to a running Ray cluster: the code goes along as a wheel, the environment is the lock file's.
+# Submit a sweep to a running Ray cluster. The code is sent as a wheel, and the environment is that of uv.lock.
 #
 #   RAY_ADDRESS=http://HEAD:8265 RAY_AUTH_TOKEN_PATH=~/.ray/auth_token launch/ray/submit.sh CONFIG GRID [key=value ...]
 #
-# Expects uv and the environment of `make env` here; on the cluster the Ray and Python of uv.lock, and `out`, shards and
-# benchmark on paths that all nodes share. CONFIG and GRID are sent; paths inside them are the cluster's. The same
-# command again continues the sweep. Follow it: ray job logs --follow JOB; end it: ray job stop JOB (it saves).
+# Needs uv and the environment of `make env` here; on the cluster, the Ray and Python of uv.lock, and `out`, shards and
+# benchmark on paths that all nodes share. CONFIG and GRID are sent; paths in them are paths on the cluster. The same
+# command continues the sweep. Follow it with `ray job logs --follow JOB`, end it with `ray job stop JOB` (it saves).
 set -euo pipefail
 
 [[ $# -ge 2 && -n ${RAY_ADDRESS:-} ]] || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
@@ -15,11 +15,11 @@ config=$(realpath "$1") grid=$(realpath "$2"); shift 2
 bundle=$(mktemp -d); trap 'rm -rf "$bundle"' EXIT
 
 uv build --project "$here" --wheel --out-dir "$bundle" >&2
-# What the nodes have already is not installed again; what differs from the lock file is.
+# Packages that the nodes already have in the locked version are not installed again.
 uv export --project "$here" --frozen --no-default-groups --no-emit-project --no-hashes --no-header --no-annotate \
     --output-file "$bundle/requirements.txt" >/dev/null
 mkdir "$bundle/work"
-# `base:` in a config is resolved here, so that one file says it all.
+# `base:` in a config is resolved here, so that one file is enough.
 "$bin/python" - "$config" "$bundle/work/config.yaml" <<'PYTHON'
 import sys
 from pathlib import Path
