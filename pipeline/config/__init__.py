@@ -2,7 +2,7 @@
 
 from pipeline.config.effects import Effect
 from pipeline.config.errors import ConfigError, Ended
-from pipeline.config.sections import Adapter, Data, Eval, Gate, Model, Promote, Section, Tracking, Train
+from pipeline.config.sections import Adapter, Data, Eval, Gate, Keep, Model, Promote, Section, Tracking, Train
 from pipeline.config.tree import (
     VIT_SCHEMA,
     Config,
@@ -28,6 +28,7 @@ __all__ = [
     "Ended",
     "Eval",
     "Gate",
+    "Keep",
     "Model",
     "Promote",
     "Section",

@@ -148,6 +148,42 @@ class Train(Section):
     )
 
 
+class Keep(Section):
+    """Reference data on which the model is held near the untouched one."""
+
+    weight: Result[float] = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the distance to the untouched model on reference samples; 0: off, as in the paper",
+    )
+    texts: Result[str | None] = Field(
+        default="general",
+        min_length=1,
+        description="reference texts: general (a list that ships with selora) or a UTF-8 file with a sentence a line; "
+        "null: none but captions",
+    )
+    images: Result[str | None] = Field(
+        default=None,
+        min_length=1,
+        description="directory or URL of shards with reference images (made by selora pack), whose captions are used "
+        "where there are some; null: none",
+    )
+    batch_size: Result[int] = Field(
+        default=16,
+        ge=1,
+        description="reference images, and as many reference texts, of one optimizer step over all ranks",
+    )
+    replay: Result[float] = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the contrastive loss on reference images and their captions; it helps where the "
+        "untouched model knows such pairs and harms where it does not; 0: off",
+    )
+    allow_overlap: Measurement[bool] = Field(
+        default=False, description="accept reference images that are also in an evaluation set"
+    )
+
+
 class Data(Section):
     train: Result[str] = Field(min_length=1, description="directory or URL of training shards, written by selora pack")
     streams: Result[int] = Field(

@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.config.effects import Effect, Place, Result, effects_of
 from pipeline.config.errors import ConfigError, Raw, at, did_you_mean, faults_of
-from pipeline.config.sections import Adapter, Data, Eval, Gate, Model, Promote, Section, Tracking, Train
+from pipeline.config.sections import Adapter, Data, Eval, Gate, Keep, Model, Promote, Section, Tracking, Train
 from pipeline.config.yaml_file import dump_yaml, read_chain, read_overrides
 from pipeline.passwords import redact
 
@@ -44,6 +44,7 @@ class Config(Section):
     adapter: Adapter = Field(default_factory=Adapter)
     gate: Gate = Field(default_factory=Gate)
     train: Train = Field(default_factory=Train)
+    keep: Keep = Field(default_factory=Keep)
     data: Data
     eval: Eval = Field(default_factory=Eval)
     tracking: Tracking = Field(default_factory=Tracking)
@@ -94,6 +95,7 @@ def broken_rules(config: Config) -> Iterator[tuple[set[str], str]]:
             "adapter.kind: none together with train.train_rest: none trains nothing",
         )
     yield from _compiling_rules(train)
+    yield from _keeping_rules(config)
     for key, values in (("adapter.towers", adapter.towers), ("adapter.projections", adapter.projections)):
         if len(set(values)) < len(values):
             yield {key}, f"{key}: {', '.join(values)} names one twice"
@@ -145,6 +147,24 @@ def _compiling_rules(train: Train) -> Iterator[tuple[set[str], str]]:
                 f"train.compile: true does not go with {key} under train.zero_stage=3, which then reduces gradients "
                 "twice; take stage 2 or leave one of them out",
             )
+
+
+def _keeping_rules(config: Config) -> Iterator[tuple[set[str], str]]:
+    keep = config.keep
+    if keep.weight and keep.images is None and (keep.texts is None or config.classifies):
+        texts = "" if config.classifies else "keep.texts=general or "
+        yield (
+            {"keep.weight", "keep.images", "keep.texts", "model.name"},
+            f"keep.weight: {keep.weight:g} without any reference data; set {texts}keep.images=SHARDS, or keep.weight=0",
+        )
+    if keep.replay and (keep.images is None or config.classifies):
+        why = "a classifier has no captions" if config.classifies else "set keep.images to shards with captions"
+        yield (
+            {"keep.replay", "keep.images", "model.name"},
+            f"keep.replay: {keep.replay:g} needs captioned images; {why}",
+        )
+    if keep.replay and not keep.weight:
+        yield {"keep.replay", "keep.weight"}, "keep.replay: has no effect while keep.weight is 0; set keep.weight=3"
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:

@@ -38,7 +38,10 @@ class ShortTokenizer:
 
     def __call__(self, texts: list[str]) -> Tensor:
         """N texts -> (N, length) int64, length at most the context."""
-        tokens = self.tokenizer(texts)
+        return self.cut(self.tokenizer(texts))
+
+    def cut(self, tokens: Tensor) -> Tensor:
+        """(N, context) -> (N, length)."""
         ends = tokens if self.end_id is None else (tokens == self.end_id).int()
         longest = int(ends.argmax(dim=-1).max()) + 1
         return tokens[:, : -(-longest // MULTIPLE) * MULTIPLE].contiguous()

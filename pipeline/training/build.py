@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.batches import Batches
+from pipeline.data.reference.samples import Reference, ReferenceData
 from pipeline.data.shards.index import ShardIndex
 from pipeline.data.train.stream import Batch, TrainDataset, train_loader
 from pipeline.method.adapter import GradientWatch
@@ -36,7 +37,7 @@ from pipeline.training.engine import (
     rest,
     restore_moments,
 )
-from pipeline.training.loop import Step, Training
+from pipeline.training.loop import Inputs, Step, Training
 from pipeline.training.model import (
     budget_of,
     checkpoint_state,
@@ -71,11 +72,17 @@ class Job:
     lease: Lease | None
 
 
-def build_training(job: Job, model: Model, checkpoint: Checkpoint | None, sink: Sink) -> tuple[Training, Monitor]:
+def build_training(
+    job: Job, model: Model, reference: ReferenceData | None, checkpoint: Checkpoint | None, sink: Sink
+) -> tuple[Training, Monitor]:
     """Put a run together, at the step of `checkpoint` where there is one.
 
     The parameters of the checkpoint are in `model` already; the optimizer's moments and the state of the gates follow
     here.
+
+    Args:
+        model: with its blocks.
+        reference: what the run is held to; None without section keep.
 
     Returns:
         What the loop needs, and the monitor among its hooks, which is to be closed after the loop.
@@ -94,7 +101,8 @@ def build_training(job: Job, model: Model, checkpoint: Checkpoint | None, sink: 
         if budget is not None:
             budget.restore(checkpoint.state["budget"])
             budget.shut_closed(checkpoint.step)
-    monitor = _monitor(job, sink, partial(gate_values, net, settling))
+    held = None if reference is None else Reference(*(each.to(engine.device) for each in reference.held()))
+    monitor = _monitor(job, sink, reference, partial(gate_values, net, settling), partial(_drift, engine, held))
 
     def save(done: int) -> None:
         monitor.check_finite()
@@ -108,7 +116,7 @@ def build_training(job: Job, model: Model, checkpoint: Checkpoint | None, sink: 
 
     training = Training(
         engine=engine,
-        batches=_batches(job, model, 0 if checkpoint is None else checkpoint.step),
+        batches=_batches(job, model, reference, 0 if checkpoint is None else checkpoint.step),
         inputs=_inputs,
         schedule=lambda step: lr_factor(step, settings.warmup_steps, job.total),
         after_step=[
@@ -127,8 +135,16 @@ def build_training(job: Job, model: Model, checkpoint: Checkpoint | None, sink: 
     return training, monitor
 
 
-def _inputs(batch: Batch) -> tuple[Tensor, ...]:
-    return batch.images, targets_of(batch)
+def _inputs(batch: Batch) -> Inputs:
+    return Inputs(batch.images, targets_of(batch), None if batch.reference is None else batch.reference.tensors)
+
+
+def _drift(engine: Any, held: Reference | None) -> dict[str, float]:
+    """Distance to the untouched model on held-out reference samples. Collective."""
+    if held is None:
+        return {}
+    with torch.no_grad():
+        return {f"keep/{name}": float(value) for name, value in engine(None, None, 0, held).items()}
 
 
 def _gradient_check(watch: GradientWatch) -> Callable[[Step], None]:
@@ -198,24 +214,32 @@ def _mean_over_ranks(values: Tensor) -> Tensor:
     return values / dist.get_world_size()
 
 
-def _monitor(job: Job, sink: Sink, gates: Callable[[], dict[str, float]]) -> Monitor:
-    config = job.config
+def _monitor(
+    job: Job,
+    sink: Sink,
+    reference: ReferenceData | None,
+    gates: Callable[[], dict[str, float]],
+    drift: Callable[[], dict[str, float]],
+) -> Monitor:
+    config, images = job.config, None if reference is None else reference.images
+    samples = job.index.samples + (0 if images is None else images.index.samples)
     return Monitor(
         world=job.world,
         control=job.control,
         sink=sink,
         gates=gates,
+        drift=drift,
         total_steps=job.total,
         global_batch_size=config.train.global_batch_size,
         peak_lr=config.train.lr,
         log_every=config.train.log_every,
         gates_every=config.train.gates_every,
-        bad_limit=config.data.max_bad_share * job.index.samples,
+        bad_limit=config.data.max_bad_share * samples,
         negatives=not config.classifies,
     )
 
 
-def _batches(job: Job, model: Model, start: int) -> Batches[Batch]:
+def _batches(job: Job, model: Model, reference: ReferenceData | None, start: int) -> Batches[Batch]:
     config, data = job.config, job.config.data
     dataset = TrainDataset(
         job.index,
@@ -235,6 +259,7 @@ def _batches(job: Job, model: Model, start: int) -> Batches[Batch]:
         start_step=start,
         stop_step=job.total,
         tokenizer=None if isinstance(model, Vit) else batch_tokenizer(model.model, model.tokenizer),
+        reference=reference,
         rank=job.world.rank,
         world=job.world.world_size,
         sharing=job.world.local_world_size,

@@ -7,12 +7,13 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.data.reference.samples import Reference
 from pipeline.training.cluster.distributed import any_rank
 from pipeline.training.engine import set_learning_rates
 
@@ -47,6 +48,22 @@ class StopRequest:
             signal.signal(number, self._previous[number])
 
 
+class Inputs(NamedTuple):
+    """What the objective takes of a batch (see `Objective.forward`)."""
+
+    images: Tensor
+    targets: Tensor
+    reference: Reference | None
+
+    def to(self, device: torch.device) -> Inputs:
+        """The same on a device, without waiting where memory is pinned."""
+        images, targets = (each.to(device, non_blocking=True) for each in self[:2])
+        reference = self.reference
+        if reference is not None:
+            reference = Reference(*(each.to(device, non_blocking=True) for each in reference))
+        return Inputs(images, targets, reference)
+
+
 @dataclass(frozen=True)
 class Step:
     """One finished optimizer step.
@@ -74,7 +91,7 @@ class Training:
     Attributes:
         engine: the objective inside DeepSpeed.
         batches: this rank's batches, from the step to be done next.
-        inputs: batch -> the tensors that the objective takes.
+        inputs: batch -> what the objective takes of it.
         schedule: step -> factor of the peak learning rates.
         after_step: called in this order after each optimizer step.
         save: writes a checkpoint of the given number of finished steps; collective.
@@ -86,7 +103,7 @@ class Training:
 
     engine: Any
     batches: Iterable[Any]
-    inputs: Callable[[Any], tuple[Tensor, ...]]
+    inputs: Callable[[Any], Inputs]
     schedule: Callable[[int], float]
     after_step: Sequence[Callable[[Step], None]]
     save: Callable[[int], None]
@@ -108,8 +125,8 @@ def train_steps(training: Training, stop: StopRequest) -> int:
         torch.manual_seed((training.seed * 1_000_003 + batch.step) * 4096 + dist.get_rank())
         factor = training.schedule(batch.step)
         set_learning_rates(engine, factor)
-        inputs = [each.to(engine.device, non_blocking=True) for each in training.inputs(batch)]
-        losses = engine(*inputs, batch.step)
+        images, targets, reference = training.inputs(batch).to(engine.device)
+        losses = engine(images, targets, batch.step, reference)
         engine.backward(losses["total"])
         engine.step()
         step = Step(batch, losses, factor)

@@ -19,7 +19,7 @@ from pipeline.model.towers import adapter_targets, apply_trainable, compile_laye
 from pipeline.model.vit import Vit
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.cluster.distributed import World
-from pipeline.training.objective import Classification, Contrastive, Objective, PenaltySettings
+from pipeline.training.objective import Classification, Contrastive, KeepSettings, Objective, PenaltySettings
 
 
 def build_model(config: Config, classes: tuple[str, ...] | None = None) -> Model:
@@ -27,7 +27,16 @@ def build_model(config: Config, classes: tuple[str, ...] | None = None) -> Model
 
     classes: what the classifier of a ViT tells apart.
     """
-    model = load_model(config.model.name, config.model.pretrained, seed=config.seed, classes=classes)
+    return attach_blocks(config, load_untouched(config, classes))
+
+
+def load_untouched(config: Config, classes: tuple[str, ...] | None = None) -> Model:
+    """The pretrained model alone. classes: what the classifier of a ViT tells apart."""
+    return load_model(config.model.name, config.model.pretrained, seed=config.seed, classes=classes)
+
+
+def attach_blocks(config: Config, model: Model) -> Model:
+    """Attach the blocks of a run, in place, and let only the chosen parameters train. Returns `model`."""
     adapter, gate = config.adapter, config.gate
     if adapter.kind in ("lora", "dora"):
         targets = adapter_targets(model.model)
@@ -85,13 +94,14 @@ def objective_of(config: Config, model: Model) -> Objective:
         compile_layers(model.model)
     return Objective(
         model.model,
-        Classification() if isinstance(model, Vit) else Contrastive(),
+        Classification(with_features=config.keep.weight > 0) if isinstance(model, Vit) else Contrastive(),
         [block.gate for block in blocks(model.model).values() if block.gate is not None],
         PenaltySettings(gate.penalty, gate.reduction, gate.lam, gate.threshold, gate.delay_steps),
         mean=model.preprocess_cfg["mean"],
         std=model.preprocess_cfg["std"],
         precision=config.model.precision,
         micro_batch=config.train.micro_batch_size,
+        keep=KeepSettings(config.keep.weight, config.keep.replay) if config.keep.weight else None,
     )
 
 

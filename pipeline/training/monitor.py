@@ -52,6 +52,7 @@ class Monitor:
     control: dist.ProcessGroup
     sink: Sink
     gates: Callable[[], dict[str, float]]
+    drift: Callable[[], dict[str, float]]
     total_steps: int
     global_batch_size: int
     peak_lr: float
@@ -65,6 +66,7 @@ class Monitor:
     _retries: int = 0
     _since: float = field(default_factory=time.perf_counter)
     _open: dict[str, bool] = field(default_factory=dict)
+    _drift: dict[str, float] = field(default_factory=dict)
     _bar: tqdm | None = None
 
     def after_step(self, step: Step) -> None:
@@ -87,7 +89,8 @@ class Monitor:
         }
         if self.negatives:
             values["train/effective_negatives"] = self._effective_negatives(batch.captions)
-        values |= self._gate_values(done)
+        due = done % self.gates_every == 0 or done == self.total_steps
+        values |= self._gate_values(due) | self._drift_values(due)
         self._window.clear()
         self._since = time.perf_counter()
         self.sink.metrics(done, values)
@@ -143,8 +146,13 @@ class Monitor:
             )
         return total
 
-    def _gate_values(self, done: int) -> dict[str, float]:
-        scores = self.gates() if done % self.gates_every == 0 or done == self.total_steps or not self._open else None
+    def _drift_values(self, due: bool) -> dict[str, float]:
+        found = self.drift() if due or not self._drift else {}
+        self._drift = found or self._drift
+        return found
+
+    def _gate_values(self, due: bool) -> dict[str, float]:
+        scores = self.gates() if due or not self._open else None
         if not scores:
             return {}
         now = {name: bool(value) for name, value in scores.items() if name.startswith("open/")}
@@ -162,7 +170,8 @@ class Monitor:
             return
         active = f" active {sum(self._open.values())}/{len(self._open)}" if self._open else ""
         retries = f" retries {values['data/retries']:.0f}" if values["data/retries"] else ""
-        text = f"loss {values['train/loss']:.4f} lr {values['train/lr']:.2e}{active}{retries}"
+        drift = "".join(f" {name[5:].replace('_', ' ')} {value:.4f}" for name, value in self._drift.items())
+        text = f"loss {values['train/loss']:.4f} lr {values['train/lr']:.2e}{drift}{active}{retries}"
         if sys.stderr.isatty():
             if self._bar is None:
                 self._bar = tqdm(total=self.total_steps, unit="step", dynamic_ncols=True)

@@ -7,6 +7,7 @@ It is a module so that ZeRO-3 gathers every parameter it touches, the scores of 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.data.reference.samples import Reference
 from pipeline.method.contrastive import MAX_LOGIT_SCALE, flyp_loss
 from pipeline.method.gate import Gate, read_gates
+from pipeline.method.keep import drift, keep_loss
 from pipeline.method.penalty import PenaltyKind, Reduction, gate_penalty
 
 
@@ -49,47 +52,122 @@ class _CapScale(torch.autograd.Function):
         return torch.where((scale >= MAX_LOGIT_SCALE) & (grad < 0), torch.zeros_like(grad), grad)
 
 
-class Task(Protocol):
-    """What a model is trained for. `targets` has a row for each image."""
+Outputs = tuple[Tensor, ...]
+Features = tuple[Tensor | None, Tensor | None]
 
-    def outputs(self, model: Any, pixels: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """What the loss needs of the model: tensors with a row for each image, and such as are the same for all."""
+
+class Task(Protocol):
+    """What a model is trained for. `targets` has a row for each image.
+
+    With reference samples their images and texts go through the model behind those of the batch, in one forward.
+    """
+
+    def joined(self, images: Tensor, targets: Tensor, reference: Reference) -> tuple[Tensor, Tensor]:
+        """Images (B + R, 3, H, W) and targets, those of the reference samples last."""
         ...
 
-    def losses(self, outputs: tuple[Tensor, ...], targets: Tensor) -> dict[str, Tensor]:
-        """The scalar `task`, and what else shall be seen of a step. The mean over ranks of the gradients of `task` is
-        the gradient of the global batch."""
+    def outputs(self, model: Any, pixels: Tensor, targets: Tensor) -> Outputs:
+        """What the loss needs of the model: tensors with a row for each input, and such as are the same for all."""
+        ...
+
+    def parted(self, outputs: Outputs, images: int, targets: int) -> tuple[Outputs, Features]:
+        """The outputs of the batch, and image and text features of the reference samples; None where there are none."""
+        ...
+
+    def features(self, model: Any, pixels: Tensor, tokens: Tensor) -> Features:
+        """Image and text features alone; None for no rows."""
+        ...
+
+    def losses(self, outputs: Outputs, targets: Tensor) -> dict[str, Tensor]:
+        """The scalar `task`, and what else is shown of a step. The mean over ranks of the gradients of `task` is the
+        gradient of the global batch."""
         ...
 
 
 class Contrastive:
-    """A CLIP under the FLYP loss (method notes 3.1). Targets: tokens (B, context) of the captions."""
+    """A CLIP under the FLYP loss (arXiv 2212.00638). Targets: tokens (B, context) of the captions."""
 
-    def outputs(self, model: Any, pixels: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    def joined(self, images: Tensor, targets: Tensor, reference: Reference) -> tuple[Tensor, Tensor]:
+        tokens = _stacked(targets, reference.tokens) if len(reference.tokens) else targets
+        return _joined_images(images, reference), tokens
+
+    def outputs(self, model: Any, pixels: Tensor, targets: Tensor) -> Outputs:
         """Normalised features (B, D) of both towers and the logit scale."""
         return model(pixels, targets)
 
-    def losses(self, outputs: tuple[Tensor, ...], targets: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 - by protocol
+    def parted(self, outputs: Outputs, images: int, targets: int) -> tuple[Outputs, Features]:
+        image, text, scale = outputs
+        return (image[:images], text[:targets], scale), (_rest(image, images), _rest(text, targets))
+
+    def features(self, model: Any, pixels: Tensor, tokens: Tensor) -> Features:
+        image, text, _ = model(pixels if len(pixels) else None, tokens if len(tokens) else None)
+        return image, text
+
+    def losses(self, outputs: Outputs, targets: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 - by protocol
         image_features, text_features, scale = outputs
         scale = _CapScale.apply(scale.squeeze())
         return {"task": flyp_loss(image_features, text_features, scale), "logit_scale": scale}
 
 
+@dataclass(frozen=True)
 class Classification:
-    """A classifier under the cross entropy (method notes 6). Targets: classes (B,)."""
+    """A classifier under the cross entropy. Targets: classes (B,).
 
-    def outputs(self, model: Any, pixels: Tensor, targets: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG002 - by protocol
-        """Logits (B, classes)."""
-        return (model(pixels),)
+    with_features: the features before the classifier are needed, for reference images.
+    """
 
-    def losses(self, outputs: tuple[Tensor, ...], targets: Tensor) -> dict[str, Tensor]:
+    with_features: bool = False
+
+    def joined(self, images: Tensor, targets: Tensor, reference: Reference) -> tuple[Tensor, Tensor]:
+        return _joined_images(images, reference), targets
+
+    def outputs(self, model: Any, pixels: Tensor, targets: Tensor) -> Outputs:  # noqa: ARG002 - by protocol
+        """Logits (B, classes), and features (B, D) where they are needed."""
+        if not self.with_features:
+            return (model(pixels),)
+        features = model.encode_image(pixels)
+        return model.head(features), features
+
+    def parted(self, outputs: Outputs, images: int, targets: int) -> tuple[Outputs, Features]:  # noqa: ARG002
+        logits, features = outputs
+        return (logits[:images],), (_rest(features, images), None)
+
+    def features(self, model: Any, pixels: Tensor, tokens: Tensor) -> Features:  # noqa: ARG002 - by protocol
+        return model.encode_image(pixels), None
+
+    def losses(self, outputs: Outputs, targets: Tensor) -> dict[str, Tensor]:
         logits = outputs[0].float()
         hits = (logits.argmax(1) == targets).float()
         return {"task": F.cross_entropy(logits, targets), "accuracy": hits.mean()}
 
 
+def _stacked(one: Tensor, other: Tensor) -> Tensor:
+    """Tokens (B, L) and (T, M) -> (B + T, max(L, M)), the shorter ones padded with 0 as open_clip pads."""
+    length = max(one.shape[1], other.shape[1])
+    return torch.cat([F.pad(each, (0, length - each.shape[1])) for each in (one, other)])
+
+
+def _joined_images(images: Tensor, reference: Reference) -> Tensor:
+    return torch.cat([images, reference.images]) if len(reference.images) else images
+
+
+def _rest(rows: Tensor, first: int) -> Tensor | None:
+    return rows[first:] if len(rows) > first else None
+
+
+@dataclass(frozen=True)
+class KeepSettings:
+    """Weights of the distance to the untouched model and of replayed pairs, on reference samples."""
+
+    weight: float
+    replay: float
+
+
 class Objective(nn.Module):
-    """A model under the loss of its task with the gate penalty (paper eq. 4).
+    """A model under the loss of its task with the gate penalty (paper eq. 4) and, where `keep` is given, the distance
+    to the untouched model on reference samples.
+
+    Reference samples join the batch in one forward, so that DeepSpeed sees one forward and one backward a step.
 
     micro_batch: images that go through the model at a time (None: all). It bounds the memory and leaves loss and
     gradient those of the whole batch (GradCache, arXiv 2101.06983): features are computed without keeping what led to
@@ -111,6 +189,7 @@ class Objective(nn.Module):
         std: tuple[float, ...],
         precision: str,
         micro_batch: int | None = None,
+        keep: KeepSettings | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -119,32 +198,103 @@ class Objective(nn.Module):
         self._penalty = penalty
         self._precision = precision
         self._micro_batch = micro_batch
+        self._keep = keep
         self.register_buffer("_mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("_std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
 
-    def forward(self, images: Tensor, targets: Tensor, step: int) -> dict[str, Tensor]:
-        """images (B, 3, H, W) uint8 and targets of this rank -> scalars total, task, penalty and what the task adds."""
-        read_gates(self._gates)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self._precision == "bf16"):
-            outputs = self._outputs(images, targets)
-        parts = self._task.losses(outputs, targets)
-        penalty = self._gate_penalty(step, parts["task"])
-        shown = {name: value.detach() for name, value in {**parts, "penalty": penalty}.items()}
-        return {"total": parts["task"] + penalty, **shown}
+    def forward(
+        self, images: Tensor | None, targets: Tensor | None, step: int, reference: Reference | None = None
+    ) -> dict[str, Tensor]:
+        """One step's loss.
 
-    def _outputs(self, images: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        Args:
+            images: (B, 3, H, W) uint8 of this rank; None measures the distance on the reference samples and no more.
+            targets: of this rank, a row for each image.
+            step: optimizer steps finished before this one.
+            reference: this rank's reference samples, None without any.
+
+        Returns:
+            Scalars total, task, penalty, what the task adds, and with reference samples keep and replay; or the drift
+            of images and of texts where only that is measured.
+        """
+        read_gates(self._gates)
+        if images is None or targets is None:
+            assert reference is not None
+            return self._drift(reference)
+        if reference is None or self._keep is None:
+            with self._autocast(images):
+                outputs = self._outputs(images, targets)
+            parts = self._task.losses(outputs, targets)
+            more = {}
+        else:
+            with self._autocast(images):
+                joined = self._outputs(*self._task.joined(images, targets, reference))
+            outputs, features = self._task.parted(joined, len(images), len(targets))
+            parts = self._task.losses(outputs, targets)
+            more = self._kept(self._keep, features, reference, parts)
+        penalty = self._gate_penalty(step, parts["task"])
+        total = sum(more.values(), parts["task"] + penalty)
+        shown = {name: value.detach() for name, value in {**parts, **more, "penalty": penalty}.items()}
+        return {"total": total, **shown}
+
+    def _autocast(self, images: Tensor) -> torch.autocast:
+        return torch.autocast(images.device.type, torch.bfloat16, enabled=self._precision == "bf16")
+
+    def _kept(
+        self, settings: KeepSettings, features: Features, reference: Reference, parts: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The weighted distance to the untouched model, and the weighted loss of replayed pairs where they count."""
+        image, text = features
+        distance = keep_loss(image, reference.image_features, text, reference.text_features)
+        found = {"keep": settings.weight * distance}
+        if settings.replay:
+            assert image is not None, "replay needs images"
+            assert text is not None, "replay needs captions"
+            found["replay"] = settings.replay * flyp_loss(image, text[: len(image)], parts["logit_scale"])
+        return found
+
+    @torch.no_grad()
+    def _drift(self, reference: Reference) -> dict[str, Tensor]:
+        """drift_image and drift_text: mean of 1 - cos, of those that there are samples for."""
+        images, image_untouched, tokens, text_untouched = reference
+        found = {}
+        if len(images):
+            found["drift_image"] = drift(self._features(images, tokens[:0], 0), image_untouched)
+        if len(tokens):
+            found["drift_text"] = drift(self._features(images[:0], tokens, 1), text_untouched)
+        return found
+
+    def _features(self, images: Tensor, tokens: Tensor, which: int) -> Tensor:
+        """(N, D) of images or of tokens, the other being empty, a micro-batch at a time. which: 0 or 1."""
+        size = self._micro_batch or max(len(images), len(tokens))
+        starts = range(0, max(len(images), len(tokens)), size)
+        found = []
+        with self._autocast(self._mean):
+            for start in starts:
+                pixels = self._normalized(images[start : start + size])
+                part = self._task.features(self.model, pixels, tokens[start : start + size])[which]
+                assert part is not None, "there are rows of this kind"
+                found.append(part)
+        return torch.cat(found)
+
+    def _outputs(self, images: Tensor, targets: Tensor) -> Outputs:
         size = self._micro_batch or len(images)
         if size >= len(images):
             return self._run(images, targets)
-        parts = [
-            checkpoint(self._run, *pairs, use_reentrant=False)
-            for pairs in zip(images.split(size), targets.split(size), strict=True)
-        ]
-        # One row for each image, or one value for all of them.
+        if len(images) == len(targets):
+            pairs = zip(images.split(size), targets.split(size), strict=True)
+        else:
+            count = min(math.ceil(max(len(images), len(targets)) / size), len(images), len(targets))
+            pairs = zip(images.tensor_split(count), targets.tensor_split(count), strict=True)
+        parts = [checkpoint(self._run, *pair, use_reentrant=False) for pair in pairs]
+        # One row for each input, or one value for all of them.
         return tuple(torch.cat(each) if each[0].ndim > 1 else each[-1] for each in zip(*parts, strict=True))
 
-    def _run(self, images: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        return self._task.outputs(self.model, (images.to(self._mean.dtype) - self._mean) / self._std, targets)
+    def _run(self, images: Tensor, targets: Tensor) -> Outputs:
+        return self._task.outputs(self.model, self._normalized(images), targets)
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        return (images.to(self._mean.dtype) - self._mean) / self._std
 
     def _gate_penalty(self, step: int, like: Tensor) -> Tensor:
         settings = self._penalty

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch.distributed as dist
 
 from pipeline.config import Config, ConfigError
+from pipeline.data.reference.samples import ReferenceData
 from pipeline.data.shards.index import ShardIndex, load_index
 from pipeline.model.load import Model
 from pipeline.tracking.tracker import Tracker
@@ -23,9 +24,10 @@ from pipeline.training.cluster.peers import meet, watched_peers
 from pipeline.training.directory import claim, leave_mark, say, tracked
 from pipeline.training.engine import start_process_group
 from pipeline.training.loop import StopRequest, train_steps
-from pipeline.training.model import build_model, classes_of, load_trainable
+from pipeline.training.model import attach_blocks, classes_of, load_trainable, load_untouched
 from pipeline.training.monitor import Sink
 from pipeline.training.optim import lr_factor
+from pipeline.training.reference import build_reference
 from pipeline.training.settings import total_steps
 
 
@@ -111,7 +113,9 @@ def _train_held(
     for warning in warnings_of(config, total, index.samples):
         say(world, f"warning: {warning}")
     with watched_peers(store, world):
-        model = build_model(config, classes_of(config, index))
+        model = load_untouched(config, classes_of(config, index))
+        reference = build_reference(config, model, world)
+        attach_blocks(config, model)
         if checkpoint is not None:
             _check_data(checkpoint, index)
             load_trainable(model, checkpoint)
@@ -120,7 +124,7 @@ def _train_held(
         with tracked(config, run_dir, world, digests, total) as tracker:
             sink = tracker if watch is None else _Watched(tracker, watch)
             job = Job(config, run_dir, world, index, total, control, lease)
-            step = _train(job, model, checkpoint, sink, watch)
+            step = _train(job, model, reference, checkpoint, sink, watch)
     return Outcome(run_dir, step, total), control
 
 
@@ -156,8 +160,15 @@ def warnings_of(config: Config, total: int, samples: int) -> list[str]:
     return found
 
 
-def _train(job: Job, model: Model, checkpoint: Checkpoint | None, sink: Sink, watch: Watch | None) -> int:
-    training, monitor = build_training(job, model, checkpoint, sink)
+def _train(
+    job: Job,
+    model: Model,
+    reference: ReferenceData | None,
+    checkpoint: Checkpoint | None,
+    sink: Sink,
+    watch: Watch | None,
+) -> int:
+    training, monitor = build_training(job, model, reference, checkpoint, sink)
 
     def also() -> bool:
         return (watch is not None and watch.stop_requested()) or (job.lease is not None and job.lease.lost)

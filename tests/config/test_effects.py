@@ -29,6 +29,7 @@ OTHER = {
     "train.checkpoint_every": 11,
     "train.keep_last": 5,
     "train.timeout_s": 60.0,
+    "keep.allow_overlap": True,
     "data.workers": 4,
     "data.read_ahead": 0,
     "data.max_bad_share": 0.5,

@@ -37,7 +37,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _run_rank(rank: int, world: int, port: int, config: Path, overrides: list[str], errors: Path) -> None:
+def _run_rank(
+    rank: int, world: int, port: int, config: Path, overrides: list[str], errors: Path, cache: str | None
+) -> None:
     """What a launcher and `selora train` do, in a process that need not import torch again."""
     os.environ |= {
         "RANK": str(rank),
@@ -47,6 +49,8 @@ def _run_rank(rank: int, world: int, port: int, config: Path, overrides: list[st
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    if cache is not None:  # the fork server has the environment of its own start
+        os.environ["SELORA_CACHE"] = cache
     from pipeline.config import ConfigError, load_config
     from pipeline.training.run import train
 
@@ -189,7 +193,10 @@ def launch(tmp_path: Path, config_file: Path, fork_server: Any) -> Iterator[Laun
         said = [tmp_path / f"said-{len(started)}-{rank}.txt" for rank in range(world)]
         port = free_port()
         processes = [
-            fork_server.Process(target=_run_rank, args=(rank, world, port, config, list(overrides), said[rank]))
+            fork_server.Process(
+                target=_run_rank,
+                args=(rank, world, port, config, list(overrides), said[rank], os.environ.get("SELORA_CACHE")),
+            )
             for rank in range(world)
         ]
         for process in processes:

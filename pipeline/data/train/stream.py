@@ -13,6 +13,7 @@ from pipeline.config import ConfigError
 from pipeline.data.batches import Batches, taking_turns
 from pipeline.data.images import MAX_PIXELS, STORED_EXTENSIONS, BadImageError, Preprocessing, decode, train_crop
 from pipeline.data.order import Order, check_split, draw_without_repetition, rank_positions, stable_hash
+from pipeline.data.reference.samples import ReferenceBatch, ReferenceData
 from pipeline.data.shards.index import ShardIndex, open_shard, sample_texts
 from pipeline.data.storage.remote import retries
 from pipeline.data.storage.tar import TarIndex, TarSample
@@ -54,15 +55,17 @@ class Batch:
     bad: list[str]
     tokens: Tensor | None = None
     retries: int = 0
+    reference: ReferenceBatch | None = None
 
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader when it pins."""
         return self.each_tensor(Tensor.pin_memory)
 
     def each_tensor(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with its images, labels and tokens changed."""
+        """The batch with its images, labels, tokens and reference samples changed."""
         tokens = None if self.tokens is None else change(self.tokens)
-        return replace(self, images=change(self.images), labels=change(self.labels), tokens=tokens)
+        reference = None if self.reference is None else self.reference.each_tensor(change)
+        return replace(self, images=change(self.images), labels=change(self.labels), tokens=tokens, reference=reference)
 
 
 class TrainDataset:
@@ -172,11 +175,18 @@ class _MakeBatch:
     """Positions of one rank and step into a Batch, in the process that makes it; see `train_loader` for the options."""
 
     def __init__(
-        self, dataset: TrainDataset, plan: RankSteps, tokenizer: Tokenizer | None, *, ahead: int, sharing: int
+        self,
+        dataset: TrainDataset,
+        plan: RankSteps,
+        tokenizer: Tokenizer | None,
+        reference: ReferenceData | None,
+        *,
+        ahead: int,
+        sharing: int,
     ) -> None:
-        self.dataset, self.plan, self.tokenizer = dataset, plan, tokenizer
+        self.dataset, self.plan, self.tokenizer, self.reference = dataset, plan, tokenizer, reference
         self._ahead, self._sharing = ahead, sharing
-        self._reading: ReadAhead | None = None
+        self._reading: list[ReadAhead] = []
         self._next, self._retries = -1, 0
 
     def __call__(self, positions: Sequence[int]) -> Batch:
@@ -186,9 +196,12 @@ class _MakeBatch:
         if begins:
             self._stop_reading()
             self._retries = retries()
-        elif self._reading is not None:
-            self._reading.reached(step)
+        for reading in self._reading:
+            reading.reached(step)
         samples = [self.dataset[position] for position in positions]
+        plan, reference = self.plan, None
+        if self.reference is not None:
+            reference = self.reference.batch(step, plan.rank, plan.world)
         if begins:
             # Not before, for the first batch should not have to share the line with those that come later.
             self._reading = self._read_ahead(step, every)
@@ -201,22 +214,36 @@ class _MakeBatch:
             tokens=None if self.tokenizer is None else self.tokenizer(captions),
             keys=[sample.key for sample in samples],
             labels=torch.tensor([sample.label for sample in samples], dtype=torch.int64),
-            bad=[sample.bad for sample in samples if sample.bad],
+            bad=[sample.bad for sample in samples if sample.bad] + ([] if reference is None else reference.bad),
             retries=self._retries - before,
+            reference=reference,
         )
 
     def __del__(self) -> None:
         self._stop_reading()
 
     def _stop_reading(self) -> None:
-        if self._reading is not None:
-            self._reading.close()
-            self._reading = None
+        for reading in self._reading:
+            reading.close()
+        self._reading = []
 
-    def _read_ahead(self, step: int, every: int) -> ReadAhead | None:
+    def _read_ahead(self, step: int, every: int) -> list[ReadAhead]:
         plan, data = self.plan, self.dataset
-        turns = Turns(step, plan.stop, every, plan.global_batch, plan.rank, plan.world)
-        return read_ahead(data.index, data.order, turns, self._ahead, self._sharing, data.opened)
+        sources = [(data.index, data.order, plan.global_batch, data.opened)]
+        if self.reference is not None and (images := self.reference.images) is not None:
+            sources.append((images.index, images.order, self.reference.global_batch, images.opened))
+        found = [
+            read_ahead(
+                index,
+                order,
+                Turns(step, plan.stop, every, batch, plan.rank, plan.world),
+                self._ahead,
+                self._sharing * len(sources),
+                opened,
+            )
+            for index, order, batch, opened in sources
+        ]
+        return [reading for reading in found if reading is not None]
 
 
 def train_loader(
@@ -226,6 +253,7 @@ def train_loader(
     start_step: int,
     stop_step: int,
     tokenizer: Tokenizer | None = None,
+    reference: ReferenceData | None = None,
     rank: int = 0,
     world: int = 1,
     sharing: int = 1,
@@ -237,9 +265,9 @@ def train_loader(
 ) -> Batches[Batch]:
     """Batches of this rank for steps [start_step, stop_step), in order and the same with any number of workers.
 
-    ``tokenizer``: makes the tokens of a batch, in the worker that makes the batch. ``ahead``: shards behind a URL that
-    are fetched before they are needed, per stream of the rank. ``sharing``: ranks on this machine, which share its
-    cache.
+    ``tokenizer``: makes the tokens of a batch, in the worker that makes the batch. ``reference``: what each batch gets
+    its reference samples from. ``ahead``: shards behind a URL that are fetched before they are needed, per stream of
+    the rank. ``sharing``: ranks on this machine, which share its cache.
     Raises ConfigError when streams, batch and ranks do not fit each other, and while iterating when a shard is broken.
     """
     streams = dataset.order.streams
@@ -247,5 +275,5 @@ def train_loader(
     if not 0 <= rank < world:
         raise ConfigError(f"rank {rank} is not in a world of {world}")
     plan = RankSteps(start_step, stop_step, global_batch, streams, rank, world)
-    make = _MakeBatch(dataset, plan, tokenizer, ahead=ahead, sharing=sharing)
+    make = _MakeBatch(dataset, plan, tokenizer, reference, ahead=ahead, sharing=sharing)
     return Batches(make, plan, workers=workers, prefetch=prefetch, pin=pin, start_method=start_method)
