@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pipeline.config import ConfigError
+from pipeline.sockets import use_short_sockets
 
 Made = TypeVar("Made", covariant=True)
 
@@ -51,6 +52,7 @@ class Batches(Generic[Made]):
         self._make, self._plan = make, plan
         self._options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin}
         if workers:
+            use_short_sockets()
             self._options |= {"prefetch_factor": prefetch, "multiprocessing_context": start_method}
 
     def __len__(self) -> int:

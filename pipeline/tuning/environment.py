@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pipeline.config import ConfigError
 from pipeline.passwords import redact
+from pipeline.sockets import LONGEST, short_place
 
 _PREFIXES = ("SELORA_", "NCCL_", "GLOO_", "RAY_TRAIN_", "AWS_", "HF_", "GOOGLE_", "GCSFS_", "AZURE_", "FSSPEC_")
 _NAMES = {
@@ -26,9 +27,8 @@ _NAMES = {
 _ONLY_HERE = {"SELORA_HOSTS", "SELORA_STOPPED", "SELORA_SHIPPED", "SELORA_SHIPPING_URI"}
 _SECRET = re.compile(r"SECRET|PASSWORD|PASSWD|TOKEN|CREDENTIAL|(^|_)KEY(_|$)")
 _WHERE_ONE_IS = re.compile(r"_(FILE|PATH|URI)$|^GOOGLE_APPLICATION_CREDENTIALS$")
-# Ray's longest socket: TMP/ray/session_<date and process: 34>/sockets/plasma_store, in the 107 bytes of an address.
-_LONGEST_TMP = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
-_SHORT = ("/tmp", "/var/tmp", "/dev/shm")
+# Ray's longest socket: TMP/ray/session_<date and process: 34>/sockets/plasma_store, in the bytes of an address.
+_LONGEST_TMP = LONGEST - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 
 
 def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
@@ -78,7 +78,7 @@ def short_sockets(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
         ConfigError: RAY_TMPDIR is too long, or no short directory can be written.
     """
     given = environment.get("RAY_TMPDIR")
-    place = given or environment.get("TMPDIR") or _SHORT[0]
+    place = given or environment.get("TMPDIR") or "/tmp"
     if len(os.fsencode(place)) <= _LONGEST_TMP:
         yield {}
         return
@@ -87,13 +87,13 @@ def short_sockets(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
             f"RAY_TMPDIR={given}: Ray's sockets would have longer addresses than the system takes; "
             f"give a directory of at most {_LONGEST_TMP} bytes"
         )
-    usable = [short for short in _SHORT if os.access(short, os.W_OK | os.X_OK)]
-    if not usable:
+    short = short_place()
+    if short is None:
         raise ConfigError(
             f"TMPDIR={place}: too long for the addresses of Ray's sockets; "
             f"set RAY_TMPDIR to a directory of at most {_LONGEST_TMP} bytes"
         )
-    directory = Path(tempfile.mkdtemp(prefix="selora-", dir=usable[0]))
+    directory = Path(tempfile.mkdtemp(prefix="selora-", dir=short))
     try:
         yield {"RAY_TMPDIR": str(directory)}
     finally:

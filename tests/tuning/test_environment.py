@@ -101,7 +101,7 @@ def test_the_longest_directory_that_is_let_through_fits(tmp_path: Path) -> None:
 
 
 def test_without_a_short_directory_the_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # of /tmp and the like
     with pytest.raises(ConfigError, match="set RAY_TMPDIR to a directory of at most"):
         with short_sockets({"TMPDIR": "/" + "d" * 90}):
             pass
