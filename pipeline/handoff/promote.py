@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from pipeline.handoff.source import Source, read_source
 from pipeline.passwords import redact
 from pipeline.selection.kept import kept_of
 from pipeline.selection.rule import Clause, check
-from pipeline.tracking.mlflow.registry import CHAMPION, DIGEST_TAG, Registry
+from pipeline.tracking.mlflow.registry import CHAMPION, DIGEST_TAG, REGISTRY_VARIABLE, Registry
 from pipeline.tracking.mlflow.sync import sync
 from pipeline.tracking.mlflow.uris import resolve_uri
 from pipeline.tracking.served.served import Labels
@@ -76,7 +77,7 @@ def promote(
     check_labels(source, class_names, templates)
     summary = results_of(source)
     clauses = check(rule, summary)
-    notes = [chosen] if chosen else []
+    notes = [*([chosen] if chosen else []), *_other_registry(uri)]
     if not all(clause.holds for clause in clauses):
         return Promotion(name, uri, run_dir, clauses, notes=notes)
     tags = version_tags(source, summary)
@@ -172,6 +173,14 @@ def _register(
 ) -> str:
     with tempfile.TemporaryDirectory(prefix="selora-") as folder:
         return registry.register(build_served(source, labels, tags, Path(folder)), tags, run_id)
+
+
+def _other_registry(uri: str) -> list[str]:
+    """A note where MLFLOW_REGISTRY_URI names another store than the run's."""
+    other = os.environ.get(REGISTRY_VARIABLE)
+    if not other or other == uri:
+        return []
+    return [f"{REGISTRY_VARIABLE}={redact(other)} is not used: a version is registered where its run is; see --uri"]
 
 
 def _deserves(rule: Promote, registry: Registry, version: str, tags: Mapping[str, str], notes: list[str]) -> bool:

@@ -89,6 +89,28 @@ def test_a_registration_that_fails_leaves_no_model_and_no_version(store: str, tm
     assert registry.version_of("") is None
 
 
+def test_a_registry_elsewhere_in_the_environment_is_not_used(
+    store: str, model: Callable[[], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A version links to its run, so it is where the run is; `promote` says that the variable is not used."""
+    import mlflow
+
+    from pipeline.handoff.promote import _other_registry
+
+    elsewhere = f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", elsewhere)
+    registry = Registry(store, "not_elsewhere")
+    assert registry.register(model(), {"selora.weights_digest": "d"}, None) == "1"
+    assert registry.version_of("d") == "1"
+    assert not (tmp_path / "elsewhere.db").exists()
+    assert os.environ["MLFLOW_REGISTRY_URI"] == elsewhere
+    assert mlflow.get_registry_uri() == elsewhere
+    assert _other_registry(store) == [
+        f"MLFLOW_REGISTRY_URI={elsewhere} is not used: a version is registered where its run is; see --uri"
+    ]
+    assert _other_registry(elsewhere) == []
+
+
 def test_a_store_that_is_away_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(ConfigError, match="tracking.uri=http://me:\\*\\*\\*@127.0.0.1:9: Connection refused"):

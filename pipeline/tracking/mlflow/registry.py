@@ -26,13 +26,17 @@ CHALLENGER, CHAMPION = "challenger", "champion"
 DIGEST_TAG = "selora.weights_digest"
 CHAMPIONS_TAG = "selora.champions"
 PREVIOUS_TAG = "selora.previous_champion"
+REGISTRY_VARIABLE = "MLFLOW_REGISTRY_URI"
 _KEPT_CHAMPIONS = 50
 # An upload of a whole CLIP takes longer to be answered than a metric does.
 PATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "600", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
 
 
 class Registry:
-    """The versions of one registered model at one store. Faults of the store are ConfigErrors that name it."""
+    """The versions of one registered model at one store. Faults of the store are ConfigErrors that name it.
+
+    The store is the one that has the runs, whatever MLFLOW_REGISTRY_URI says: a version links to its run.
+    """
 
     def __init__(self, uri: str, name: str, experiment: str = "selora") -> None:
         if not name or re.search(r"[/:.%\"'\s]", name):
@@ -195,21 +199,23 @@ def load_registered(model_uri: str, uri: str) -> Any:
 
 @contextmanager
 def _default_store(uri: str) -> Iterator[None]:
-    """MLflow's process-wide default address for the time of a block; MLflow writes it into the environment, too."""
+    """MLflow's process-wide default addresses for the time of a block; MLflow writes them into the environment, too."""
     import mlflow
 
-    variable = "MLFLOW_TRACKING_URI"
-    inherited = os.environ.get(variable)
+    variables = ("MLFLOW_TRACKING_URI", REGISTRY_VARIABLE)
+    inherited = {name: os.environ[name] for name in variables if name in os.environ}
     before: Any = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
+    nothing: Any = None
     mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
     try:
         yield
     finally:
         mlflow.set_tracking_uri(before)
-        if inherited is None:
-            os.environ.pop(variable, None)
-        else:
-            os.environ[variable] = inherited
+        mlflow.set_registry_uri(nothing)  # back to what the environment says, else the tracking address
+        for name in variables:
+            os.environ.pop(name, None)
+        os.environ.update(inherited)
 
 
 def _sign(model: Path, model_id: str, run_id: str | None) -> None:

@@ -165,12 +165,12 @@ class MlflowStore:
             logging.getLogger(name).setLevel(logging.ERROR)
         file = sqlite_path(self.uri)
         if file is None:
-            client = MlflowClient(self.uri)
+            client = MlflowClient(self.uri, registry_uri=self.uri)
             self._experiment_id = self._settle_experiment(client)
         else:
             file.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(file.with_name(file.name + ".lock"), _CREATE_WAIT_SECONDS):
-                client = MlflowClient(self.uri)
+                client = MlflowClient(self.uri, registry_uri=self.uri)
                 self._experiment_id = self._settle_experiment(client)
         self._client = client
         return client
