@@ -207,7 +207,10 @@ def test_a_killed_run_with_keep_resumes_bit_for_bit(launch, reference_shards, st
     [
         (("keep.texts=null",), "keep.weight: 3 without any reference data"),
         (("keep.replay=0.1",), "keep.replay: 0.1 needs captioned images"),
-        (("keep.texts=missing.txt",), "keep.texts=missing.txt: No such file"),
+        (
+            ("keep.texts=missing.txt",),
+            "keep.texts: missing.txt: cannot be read (No such file or directory), or use keep.texts=general",
+        ),
         (("keep.images=nowhere",), "keep.images=nowhere: nowhere: no such folder"),
     ],
 )
@@ -224,16 +227,16 @@ def test_a_batch_that_ranks_cannot_share_names_one_that_they_can(config_file) ->
 
 
 def test_a_reference_text_file_must_be_utf_8_and_hold_sentences(config_file, tmp_path) -> None:
+    from pipeline.data.reference.texts import reference_texts
+
     file = tmp_path / "texts.txt"
-    file.write_bytes("a dog\nein M\u00e4dchen\n".encode("latin-1"))
-    with pytest.raises(ConfigError, match="line 2 is not UTF-8"):
+    file.write_bytes("a dog\nein Mädchen\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"keep.texts: .*texts.txt:2: byte 0xe4 .* is not UTF-8"):
         built(config_file, f"keep.texts={file}")
-    file.write_text(" \n\n")
+    file.write_text(" \n\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="holds no sentence"):
         built(config_file, f"keep.texts={file}")
     file.write_text("\ufeffa dog\n\na cat\na dog\n", encoding="utf-8")
-    from pipeline.data.reference.texts import reference_texts
-
     assert reference_texts(str(file)) == ["a dog", "a cat"]
 
 

@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 from pipeline.config import ConfigError
+from pipeline.config.text_file import decode_text, lines_of, read_text
 
 # Names of the lists that ship with the package, each a file NAME.txt in this folder.
 SHIPPED = ("general",)
@@ -18,28 +19,21 @@ def reference_texts(name_or_path: str) -> list[str]:
         name_or_path: `general`, or the path of a UTF-8 file with a sentence a line; empty lines are left out.
 
     Raises:
-        ConfigError: for a file that does not exist, is not UTF-8, or holds no sentence.
+        ConfigError: for a file that does not exist, is not UTF-8, or holds fewer than two sentences.
     """
     if name_or_path in SHIPPED:
         data = resources.files("pipeline.data.reference").joinpath(f"{name_or_path}.txt").read_bytes()
+        text = decode_text(data, name_or_path)
     else:
-        data = _read(Path(name_or_path).expanduser(), name_or_path)
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ConfigError(f"keep.texts={name_or_path}: line {line} is not UTF-8; save the file as UTF-8") from error
-    sentences = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
-    if not sentences:
-        raise ConfigError(f"keep.texts={name_or_path}: holds no sentence; write one a line, or use keep.texts=general")
-    return sentences
-
-
-def _read(path: Path, said: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
+        try:
+            text = read_text(Path(name_or_path).expanduser())
+        except ConfigError as error:
+            raise ConfigError(f"keep.texts: {error}, or use keep.texts={SHIPPED[0]}") from None
+    sentences = list(dict.fromkeys(line.strip() for line in lines_of(text) if line.strip()))
+    if len(sentences) < 2:
+        found = "one sentence" if sentences else "no sentence"
         raise ConfigError(
-            f"keep.texts={said}: {error.strerror}; give a text file with a sentence a line, or "
-            f"{' or '.join(SHIPPED)} for a list that ships with selora"
-        ) from error
+            f"keep.texts={name_or_path}: holds {found}, and two are the least; write one a line, or use "
+            f"keep.texts={SHIPPED[0]}"
+        )
+    return sentences
