@@ -6,13 +6,14 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
 # The environment is set up again only when pyproject.toml or uv.lock changes, or when the checkout has moved.
 STAMP := .venv/.made-$(shell { pwd; cat pyproject.toml uv.lock; } | cksum | tr -d ' ')
 
-.PHONY: help demo test test-slow bench docs lint format env clean
+.PHONY: help demo test test-slow bench chaos docs lint format env clean
 
 help:
 	@echo "make demo       run the whole pipeline on embedded data, from photos to a registered model"
 	@echo "make test       lint, types, import rules and all fast tests; needs no network once the environment is set up"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make bench      measure speed and memory against PEFT, open_clip and webdataset, into build/benchmarks"
+	@echo "make chaos      kill and stop commands at random moments and compare what they end with, into build/chaos"
 	@echo "make docs       build the documentation site, into build/site"
 	@echo "make lint       the checks alone"
 	@echo "make format     format the code"
@@ -32,6 +33,10 @@ bench: env
 	$(BIN)/python tests/benchmarks/bench.py --out build/benchmarks
 	$(BIN)/python tests/benchmarks/scaling.py | tee build/benchmarks/scaling.md
 	$(BIN)/python tests/benchmarks/settling.py --out build/benchmarks
+
+# make chaos CHAOS="--minutes 60 --seed 7 --commands train promote"
+chaos: env
+	$(BIN)/python tests/chaos/chaos.py --out build/chaos $(CHAOS)
 
 docs: env
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

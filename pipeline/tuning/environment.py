@@ -9,9 +9,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from pathlib import Path
 
 from pipeline.config import ConfigError
 from pipeline.passwords import redact
@@ -65,14 +64,12 @@ def _is_secret(name: str, value: str) -> bool:
 
 
 @contextmanager
-def short_sockets(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """Settings for a cluster on this machine whose sockets have addresses that the system takes.
+def short_sockets(environment: MutableMapping[str, str]) -> Iterator[None]:
+    """Let the sockets of a cluster on this machine have addresses that the system takes, for the time of the block.
 
     Args:
-        environment: RAY_TMPDIR and TMPDIR say where Ray would put them.
-
-    Yields:
-        RAY_TMPDIR as a directory for the time of the block, or nothing where the given ones are short enough.
+        environment: RAY_TMPDIR and TMPDIR say where they would be; both are set to a short directory where that is too
+            long, because a process of Ray's own has sockets in either.
 
     Raises:
         ConfigError: RAY_TMPDIR is too long, or no short directory can be written.
@@ -80,21 +77,20 @@ def short_sockets(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
     given = environment.get("RAY_TMPDIR")
     place = given or environment.get("TMPDIR") or "/tmp"
     if len(os.fsencode(place)) <= _LONGEST_TMP:
-        yield {}
+        yield
         return
-    if given:
-        raise ConfigError(
-            f"RAY_TMPDIR={given}: Ray's sockets would have longer addresses than the system takes; "
-            f"give a directory of at most {_LONGEST_TMP} bytes"
-        )
     short = short_place()
-    if short is None:
+    if given or short is None:
         raise ConfigError(
-            f"TMPDIR={place}: too long for the addresses of Ray's sockets; "
+            f"{'RAY_TMPDIR' if given else 'TMPDIR'}={place}: too long for the addresses of Ray's sockets; "
             f"set RAY_TMPDIR to a directory of at most {_LONGEST_TMP} bytes"
         )
-    directory = Path(tempfile.mkdtemp(prefix="selora-", dir=short))
+    directory = tempfile.mkdtemp(prefix="selora-", dir=short)
+    before = {name: environment[name] for name in ("TMPDIR",) if name in environment}
+    environment.update({"RAY_TMPDIR": directory, "TMPDIR": directory})
     try:
-        yield {"RAY_TMPDIR": str(directory)}
+        yield
     finally:
+        del environment["RAY_TMPDIR"]
+        environment.update(before)
         shutil.rmtree(directory, ignore_errors=True)

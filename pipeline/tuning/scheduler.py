@@ -101,7 +101,7 @@ def cluster(address: str | None, resources: Resources) -> Iterator[Capacity]:
         settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
         # The process of an evaluation waits for the next one: its imports take as long as a small benchmark.
         settings["RAY_idle_worker_killing_time_threshold_ms"] = "3600000"
-    with short_sockets(os.environ) if address is None else nullcontext({}) as sockets, _environment(settings | sockets):
+    with short_sockets(os.environ) if address is None else nullcontext(), _environment(settings):
         import ray
 
         _connect(address, resources)

@@ -73,8 +73,10 @@ def test_what_ray_is_given_holds_no_secret(monkeypatch: pytest.MonkeyPatch, caps
 def test_a_long_tmpdir_gets_short_sockets_for_the_time_of_the_cluster(tmp_path: Path) -> None:
     long = tmp_path / ("d" * 60)
     long.mkdir()
-    with short_sockets({"TMPDIR": str(long)}) as settings:
-        place = Path(settings["RAY_TMPDIR"])
+    environment = {"TMPDIR": str(long)}
+    with short_sockets(environment):
+        place = Path(environment["RAY_TMPDIR"])
+        assert environment["TMPDIR"] == str(place)
         assert place.stat().st_mode & 0o777 == 0o700
         name = f"session_2026-11-26_15-30-00_123456_{2**22}"
         sockets = place / "ray" / name / "sockets"
@@ -82,17 +84,17 @@ def test_a_long_tmpdir_gets_short_sockets_for_the_time_of_the_cluster(tmp_path: 
         with socket.socket(socket.AF_UNIX) as one:
             one.bind(str(sockets / "plasma_store"))
     assert not place.exists()
-    with short_sockets({"TMPDIR": "/tmp"}) as settings:
-        assert settings == {}
+    assert environment == {"TMPDIR": str(long)}
 
 
-def test_the_longest_directory_that_is_let_through_fits(tmp_path: Path) -> None:
+def test_the_longest_directory_that_is_let_through_fits() -> None:
     """One byte more is refused where the user named it, with the variable."""
     from pipeline.tuning.environment import _LONGEST_TMP
 
     place = "/" + "t" * (_LONGEST_TMP - 1)
-    with short_sockets({"RAY_TMPDIR": place}) as settings:
-        assert settings == {}
+    environment = {"RAY_TMPDIR": place}
+    with short_sockets(environment):
+        assert environment == {"RAY_TMPDIR": place}
     path = f"{place}/ray/session_2026-11-26_15-30-00_123456_{2**22}/sockets/plasma_store"
     assert len(path) == 107
     with pytest.raises(ConfigError, match=rf"RAY_TMPDIR={place}t: .* at most {_LONGEST_TMP} bytes"):
