@@ -1,4 +1,4 @@
-"""The commands inspect, pack and verify: from the user's files to checked shards."""
+"""The commands inspect, pack, index and verify: from the user's files to checked shards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.config import ConfigError
 
 if TYPE_CHECKING:
     from pipeline.data.eval.wds_layout import PackEvalReport
-    from pipeline.data.shards.index import PackReport
+    from pipeline.data.shards.index import PackReport, ShardIndex
     from pipeline.data.sources.account import Account
     from pipeline.data.sources.sample import Source, SourceOptions
 
@@ -22,6 +22,7 @@ def add(commands: Any) -> None:
     """Declare the commands of this file."""
     _add_inspect(commands)
     _add_pack(commands)
+    _add_index(commands)
     _add_verify(commands)
 
 
@@ -35,6 +36,7 @@ def _add_inspect(commands: Any) -> None:
         text_only=True,
     )
     _add_source(parser)
+    _add_report(parser)
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:
@@ -63,18 +65,8 @@ def _add_pack(commands: Any) -> None:
     parser.add_argument("out", type=Path, help="new or empty directory for the shards")
     parser.add_argument("--samples-per-shard", type=count, metavar="N", help="default: 16 shards of 64 to 5000 samples")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the order in the shards (default: 0)")
-    parser.add_argument(
-        "--check", choices=("decode", "none"), default="decode", help="decode every image once (default), or none"
-    )
-    parser.add_argument(
-        "--max-unreadable",
-        type=share,
-        default=0.01,
-        metavar="SHARE",
-        help="fail when a larger share of the images is unreadable (default: 0.01)",
-    )
+    _add_checks(parser)
     parser.add_argument("--force", action="store_true", help="replace existing shards")
-    parser.add_argument("--workers", type=count, default=4, metavar="N", help="decoding threads (default: 4)")
     parser.add_argument(
         "--eval", action="store_true", help="write an evaluation set for a benchmark instead of training shards"
     )
@@ -101,6 +93,31 @@ def _add_pack(commands: Any) -> None:
         help="with imagenet-train: only part I of N, for N parallel jobs; the last to finish writes the index",
     )
     parser.set_defaults(default_of=parser.get_default)
+
+
+def _add_checks(parser: argparse.ArgumentParser) -> None:
+    """Options about which images are used."""
+    parser.add_argument(
+        "--check", choices=("decode", "none"), default="decode", help="decode every image once (default), or none"
+    )
+    parser.add_argument(
+        "--max-unreadable",
+        type=share,
+        default=0.01,
+        metavar="SHARE",
+        help="fail when a larger share of the images is unreadable (default: 0.01)",
+    )
+    parser.add_argument("--workers", type=count, default=4, metavar="N", help="decoding threads (default: 4)")
+    _add_report(parser)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="write the summary as JSON, with the name of each image that was left out",
+    )
 
 
 class _Dataset(argparse.Action):
@@ -139,14 +156,14 @@ def run_pack(arguments: argparse.Namespace) -> int:
         force=arguments.force,
         workers=arguments.workers,
     )
-    index = report.index
-    classes = f", {len(index.classes)} classes" if index.classes else ""
-    print(f"{index.directory}: {index.samples} samples{classes} in {len(index.shards)} shards")
-    return _end_of_pack(arguments, report)
+    return _end_of_pack(arguments, report, report.index)
 
 
-def _end_of_pack(arguments: argparse.Namespace, report: PackReport | PackEvalReport) -> int:
-    """What the user should know about the source, and the sum over it."""
+def _end_of_pack(arguments: argparse.Namespace, report: PackReport | PackEvalReport, index: ShardIndex | None) -> int:
+    """What was written, what the user should know about the source, and the sum over it."""
+    if index is not None:
+        classes = f", {len(index.classes)} classes" if index.classes else ""
+        print(f"{index.directory}: {index.samples} samples{classes} in {len(index.shards)} shards")
     for note in report.source.notes:
         print(f"note: {note}")
     print(report.account)
@@ -181,7 +198,37 @@ def _pack_eval(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
     )
     print(f"{arguments.out}: an evaluation set of {len(report.eval_set)} images")
-    return _end_of_pack(arguments, report)
+    return _end_of_pack(arguments, report, None)
+
+
+def _add_index(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "index",
+        run_index,
+        "check WebDataset tars that others wrote and put an index.json next to them, to train on them as they are",
+        "selora index laion/",
+        "selora index 'imagenet/train-{0000..0146}.tar' --classnames names.txt",
+    )
+    parser.add_argument("source", help="folder of tars, or a pattern as in 'shards/{00000..00010}.tar'")
+    parser.add_argument("--classnames", type=Path, metavar="FILE", help="names of the classes in cls, a line each")
+    parser.add_argument("--force", action="store_true", help="replace the index.json that is there")
+    _add_checks(parser)
+
+
+def run_index(arguments: argparse.Namespace) -> int:
+    from pipeline.data.shards.foreign import index_tars
+    from pipeline.data.sources.sample import SourceOptions
+
+    report = index_tars(
+        arguments.source,
+        options=SourceOptions(classnames=arguments.classnames),
+        force=arguments.force,
+        decoded=arguments.check == "decode",
+        max_unreadable=arguments.max_unreadable,
+        workers=arguments.workers,
+    )
+    return _end_of_pack(arguments, report, report.index)
 
 
 def _add_verify(commands: Any) -> None:
@@ -206,18 +253,16 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, help="folder of class folders, csv/tsv, or COCO captions json")
     parser.add_argument(
-        "--format",
-        choices=("auto", "imagefolder", "sidecar", "csv", "coco"),
-        default="auto",
-        help="layout of the source (default: detected)",
+        "source",
+        type=Path,
+        help="folder of class folders or of images with captions next to them, csv/tsv, COCO captions json, or tars",
     )
     parser.add_argument(
-        "--report",
-        type=Path,
-        metavar="FILE",
-        help="write the summary as JSON, with the name of each image that was left out",
+        "--format",
+        choices=("auto", "imagefolder", "sidecar", "csv", "coco", "webdataset"),
+        default="auto",
+        help="layout of the source (default: detected)",
     )
     parser.add_argument("--classnames", type=Path, metavar="FILE", help="readable class names, one line per class")
     parser.add_argument("--image-column", metavar="NAME", help="csv: column with image paths")

@@ -13,7 +13,7 @@ import pytest
 from pipeline.cli import build_parser, main
 
 CONFIG = "configs/own_data.yaml"
-COMMANDS = ("inspect", "pack", "verify", "train", "evaluate", "track", "config", "demo")
+COMMANDS = ("inspect", "pack", "index", "verify", "train", "evaluate", "track", "config", "demo")
 
 
 def selora(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

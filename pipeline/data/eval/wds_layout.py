@@ -27,13 +27,12 @@ from pipeline.data.images import (
     stored_extension,
 )
 from pipeline.data.shards.index import (
-    caption_lines,
-    caption_member,
     check_empty,
     disk_faults_told,
     sample_members,
     write_tar,
 )
+from pipeline.data.shards.members import caption_lines, caption_member
 from pipeline.data.sources.account import Account
 from pipeline.data.sources.formats import read_source
 from pipeline.data.sources.readable import usable_samples

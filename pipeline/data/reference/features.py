@@ -25,7 +25,8 @@ from pipeline.config import ConfigError
 from pipeline.data.batches import Batches
 from pipeline.data.images import STORED_EXTENSIONS, BadImageError, Preprocessing, decode, eval_resize
 from pipeline.data.order import stable_hash
-from pipeline.data.shards.index import ShardIndex, open_shard, sample_texts
+from pipeline.data.shards.index import ShardIndex, open_shard
+from pipeline.data.shards.members import sample_texts
 from pipeline.data.storage.cache import Cache, entry_of, lock_of, touch
 from pipeline.data.storage.cache_budget import room_to_decode
 from pipeline.data.storage.tar import TarIndex

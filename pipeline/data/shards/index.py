@@ -15,9 +15,10 @@ from typing import Any, Literal
 from webdataset.writer import TarWriter
 
 from pipeline.config import ConfigError
-from pipeline.config.text_file import decode_text
-from pipeline.data.images import MAX_PIXELS, BadImageError, stored_extension
+from pipeline.data.images import MAX_PIXELS, stored_extension
 from pipeline.data.order import seeded_permutation, stable_hash
+from pipeline.data.shards.members import caption_member
+from pipeline.data.shards.tar_source import holds_tars, is_pattern
 from pipeline.data.sources.account import Account
 from pipeline.data.sources.formats import read_source
 from pipeline.data.sources.readable import usable_samples
@@ -109,8 +110,7 @@ def read_index(folder: Folder) -> ShardIndex:
     file = f"{folder.location}/{INDEX_NAME}"
     text = folder.read_text(INDEX_NAME)
     if text is None:
-        hint = "no index.json in it" if folder.exists() else "no such folder"
-        raise ConfigError(f"{folder.location}: {hint}; `selora pack SOURCE OUT` writes a folder of shards")
+        raise ConfigError(f"{folder.location}: {_without_index(folder)}")
     try:
         content = json.loads(text)
         if (content["format"], content["version"]) != (FORMAT_NAME, FORMAT_VERSION):
@@ -123,6 +123,18 @@ def read_index(folder: Folder) -> ShardIndex:
     if index.digest != _digest(shards, classes) or index.samples != sum(index.sizes()):
         raise ConfigError(f"{file}: digest and content disagree, so it was edited or is mixed; pack the source again")
     return index
+
+
+def _without_index(folder: Folder) -> str:
+    """What is at a location that has no index.json, and the way out."""
+    if is_pattern(folder.location) or folder.location.endswith(".tar"):
+        return f"name the folder of the shards; `selora index '{folder.location}'` writes the index.json that it needs"
+    if not folder.exists():
+        return "no such folder; `selora pack SOURCE OUT` writes a folder of shards"
+    # Tars of ours without an index are what a packing that was broken off has left.
+    if isinstance(folder, LocalFolder) and holds_tars(folder.path) and not any(folder.path.glob("shard-*.tar")):
+        return f"no index.json in it; `selora index {folder.location}` takes its tars as they are"
+    return "no index.json in it; `selora pack SOURCE OUT` writes a folder of shards"
 
 
 def size_fault(folder: Path, shard: Shard) -> str | None:
@@ -164,14 +176,17 @@ def pack(
     )
     order = seeded_permutation(len(good), stable_hash("pack", seed))
     per_shard = samples_per_shard or min(5000, max(64, -(-len(good) // 16)))
-    described = {
-        "format": data.format,
-        "name": data.path.name,
-        "seed": seed,
-        "left_out": [str(each) for each in account.left_out],
-        "account": account.as_json(),
-    }
-    return PackReport(_write(folder, [good[i] for i in order], data.classes, per_shard, described), account, data)
+    return PackReport(
+        _write(folder, [good[i] for i in order], data.classes, per_shard, described(data, account) | {"seed": seed}),
+        account,
+        data,
+    )
+
+
+def described(data: Source, account: Account) -> dict[str, Any]:
+    """What index.json keeps of a source: no path of this machine, and what became of everything in it."""
+    left_out = [str(each) for each in account.left_out]
+    return {"format": data.format, "name": data.path.name, "left_out": left_out, "account": account.as_json()}
 
 
 def _write(
@@ -275,36 +290,3 @@ def _digest(shards: Sequence[Shard], classes: Sequence[str] | None) -> str:
         None if classes is None else list(classes),
     )
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
-
-
-def sample_texts(tar: TarIndex, number: int, classes: Sequence[str] | None) -> tuple[int, list[str]]:
-    """The label of a sample (-1 without one) and its own captions. Raises BadImageError for a label without a class."""
-    members = tar.samples[number].members
-    label = -1
-    if "cls" in members:
-        raw = tar.read(number, "cls").strip()
-        if not raw.isdigit() or (classes is not None and int(raw) >= len(classes)):
-            raise BadImageError(f"its class {raw[:20].decode('utf-8', 'replace')!r} is not in the index")
-        label = int(raw)
-    if "txt" not in members:
-        return label, []
-    try:
-        return label, caption_lines(tar.read(number, "txt"), "its txt member")
-    except ConfigError as error:
-        raise BadImageError(str(error)) from None
-
-
-def caption_member(captions: Sequence[str]) -> bytes:
-    """A txt member, one caption a line. A line end inside one is written as ``\\n``, as clip-benchmark's own sets do,
-    and stays two characters for every reader: only published captions have any."""
-    return "\n".join(text.replace("\n", "\\n") for text in captions).encode()
-
-
-def caption_lines(data: bytes, name: str) -> list[str]:
-    """The captions in a txt member, one a line, letter by letter as they were stored; blank lines are none.
-
-    Raises:
-        ConfigError: When ``name``, as messages call it, is not UTF-8.
-    """
-    lines = (line.removesuffix("\r") for line in decode_text(data, name).split("\n"))
-    return [line for line in lines if line.strip()]

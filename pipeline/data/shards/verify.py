@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pipeline.config import ConfigError
 from pipeline.data.images import MAX_PIXELS, STORED_EXTENSIONS, BadImageError, decode
-from pipeline.data.shards.index import Shard, read_index, sample_texts, sha256_of, size_fault
+from pipeline.data.shards.index import Shard, read_index, sha256_of, size_fault
+from pipeline.data.shards.members import sample_texts
 from pipeline.data.sources.account import Account
 from pipeline.data.storage.folders import LocalFolder
 from pipeline.data.storage.remote import is_remote
@@ -62,6 +63,8 @@ def verify(
     seen: dict[str, str] = {}
     with ThreadPoolExecutor(workers) as pool:
         for shard in index.shards:
+            if index.source.get("format") == "webdataset":
+                seen = {}  # others often count anew in each tar
             found, tar = _shard_faults(index.directory, shard)
             faults += found
             if tar is None:

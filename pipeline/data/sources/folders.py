@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from pipeline.config import ConfigError
+from pipeline.config.text_file import decode_text, lines_of
 from pipeline.data.image_files import IMAGE_EXTENSIONS
+from pipeline.data.shards.members import json_captions
 from pipeline.data.sources.account import SHOWN, LeftOut
 from pipeline.data.sources.sample import Sample, Source, SourceOptions, few, sample_key, unique_keys
 from pipeline.data.sources.walk import Walked, hidden, kinds, printable, walk
@@ -143,28 +144,15 @@ def _captions(root: Path, files: Sequence[str]) -> tuple[tuple[str, ...], str]:
     """The captions in the first of the files that has some, and otherwise why there are none."""
     faults = []
     for file in files:
+        name = printable(file)
         try:
-            text = (root / file).read_text(encoding="utf-8-sig")
-            lines = _json_captions(text) if file.lower().endswith(".json") else text.splitlines()
-        except UnicodeDecodeError as error:
-            faults.append(f"{printable(file)}: byte {error.start} is not UTF-8; save it as UTF-8")
+            text = decode_text((root / file).read_bytes(), name)
+            lines = json_captions(text, name) if file.lower().endswith(".json") else lines_of(text)
+        except (ConfigError, OSError) as error:
+            faults.append(str(error))
             continue
-        except (ValueError, OSError, RecursionError) as error:
-            faults.append(f"{printable(file)}: {error}")
-            continue
-        # str.splitlines keeps lone surrogates that a json escape may hold, and nothing could write them.
-        captions = dict.fromkeys(clean for line in lines if (clean := " ".join(_writable(line).split())))
+        captions = dict.fromkeys(clean for line in lines if (clean := " ".join(line.split())))
         if captions:
             return tuple(captions), ""
-        faults.append(f"{printable(file)} holds no caption")
+        faults.append(f"{name} holds no caption")
     return (), "; ".join(faults)
-
-
-def _json_captions(text: str) -> list[str]:
-    content = json.loads(text)
-    found = content.get("caption", content.get("captions")) if isinstance(content, dict) else None
-    return [each for each in (found if isinstance(found, list) else [found]) if isinstance(each, str)]
-
-
-def _writable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode("utf-8")

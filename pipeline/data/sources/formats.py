@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.config import ConfigError
+from pipeline.data.shards.tar_source import holds_tars, is_pattern, read_tars
 from pipeline.data.sources.coco import read_coco
 from pipeline.data.sources.folders import has_sidecars, read_folders, read_sidecars
 from pipeline.data.sources.sample import Source, SourceOptions
@@ -22,6 +23,8 @@ def read_source(source: str | Path, options: SourceOptions = SourceOptions()) ->
         ConfigError: When the source is none of the known formats or is inconsistent.
     """
     path = Path(source)
+    if is_pattern(source):
+        return read_tars(source, options)
     if not path.exists():
         raise ConfigError(f"{path}: no such file or folder")
     return READERS[sniff(path) if options.format == "auto" else options.format](path, options)
@@ -32,11 +35,14 @@ READERS = {
     "sidecar": read_sidecars,
     "csv": read_table,
     "coco": lambda path, _: read_coco(path),
+    "webdataset": read_tars,
 }
 
 
-def sniff(path: Path) -> Literal["imagefolder", "sidecar", "csv", "coco"]:
+def sniff(path: Path) -> Literal["imagefolder", "sidecar", "csv", "coco", "webdataset"]:
     """The format of a source by its look; ConfigError with what was seen when it is none."""
+    if holds_tars(path) and not (path / "index.json").exists():
+        return "webdataset"
     if path.is_file():
         suffix = path.suffix.lower()
         if suffix in (".csv", ".tsv", ".txt"):

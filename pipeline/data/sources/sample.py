@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 from pipeline.data.image_files import IMAGE_EXTENSIONS
 from pipeline.data.sources.account import Account, LeftOut
 
-Format = Literal["auto", "imagefolder", "sidecar", "csv", "coco"]
+Format = Literal["auto", "imagefolder", "sidecar", "csv", "coco", "webdataset"]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from pipeline.data.batches import Batches, taking_turns
 from pipeline.data.images import MAX_PIXELS, STORED_EXTENSIONS, BadImageError, Preprocessing, decode, train_crop
 from pipeline.data.order import Order, check_split, draw_without_repetition, rank_positions, stable_hash
 from pipeline.data.reference.samples import ReferenceBatch, ReferenceData
-from pipeline.data.shards.index import ShardIndex, open_shard, sample_texts
+from pipeline.data.shards.index import ShardIndex, open_shard
+from pipeline.data.shards.members import sample_texts
 from pipeline.data.storage.remote import retries
 from pipeline.data.storage.tar import TarIndex, TarSample
 from pipeline.data.train.prefetch import ReadAhead, Turns, read_ahead

@@ -95,7 +95,8 @@ def test_a_caption_file_that_cannot_be_read_leaves_out_its_image(tmp_path: Path,
     (root / "00000/000000002.txt").unlink()
     source = read_source(root)
     assert [str(each) for each in source.left_out] == [
-        "00000/000000000.jpg: 00000/000000000.txt: byte 3 is not UTF-8; save it as UTF-8",
+        "00000/000000000.jpg: 00000/000000000.txt:1: byte 0xe9 (number 4 of the file) is not UTF-8; "
+        "save the file as UTF-8",
         "00000/000000001.jpg: 00000/000000001.txt holds no caption",
         "00000/000000002.jpg: no caption file next to it",
     ]

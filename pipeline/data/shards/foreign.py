@@ -1,0 +1,57 @@
+"""An index.json for tars that others wrote, which stay as they are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from pipeline.config import ConfigError
+from pipeline.data.images import MAX_PIXELS
+from pipeline.data.shards.index import INDEX_NAME, PackReport, Shard, described, sha256_of, write_index
+from pipeline.data.shards.tar_source import read_tars, tar_files
+from pipeline.data.sources.readable import usable_samples
+from pipeline.data.sources.sample import SourceOptions
+from pipeline.data.storage.tar import TarIndex
+
+
+def index_tars(
+    source: str | Path,
+    *,
+    options: SourceOptions = SourceOptions(),  # noqa: B008 - frozen
+    force: bool = False,
+    decoded: bool = True,
+    max_unreadable: float = 0.01,
+    max_pixels: int = MAX_PIXELS,
+    workers: int = 4,
+) -> PackReport:
+    """Check tars and write an index.json next to them, so that they can be trained on without a copy.
+
+    A sample that cannot be used stays in its tar; training passes over it, as over one that is damaged later.
+
+    Args:
+        source: A folder, a tar or a pattern (``shards/{00000..00010}.tar``); all tars in one folder.
+        options: Where class names come from.
+        force: Replace an index that is there.
+        decoded: Whether every image is decoded once.
+        max_unreadable: Largest share of samples that may be unusable.
+        max_pixels: An image with more pixels is unusable.
+        workers: Decoding threads.
+
+    Returns:
+        The index, and the sum over all samples.
+
+    Raises:
+        ConfigError: For a damaged tar, too many unusable samples, tars of several folders, or an index that is there.
+    """
+    files = tar_files(source)
+    folder = files[0].parent
+    if other := next((file for file in files if file.parent != folder), None):
+        raise ConfigError(f"{source}: tars of one folder make an index, and {other} is not in {folder}")
+    if (folder / INDEX_NAME).exists() and not force:
+        raise ConfigError(f"{folder / INDEX_NAME}: is there already; give --force to replace it")
+    data = replace(read_tars(source, options), notes=())  # which say how to come here
+    _, account = usable_samples(
+        data, decoded=decoded, max_unreadable=max_unreadable, max_pixels=max_pixels, workers=workers
+    )
+    shards = [Shard(file.name, len(TarIndex(file)), file.stat().st_size, sha256_of(file)) for file in files]
+    return PackReport(write_index(folder, shards, data.classes, described(data, account)), account, data)
