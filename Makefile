@@ -16,7 +16,7 @@ help:
 	@echo "make chaos      kill and stop commands at random moments and compare what they end with, into build/chaos"
 	@echo "make docs       build the documentation site, into build/site"
 	@echo "make lint       the checks alone"
-	@echo "make format     format the code"
+	@echo "make format     format the code and regenerate docs/options.md"
 	@echo "make env        set up the environment in .venv"
 	@echo "make clean      remove the environment and all caches"
 
@@ -50,6 +50,7 @@ lint: env
 format: env
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python -m pipeline.config.reference > docs/options.md
 
 env: $(STAMP)
 

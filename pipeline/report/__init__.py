@@ -1,1 +1,1 @@
-"""What runs and sweeps showed, as one page with tables and figures."""
+"""Results of runs and sweeps as one page with tables and figures."""

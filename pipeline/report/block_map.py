@@ -1,4 +1,4 @@
-"""Which blocks stay active: layer x projection for each tower, summed over runs (the paper's Figures 10 and 11)."""
+"""Map of active blocks: layer x projection for each tower, summed over runs (Figures 10 and 11 of the paper)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# From below upwards as in the paper, with its names for the three linears that are no query, key or value.
+# From bottom to top as in the paper, with its names for the three linears other than query, key and value.
 PROJECTIONS = {
     "q_proj": "query",
     "k_proj": "key",
@@ -23,7 +23,7 @@ PROJECTIONS = {
 
 
 def share_of_runs(runs: list[Run], tower: str) -> dict[tuple[int, str], float]:
-    """(layer, projection) -> share of the runs in which this block of the tower is active."""
+    """{(layer, projection): share of the runs in which this block of the tower is active}."""
     counts: dict[tuple[int, str], int] = {}
     for run in runs:
         for target, is_open in run.gates.items():
@@ -35,7 +35,7 @@ def share_of_runs(runs: list[Run], tower: str) -> dict[tuple[int, str], float]:
 
 
 def activation(collection: Collection, *, narrow: bool) -> Figure:
-    """A cell's strength of colour is the share of gated runs that keep this block."""
+    """Draw each block as a cell; the strength of its colour is the share of gated runs that keep the block."""
     runs = [run for run in collection.runs if run.settings.gated and run.gates]
     shares = {tower: share_of_runs(runs, tower) for tower in ("image", "text")} if runs else {}
     towers = [tower for tower, share in shares.items() if share]
@@ -56,7 +56,7 @@ def _draw(axes: Axes, shares: dict[tuple[int, str], float], tower: str) -> None:
     layers = sorted({layer for layer, _ in shares})
     rows = [name for name in PROJECTIONS if any(projection == name for _, projection in shares)]
     cells = [Rectangle((layers.index(layer) - 0.5, rows.index(name) - 0.5), 1, 1) for layer, name in shares]
-    # Opacity, not a colour map: what is not active has the colour of the page, dark or light.
+    # Opacity instead of a colour map: an inactive block has the colour of the page, dark or light.
     axes.add_collection(PatchCollection(cells, facecolors=[(BLUE, share) for share in shares.values()], linewidths=0))
     axes.add_collection(PatchCollection(cells, facecolors="none", edgecolors=GRID, linewidths=0.7))
     axes.set_xlim(-0.5, len(layers) - 0.5)

@@ -1,4 +1,4 @@
-"""Figures over single runs: the groups side by side, the Pareto front, training curves, the strength curve."""
+"""Figures of single runs: groups side by side, Pareto front, training curves, strength curve."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_NAMED = 6  # runs that get a colour of their own; more would need colours nobody can tell apart
+MOST_NAMED = 6  # runs with a colour of their own; more colours could not be told apart
 
 
 def groups(collection: Collection, *, narrow: bool) -> Figure:
-    """A bar for each run and group beside the untouched model's."""
+    """Draw a bar for each run and group, next to the untouched model's."""
     runs = [run for run in collection.runs if run.summary is not None]
     if not runs:
         raise NoData("needs the results of an evaluation")
     if len(runs) > MOST_NAMED:
-        raise NoData(f"{len(runs)} runs are too many for bars; the table below has them")
+        raise NoData(f"{len(runs)} runs are too many for bars; see the table below")
     names = [name for name in GROUPS if any(run.group(name) is not None for run in runs)]
     figure, (axes,) = panels("Accuracy by group", 1, narrow=narrow, height=3.4)
     before = [collection.untouched.get(name) for name in names]
@@ -49,7 +49,7 @@ def groups(collection: Collection, *, narrow: bool) -> Figure:
 
 
 def pareto(collection: Collection, *, narrow: bool) -> Figure:
-    """In-distribution accuracy against knowledge kept; the front as a line, the chosen model with a star."""
+    """Draw in-distribution accuracy against knowledge kept: the front as a line, the chosen model as a star."""
     points = collection.points
     if not points:
         raise NoData("needs results of id and of another group, and the untouched model's")
@@ -93,7 +93,7 @@ def _learned(collection: Collection) -> str:
 
 
 def _name_points(axes: Axes, collection: Collection, runs: Sequence[Run]) -> None:
-    """Rank and lambda beside each point, turned inwards so that none leaves the axes; none that would hide another."""
+    """Write rank and lambda next to each point, inside the axes, and leave out those that would overlap."""
     middle = sum(collection.points[run.name].kept for run in runs) / len(runs)
     named: list[tuple[float, float]] = []
     for run in runs:
@@ -117,7 +117,7 @@ def _name_points(axes: Axes, collection: Collection, runs: Sequence[Run]) -> Non
 
 
 def training(collection: Collection, *, narrow: bool) -> Figure:
-    """Loss over steps, and the share of blocks whose gate is still open."""
+    """Draw the loss over steps, and the share of blocks whose gate is still open."""
     runs = [run for run in collection.runs if run.history.get("train/loss")]
     if not runs:
         raise NoData("no run has recorded a loss yet")
@@ -145,7 +145,7 @@ def training(collection: Collection, *, narrow: bool) -> Figure:
 
 
 def _colours(collection: Collection, runs: Sequence[Run]) -> dict[str, tuple[str, float, str | None]]:
-    """run -> colour, line width, legend. Few runs have a colour each, many one per method; the chosen one is thick."""
+    """{run: colour, line width, legend}. Few runs have a colour each, many one per method; the chosen run is thick."""
     found: dict[str, tuple[str, float, str | None]] = {}
     methods: dict[str, int] = {}
     for number, run in enumerate(runs):
@@ -161,7 +161,7 @@ def _colours(collection: Collection, runs: Sequence[Run]) -> dict[str, tuple[str
 
 
 def scores(collection: Collection, *, narrow: bool) -> Figure:
-    """Every gate's score over the steps of one run, by tower, with the threshold below which a gate closes."""
+    """Draw every gate's score over the steps of one run, by tower, with the threshold below which a gate closes."""
     if len(collection.runs) != 1:
         raise NoData("drawn in the report of a single run")
     run = collection.runs[0]
@@ -190,7 +190,7 @@ def scores(collection: Collection, *, narrow: bool) -> Figure:
 
 
 def strength(collection: Collection, *, narrow: bool) -> Figure:
-    """Each group against in-distribution accuracy while the fine-tuned weights are blended in, from 0 to 1."""
+    """Draw each group against in-distribution accuracy while α rises from 0 (untouched) to 1 (fine-tuned)."""
     runs = [run for run in collection.runs if run.strength][:MOST_NAMED]
     curves = {run.name: _curve(run) for run in runs}
     names = [name for name in GROUPS if name != "id" and any(name in curve for curve in curves.values())]
@@ -216,7 +216,7 @@ def strength(collection: Collection, *, narrow: bool) -> Figure:
 
 
 def _curve(run: Run) -> dict[str, list[float]]:
-    """group -> percent at each alpha, in the order of rising alpha."""
+    """{group: percent at each alpha, in ascending order of alpha}."""
     content = run.strength or {}
     by_alpha = sorted(((float(alpha), means) for alpha, means in content["groups"].items()), key=lambda pair: pair[0])
     names = by_alpha[0][1] if by_alpha else {}

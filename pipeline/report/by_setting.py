@@ -1,4 +1,4 @@
-"""Figures over the settings of a sweep: accuracy by rank, lambda's trade-off, active blocks, cost against gain."""
+"""Figures over the settings of a sweep: accuracy by rank, trade-off of lambda, active blocks, cost against gain."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _LOOK = {"lora": (BLUE, "o"), "dora": (VERMILLION, "s")}
 
 
 def by_rank(collection: Collection, *, narrow: bool) -> Figure:
-    """Accuracy of the groups over rank, with and without gates (the paper's Figures 3 and 6)."""
+    """Draw the accuracy of the groups over rank, with and without gates (Figures 3 and 6 of the paper)."""
     lines = families(run for run in collection.runs if run.summary is not None)
     ranks = sorted({rank for family in lines for rank in family.ranks})
     if len(ranks) < 2:
@@ -54,7 +54,7 @@ def by_rank(collection: Collection, *, narrow: bool) -> Figure:
 
 
 def by_lam(collection: Collection, *, narrow: bool) -> Figure:
-    """The groups over lambda, a line per rank, the same rank without gates at the left end (Figure 7)."""
+    """Draw the groups over lambda, a line per rank, with the same rank without gates at the left end (Figure 7)."""
     lines = [family for family in families(collection.runs) if family.gated and len(_evaluated_lams(family)) > 1]
     if not lines:
         raise NoData("needs a gated method with results at two values of gate.lam or more")
@@ -81,7 +81,7 @@ def by_lam(collection: Collection, *, narrow: bool) -> Figure:
 
 
 def active_blocks(collection: Collection, *, narrow: bool) -> Figure:
-    """Share of open blocks over lambda, a line per rank, and over rank, a line per lambda (Figure 8)."""
+    """Draw the share of open blocks over lambda, a line per rank, and over rank, a line per lambda (Figure 8)."""
     lines = [family for family in families(run for run in collection.runs if run.gates) if family.gated]
     settings = {point for family in lines for point in family.points}
     if len(settings) < 2:
@@ -116,12 +116,12 @@ def _over_rank(axes: Axes, lines: Sequence[Family]) -> None:
 
 
 def _look(number: int) -> tuple[str, bool, str]:
-    """Colour, solid line and marker of the number-th line."""
+    """Colour, solid line and marker of the line with this number."""
     return CYCLE[number % len(CYCLE)], True, MARKERS[number % len(MARKERS)]
 
 
 def cost_and_gain(collection: Collection, costs: Mapping[str, Cost], *, narrow: bool) -> Figure:
-    """What unmerged blocks add to a forward over rank, and the mean accuracy against the cost (Figure 9).
+    """Draw what unmerged blocks add to a forward pass over rank, and the mean accuracy against that cost (Figure 9).
 
     costs: by run name, of those that have one.
     """
@@ -167,7 +167,7 @@ def _gain_by_cost(
         if points:
             axes.plot(*zip(*points, strict=True), linestyle="none", marker=marker, color=colour, label=family.label,
                       markerfacecolor=colour if family.gated else "none")  # fmt: skip
-    if not classifies:  # an untouched ViT lies far below, for it can but guess
+    if not classifies:  # an untouched ViT can only guess and would be far below
         axes.axhline(0, color=GREY, linestyle=":", linewidth=1.3, label="untouched model")
     axes.set_xlabel(gmac)
     axes.set_ylabel("mean gain (points)" if classifies else "mean change (points)")
@@ -188,7 +188,7 @@ def mean_change(run: Run) -> float | None:
 
 
 def _looks(lines: Sequence[Family]) -> list[tuple[Family, str, str]]:
-    """Colour and marker of each: by kind, LoRA and DoRA, or one each where a kind comes in several variants."""
+    """Colour and marker of each family: one per kind, LoRA and DoRA, or one per variant where a kind has several."""
     if len({(family.kind, family.gated) for family in lines}) == len(lines):
         return [(family, *_LOOK[family.kind]) for family in lines]
     return [(family, CYCLE[i % len(CYCLE)], MARKERS[i % len(MARKERS)]) for i, family in enumerate(lines)]
@@ -216,7 +216,7 @@ def _evaluated_lams(family: Family) -> set[float]:
 
 
 def _group_panels(title: str, collection: Collection, *, narrow: bool) -> tuple[Figure, dict[str, Axes]]:
-    """A panel for each group that has results."""
+    """Draw a panel for each group that has results."""
     present = [name for name in GROUPS if any(run.group(name) is not None for run in collection.runs)]
     if not present:
         raise NoData("needs the results of an evaluation")
@@ -239,7 +239,7 @@ def _line(
     axes: Axes, points: Mapping[int, Spread] | Mapping[float, Spread], label: str, colour: str, gated: bool,
     marker: str = "o",
 ) -> None:  # fmt: skip
-    """Values in percent over x; with gates a solid line, without a dashed one; a bar from lowest to highest seed."""
+    """Draw values in percent over x: solid with gates, dashed without, with bars from lowest to highest seed."""
     if not points:
         return
     x: Sequence[float] = list(points)

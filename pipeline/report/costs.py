@@ -1,4 +1,4 @@
-"""What each run's active blocks cost in a forward when they are not merged."""
+"""Cost of each run's active blocks in a forward pass while they are not merged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _GIGA = 1e9
 
 
 class Cost(NamedTuple):
-    """GMAC of a forward over one image, and for a CLIP one text: with the active blocks unmerged, and merged."""
+    """GMAC of a forward pass over one image, and for a CLIP one text: with the active blocks unmerged, and merged."""
 
     unmerged: float
     merged: float
@@ -23,11 +23,11 @@ class Cost(NamedTuple):
 def run_costs(collection: Collection) -> dict[str, Cost]:
     """The cost of each evaluated adapter; runs whose model cannot be built here are left out.
 
-    The architecture alone counts, so no weights are loaded and a hub is not asked.
+    Only the architecture counts, so no weights are loaded and no hub is contacted.
     """
     costs: dict[str, Cost] = {}
     if sum(_counts(run) for run in collection.runs) < 2:
-        return costs  # one cost compares with nothing, and building a model takes seconds
+        return costs  # a single cost has nothing to compare with, and building a model takes seconds
     by_model: dict[str, list[Run]] = {}
     for run in collection.runs:
         if _counts(run):
@@ -50,7 +50,7 @@ def _of_model(model: str, runs: list[Run]) -> dict[str, Cost]:
     try:
         with _open_clip_silent():
             cost = model_cost(load_model(untagged(model)))
-    except ConfigError:  # the report may be written on a machine that has not got the run's model
+    except ConfigError:  # the report may be written on a machine without the run's model
         return {}
     base = sum(cost.base.values())
     found = {}
@@ -65,7 +65,7 @@ def _of_model(model: str, runs: list[Run]) -> dict[str, Cost]:
 
 @contextmanager
 def _open_clip_silent() -> Iterator[None]:
-    """Hide open_clip's warning of random weights, which are all that is wanted here."""
+    """Hide open_clip's warning about random weights, which are intended here."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -19,7 +19,7 @@ _BASELINES = "baselines"
 
 
 def collect(directory: Path) -> Collection:
-    """Everything a directory holds; ConfigError unless it is a run, a sweep, or has runs in it."""
+    """All runs of a directory; ConfigError unless it is a run, a sweep, or contains runs."""
     if (directory / SWEEP_FILE).is_file():
         return _sweep(directory)
     if (directory / "config.yaml").is_file():
@@ -39,11 +39,11 @@ def _sweep(directory: Path) -> Collection:
         runs = [_trial(directory, entry, content["base_config"]) for entry in content["trials"]]
         return Collection(content["name"], str(directory), runs, is_held(lock_path(directory / JOURNAL)))
     except (KeyError, TypeError) as error:
-        raise ConfigError(f"{directory / SWEEP_FILE}: not as a sweep writes it: {error!r}") from error
+        raise ConfigError(f"{directory / SWEEP_FILE}: not a file that a sweep has written: {error!r}") from error
 
 
 def _trial(directory: Path, entry: Mapping[str, Any], base: Flat) -> Run:
-    """A trial may not have begun, or have died before it wrote anything: what it was meant to be is still known."""
+    """A trial, also one that has not started, or died before it wrote anything; its settings are in sweep.json."""
     folder = directory / "trials" / entry["name"]
     config = {**base, **entry["changes"]}
     state = _json(folder / TRIAL_FILE) if (folder / TRIAL_FILE).is_file() else {}
@@ -91,7 +91,7 @@ def _run(
 
 
 def _planned(config: Flat) -> int | None:
-    """train.steps; a run by epochs knows its steps only with its shards."""
+    """train.steps; without its shards, the number of steps of a run by epochs is unknown."""
     return config.get("train.steps")
 
 
@@ -103,7 +103,7 @@ def _label(name: str, settings: Settings) -> str:
 
 
 def _status(directory: Path, said: str | None, summary: Summary | None) -> Status:
-    """From what the journal said last. A run that still says RUNNING and that nobody holds was killed."""
+    """Status by the last entry of the journal. A run that is RUNNING there but not held by a process was killed."""
     if said == "RUNNING":
         return "training" if is_held(lock_path(directory / JOURNAL)) else "stopped"
     if said == "FAILED":
@@ -141,7 +141,7 @@ def _summary(folder: Path) -> Summary | None:
 
 
 def _best(folder: Path) -> Best | None:
-    """What `selora evaluate --checkpoints` left; None without it, and while the best one's results are not there."""
+    """The result of `selora evaluate --checkpoints`; None without it, or until the best checkpoint has results."""
     if not (folder / CHECKPOINTS_FILE).is_file():
         return None
     content = _json(folder / CHECKPOINTS_FILE)
@@ -155,7 +155,7 @@ def _best(folder: Path) -> Best | None:
 
 
 def _metrics(folder: Path, summary: Summary | None) -> dict[str, dict[str, float]]:
-    """All metrics of the datasets in a summary, those whose file is there."""
+    """All metrics of the datasets in a summary whose result files exist."""
     keys = [] if summary is None else summary["datasets"]
     files = {key: folder / f"{key}.json" for key in keys}
     return {key: _json(file)["metrics"] for key, file in files.items() if file.is_file()}
@@ -168,7 +168,7 @@ def _untouched(baselines: Path, summary: Summary | None) -> dict[str, dict[str, 
 
 
 def _gates(directory: Path, step: int | None) -> dict[str, bool]:
-    """gate_map.json is written when a training ends; before, the newest checkpoint knows. step: of that checkpoint."""
+    """Open blocks, from gate_map.json of a finished training, else from the newest checkpoint, which is of `step`."""
     own = [] if step is None else [directory / "checkpoints" / f"step-{step:08d}" / "state.json"]
     files = [*own, directory / "gate_map.json", *_checkpoints(directory)]
     for file in files:

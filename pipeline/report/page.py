@@ -1,4 +1,4 @@
-"""The page itself: one HTML file with its style, tables and drawings inside it."""
+"""The page: one HTML file that contains its style, tables and drawings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _VARIABLES = {INK: "--ink", GRID: "--grid", PAPER: "--paper"} | {
 
 @dataclass(frozen=True)
 class Drawing:
-    """One figure: SVG texts for a wide screen and for a phone, and what stands below it."""
+    """One figure: SVG texts for a wide screen and for a phone, and its caption."""
 
     key: str
     title: str
@@ -37,7 +37,7 @@ def render(
     absent: Mapping[str, str],
     when: datetime,
 ) -> str:
-    """The page as HTML. `absent`: title of a figure that could not be drawn -> why."""
+    """The page as HTML. `absent`: {title of a figure that could not be drawn: reason}."""
     from jinja2 import Environment, StrictUndefined
 
     template = files("pipeline.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
@@ -60,7 +60,7 @@ def render(
 
 
 def _facts(collection: Collection, when: datetime) -> list[tuple[str, str]]:
-    """What stands at the top: counts, the untouched model, the chosen one."""
+    """The top of the page: counts, the untouched model, the chosen one."""
     counts = Counter(run.status for run in collection.runs)
     said = ", ".join(f"{number} {status}" for status, number in counts.most_common())
     facts = [("source", collection.source), ("runs", f"{len(collection.runs)} ({said})")]
@@ -78,11 +78,11 @@ def _facts(collection: Collection, when: datetime) -> list[tuple[str, str]]:
 
 
 def _inline(svg: str, prefix: str) -> str:
-    """A drawing that can stand in a page beside others: no prologue, ids of its own, colours of the page."""
+    """A drawing for a page with several: without prologue, with unique ids, in the colours of the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
-    # The page may shrink a drawing and not enlarge it, so that text has one size in all; the viewBox keeps the shape.
+    # The page may shrink a drawing but not enlarge it, so that text has one size; the viewBox keeps the shape.
     svg = re.sub(r'(<svg[^>]*?) width="([^"]*)"', r'\1 style="max-width: \2"', svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     for colour, variable in _VARIABLES.items():

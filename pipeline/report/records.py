@@ -1,4 +1,4 @@
-"""What the report knows of each run, whatever it was read from: a directory, a sweep or an MLflow experiment."""
+"""Records of runs for the report, whether read from a directory, a sweep or an MLflow experiment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.evaluation.summary import Summary
 from pipeline.selection.ranking import Point, choose, pareto_front, point_of
 from pipeline.selection.rule import holds
 
-# "trained": the schedule is complete and no result of an evaluation is there yet.
+# "trained": the schedule is complete, and there is no evaluation yet.
 Status = Literal["waiting", "training", "evaluating", "trained", "finished", "failed", "stopped"]
 RUNNING: tuple[Status, ...] = ("waiting", "training", "evaluating")
 Flat = Mapping[str, Any]
@@ -23,7 +23,7 @@ Series = list[tuple[int, float]]  # step, value; steps rise
 
 @dataclass(frozen=True)
 class Settings:
-    """What tells runs apart in tables and figures. `rank` is None without blocks, `lam` None without gates."""
+    """The settings that distinguish runs in tables and figures. `rank` is None without blocks, `lam` without gates."""
 
     kind: str
     rank: int | None
@@ -34,12 +34,12 @@ class Settings:
     seed: int
     model: str
     pretrained: str | None
-    classifies: bool  # a ViT with a classifier of its own classes, no CLIP
+    classifies: bool  # a ViT with a classifier, not a CLIP
     train_rest: str
 
     @staticmethod
     def of(flat: Flat) -> Settings:
-        """From a flat config; a key that is not there has its value as MLflow shows it: none."""
+        """From a flat config; a missing key counts as None, as MLflow shows it."""
         kind, random_k = str(flat["adapter.kind"]), flat.get("adapter.random_k")
         has_blocks = kind in ("lora", "dora")
         gated = has_blocks and random_k is None and bool(flat["gate.enabled"])
@@ -59,7 +59,7 @@ class Settings:
 
     @property
     def is_linear(self) -> bool:
-        """Whether a ViT's classifier trains alone."""
+        """Whether only a ViT's classifier trains."""
         return self.classifies and self.kind == "none" and self.train_rest == "none"
 
     @property
@@ -76,13 +76,13 @@ class Settings:
 
 
 def scalar(text: str) -> Any:
-    """A value as MLflow keeps it, back as number, bool, None or text."""
+    """A value from MLflow, which stores texts, as number, bool, None or text."""
     if text in ("None", ""):
         return None
     value = yaml.safe_load(text) if len(text) < 40 and not text.startswith(("[", "{")) else text
     if isinstance(value, str):
         try:
-            return float(value)  # YAML 1.1 takes 1e-05 for a text
+            return float(value)  # YAML 1.1 reads 1e-05 as text
         except ValueError:
             return value
     return value if isinstance(value, (bool, int, float)) else text
@@ -90,7 +90,7 @@ def scalar(text: str) -> Any:
 
 @dataclass(frozen=True)
 class Best:
-    """The checkpoint of a run with the highest id mean, where its kept checkpoints were compared, beside the last."""
+    """The checkpoint with the highest id mean, of a run whose checkpoints were compared."""
 
     step: int
     id: float
@@ -114,7 +114,7 @@ class Run:
     total_steps: int | None = None
     summary: Summary | None = None
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # dataset -> metric -> value
-    untouched: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # the same of the model it started from
+    untouched: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # the same for the model it started from
     gates: Mapping[str, bool] = field(default_factory=dict)  # target -> open; every block of an ungated adapter is
     history: Mapping[str, Series] = field(default_factory=dict)
     strength: Mapping[str, Any] | None = None
@@ -130,12 +130,12 @@ class Run:
 
     @property
     def best_alone(self) -> bool:
-        """Whether the best checkpoint's results stand for the run, for its last one was not evaluated by itself."""
+        """Whether the run is represented by its best checkpoint, because its last one was not evaluated."""
         return self.best is not None and self.summary is self.best.summary
 
     @cached_property
     def target(self) -> str | None:
-        """The set whose classes a ViT's classifier tells apart; None before its first result, and of a CLIP."""
+        """The dataset that a ViT's classifier was trained for; None before its first result, and for a CLIP."""
         if self.summary is None or not self.settings.classifies:
             return None
         return " + ".join(key for key, each in self.summary["datasets"].items() if each["group"] == "id") or None
@@ -164,7 +164,7 @@ class Run:
 class Collection:
     """All runs of one report. `source` says where they were read.
 
-    `attended`: whether a process is at work on what is not done yet; None where that cannot be seen from here.
+    `attended`: whether a process is working on unfinished runs; None where that cannot be determined.
     """
 
     title: str
@@ -179,20 +179,20 @@ class Collection:
 
     @cached_property
     def sites(self) -> int | None:
-        """How many blocks a model can carry; None where no run has tried all."""
+        """Number of blocks that a model can carry; None if no run has blocks on all targets."""
         return max((len(run.gates) for run in self.runs if run.settings.random_k is None), default=0) or None
 
     def active_share(self, run: Run) -> float | None:
-        """Like the run's own, and of all blocks also where it has blocks in a few random places."""
+        """Share of open blocks among all that the model can carry, also for a run with a few random blocks."""
         if run.settings.random_k is None:
             return run.active_share
         return sum(run.gates.values()) / self.sites if self.sites and run.gates else None
 
     @cached_property
     def parts(self) -> Sequence[Collection]:
-        """The runs by the target set of their classifiers, whose accuracies do not compare; else all in one part.
+        """The runs by the target set of their classifiers, whose accuracies are not comparable; for CLIPs, all runs.
 
-        A run without results is with those that train on the same data.
+        A run without results is grouped with those that train on the same data.
         """
         data = {str(run.config.get("data.train")): run.target for run in self.runs if run.target is not None}
         members: dict[str | None, list[Run]] = {}
@@ -213,7 +213,7 @@ class Collection:
 
     @cached_property
     def chosen(self) -> Run | None:
-        """The model by the rule of selection.ranking; None before the first result, and where there is no choice."""
+        """The run chosen by selection.ranking; None before the first result, and where there is no choice."""
         if len(self.points) < 2:
             return None
         allowed = [run.name for run in self.runs if run.may_be_promoted]
@@ -238,7 +238,7 @@ class Collection:
 
     @cached_property
     def untouched(self) -> dict[str, float]:
-        """The untouched model's mean of each group that is complete; empty while it is not evaluated."""
+        """The untouched model's mean of each complete group; empty until it is evaluated."""
         means = {}
         for run in self.runs:
             groups = {} if run.summary is None else run.summary["groups"]

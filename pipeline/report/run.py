@@ -1,4 +1,4 @@
-"""`selora report`: read the runs, draw, tabulate, write the page."""
+"""`selora report`: read the runs, draw figures, make tables, write the page."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _PNG_DPI = 160
 
 
 class Draw(Protocol):
-    """One figure of the report; raises NoData where the runs have nothing for it."""
+    """Draws one figure of the report; raises NoData if the runs have no data for it."""
 
     def __call__(self, collection: Collection, *, narrow: bool) -> Figure: ...
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A figure: file name, title where it is left out, caption, and how it is drawn."""
+    """A figure: file name, title to show if it cannot be drawn, caption, and the function that draws it."""
 
     key: str
     title: str
@@ -50,15 +50,15 @@ def _catalogue(collection: Collection) -> tuple[Entry, ...]:
     if collection.classifies:
         gain = "mean of the classifier's gain over guessing and of the change of K-NN on the source set"
     return (
-        Entry("pareto", "Learned against kept", "Up and to the right is better. The line joins the models that no "
-              "other one beats in both.", by_run.pareto),
+        Entry("pareto", "Learned against kept", "Up and to the right is better. The line connects the models that "
+              "no other model beats in both.", by_run.pareto),
         Entry("groups", "Accuracy by group", "Dotted: the accuracy of guessing.", by_run.groups),
         Entry("rank", "Accuracy by rank", "Solid with gates, dashed without. Bars reach from the lowest to the highest "
               "seed where there are several.", by_setting.by_rank),
         Entry("lambda", "Trade-off of λ", "Open marks at the left: the same rank without gates.", by_setting.by_lam),
         Entry("active", "Active blocks over λ and rank", "A larger λ closes more gates.", by_setting.active_blocks),
-        Entry("cost", "Cost against gain", "Multiply-accumulates of one forward while blocks are not merged; merged, "
-              f"every model costs what the untouched one does. Gain: {gain}.",
+        Entry("cost", "Cost against gain", "Multiply-accumulates of one forward pass while blocks are not merged; "
+              f"a merged model costs as much as the untouched one. Gain: {gain}.",
               partial(by_setting.cost_and_gain, costs=costs)),
         Entry("map", "Where blocks stay active", "Layers are counted from the input.", block_map.activation),
         Entry("training", "Training curves", "The chosen model's line is thick.", by_run.training),
@@ -73,8 +73,8 @@ def report(target: Path | str, out: Path | None = None, uri: str | None = None) 
     """Write report.html, tables/*.csv and figures/*.png|svg; returns the page's path.
 
     target: directory of a run, of a sweep or of runs, or "mlflow:EXPERIMENT" (at `uri`, else as tracking finds its
-    store). out: default TARGET/report, for an experiment report/EXPERIMENT. Files are replaced one by one and whole, so
-    an open page is never half a page. ConfigError when there is nothing to report on.
+    store). out: default TARGET/report, for an experiment report/EXPERIMENT. Files are replaced as a whole, so an open page
+    is never half a page. ConfigError when there is nothing to report on.
     """
     text = str(target)
     if text.startswith(EXPERIMENT):
@@ -89,7 +89,7 @@ def report(target: Path | str, out: Path | None = None, uri: str | None = None) 
 
 
 def report_sweep(sweep_dir: Path, config: Config) -> Path:
-    """The report of a sweep that has ended, which its run in MLflow gets, too; `config` is that of the sweep."""
+    """Write the report of a finished sweep and upload it to its run in MLflow; `config` is that of the sweep."""
     page = report(sweep_dir)
     with open_tracker(
         sweep_dir,
@@ -105,7 +105,7 @@ def report_sweep(sweep_dir: Path, config: Config) -> Path:
 
 
 def write(collection: Collection, out: Path) -> Path:
-    """All files of the report of these runs, below `out`."""
+    """Write all files of the report of these runs to `out`."""
     made = tables(collection)
     for table in made:
         _replace(out / "tables" / f"{table.key}.csv", table.csv().encode())
@@ -129,7 +129,7 @@ def _draw_all(collection: Collection, folder: Path) -> tuple[list[Drawing], dict
 
 
 def _of_part(entry: Entry, title: str) -> Entry:
-    """The figure of one target set, which says so."""
+    """The figure of one target set, with its name in the title."""
 
     def draw(collection: Collection, *, narrow: bool) -> Figure:
         figure = entry.draw(collection, narrow=narrow)
@@ -144,7 +144,7 @@ def _drawn(entry: Entry, collection: Collection, folder: Path) -> Drawing:
     with styled(entry.key):
         wide, narrow = entry.draw(collection, narrow=False), entry.draw(collection, narrow=True)
         svg = _saved(wide, "svg")
-        wide.set_layout_engine("none")  # settled by the first file; working it out again costs as much
+        wide.set_layout_engine("none")  # computed for the first file; computing it again would cost as much
         _replace(folder / f"{entry.key}.svg", svg)
         _replace(folder / f"{entry.key}.png", _saved(wide, "png"))
         phone = _saved(narrow, "svg").decode()
@@ -153,14 +153,14 @@ def _drawn(entry: Entry, collection: Collection, folder: Path) -> Drawing:
 
 def _saved(figure: Figure, kind: str) -> bytes:
     buffer = io.BytesIO()
-    # Without a date the same runs give the same file.
+    # Without a date, equal runs give equal files.
     metadata = {"Date": None} if kind == "svg" else None
     figure.savefig(buffer, format=kind, dpi=_PNG_DPI, metadata=metadata)
     return buffer.getvalue()
 
 
 def _drop_old(out: Path, made: list[Table], drawings: list[Drawing]) -> None:
-    """Files of an earlier report that this one no longer has would be mistaken for its own."""
+    """Remove files of an earlier report that this one does not write, which could be mistaken for its own."""
     keys = {table.key for table in made} | {drawing.key for drawing in drawings}
     for pattern in ("tables/*.csv", "figures/*.svg", "figures/*.png"):
         for path in out.glob(pattern):

@@ -1,4 +1,4 @@
-"""Runs put in families that a figure can draw as one line: the same method at several ranks, lambdas and seeds."""
+"""Families of runs that a figure draws as one line: the same method at several ranks, lambdas and seeds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 from pipeline.config import affects_result
 from pipeline.report.records import Run
 
-# What the figures show on their axes and the names of methods say already.
+# Options that are shown on the axes of figures or in the names of methods.
 _AXES = ("seed", "adapter.kind", "adapter.rank", "gate.lam", "gate.enabled")
 
 Axis = TypeVar("Axis", int, float)
@@ -27,7 +27,7 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """One method. `points`: (rank, lambda) -> its runs, one per seed; lambda is None without gates."""
+    """One method. `points`: {(rank, lambda): its runs, one per seed}; lambda is None without gates."""
 
     label: str
     kind: str
@@ -43,16 +43,16 @@ class Family:
         return sorted({lam for _, lam in self.points if lam is not None})
 
     def main_lam(self) -> float | None:
-        """The lambda with the most ranks, the largest of those; None without gates."""
+        """The lambda with the most ranks, the largest if there are several; None without gates."""
         counts = Counter(lam for _, lam in self.points if lam is not None)
         return max(counts, key=lambda lam: (counts[lam], lam)) if counts else None
 
     def by_rank(self, lam: float | None, value: Callable[[Run], float | None]) -> dict[int, Spread]:
-        """rank -> value over the seeds at this lambda, where any seed has one."""
+        """{rank: value over the seeds at this lambda}, for ranks where a seed has one."""
         return _spreads((rank, runs, value) for (rank, each), runs in self.points.items() if each == lam)
 
     def by_lam(self, rank: int, value: Callable[[Run], float | None]) -> dict[float, Spread]:
-        """lambda -> value over the seeds at this rank; only gated families have any."""
+        """{lambda: value over the seeds at this rank}; empty for families without gates."""
         points = self.points.items()
         return _spreads((lam, runs, value) for (each, lam), runs in points if each == rank and lam is not None)
 
@@ -67,7 +67,7 @@ def _spreads(entries: Iterable[tuple[Axis, Sequence[Run], Callable[[Run], float 
 
 
 def families(runs: Iterable[Run]) -> list[Family]:
-    """The adapters among the runs, LoRA before DoRA, without gates before with; random blocks are no family."""
+    """The families of adapters among the runs: LoRA before DoRA, ungated before gated, random blocks excluded."""
     members = [run for run in runs if run.settings.rank is not None and run.settings.random_k is None]
     named = labels(members)
     split: dict[tuple[str, bool, str], dict[tuple[int, float | None], list[Run]]] = {}
@@ -81,7 +81,7 @@ def families(runs: Iterable[Run]) -> list[Family]:
 
 
 def labels(runs: Iterable[Run]) -> dict[str, str]:
-    """run -> its method, with the settings in which it differs from others of the method."""
+    """{run: its method, with the settings in which it differs from other runs of the method}."""
     members: dict[str, list[Run]] = {}
     for run in runs:
         members.setdefault(run.settings.method, []).append(run)
@@ -94,7 +94,7 @@ def labels(runs: Iterable[Run]) -> dict[str, str]:
 
 
 def configurations(runs: Iterable[Run]) -> list[list[Run]]:
-    """Groups of runs whose results differ by their seed alone, in the order of the first run of each group."""
+    """Groups of runs that differ only by their seed, in the order of the first run of each group."""
     found: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:
         key = tuple(
@@ -105,7 +105,7 @@ def configurations(runs: Iterable[Run]) -> list[list[Run]]:
 
 
 def _differing(runs: Sequence[Run]) -> list[str]:
-    """Options other than the axes that affect the result and in which the runs of one method differ."""
+    """Options that affect the result, are not on an axis, and differ among the runs of one method."""
     gated = runs[0].settings.gated
     keys = [
         key

@@ -13,9 +13,9 @@ from pipeline.report.directories import STRENGTH_FILE
 from pipeline.report.records import Collection, Run, Settings, Status, scalar
 from pipeline.tracking.mlflow.reader import StoredRun, read_experiment
 
-# What a sweep says of its trials, beside MLflow's own status.
+# The tag in which a sweep records the status of a trial, in addition to MLflow's own.
 LABEL_TAG, REASON_TAG = "selora.label", "selora.trial.reason"
-# What the figures draw over time; the scores of single gates are left to the reports of run directories.
+# Metrics that figures draw over time; scores of single gates are only in reports of run directories.
 HISTORIES = ("train/loss", "adapter/active_share", "adapter/active_blocks")
 _SUMMARY, _STRENGTH, _GATES = f"eval/{SUMMARY_FILE}", f"eval/{STRENGTH_FILE}", "gate_map.json"
 
@@ -31,7 +31,7 @@ def collect(experiment: str, uri: str | None) -> Collection:
 
 
 def _names(runs: list[StoredRun], all_names: Mapping[str, str]) -> dict[str, str]:
-    """A run's name, with that of its sweep, and at last a piece of its id, where the name alone stands for several."""
+    """A run's name; where several runs share it, with the name of the sweep and, if needed, a part of its id."""
     names = {one.run_id: one.name for one in runs}
     for suffix in (lambda one: all_names.get(one.parent or "", ""), lambda one: one.run_id[:6]):
         counts = list(names.values())
@@ -75,7 +75,7 @@ def _status(said: str, summary: Summary | None) -> Status:
 
 
 def _metrics(values: Mapping[str, float], summary: Summary | None) -> dict[str, dict[str, float]]:
-    """eval/<dataset>/<metric> back in the names of the result files."""
+    """Metrics named eval/<dataset>/<metric>, under the names of the result files."""
     found: dict[str, dict[str, float]] = {}
     for key in {} if summary is None else summary["datasets"]:
         prefix = f"eval/{key}/"
@@ -88,7 +88,7 @@ def _metrics(values: Mapping[str, float], summary: Summary | None) -> dict[str, 
 
 
 def _gates(one: StoredRun, settings: Settings, threshold: float) -> dict[str, bool]:
-    """From the file where the store has it, else from the scores recorded last."""
+    """Open blocks, from the file if the store has it, else from the last recorded scores."""
     if _GATES in one.files:
         content: dict[str, dict[str, Any]] = json.loads(one.files[_GATES])
         return {target: bool(gate["open"]) for target, gate in content.items()}
@@ -99,5 +99,5 @@ def _gates(one: StoredRun, settings: Settings, threshold: float) -> dict[str, bo
 
 
 def default_folder(experiment: str) -> Path:
-    """Where the report of an experiment goes unless the user says otherwise."""
+    """The default directory for the report of an experiment."""
     return Path("report") / "".join(sign if sign.isalnum() or sign in "._-" else "-" for sign in experiment)

@@ -1,7 +1,7 @@
-"""How figures look: colours that stay apart for colour-blind readers, sizes that stay readable on a phone.
+"""The look of figures: colours that colour-blind readers can distinguish, sizes that are readable on a phone.
 
-Text, axes and lines are drawn in fixed marker colours; page.py replaces them by CSS variables, so that one drawing is
-legible on a light and on a dark page.
+Text, axes and lines are drawn in fixed marker colours, which page.py replaces by CSS variables, so that one drawing is
+legible on light and dark pages.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, GRID, PAPER = "#1d2026", "#d4d7dd", "#fefefe"
-# Okabe and Ito's colours; the second is the same hue, lighter, for a dark page.
+# Colours by Okabe and Ito; the second is a lighter tone for a dark page.
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, GREY = (
     "#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#7a7f87",
 )  # fmt: skip
@@ -72,12 +72,12 @@ _RC: dict[str, Any] = {
     "figure.facecolor": PAPER,
     "axes.facecolor": "none",
     "savefig.facecolor": PAPER,
-    "svg.fonttype": "none",  # text stays text: small, selectable, read aloud
+    "svg.fonttype": "none",  # keep text as text: small, selectable, accessible
 }
 
 
 def measure(group: str, *, classifies: bool) -> str:
-    """What an axis of this group shows. classifies: of ViTs, which read no class names and have a classifier."""
+    """Label of an axis for this group. classifies: for ViTs, which have a classifier instead of class names."""
     if group == "retrieval":
         return "mean recall (%)"
     if group == "source":
@@ -86,12 +86,12 @@ def measure(group: str, *, classifies: bool) -> str:
 
 
 class NoData(Exception):
-    """The runs hold nothing that this figure could show; the message says what is missing."""
+    """The runs have no data for this figure; the message says what is missing."""
 
 
 @contextmanager
 def styled(name: str) -> Iterator[None]:
-    """matplotlib's settings for the time of drawing and saving one figure; the same input gives the same file."""
+    """matplotlib's settings while one figure is drawn and saved; equal input gives equal files."""
     import matplotlib as mpl
 
     settings: dict[Any, Any] = {**_RC, "svg.hashsalt": name}
@@ -118,7 +118,7 @@ def panels(
 
 
 def retitle(figure: Figure, change: Callable[[str], str]) -> None:
-    """Give the figure another title, made from the one it has."""
+    """Replace the figure's title by a function of it."""
     _title(figure, change(" ".join(figure.get_suptitle().split())))
 
 
@@ -127,24 +127,24 @@ def _title(figure: Figure, text: str) -> None:
 
 
 def wrapped(text: str, width: float) -> str:
-    """`text` broken into lines that fit a title over `width` inches."""
+    """`text` wrapped to fit a title of `width` inches."""
     return textwrap.fill(text, max(20, int(width * 9)))
 
 
 def legend(figure: Figure, axes: Sequence[Axes], columns: int = 4) -> None:
-    """One legend for all panels, below them, with every label that any of them shows."""
+    """Draw one legend below all panels, with every label that any of them shows."""
     found = {label: handle for one in axes for handle, label in zip(*one.get_legend_handles_labels(), strict=True)}
     if not found:
         return
     width = figure.get_figwidth()
-    # A long label takes its place from its neighbours.
+    # A long label needs the space of its neighbours.
     columns = max(1, min(columns, int(width * 13) // (6 + max(map(len, found)))))
     _make_room(figure, -(-len(found) // columns))
     figure.legend(list(found.values()), list(found), loc="outside lower left", ncols=columns)
 
 
 def own_legends(figure: Figure, axes: Sequence[Axes], *, narrow: bool) -> None:
-    """A legend below each panel, where the lines of one have no meaning in the other; never on top of a line."""
+    """Draw a legend below each panel, for panels with different lines; it never covers a line."""
     rows = [len(one.get_legend_handles_labels()[1]) for one in axes]
     _make_room(figure, sum(rows) if narrow else max(rows))
     for one in axes:
@@ -152,12 +152,12 @@ def own_legends(figure: Figure, axes: Sequence[Axes], *, narrow: bool) -> None:
 
 
 def _make_room(figure: Figure, rows: int) -> None:
-    """Higher by some rows of a legend, which would otherwise take their place from the panels."""
+    """Enlarge the figure by some rows of a legend, so that the panels keep their height."""
     figure.set_figheight(figure.get_figheight() + 0.19 * rows)
 
 
 def rank_axis(axes: Axes, ranks: Sequence[int]) -> None:
-    """Ranks are powers of two more often than not, and few: a logarithmic axis with the ranks themselves on it."""
+    """Draw a logarithmic axis with the ranks as ticks; there are few, and most are powers of two."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
     axes.minorticks_off()
@@ -165,6 +165,6 @@ def rank_axis(axes: Axes, ranks: Sequence[int]) -> None:
 
 
 def reference(axes: Axes, value: float | None, label: str, colour: str = GREY, style: str = ":") -> None:
-    """A horizontal line to compare with, in percent; nothing where the value is unknown."""
+    """Draw a horizontal line to compare with, in percent; nothing if the value is unknown."""
     if value is not None:
         axes.axhline(100 * value, color=colour, linestyle=style, linewidth=1.3, label=label, zorder=1.5)

@@ -1,4 +1,4 @@
-"""The report's tables: all runs, and for each kind of adapter the layout of the paper's Tables 10-15."""
+"""Tables of the report: all runs, and for each kind of adapter the layout of Tables 10 to 15 of the paper."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.report.series import configurations, labels
 from pipeline.report.style import GROUPS
 
 Kind = Literal["run", "reference", "paper", "best", "chosen", "failed"]
-# (metric of the result files, as the paper's Tables 14 and 15 call it): IR is image to text there.
+# (metric of the result files, its name in Tables 14 and 15 of the paper, where IR is image to text).
 RECALLS = (
     ("text_retrieval_recall@1", "IR@1"),
     ("text_retrieval_recall@5", "IR@5"),
@@ -34,7 +34,7 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as texts. `head`: (spanning label, its columns) from left to right; `kinds` says what each row is."""
+    """Cells as texts. `head`: (spanning label, its columns) from left to right; `kinds`: the kind of each row."""
 
     key: str
     title: str
@@ -49,11 +49,11 @@ class Table:
 
     @property
     def spans(self) -> bool:
-        """Whether any label stands above the columns."""
+        """Whether any columns have a spanning label."""
         return any(above for above, _ in self.head)
 
     def csv(self) -> str:
-        """One header line, spanning labels in front of their columns."""
+        """One header line, with spanning labels in front of their columns."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(["row", *(f"{above} {name}".strip() for above, names in self.head for name in names)])
@@ -62,7 +62,7 @@ class Table:
 
 
 def tables(collection: Collection) -> list[Table]:
-    """The runs, then every group but id for each kind of adapter that has results."""
+    """The table of runs, then one per group other than id and kind of adapter that has results."""
     return [overview(collection)] + [
         table
         for part in collection.parts
@@ -75,7 +75,7 @@ def tables(collection: Collection) -> list[Table]:
 def _kinds(collection: Collection) -> list[str]:
     runs = _evaluated(collection)
     kinds = [kind for kind in ("lora", "dora") if any(run.settings.kind == kind for run in runs)]
-    # Without adapters among the runs there is still full fine-tuning to show.
+    # If no run has adapters, full fine-tuning is still shown.
     return kinds or ["none"] if runs else []
 
 
@@ -84,7 +84,7 @@ def _evaluated(collection: Collection) -> list[Run]:
 
 
 def overview(collection: Collection) -> Table:
-    """A row per run: what it was, how far it came, the groups that were evaluated, what it kept."""
+    """A row per run: its method, its progress, the evaluated groups, what it kept."""
     known = {entry["group"] for entry in collection.datasets.values()}
     groups = [name for name in GROUPS if name in known or name == "id"]
     compared = any(run.best is not None for run in collection.runs)
@@ -190,16 +190,16 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 @dataclass(frozen=True)
 class _Columns:
-    """What a table by dataset shows of a run: id sets, then the group's columns; means as the paper takes them."""
+    """The cells of a run in a table by dataset: id datasets, then the group's columns, with means as in the paper."""
 
     group: str
     ids: Sequence[str]
-    sets: Sequence[str]  # datasets of the group, those outside its mean last
+    sets: Sequence[str]  # datasets of the group; those that are not part of its mean come last
     outside: Sequence[str]
 
     @property
     def one_source(self) -> bool:
-        """Whether the layout is that of the paper's Tables 3 to 9: target, source set, and the mean of both."""
+        """Whether the layout is that of Tables 3 to 9 of the paper: target, source set, and the mean of both."""
         return self.group == "source" and len(self.sets) == 1
 
     def names(self) -> list[tuple[str, list[str]]]:
@@ -212,7 +212,7 @@ class _Columns:
         return [("", ids), (GROUPS[self.group], [*sets, "mean"]), ("", ["both"])]
 
     def values(self, value: Callable[[str, str | None], float | None]) -> list[float | None]:
-        """`value(dataset, metric)` in the order of the names; a mean needs all of its parts."""
+        """`value(dataset, metric)` for each name; a mean needs all of its parts."""
         ids = [value(key, None) for key in self.ids]
         id_mean = _mean(ids)
         counted = _mean([value(key, None) for key in self.sets if key not in self.outside])
@@ -230,7 +230,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def by_dataset(collection: Collection, kind: str, group: str) -> Table | None:
-    """One of the six tables, or None where the benchmark has nothing of this group."""
+    """One of the six tables; None if the benchmark has no dataset of this group."""
     members = {key: entry for key, entry in collection.datasets.items() if entry["group"] == group}
     ids = [key for key, entry in collection.datasets.items() if entry["group"] == "id" and entry["in_mean"]]
     if not members or not ids:
@@ -261,7 +261,7 @@ def by_dataset(collection: Collection, kind: str, group: str) -> Table | None:
 def _rows(collection: Collection, kind: str, columns: _Columns) -> Iterator[tuple[Kind, list[str], Run | str | None]]:
     """The untouched model, what has no adapter, adapters without gates, with gates; seeds of one setting as a mean.
 
-    Last of each: what the paper may have a row of.
+    The last item of each is the setting, for which the paper may have a row.
     """
     before = {key: entry["baseline"] for key, entry in collection.datasets.items()}
     recalls: dict[str, Mapping[str, float]] = {}
@@ -293,7 +293,7 @@ def _rows(collection: Collection, kind: str, columns: _Columns) -> Iterator[tupl
         yield "chosen" if chosen else "run", own, None if more else same[0]
         if more:
             compared = [run.best for run in same if run.best is not None]
-            if settings.random_k is None:  # random blocks have no gates that change
+            if settings.random_k is None:  # random blocks have no gates
                 shares = [each.active_share for each in compared]
             values = [columns.values(_values(each.summary, {})) for each in compared]
             cells = [best or "", *axes, percent(_mean(shares), 2), str(len(same)), *_means(values, digits)]
@@ -305,12 +305,12 @@ def _of_kind(collection: Collection, kind: str) -> list[Run]:
 
 
 def _means(values: Sequence[Sequence[float | None]], digits: int) -> list[str]:
-    """Of each column, over seeds."""
+    """The mean of each column over seeds."""
     return [percent(_mean(cells), digits) for cells in zip(*values, strict=True)]
 
 
 def _best_of(same: Sequence[Run]) -> str | None:
-    """What the best checkpoints of these seeds are called; None unless every seed has one."""
+    """Label of the best checkpoints of these seeds; None unless every seed has one."""
     steps = {run.best.step for run in same if run.best is not None}
     if any(run.best is None for run in same):
         return None

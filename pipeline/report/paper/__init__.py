@@ -1,1 +1,1 @@
-"""The numbers of the paper, and their rows in the report's tables."""
+"""The numbers of the paper and their rows in the report's tables."""

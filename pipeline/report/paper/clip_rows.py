@@ -1,4 +1,4 @@
-"""The paper's own numbers for the rows of a table whose configuration is the paper's."""
+"""The numbers of the paper for rows of a table that have a configuration of the paper."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pipeline.report.paper.tables import Row, table, wrong_cells
 from pipeline.report.records import Collection, Run
 
-CLIP_ROW = "CLIP"  # stands for the untouched model where a run would stand
+CLIP_ROW = "CLIP"  # the untouched model, in the place of a run
 _PAPER_MODELS = ("ViT-B-16", "ViT-B-16-quickgelu")
 _PAPER_LAM, _PAPER_PENALTY = 1.0, "l1"
 _TABLE = {
@@ -16,7 +16,7 @@ _TABLE = {
     ("lora", "zero-shot"): 12, ("dora", "zero-shot"): 13,
     ("lora", "retrieval"): 14, ("dora", "retrieval"): 15,
 }  # fmt: skip
-_BENCHMARK = "paper"  # name in configs/benchmark/paper.yaml, as are the keys below
+_BENCHMARK = "paper"  # name in configs/benchmark/paper.yaml; the keys below are also from there
 _COLUMN = {
     "imagenet": "IN-1K", "imagenet-a": "IN-A", "imagenetv2": "IN-V2", "imagenet_sketch": "IN-S", "imagenet-r": "IN-R",
     "objectnet": "ON", "cifar10": "C10", "cifar100": "C100", "dtd": "DTD", "mnist": "MNI", "sun397": "SUN",
@@ -28,15 +28,15 @@ _RECALLS = ("IR@1", "IR@5", "TR@1", "TR@5")
 
 @dataclass(frozen=True)
 class Published:
-    """Rows of one table of the paper in the columns of ours; "" where the paper has no number."""
+    """Rows of one table of the paper, in our columns; "" where the paper has no number."""
 
     number: int
-    columns: Sequence[str | None]  # the paper's name of each of our columns after the first five
-    wrong: Mapping[tuple[str, str], str]  # (row, column) -> what it should be
+    columns: Sequence[str | None]  # the paper's name for each of our columns after the first five
+    wrong: Mapping[tuple[str, str], str]  # {(row, column): correct value}
     notes: Sequence[str]
 
     def row(self, ours: Run | str) -> list[str] | None:
-        """The paper's row of this configuration, None unless it has one."""
+        """The paper's row for this configuration; None if it has none."""
         name = CLIP_ROW if isinstance(ours, str) else _name(ours)
         found = next((row for row in table(self.number) if row.name == name), None)
         if found is None:
@@ -51,7 +51,7 @@ class Published:
 
 
 def _name(run: Run) -> str | None:
-    """How Tables 10-15 call the configuration of a run; None when they have no such row."""
+    """Name of a run's configuration in Tables 10 to 15; None if they have no such row."""
     settings = run.settings
     if settings.model.replace("/", "-") not in _PAPER_MODELS or settings.pretrained != "openai":
         return None

@@ -1,7 +1,7 @@
-"""The paper's tables 1-15 as printed (arXiv 2501.15377), its errata, and the arithmetic that finds them.
+"""Tables 1 to 15 of the paper as printed (arXiv 2501.15377), its errata, and the arithmetic that finds them.
 
-published/table-NN.csv keeps every cell as it stands in the paper; published/errata.yaml says which are wrong, why, and
-which check below shows it. An erratum without a check is one of the text, or cannot be decided from the tables.
+published/table-NN.csv has every cell as printed; published/errata.yaml lists the wrong ones, with the reason and the
+check below that shows it. An erratum without a check concerns the text, or cannot be decided from the tables.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Check = Literal["mean", "blocks", "copied", "recall"]
 KEYS = ("method", "rank", "lam", "blocks")
 MEANS = ("inner mean", "mean")
 TABLES = tuple(range(1, 16))
-# Gates in all: 12 layers x 6 projections x towers (DINO has one, CLIP two).
+# Number of gates: 12 layers x 6 projections x towers (DINO has one, CLIP two).
 GATES = {number: 72 if number < 10 else 144 for number in TABLES}
 # Tables 12-15 repeat two columns of Tables 10 and 11, with one decimal less.
 _SOURCE = {12: 10, 14: 10, 13: 11, 15: 11}
 _REPEATED = ("blocks", "IN-1K")
-# One-decimal means were computed from unrounded inputs; the sum of both roundings was never seen above this.
+# Means with one decimal were computed from unrounded inputs; the sum of both roundings never exceeds this.
 _TOLERANCE = {1: Fraction("0.06"), 2: Fraction("0.011")}
 
 
@@ -39,7 +39,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """What tells the row apart in its table: "LoRA 128", "Ours 16 0.5", in Tables 1 and 2 "Ours 6.94"."""
+        """Unique name of the row in its table: "LoRA 128", "Ours 16 0.5", in Tables 1 and 2 "Ours 6.94"."""
         keys = ("method", "rank", "lam") if "rank" in self.cells else ("method", "blocks")
         return " ".join(self.cells[key] for key in keys if self.cells.get(key))
 
@@ -51,7 +51,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Finding:
-    """A printed number that the others contradict. `expected` is None where only its wrongness is known."""
+    """A printed number that others contradict. `expected` is None if the correct value is not known."""
 
     check: Check
     table: int
@@ -63,7 +63,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Erratum:
-    """One entry of the list; `finding` is what the check of its name yields, None for an error of the text."""
+    """One entry of the list; `finding` is the result of its check, None for an error in the text."""
 
     number: int
     where: str
@@ -97,7 +97,7 @@ def _erratum(entry: dict[str, object]) -> Erratum:
 
 
 def wrong_cells(number: int) -> dict[tuple[str, str], str]:
-    """(row, column) of the wrong cells of a table -> a sentence that says what it should be."""
+    """{(row, column) of a wrong cell of a table: a sentence with the correct value}."""
     return {
         (found.row, found.column): f"{erratum.where}: {erratum.printed}, should be {erratum.correct}"
         for erratum in errata()
@@ -106,7 +106,7 @@ def wrong_cells(number: int) -> dict[tuple[str, str], str]:
 
 
 def recompute(row: Row) -> dict[str, Fraction]:
-    """The mean columns of a row: the inner one over the sets other than the target, the outer one over both halves."""
+    """The mean columns of a row: the inner one over all datasets but the target, the outer one over both halves."""
     _, *others = row.values.values()
     inner = sum(others, Fraction()) / len(others)
     return {"inner mean": inner, "mean": (_target(row) + inner) / 2}
@@ -123,7 +123,7 @@ def _target(row: Row) -> Fraction:
 
 
 def findings() -> list[Finding]:
-    """Everything in the tables that contradicts something else in them."""
+    """All numbers in the tables that contradict others."""
     rows = [row for number in TABLES for row in table(number)]
     found = [finding for row in rows for check in (_means, _blocks, _recalls) for finding in check(row)]
     return found + [finding for copy, source in _pairs() for finding in _copies(copy, source)]
@@ -153,7 +153,7 @@ def _blocks(row: Row) -> Iterator[Finding]:
 
 
 def _recalls(row: Row) -> Iterator[Finding]:
-    """Among the first five there is more to hit than in the first place alone."""
+    """R@5 that does not exceed R@1: the first five include the first."""
     for column, cell in row.cells.items():
         first = row.cells.get(column.replace("@5", "@1"))
         if column.endswith("@5") and first is not None and Fraction(cell) <= Fraction(first):
@@ -180,7 +180,7 @@ def _copies(copy: tuple[Row, tuple[str, ...]], source: Row) -> Iterator[Finding]
         if not printed or not original:
             continue
         unit = Fraction(1, 10 ** min(_places(printed), _places(original)))
-        # The source may itself be rounded, so its last digit decides either way.
+        # The source may itself be rounded, so its last digit is accepted either way.
         if abs(Fraction(printed) - Fraction(original)) > unit * Fraction("0.501"):
             yield Finding("copied", row.table, row.name, column, printed, _shown(Fraction(original), printed))
 

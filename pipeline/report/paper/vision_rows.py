@@ -1,4 +1,4 @@
-"""The paper's own numbers of its DINO models (Tables 1 to 9), for rows whose configuration is the paper's."""
+"""The numbers of the paper for its DINO models (Tables 1 to 9), for rows that have a configuration of the paper."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _TABLE = {
 _BENCHMARK, _SOURCE = "vision", "imagenet100"  # names in configs/benchmark/vision.yaml
 _SETTINGS_TABLE = 4  # Tables 1 and 2 are of its model and target
 _RANDOM, _RANDOM_RANK = {5: "Random 6.94", 10: "Random 22.2"}, 16
-# Which lambda Table 2 was made with the paper does not say; its l1 is Table 4's at rank 128 and lambda 1.
+# The paper does not give the lambda of Table 2; its l1 is that of Table 4 at rank 128 and lambda 1.
 _PENALTY, _PENALTY_RANK, _PENALTY_LAM = {"l2": "l2 11.1", "hinge": "hinge 22.2"}, 128, 1.0
 
 
 @dataclass(frozen=True)
 class PublishedTarget:
-    """The rows of one target set: our columns after the first five are that set, the source set and their mean."""
+    """The rows of one target set. After the first five, our columns are that set, the source set and their mean."""
 
     target: str
     notes: Sequence[str]
 
     def row(self, ours: Run | str) -> list[str] | None:
-        """The paper's row of this configuration, None unless it has one; of the untouched model it has none."""
+        """The paper's row for this configuration; None if it has none, as for the untouched model."""
         if isinstance(ours, str):
             return None
         found = _find(ours.settings, self.target)
@@ -70,12 +70,12 @@ def _cell(row: Row, column: str) -> str:
 
 
 def _wrong_name(name: str) -> str:
-    """The row under which an erratum stands: Table 1's pairs have one number of blocks, listed as that of Ours."""
+    """The row of an erratum: pairs in Table 1 have one number of blocks, listed as that of Ours."""
     return name.replace("Random", "Ours")
 
 
 def _find(settings: Settings, target: str) -> Row | None:
-    """The row of Tables 1 to 9 with this configuration. The model is told by its tag, as `selora doctor` does."""
+    """The row of Tables 1 to 9 with this configuration. The model is recognised by its tag, as in `selora doctor`."""
     number = _TABLE.get((settings.model.removeprefix(VIT_SCHEMA), target))
     if number is None:
         return None
@@ -85,7 +85,7 @@ def _find(settings: Settings, target: str) -> Row | None:
 
 
 def _name(settings: Settings) -> str | None:
-    """How the paper calls a configuration in any of its nine tables."""
+    """Name of a configuration in the nine tables of the paper."""
     if settings.kind == "full":
         return "FT"
     if settings.kind == "none":
