@@ -141,7 +141,7 @@ def run(out: Path, case: Case, steps: int) -> None:
     config = load_config(asset(FINETUNE), [f"{key}={value}" for key, value in changes.items()])
     train(config)
     run_dir = out / case.world / case.name
-    settings = Settings(batch_size=128, workers=0, preprocessing="fast", cache=Cache(out / "cache"))
+    settings = Settings(batch_size=128, workers=0, preprocessing="fast", cache=Cache(out / "cache", 2 * 10**9))
     evaluate_strength(
         run_dir,
         load_benchmark(data / f"{case.world}.yaml"),
