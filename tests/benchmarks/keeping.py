@@ -4,7 +4,7 @@
     python tests/benchmarks/keeping.py --out build/keeping --world clothes --seeds 0 --methods lora64
     python tests/benchmarks/keeping.py --out build/keeping --table                # the tables of what is finished
 
-A finished run is not repeated. Each trains by `train`, is evaluated at six strengths by `evaluate_strength`, and
+A finished run is not repeated. Each trains by `train`, is evaluated at five strengths by `evaluate_strength`, and
 leaves its directory below OUT/WORLD. Foreign reference images are random crops of the photographs in --foreign FOLDER.
 """
 
@@ -24,19 +24,24 @@ import yaml
 from PIL import Image
 
 from pipeline.config import load_config
-from pipeline.data.shards.index import load_index, open_shard, pack, sample_texts
+from pipeline.data.shards.index import load_index, open_shard, pack
+from pipeline.data.shards.members import sample_texts
 from pipeline.demo.assets import FINETUNE, MODEL, asset, unpack
 from pipeline.selection.kept import kept_of
 
-ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+ALPHAS = (0.0, 0.3, 0.5, 0.7, 1.0)
 FLOORS = (0.99, 0.95, 0.90)
 METHODS = {
     "full": {"adapter.kind": "full", "train.lr": "3e-4"},
     "lora16": {"adapter.rank": "16", "gate.enabled": "false"},
+    "lora16-fast": {"adapter.rank": "16", "gate.enabled": "false", "train.lr": "2e-3"},
     "lora64": {"adapter.rank": "64", "gate.enabled": "false"},
     "lora64-fast": {"adapter.rank": "64", "gate.enabled": "false", "train.lr": "2e-3"},
     "gated64": {"adapter.rank": "64", "gate.lam": "0.3"},
     "gated64-fast": {"adapter.rank": "64", "gate.lam": "0.3", "train.lr": "2e-3"},
+    "budget12-fast": {"adapter.rank": "64", "gate.lam": "0", "gate.budget": "12", "train.lr": "2e-3"},
+    "budget34-fast": {"adapter.rank": "64", "gate.lam": "0", "gate.budget": "34", "train.lr": "2e-3"},
+    "random34-fast": {"adapter.rank": "64", "adapter.random_k": "34", "train.lr": "2e-3"},
 }
 KEPT = {"keep.weight": "3", "keep.batch_size": "16", "keep.texts": "general"}
 REFERENCES: dict[str, dict[str, str]] = {
