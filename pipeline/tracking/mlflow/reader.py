@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import ConfigError
 from pipeline.passwords import redact
+from pipeline.tracking.mlflow.moved import relocate
 from pipeline.tracking.mlflow.store import PARENT_TAG, client_environment, reason_of
 from pipeline.tracking.mlflow.uris import resolve_uri, sqlite_path
 
@@ -47,7 +48,8 @@ def read_experiment(
     files: Sequence[str] = (),
     out: Path = Path("runs"),
 ) -> list[StoredRun]:
-    """The active runs of an experiment, oldest first. Nothing is created or changed.
+    """The active runs of an experiment, oldest first. Nothing is created or changed, except the addresses
+    of files in a store that was moved.
 
     uri: the store; None: MLFLOW_TRACKING_URI, else OUT/mlflow.db. histories: metrics whose every value is read (one
     request each). files: artifact paths to read as text; a file that a run has not got is left out.
@@ -61,6 +63,7 @@ def read_experiment(
     with client_environment(), _told(uri):
         from mlflow import MlflowClient
 
+        relocate(uri)
         client = MlflowClient(uri)
         found = client.get_experiment_by_name(experiment)
         if found is None:

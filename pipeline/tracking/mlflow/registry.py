@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import ConfigError
 from pipeline.passwords import redact
+from pipeline.tracking.mlflow.moved import relocate
 from pipeline.tracking.mlflow.store import Away, Gone, MlflowStore, Refused, client_environment, reason_of
 from pipeline.tracking.served.served import load_served, quiet
 
@@ -191,6 +192,7 @@ def load_registered(model_uri: str, uri: str) -> Any:
 
     try:
         with client_environment(PATIENT), _default_store(uri):
+            relocate(uri)
             return load_served(model_uri)
     except (MlflowException, OSError) as error:
         reason = reason_of(error, uri)

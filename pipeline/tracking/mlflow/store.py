@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from pipeline.config import ConfigError
 from pipeline.passwords import redact
 from pipeline.tracking.locks import Busy, FileLock
+from pipeline.tracking.mlflow.moved import relocate
 from pipeline.tracking.mlflow.uris import artifact_root, sqlite_path
 
 if TYPE_CHECKING:
@@ -170,6 +171,7 @@ class MlflowStore:
         else:
             file.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(file.with_name(file.name + ".lock"), _CREATE_WAIT_SECONDS):
+                relocate(self.uri)
                 client = MlflowClient(self.uri, registry_uri=self.uri)
                 self._experiment_id = self._settle_experiment(client)
         self._client = client

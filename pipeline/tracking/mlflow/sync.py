@@ -12,6 +12,7 @@ from pipeline.tracking.identity import RunIdentity, read_identity
 from pipeline.tracking.journal import JOURNAL
 from pipeline.tracking.locks import Busy, FileLock
 from pipeline.tracking.mlflow.delivery import SHIPPING_LOCK, Delivery, load_state, pending
+from pipeline.tracking.mlflow.moved import found_again
 from pipeline.tracking.mlflow.store import Away, client_environment
 from pipeline.tracking.mlflow.uris import resolve_uri
 
@@ -57,7 +58,7 @@ def sync(run_dir: Path, uri: str | None = None, *, full: bool = False) -> SyncRe
     identity = read_identity(run_dir)
     if identity is None or not (run_dir / JOURNAL).is_file():
         raise ConfigError(f"{run_dir}: not the directory of a tracked run, it has no {JOURNAL}")
-    uri = resolve_uri(uri or identity.uri, run_dir.absolute().parent)
+    uri = resolve_uri(uri or found_again(identity.uri, run_dir), run_dir.absolute().parent)
     try:
         with FileLock(run_dir / SHIPPING_LOCK, _LOCK_SECONDS), client_environment():
             return _sync_locked(run_dir, uri, identity, full)
