@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli.options import FAILED, OK, add_command, count
+from pipeline.cli.options import FAILED, OK, add_command, count, share, strength
 from pipeline.config import ConfigError
 
 
@@ -50,6 +50,18 @@ def _add_export(commands: Any) -> None:
         "--step", type=count, metavar="N", help="step of the checkpoint to export (default: the newest)"
     )
     parser.add_argument(
+        "--strength",
+        type=strength,
+        metavar="A",
+        help="strength of the fine-tuning, above 0, up to 1 (default), or auto: the largest that keeps the floor",
+    )
+    parser.add_argument(
+        "--floor",
+        type=share,
+        metavar="SHARE",
+        help="share kept that --strength auto looks for (default: promote.min_kept, promote.max_forgetting)",
+    )
+    parser.add_argument(
         "--base-name", metavar="NAME", help="name of the base model in the PEFT adapter (default: its path)"
     )
     parser.add_argument(
@@ -66,6 +78,10 @@ def run_export(arguments: argparse.Namespace) -> int:
     run_dir, chosen = chosen_run(Path(arguments.target))
     if chosen:
         print(chosen, file=sys.stderr)
+    alpha = 1.0
+    if arguments.strength is not None:
+        alpha, told = _strength_of_export(arguments, run_dir)
+        print(*told, sep="\n", end="\n" if told else "", file=sys.stderr)
     try:
         report = export(
             run_dir,
@@ -76,12 +92,24 @@ def run_export(arguments: argparse.Namespace) -> int:
             verify=not arguments.unverified,
             base_name=arguments.base_name,
             force=arguments.force,
+            strength=alpha,
         )
     except Mismatch as error:
         print(f"selora export: {error}", file=sys.stderr)
         return FAILED
     print(report)
     return OK
+
+
+def _strength_of_export(arguments: argparse.Namespace, run_dir: Path) -> tuple[float, list[str]]:
+    from pipeline.config import Promote, load_config
+    from pipeline.handoff.strength import strength_of_export
+
+    if arguments.step is not None and arguments.strength == "auto":
+        raise ConfigError("--strength auto is looked for with the newest checkpoint: leave out --step")
+    config = load_config(run_dir / "config.yaml")
+    rule = config.promote if arguments.floor is None else Promote(min_kept=arguments.floor)
+    return strength_of_export(run_dir, arguments.strength, rule, config)
 
 
 def _add_promote(commands: Any) -> None:
@@ -92,6 +120,7 @@ def _add_promote(commands: Any) -> None:
         "register a run, or the best trial of a sweep, as a model version in MLflow, if the config's rule holds",
         "selora promote runs/my_run --name my-clip --rule min_id=0.75 max_forgetting=0.02",
         "selora promote runs/my_sweep --name my-clip --champion",
+        "selora promote runs/my_run --name my-clip --strength auto --rule min_kept=0.95",
         "selora promote --name my-clip --rollback",
     )
     parser.add_argument("target", nargs="?", metavar="RUN_OR_SWEEP", help="directory of a run or of a sweep")
@@ -101,6 +130,13 @@ def _add_promote(commands: Any) -> None:
         nargs="+",
         metavar="key=value",
         help="options of the section promote that replace those of the run's config",
+    )
+    parser.add_argument(
+        "--strength",
+        type=strength,
+        metavar="A",
+        help="register the model at this strength, above 0, up to 1 (default), or auto: at the largest strength that "
+        "keeps the floor of the rule, min_kept or max_forgetting",
     )
     parser.add_argument("--champion", action="store_true", help="also give it the alias champion")
     parser.add_argument("--rollback", action="store_true", help="give the alias champion back to the previous champion")
@@ -131,6 +167,7 @@ def run_promote(arguments: argparse.Namespace) -> int:
         uri=arguments.uri,
         class_names=None if arguments.classnames is None else _lines(arguments.classnames),
         templates=arguments.templates,
+        strength=arguments.strength,
     )
     print(done)
     return OK if done.version is not None else FAILED

@@ -67,3 +67,8 @@ def share(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"should be between 0 and 1, got {text!r}")
     return value
+
+
+def strength(text: str) -> float | str:
+    """ "auto", or a share."""
+    return text if text == "auto" else share(text)

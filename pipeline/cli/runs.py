@@ -6,7 +6,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli.options import FAILED, INTERRUPTED, OK, add_command, add_config_arguments, count, share, whole
+from pipeline.cli.options import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    add_command,
+    add_config_arguments,
+    count,
+    share,
+    strength,
+    whole,
+)
 from pipeline.config.yaml_file import dump_yaml
 
 
@@ -49,6 +59,7 @@ def _add_evaluate(commands: Any) -> None:
         "selora evaluate runs/my_run --benchmark benchmark.yaml",
         "selora evaluate ViT-B-16-quickgelu --pretrained openai --benchmark paper --root /data/eval",
         "selora evaluate runs/my_run --strength",
+        "selora evaluate runs/my_run --strength auto --floor 0.95",
     )
     parser.add_argument("model", metavar="RUN_OR_MODEL", help="directory of a run, or a name as in model.name")
     parser.add_argument("--pretrained", metavar="TAG", help="open_clip tag or weights file of a plain model")
@@ -59,9 +70,17 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument(
         "--strength",
         nargs="*",
-        type=share,
+        type=strength,
         metavar="A",
-        help="the curve from the untouched (0) to the fine-tuned model (1), all in one pass (default: 0 0.1 .. 1)",
+        help="one number: the model at this strength, between the untouched (0) and the fine-tuned (1); auto: at the "
+        "largest that keeps the floor, chosen on other images than it is reported on; several, or none: the curve "
+        "(default: 0 0.1 .. 1)",
+    )
+    parser.add_argument(
+        "--floor",
+        type=share,
+        metavar="SHARE",
+        help="share kept that --strength auto looks for (default: promote.min_kept, promote.max_forgetting)",
     )
     parser.add_argument(
         "--checkpoints",

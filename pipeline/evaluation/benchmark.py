@@ -34,7 +34,7 @@ from pipeline.config.errors import Raw
 from pipeline.config.text_file import lines_of, read_text
 from pipeline.config.yaml_file import read_chain
 from pipeline.data.storage.remote import is_remote
-from pipeline.evaluation.rows import GROUPS, Mode, Row
+from pipeline.evaluation.rows import GROUPS, Mode, Part, Row
 from pipeline.prompts import resolve_templates
 
 __all__ = ["GROUPS", "Benchmark", "Row", "load_benchmark", "shipped_benchmarks"]
@@ -61,6 +61,10 @@ class Benchmark:
         if faults:
             raise ConfigError("\n".join(faults))
         return Benchmark(self.name, tuple(row for row in self.rows if row.key in keys))
+
+    def part(self, part: Part) -> Benchmark:
+        """The same datasets, of each only these images."""
+        return Benchmark(self.name, tuple(row.model_copy(update={"part": part}) for row in self.rows))
 
     def without(self, keys: Collection[str]) -> Benchmark:
         """All but the named datasets."""

@@ -11,21 +11,32 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config import Config, ConfigError, load_config
+from pipeline.config import Config, ConfigError, Promote, load_config
 from pipeline.data.images import Preprocessing
 from pipeline.data.storage.cache import Cache
+from pipeline.evaluation.auto_strength import ChosenStrength, evaluate_auto
 from pipeline.evaluation.benchmark import Benchmark, load_benchmark
 from pipeline.evaluation.checkpoints import evaluate_checkpoints, format_checkpoints
 from pipeline.evaluation.dataset import Settings
 from pipeline.evaluation.encode import Precision
 from pipeline.evaluation.ranks import Ranks, launched_ranks
-from pipeline.evaluation.record import track_curve, track_results
+from pipeline.evaluation.record import track_curve, track_results, track_strength
 from pipeline.evaluation.run import Outcome, evaluate, evaluate_run
-from pipeline.evaluation.strength import STRENGTH_FILE, evaluate_strength, format_curve
+from pipeline.evaluation.strength import (
+    AUTO,
+    STRENGTH_FILE,
+    STRENGTHS,
+    Strength,
+    evaluate_at,
+    evaluate_strength,
+    format_curve,
+    strength_name,
+)
 from pipeline.evaluation.summary import Summary, format_summary
 from pipeline.model.clip import CONFIG_FILE
 from pipeline.model.load import Model, load_model
 from pipeline.model.restore import check_exists, find_run, is_run
+from pipeline.selection.floor import Floor
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,9 @@ class Asked:
     precision: Precision = "fp32"
     preprocessing: Preprocessing = "reference"
     cache: str | None = None
-    strength: Sequence[float] | None = None
+    # Several strengths are a curve, one of them or "auto" is a model.
+    strength: Sequence[Strength] | None = None
+    floor: float | None = None
     checkpoints: bool = False
 
     def settings(self, config: Config | None) -> Settings:
@@ -77,6 +90,9 @@ def evaluate_command(run_or_model: str | Path, **asked: object) -> int:
 
     A run takes benchmark, batch size and workers from its config where they are not given, writes to RUN/eval, and is
     compared with its untouched base, whose own results are kept in OUT/baselines/<digest> for all runs beside it.
+
+    Returns:
+        The exit code: 1 where no strength above 0 keeps the floor.
     """
     check_exists(run_or_model)
     options = Asked(**asked)  # pyright: ignore[reportArgumentType]
@@ -94,10 +110,9 @@ def evaluate_command(run_or_model: str | Path, **asked: object) -> int:
     table = options.table(config)
     if options.checkpoints and options.strength is not None:
         raise ConfigError("checkpoints and strength: one at a time")
-    kind = _checkpoints if options.checkpoints else _run if options.strength is None else _curve
+    kind = _checkpoints if options.checkpoints else _run if options.strength is None else _strength
     with launched_ranks() as ranks:
-        kind(run, config, table, options, ranks)
-    return 0
+        return kind(run, config, table, options, ranks)
 
 
 def evaluate_model(
@@ -176,15 +191,16 @@ def _plain_results(name: str, table: Benchmark, options: Asked) -> tuple[Outcome
     return evaluate(clip, table, folder, options.settings(None), datasets=options.datasets, say=progress), folder
 
 
-def _run(run: Path, config: Config, table: Benchmark, options: Asked, ranks: Ranks) -> None:
+def _run(run: Path, config: Config, table: Benchmark, options: Asked, ranks: Ranks) -> int:
     outcome, folder = _run_results(run, config, table, options, ranks)
     if ranks.rank == 0:
         sys.stdout.write(format_summary(outcome.summary) + f"\nresults in {folder}\n")
+    return 0
 
 
 def _run_results(run: Path, config: Config, table: Benchmark, options: Asked, ranks: Ranks) -> tuple[Outcome, Path]:
     """The results of a run and their folder; whole ones in the run's own folder are also tracked."""
-    folder, baselines = _places(run, options)
+    folder, baselines = places(run, options)
     settings = options.settings(config)
     outcome = evaluate_run(run, table, folder, settings, baselines=baselines, datasets=options.datasets, say=progress)
     if ranks.rank == 0 and options.out is None and options.limit is None:
@@ -192,27 +208,80 @@ def _run_results(run: Path, config: Config, table: Benchmark, options: Asked, ra
     return outcome, folder
 
 
-def _curve(run: Path, config: Config, table: Benchmark, options: Asked, ranks: Ranks) -> None:
-    folder, baselines = _places(run, options)
+def _strength(run: Path, config: Config, table: Benchmark, options: Asked, ranks: Ranks) -> int:
+    asked = tuple(options.strength or ())
+    if len(asked) != 1:
+        return _curve(run, config, table, options, ranks)
+    rule = config.promote if options.floor is None else Promote(min_kept=options.floor)
+    chosen, outcome = at_strength(run, asked[0], rule, config, table, options)
+    if ranks.rank == 0:
+        told = [] if outcome is None else [format_summary(outcome.summary)]
+        told += [] if chosen is None else [str(chosen)]
+        told += [f"results in {places(run, options)[0] / STRENGTHS / strength_name(asked[0])}"]
+        sys.stdout.write("\n".join(told) + "\n")
+        if outcome is not None and options.out is None and options.limit is None:
+            track_strength(run, config, strength_name(asked[0]))
+    return 0 if outcome is not None else 1
+
+
+def at_strength(
+    run: Path, asked: Strength, rule: Promote, config: Config, table: Benchmark, options: Asked
+) -> tuple[ChosenStrength | None, Outcome | None]:
+    """Evaluate a run's model at a strength; what is finished is read.
+
+    Args:
+        asked: in (0, 1], or "auto": the largest that keeps the floor in `rule`.
+
+    Returns:
+        How the strength was chosen, None of one that was given; and the results, None where "auto" found 0.
+    """
+    folder, baselines = places(run, options)
+    settings = options.settings(config)
+    if asked == AUTO:
+        floor = Floor.of(rule)
+        chosen_table = table.choose(options.datasets)
+        return evaluate_auto(run, chosen_table, folder, settings, floor, baselines=baselines, say=progress)
+    if isinstance(asked, str) or not 0 < asked <= 1:
+        raise ConfigError(
+            f"strength: {asked!r} should be a number above 0 (untouched), 1 (fine-tuned) at most, or auto"
+        )
+    outcome = evaluate_at(
+        run,
+        asked,
+        table,
+        folder / STRENGTHS / strength_name(asked),
+        settings,
+        baselines=baselines / find_run(run).base_digest[:16],
+        also=(folder,),
+        datasets=options.datasets,
+        say=progress,
+    )
+    return None, outcome
+
+
+def _curve(run: Path, config: Config, table: Benchmark, options: Asked, ranks: Ranks) -> int:
+    if AUTO in (options.strength or ()):
+        raise ConfigError("strength: auto is one strength and stands alone; a curve has numbers")
+    folder, baselines = places(run, options)
     curve = evaluate_strength(
         run,
         table,
         folder,
         options.settings(config),
         baselines=baselines,
-        alphas=options.strength or (),
+        alphas=[float(alpha) for alpha in options.strength or ()],
         datasets=options.datasets,
         say=progress,
     )
-    if ranks.rank != 0:
-        return
-    sys.stdout.write(format_curve(curve) + f"\nresults in {folder}\n")
-    if options.out is None and options.limit is None and options.datasets is None:
-        track_curve(run, config, folder / STRENGTH_FILE, curve["groups"])
+    if ranks.rank == 0:
+        sys.stdout.write(format_curve(curve) + f"\nresults in {folder}\n")
+        if options.out is None and options.limit is None and options.datasets is None:
+            track_curve(run, config, folder / STRENGTH_FILE, curve)
+    return 0
 
 
-def _checkpoints(run: Path, config: Config, table: Benchmark, options: Asked, ranks: Ranks) -> None:
-    folder, baselines = _places(run, options)
+def _checkpoints(run: Path, config: Config, table: Benchmark, options: Asked, ranks: Ranks) -> int:
+    folder, baselines = places(run, options)
     settings = options.settings(config)
     comparison, best = evaluate_checkpoints(
         run, table, folder, settings, baselines=baselines, datasets=options.datasets, say=progress
@@ -220,9 +289,10 @@ def _checkpoints(run: Path, config: Config, table: Benchmark, options: Asked, ra
     if ranks.rank == 0:
         told = [format_checkpoints(comparison), format_summary(best.summary), f"results in {folder}"]
         sys.stdout.write("\n\n".join(told) + "\n")
+    return 0
 
 
-def _places(run: Path, options: Asked) -> tuple[Path, Path]:
+def places(run: Path, options: Asked) -> tuple[Path, Path]:
     """Where the results of the run and of its untouched base go."""
     if options.out is not None:
         return Path(options.out), Path(options.out) / "baselines"

@@ -16,6 +16,7 @@ from pipeline.data.images import Preprocessing
 from pipeline.data.order import seeded_permutation, stable_hash
 from pipeline.data.storage.cache import Cache
 from pipeline.evaluation.encode import Precision
+from pipeline.evaluation.parts import of_part
 from pipeline.evaluation.rows import Row
 from pipeline.prompts import resolve_templates
 
@@ -56,12 +57,15 @@ class Dataset:
 
     @property
     def chosen(self) -> Sequence[int] | None:
-        """The samples that the row's `sample` draws, in the order of the set; None: all."""
+        """The samples that the row's `sample` draws, of these its `part`, in the order of the set; None: all."""
         row, total = self.row, len(self.data)
-        if row.sample is None or row.sample >= total:
+        drawn: Sequence[int] = range(total)
+        if row.sample is not None and row.sample < total:
+            order = seeded_permutation(total, stable_hash("sample", row.seed, row.key))
+            drawn = sorted(order[: row.sample].tolist())
+        elif row.part == "all":
             return None
-        order = seeded_permutation(total, stable_hash("sample", row.seed, row.key))
-        return sorted(order[: row.sample].tolist())
+        return [drawn[i] for i in of_part(row.part, row.key, [self.data.key(i) for i in drawn])]
 
     @property
     def digest(self) -> str:

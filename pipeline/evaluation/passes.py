@@ -220,8 +220,13 @@ def _neighbours(
 
 
 def _share_of_bank(dataset: Dataset, bank: EvalSet, limit: int | None) -> tuple[int | None, int]:
-    """How many images of the bank are taken at most, and how many these are: the share that is taken of the queries."""
+    """How many images of the bank are taken at most, and how many these are: the share that is taken of the queries.
+
+    A part that something is chosen on is to be cheap; what is reported has the whole bank.
+    """
     asked = len(dataset.data if dataset.chosen is None else dataset.chosen)
+    if dataset.row.part == "choosing":
+        limit, asked = min(limit or asked, asked), len(dataset.data)
     if limit is None or limit >= asked:
         return None, len(bank)
     share = -(-len(bank) * limit // asked)

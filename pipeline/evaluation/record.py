@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import Config
 from pipeline.evaluation.results import Result
@@ -40,12 +41,24 @@ def track_results(run_dir: Path, config: Config, step: int, results: dict[str, R
             tracker.artifact(file, "eval")
 
 
-def track_curve(run_dir: Path, config: Config, file: Path, groups: Mapping[str, Mapping[str, float]]) -> None:
-    """Add a strength curve: the file, and `strength/<group>` with the step counting percents of α. Rank 0 only."""
+def track_curve(run_dir: Path, config: Config, file: Path, curve: Mapping[str, Any]) -> None:
+    """Add a strength curve: the file, and `strength/<group>` and `strength/kept` with the step counting percents of α.
+
+    Rank 0 only.
+    """
     with _tracker(run_dir, config) as tracker:
-        for alpha, means in groups.items():
-            tracker.metrics(round(100 * float(alpha)), {f"strength/{group}": mean for group, mean in means.items()})
+        for alpha, means in curve["groups"].items():
+            values = {f"strength/{group}": mean for group, mean in means.items()}
+            values |= {"strength/kept": curve["kept"][alpha]} if alpha in curve["kept"] else {}
+            tracker.metrics(round(100 * float(alpha)), values)
         tracker.artifact(file, "eval")
+
+
+def track_strength(run_dir: Path, config: Config, name: str) -> None:
+    """Add the results of the run's model at one strength, "0.5" or "auto". Rank 0 only."""
+    with _tracker(run_dir, config) as tracker:
+        for file in sorted((run_dir / "eval" / "strength" / name).glob("*.json")):
+            tracker.artifact(file, f"eval/strength/{name}")
 
 
 def _tracker(run_dir: Path, config: Config) -> RunTracker:

@@ -14,6 +14,8 @@ Group = Literal["id", "shift", "zero-shot", "retrieval", "source"]
 GROUPS: tuple[Group, ...] = ("id", "shift", "zero-shot", "retrieval", "source")
 # What a row asks of a model: texts against images, or images against images alone.
 Task = Literal["zeroshot_classification", "zeroshot_retrieval", "knn_classification"]
+# Which of a set's images are asked about: all; those on which a strength or a checkpoint is chosen; all but these.
+Part = Literal["all", "choosing", "reporting"]
 Metric = Literal["acc1", "mean_per_class_recall", "mean_recall"]
 # "wds": class names and templates as the directory ships them and no rule of the row, as clip_benchmark scores.
 Mode = Literal["paper", "wds"]
@@ -70,6 +72,8 @@ class Row(BaseModel):
     # Take this many images, drawn by `seed`.
     sample: Count | None = None
     seed: StrictInt = 0
+    # Of these again only a part: parts.py.
+    part: Part = "all"
     licence: str | None = None
     restriction: str | None = None
     # What CLIP ViT-B/16 of OpenAI has, in percent, and how far off a right evaluation may be:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,10 +181,13 @@ def _finished(walk: Walk, i: int, dataset: Dataset) -> Result | None:
     return result
 
 
-def finish(walk: Walk, i: int, benchmark: Benchmark, baseline: Summary | None) -> Outcome:
-    """Write the summary of model i and give its outcome."""
+def finish(
+    walk: Walk, i: int, benchmark: Benchmark, baseline: Summary | None, facts: Mapping[str, Any] | None = None
+) -> Outcome:
+    """Write the summary of model i, with what else is known of the model, and give its outcome."""
     answered = benchmark.without(walk.left_out[i])
-    summary = summarise(answered, walk.results[i], _model_facts(walk.subjects[i], walk.settings), baseline)
+    known = _model_facts(walk.subjects[i], walk.settings) | dict(facts or {})
+    summary = summarise(answered, walk.results[i], known, baseline)
     if walk.ranks.rank == 0:
         write_json(walk.jobs[i].folder / SUMMARY_FILE, summary)
     return Outcome(walk.results[i], summary, walk.skipped[i])

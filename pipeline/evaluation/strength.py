@@ -1,32 +1,39 @@
-"""The strength curve: merged weights between the untouched and the fine-tuned model, W0 + α (W1 − W0), in one pass.
+"""Models between the untouched and the fine-tuned one, W0 + α (W1 − W0): the curve over α, and one strength by itself.
 
-It is right for whatever trained, DoRA and full fine-tuning included, because it mixes what was merged and nothing else.
+One model is in memory at a time; the images are decoded once for all of them, into the cache.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from copy import deepcopy
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import Any, Literal
 
 from pipeline.config import ConfigError
 from pipeline.evaluation.benchmark import Benchmark
 from pipeline.evaluation.dataset import Settings
+from pipeline.evaluation.ranks import Ranks
 from pipeline.evaluation.results import write_json
-from pipeline.evaluation.run import Job, Say, finish, walk_table
+from pipeline.evaluation.run import Job, Outcome, Say, finish, walk_table
+from pipeline.evaluation.summary import Summary
+from pipeline.model.between import Between
 from pipeline.model.load import Model
-from pipeline.model.restore import find_run, load_base, load_run
+from pipeline.model.restore import RunSource, find_run, load_base, load_run
 
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(11))
 STRENGTH_FILE = "strength.json"
+STRENGTHS = "strength"  # the folder beside it, with the results of each strength
+AUTO = "auto"  # the largest strength that keeps the floor
 
 Curve = dict[str, Any]
+Strength = float | Literal["auto"]
+
+
+def strength_name(asked: Strength) -> str:
+    """Of the folder with its results: "0.5", "auto"."""
+    return asked if isinstance(asked, str) else f"{asked:g}"
 
 
 def evaluate_strength(
@@ -42,28 +49,22 @@ def evaluate_strength(
 ) -> Curve:
     """Evaluate a run's model at each strength; write OUT_DIR/strength.json and return what it holds.
 
-    The datasets of one α lie in OUT_DIR/strength/<α>, so a broken curve is continued; results of the untouched and of
-    the fine-tuned model that lie in BASELINES and OUT_DIR are taken over. All models are in memory at once.
+    The results at α are in OUT_DIR/strength/<α>, so a broken curve is continued; results of the untouched and of the
+    fine-tuned model that are in BASELINES and OUT_DIR are taken over.
     """
     if not alphas or any(not 0 <= alpha <= 1 for alpha in alphas):
         raise ConfigError(f"strength: {list(alphas)} should be numbers from 0 (untouched) to 1 (fine-tuned)")
     started = time.perf_counter()
     source, out = find_run(run_dir), Path(out_dir)
-    base, tuned = load_base(source), load_run(run_dir)
-    known = (Path(baselines) / source.base_digest[:16], out)
+    between = Between.of(load_base(source), load_run(run_dir))
+    also = (Path(baselines) / source.base_digest[:16], out)
     levels = sorted(set(alphas))
-    jobs = [
-        Job(
-            replace(between(base, tuned, alpha), pretrained=f"{source.label} at {alpha:g}"),
-            out / "strength" / f"{alpha:g}",
-            f"strength {alpha:g}",
-            known,
-        )
-        for alpha in levels
-    ]
-    walk = walk_table(jobs, benchmark, settings, datasets=datasets, say=say)
-    untouched = finish(walk, 0, benchmark, None).summary if levels[0] == 0 else None
-    summaries = [finish(walk, i, benchmark, untouched).summary for i in range(len(jobs))]
+    summaries: list[Summary] = []
+    for alpha in levels:
+        job = job_at(between.at(alpha), source, alpha, out / STRENGTHS / strength_name(alpha), also)
+        walk = walk_table([job], benchmark, settings, datasets=datasets, say=say)
+        untouched = summaries[0] if summaries and levels[0] == 0 else None
+        summaries.append(finish(walk, 0, benchmark, untouched, {"strength": {"alpha": alpha}}).summary)
     curve: Curve = {
         "benchmark": benchmark.name,
         "model": source.label,
@@ -77,38 +78,61 @@ def evaluate_strength(
             str(alpha): {key: each["value"] for key, each in summary["datasets"].items()}
             for alpha, summary in zip(levels, summaries, strict=True)
         },
+        "kept": _kept(levels, summaries),
     }
-    if walk.ranks.rank == 0:
+    if Ranks.current().rank == 0:
         write_json(out / STRENGTH_FILE, curve)
     return curve
 
 
-def between(base: Model, tuned: Model, alpha: float) -> Model:
-    """A copy of the merged model with weights W0 + α (W1 − W0); at 0 and 1 bit for bit those of `base` and `tuned`.
+def _kept(levels: Sequence[float], summaries: Sequence[Summary]) -> dict[str, float]:
+    """What was kept at each strength, 1 at 0; empty where the curve has no 0, or there is nothing to keep."""
+    shares = {str(alpha): each["kept"]["mean"] for alpha, each in zip(levels, summaries, strict=True) if each["kept"]}
+    return {str(levels[0]): 1.0, **shares} if shares else {}
 
-    What the base has not, the classifier of a ViT, stays that of `tuned`.
+
+def evaluate_at(
+    run_dir: str | Path,
+    alpha: float,
+    benchmark: Benchmark,
+    folder: Path,
+    settings: Settings,
+    *,
+    baselines: Path,
+    also: Sequence[Path] = (),
+    facts: Mapping[str, Any] | None = None,
+    datasets: Sequence[str] | None = None,
+    say: Say | None = None,
+) -> Outcome:
+    """Evaluate a run's model at one strength, and its untouched base where its results are not there yet.
+
+    Args:
+        folder: where the results go; BASELINES is the folder of those of the base.
+        also: folders where results of the model may already be.
+        facts: goes into the summary as `strength`, with α.
     """
-    model = deepcopy(tuned.model)
-    start = base.model.state_dict()
-    with torch.no_grad():
-        for name, value in model.state_dict().items():
-            if name in start:
-                value.copy_(_mixed(start[name], value, alpha))
-    return replace(tuned, model=model)
+    source = find_run(run_dir)
+    base = load_base(source)
+    walk = walk_table([Job(base, baselines, "untouched model")], benchmark, settings, datasets=datasets, say=say)
+    untouched = finish(walk, 0, benchmark, None).summary
+    job = job_at(Between.of(base, load_run(run_dir)).at(alpha), source, alpha, folder, also)
+    walk = walk_table([job], benchmark, settings, datasets=datasets, say=say)
+    return finish(walk, 0, benchmark, untouched, {"strength": {"alpha": alpha, **(facts or {})}})
 
 
-def _mixed(start: Tensor, end: Tensor, alpha: float) -> Tensor:
-    if not start.is_floating_point():
-        return end if alpha >= 0.5 else start
-    # What did not train stays as it is, to the last bit, whatever the rounding in between would do.
-    return torch.where(start == end, start, torch.lerp(start, end, alpha))
+def job_at(model: Model, source: RunSource, alpha: float, folder: Path, also: Sequence[Path] = ()) -> Job:
+    """The model of a run at a strength, named as such in results and messages."""
+    named = replace(model, pretrained=f"{source.label} at {alpha:g}")
+    return Job(named, folder, f"strength {alpha:g}", tuple(also))
 
 
 def format_curve(curve: Curve) -> str:
-    """The group means by strength for the terminal, in percent."""
+    """The group means by strength for the terminal, and what was kept, in percent."""
     groups = list(next(iter(curve["groups"].values())))
-    lines = ["  ".join(["strength", *(group.rjust(9) for group in groups)])]
+    lines = ["  ".join(["strength", *(group.rjust(9) for group in groups), "kept".rjust(9) if curve["kept"] else ""])]
     for alpha in curve["alphas"]:
-        means = curve["groups"][str(alpha)]
-        lines.append("  ".join([f"{alpha:g}".rjust(8), *(f"{100 * means[group]:9.2f}" for group in groups)]))
-    return "\n".join(lines)
+        means, kept = curve["groups"][str(alpha)], curve["kept"].get(str(alpha))
+        cells = [f"{100 * means[group]:9.2f}" for group in groups]
+        cells += [] if kept is None else [f"{100 * kept:9.2f}"]
+        lines.append("  ".join([f"{alpha:g}".rjust(8), *cells]))
+    return "\n".join(line.rstrip() for line in lines)

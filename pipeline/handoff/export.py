@@ -12,9 +12,10 @@ from typing import Any
 from pipeline.config import ConfigError
 from pipeline.handoff.readback import READERS
 from pipeline.handoff.source import Mismatch, Source, read_source
+from pipeline.model.between import weaken
 from pipeline.model.export import BASE, fixed_batch, own_logits, write_hf, write_open_clip, write_peft, write_timm
 from pipeline.model.load import as_clip
-from pipeline.model.restore import find_run, load_adapted
+from pipeline.model.restore import find_run, load_adapted, load_base
 from pipeline.model.vit import Vit, is_vit
 
 FACTS_FILE = "selora.json"
@@ -51,11 +52,13 @@ def export(
     verify: bool = True,
     base_name: str | None = None,
     force: bool = False,
+    strength: float = 1.0,
 ) -> ExportReport:
     """Write the newest (or chosen) checkpoint of a run to `out` as "open_clip", "hf" or "peft", a ViT as "timm".
 
     merged: None as the format has it: peft keeps the adapters, the others merge them. base_name: what a PEFT adapter
     calls its base (default: the path of the base written beside it). force: replace an earlier export in `out`.
+    strength: of the fine-tuning in (0, 1], weights W0 + strength (W1 − W0).
     Nothing is at `out` before the stock library has given the logits of the run's own model on a fixed batch.
     """
     out = Path(out).absolute()
@@ -64,7 +67,7 @@ def export(
     _check_fits(to, find_run(run_dir, step).state["model"]["name"])
     if verify:
         READERS[to].check_installed()
-    source = read_source(run_dir, step)
+    source = read_source(run_dir, step, strength)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -102,8 +105,16 @@ def _write_peft(source: Source, directory: Path, base_name: str) -> list[str]:
     kind = source.found.state["adapter"]["kind"]
     if kind not in ("lora", "dora"):
         raise ConfigError(f"to=peft: the run trained adapter.kind={kind}, which has no adapters; export it to hf")
-    write_peft(as_clip(load_adapted(source.found), "to=peft"), directory, base_name)
-    notes = [f"adapters of {len(source.active)} active blocks of {len(source.gate_map)}"]
+    if kind == "dora" and source.strength != 1:
+        raise ConfigError(
+            f"strength={source.strength:g}: a DoRA adapter has no factor that scales what it adds, so PEFT cannot hold "
+            "it at a strength; export the merged model (--to hf)"
+        )
+    model = as_clip(load_adapted(source.found), "to=peft")
+    weaken(model.model, load_base(source.found).model, source.strength)
+    write_peft(model, directory, base_name)
+    notes = [] if source.strength == 1 else [f"strength {source.strength:g}: lora_alpha is scaled by it"]
+    notes += [f"adapters of {len(source.active)} active blocks of {len(source.gate_map)}"]
     if source.found.train_rest != "none":
         notes.append(
             f"train.train_rest={source.found.train_rest}: what trained outside the blocks is in {BASE}/, so the "

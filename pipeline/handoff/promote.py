@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.config import ConfigError, Promote, load_config
+from pipeline.evaluation.strength import Strength
 from pipeline.evaluation.summary import Summary, read_summary
 from pipeline.handoff.choice import chosen_run
 from pipeline.handoff.served_run import build_served, check_labels, labels_of
 from pipeline.handoff.source import Source, read_source
+from pipeline.handoff.strength import run_at_strength
 from pipeline.passwords import redact
 from pipeline.selection.kept import kept_of
 from pipeline.selection.rule import Clause, check
@@ -26,7 +28,7 @@ from pipeline.tracking.served.served import Labels
 
 @dataclass(frozen=True)
 class Promotion:
-    """What a promotion did. version None: a clause of the rule failed and nothing was registered."""
+    """What a promotion did. version None: the rule or the floor is not kept, and nothing was registered."""
 
     name: str
     uri: str
@@ -39,7 +41,9 @@ class Promotion:
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [str(clause) for clause in self.clauses] or ["no rule is set: see the section promote of the config"]
+        lines = [str(clause) for clause in self.clauses]
+        if self.version is not None and not lines:
+            lines = ["no rule is set: see the section promote of the config"]
         if self.version is None:
             return "\n".join([*lines, *self.notes, f"{self.run_dir} is not promoted"])
         what = "registered as" if self.new else "has the weights of"
@@ -60,8 +64,12 @@ def promote(
     uri: str | None = None,
     class_names: Sequence[str] | None = None,
     templates: str | Sequence[str] | None = None,
+    strength: Strength | None = None,
 ) -> Promotion:
     """Register the newest checkpoint of a run, or of a sweep's chosen trial, if the rule (default: the run's) holds.
+
+    strength: register the model at this strength, or with "auto" at the largest that keeps the floor in the rule; its
+    results, which the rule is held against, are evaluated here as far as they are not there.
 
     It becomes the challenger; with `champion`, or as the rule says, the champion. Weights that the model has already
     are not registered twice: that version gets the alias and the tags. class_names, templates: what the model answers
@@ -73,11 +81,20 @@ def promote(
     rule = config.promote if rule is None else rule
     uri = resolve_uri(uri or config.tracking.uri, run_dir.absolute().parent)
     registry = Registry(uri, name, config.tracking.experiment)
-    source = read_source(run_dir)
-    check_labels(source, class_names, templates)
-    summary = results_of(source)
-    clauses = check(rule, summary)
     notes = [*([chosen] if chosen else []), *_other_registry(uri)]
+    if strength is None:
+        source = read_source(run_dir)
+        check_labels(source, class_names, templates)
+        summary = results_of(source)
+    else:
+        found, outcome = run_at_strength(run_dir, strength, rule, config)
+        notes += [] if found is None else [str(found)]
+        if outcome is None:
+            return Promotion(name, uri, run_dir, [], notes=notes)
+        summary = outcome.summary
+        source = read_source(run_dir, strength=summary["strength"]["alpha"])
+        check_labels(source, class_names, templates)
+    clauses = check(rule, summary)
     if not all(clause.holds for clause in clauses):
         return Promotion(name, uri, run_dir, clauses, notes=notes)
     tags = version_tags(source, summary)
@@ -136,6 +153,8 @@ def version_tags(source: Source, summary: Summary) -> dict[str, str]:
         "preprocessing": summary["preprocessing"],
         "precision": summary["precision"],
     }
+    if (at := summary.get("strength")) is not None and "floor" in at:
+        tags |= {"floor": at["floor"], "choosing_digest": at["choosing_digest"]}
     if "id" in groups:
         tags["id"] = repr(groups["id"]["mean"])
     if summary["forgetting"] is not None:

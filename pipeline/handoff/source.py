@@ -9,9 +9,10 @@ from typing import Any
 from safetensors.torch import load_file
 
 from pipeline.config import ConfigError
+from pipeline.model.between import load_at
 from pipeline.model.clip import Clip
 from pipeline.model.load import Model, as_clip
-from pipeline.model.restore import RunSource, find_run, load_run
+from pipeline.model.restore import RunSource, find_run
 from pipeline.model.vit import SCHEMA
 from pipeline.model.weights import stock_state, weights_digest
 from pipeline.tracking.identity import read_identity
@@ -24,12 +25,17 @@ class Mismatch(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """One checkpoint of one run. model: merged, in fp32. facts: strings, the same in exports and in version tags."""
+    """One checkpoint of one run.
+
+    Attributes:
+        model: merged, in fp32, at `strength` between the untouched model (0) and the fine-tuned one (1).
+    """
 
     run_dir: Path
     found: RunSource
     model: Model
     weights_digest: str
+    strength: float = 1.0
 
     @property
     def clip(self) -> Clip:
@@ -46,7 +52,7 @@ class Source:
         return [target for target, gate in self.gate_map.items() if gate["open"]]
 
     def facts(self) -> dict[str, str]:
-        """Where the weights come from; what is not known is left out."""
+        """Where the weights come from, as texts, the same in exports and in version tags; without what is not known."""
         state = self.found.state
         identity = read_identity(self.run_dir)
         facts = {
@@ -59,6 +65,7 @@ class Source:
             "step": str(self.found.step),
             "adapter": f"{state['adapter']['kind']} rank {state['adapter']['rank']}",
             "train_rest": self.found.train_rest,
+            "strength": None if self.strength == 1 else f"{self.strength:g}",
             "git_commit": trained_by(self.run_dir),
             "run": None if identity is None else identity.run,
         }
@@ -70,11 +77,11 @@ class Source:
         return {name: value for name, value in facts.items() if value is not None}
 
 
-def read_source(run_dir: str | Path, step: int | None = None) -> Source:
-    """Load and merge the newest (or the chosen) checkpoint; a full or damaged one is a ConfigError."""
+def read_source(run_dir: str | Path, step: int | None = None, strength: float = 1.0) -> Source:
+    """Load and merge the newest (or the chosen) checkpoint, at a strength; a damaged one is a ConfigError."""
     found = find_run(run_dir, step)
-    model = load_run(run_dir, found.step)
-    return Source(Path(run_dir), found, model, weights_digest(stock_state(model.model)))
+    model = load_at(run_dir, strength, found.step)
+    return Source(Path(run_dir), found, model, weights_digest(stock_state(model.model)), strength)
 
 
 def adapter_digest(found: RunSource) -> str:

@@ -22,6 +22,13 @@ class Clause:
     note: str = ""
 
     @property
+    def margin(self) -> float | None:
+        """How far the value is on the right side of the limit, below 0 on the wrong one."""
+        if self.value is None:
+            return None
+        return self.value - self.least if self.least is not None else (self.most or 0.0) - self.value
+
+    @property
     def holds(self) -> bool:
         if self.value is None:
             return False

@@ -196,7 +196,7 @@ def make_retrieval() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def make_run(tiny_clip_dir: Path, benchmark_file: Path) -> Callable[..., Path]:
-    """make_run(directory, kind=, train_rest=, steps=, score=) -> a run directory as `selora train` leaves it.
+    """make_run(directory, kind=, train_rest=, steps=, score=, model=) -> a run directory as `selora train` leaves it.
 
     Its parameters are moved at random; expected.pt holds inputs and what the unmerged model makes of them.
     """
@@ -207,13 +207,14 @@ def make_run(tiny_clip_dir: Path, benchmark_file: Path) -> Callable[..., Path]:
         train_rest: str = "all",
         steps: Sequence[int] = (20,),
         score: float | None = None,
+        model: Path = tiny_clip_dir,
     ) -> Path:
         config = override(
             Config.model_validate({"data": {"train": "shards"}}),
             {
                 "name": directory.name,
                 "out": str(directory.parent),
-                "model.name": f"local-dir:{tiny_clip_dir}",
+                "model.name": f"local-dir:{model}",
                 "adapter.kind": kind,
                 "adapter.rank": 4,
                 "train.train_rest": train_rest,

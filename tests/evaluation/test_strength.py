@@ -1,5 +1,5 @@
-"""The curve between the untouched and the fine-tuned model: its ends are those models, its middle is the formula, and
-the images are decoded once for all of it."""
+"""Between the untouched and the fine-tuned model: the ends are those models, the middle is the formula, and the images
+are decoded once for all strengths."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import torch
 
 import pipeline.data.eval.batches
 from pipeline.config import ConfigError
+from pipeline.data.storage.cache import Cache
 from pipeline.evaluation.benchmark import load_benchmark
 from pipeline.evaluation.command import evaluate_command
 from pipeline.evaluation.dataset import Settings
 from pipeline.evaluation.run import evaluate, evaluate_run
-from pipeline.evaluation.strength import between, evaluate_strength
+from pipeline.evaluation.strength import evaluate_strength
+from pipeline.model.between import Between
 from pipeline.model.restore import find_run, load_base, load_run
 from pipeline.model.weights import stock_state, weights_digest
 
@@ -36,9 +39,9 @@ def numbers(folder: Path, key: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
 def test_the_ends_are_the_untouched_and_the_fine_tuned_model_bit_for_bit(
-    tmp_path: Path, make_run: Callable[..., Path], benchmark_file: Path, kind: str
+    tmp_path: Path, make_run: Callable[..., Path], benchmark_file: Path, trained_clip_dir: Path, kind: str
 ) -> None:
-    run, table = make_run(tmp_path / "run", kind=kind), load_benchmark(benchmark_file)
+    run, table = make_run(tmp_path / "run", kind=kind, model=trained_clip_dir), load_benchmark(benchmark_file)
     # Elsewhere, so that nothing can be taken over: the curve computes its ends itself.
     curve = evaluate_strength(
         run, table, tmp_path / "curve", SETTINGS, baselines=tmp_path / "none", alphas=(0.0, 0.5, 1.0)
@@ -52,6 +55,7 @@ def test_the_ends_are_the_untouched_and_the_fine_tuned_model_bit_for_bit(
         assert len(digests) == 3
     assert curve == json.loads((tmp_path / "curve" / "strength.json").read_text())
     assert curve["alphas"] == [0, 0.5, 1]
+    assert curve["kept"]["0.0"] == 1 and 0 < curve["kept"]["1.0"] <= 1
     assert curve["groups"]["1.0"].keys() == {"id", "shift", "zero-shot", "retrieval"}
     assert curve["datasets"]["0.0"]["few"] == numbers(tmp_path / "base", "few")["value"]
 
@@ -60,13 +64,18 @@ def test_the_middle_mixes_the_merged_weights(tmp_path: Path, make_run: Callable[
     run = make_run(tmp_path / "run", kind="dora")
     base, tuned = load_base(find_run(run)), load_run(run)
     start, end = base.model.state_dict(), tuned.model.state_dict()
-    mixed = between(base, tuned, 0.3).model.state_dict()
+    end = {name: value.clone() for name, value in end.items()}
+    between = Between.of(base, tuned)
     moved = [name for name in start if not torch.equal(start[name], end[name])]
     assert 0 < len(moved) < len(start)
+    assert set(moved) == set(between.moved)
+    for alpha, ends in ((1, end), (0, start), (1, end)):
+        assert all(torch.equal(value, ends[name]) for name, value in between.at(alpha).model.state_dict().items())
+    mixed = between.at(0.3).model.state_dict()
     for name, value in mixed.items():
         torch.testing.assert_close(value, start[name] + 0.3 * (end[name] - start[name]))
         assert (name in moved) != torch.equal(value, start[name])
-    assert weights_digest(stock_state(base.model)) == base.digest, "the models that are mixed stay as they are"
+    assert weights_digest(stock_state(base.model)) == base.digest, "the untouched model stays as it is"
 
 
 def test_eleven_strengths_decode_each_image_once_and_a_broken_curve_goes_on(
@@ -82,7 +91,8 @@ def test_eleven_strengths_decode_each_image_once_and_a_broken_curve_goes_on(
 
     monkeypatch.setattr(pipeline.data.eval.batches, "decode", counted)
     chosen = {"baselines": tmp_path / "baselines", "datasets": ["ours", "few"]}
-    first = evaluate_strength(run, table, run / "eval", SETTINGS, **chosen)
+    cache = Cache(tmp_path / "cache", 2**30)
+    first = evaluate_strength(run, table, run / "eval", replace(SETTINGS, cache=cache), **chosen)
     assert len(first["alphas"]) == 11
     assert len(decoded) == 57 + 20
     (run / "eval" / "strength" / "0.4" / "few.json").unlink()
@@ -117,7 +127,7 @@ def test_the_command_prints_the_curve(
     journal = (run / "journal.jsonl").read_text()
     assert '"strength/zero-shot"' in journal
     assert '"eval/strength.json"' in journal
-    with pytest.raises(ConfigError, match="from 0"):
+    with pytest.raises(ConfigError, match="above 0"):
         evaluate_command(run, strength=(1.5,))
     with pytest.raises(ConfigError, match="is no run"):
         evaluate_command("ViT-B-32", strength=(0.5,))

@@ -1,0 +1,30 @@
+"""The images of an evaluation set in two parts: on one something is chosen, on the other it is reported.
+
+A number on which a model was chosen is too good for it. Which part an image is in depends on its dataset's key and its
+own name alone, so it is the same in every run, on every machine and for every model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipeline.config import ConfigError
+from pipeline.data.order import stable_hash
+from pipeline.evaluation.rows import Part
+
+CHOOSING_SHARE = 0.2
+CHOOSING_MOST = 1000  # images of a dataset; of large sets a part of them says enough
+
+
+def of_part(part: Part, dataset: str, names: Sequence[str]) -> list[int]:
+    """The positions in `names`, rising, of the images of a part; the two parts make the whole.
+
+    ConfigError where a set is too small to be in two parts.
+    """
+    if part == "all":
+        return list(range(len(names)))
+    if len(names) < 2:
+        raise ConfigError(f"{dataset}: {len(names)} image is too few to choose on some and report on others")
+    size = min(CHOOSING_MOST, max(1, int(CHOOSING_SHARE * len(names))))
+    order = sorted(range(len(names)), key=lambda i: (stable_hash("part", dataset, names[i]), i))
+    return sorted(order[:size] if part == "choosing" else order[size:])

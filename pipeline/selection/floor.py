@@ -1,0 +1,74 @@
+"""The floor that a fine-tuned model must keep, and the largest strength that keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import ConfigError, Promote
+from pipeline.selection.rule import check
+
+STEPS = 20  # strengths are looked for among 1/20, 2/20, .., 1
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The clauses of promotion that limit what may be lost: promote.min_kept and promote.max_forgetting."""
+
+    rule: Promote
+
+    @staticmethod
+    def of(rule: Promote) -> Floor:
+        """The floor in a rule; ConfigError where it has none."""
+        if rule.min_kept is None and rule.max_forgetting is None:
+            raise ConfigError(
+                "strength=auto: looks for the largest strength that keeps a floor, and none is set: give "
+                "promote.min_kept (share kept, as in 0.95) or promote.max_forgetting (mean drop, as in 0.02)"
+            )
+        return Floor(Promote(min_kept=rule.min_kept, max_forgetting=rule.max_forgetting))
+
+    def margin(self, summary: Mapping[str, Any]) -> float:
+        """How far results are above the floor, below 0 where they do not keep it; ConfigError where nobody can say."""
+        clauses = check(self.rule, summary)
+        margins = [each.margin for each in clauses]
+        known = [each for each in margins if each is not None]
+        if len(known) < len(margins):
+            raise ConfigError("\n".join(f"strength=auto: {each}" for each in clauses if each.margin is None))
+        return min(known)
+
+    @property
+    def of_untouched(self) -> float:
+        """The margin of the untouched model, which keeps all and forgets nothing."""
+        margins = [] if self.rule.min_kept is None else [1 - self.rule.min_kept]
+        return min([*margins, *([] if self.rule.max_forgetting is None else [self.rule.max_forgetting])])
+
+    def __str__(self) -> str:
+        parts = [] if self.rule.min_kept is None else [f"promote.min_kept >= {self.rule.min_kept:g}"]
+        parts += [] if self.rule.max_forgetting is None else [f"promote.max_forgetting <= {self.rule.max_forgetting:g}"]
+        return " and ".join(parts)
+
+
+def strongest(margin: Callable[[float], float], untouched: float) -> tuple[float, dict[float, float]]:
+    """The largest strength with a margin of 0 or more, and the margins of all strengths that were tried.
+
+    1 is tried first; then, in turns, where a line between the two nearest strengths known meets the floor, and half way
+    between them: three to six tries, for a margin that falls as the strength rises.
+
+    Args:
+        margin: of a strength in (0, 1]; each call is an evaluation.
+        untouched: the margin at 0.
+
+    Returns:
+        0 where no strength above it keeps the floor, 1/STEPS included.
+    """
+    known = {0: untouched, STEPS: margin(1.0)}
+    low, high = (STEPS, STEPS) if known[STEPS] >= 0 else (0, STEPS)
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        if len(known) % 2 == 0 and known[low] > 0:
+            middle = low + int((high - low) * known[low] / (known[low] - known[high]))
+        step = min(max(middle, low + 1), high - 1)
+        known[step] = margin(step / STEPS)
+        low, high = (step, high) if known[step] >= 0 else (low, step)
+    return low / STEPS, {step / STEPS: each for step, each in sorted(known.items()) if step}
