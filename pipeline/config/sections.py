@@ -105,6 +105,10 @@ class Train(Section):
         default="all",
         description="what trains outside the transformer layers; proj_ln: the projections and the outer layer norms",
     )
+    positives: Result[Literal["own", "class"]] = Field(
+        default="own",
+        description="captions that an image is drawn to; own: its own (FLYP); class: those of its class in the batch",
+    )
     lr: Result[float] = Field(default=1e-5, gt=0, description="peak learning rate")
     rest_lr: Result[float | None] = Field(
         default=None, gt=0, description="peak learning rate of what train_rest names; null: train.lr"

@@ -95,7 +95,7 @@ def broken_rules(config: Config) -> Iterator[tuple[set[str], str]]:
             "adapter.kind: none together with train.train_rest: none trains nothing",
         )
     yield from _compiling_rules(train)
-    yield from _keeping_rules(config)
+    yield from _learning_rules(config)
     for key, values in (("adapter.towers", adapter.towers), ("adapter.projections", adapter.projections)):
         if len(set(values)) < len(values):
             yield {key}, f"{key}: {', '.join(values)} names one twice"
@@ -149,8 +149,13 @@ def _compiling_rules(train: Train) -> Iterator[tuple[set[str], str]]:
             )
 
 
-def _keeping_rules(config: Config) -> Iterator[tuple[set[str], str]]:
+def _learning_rules(config: Config) -> Iterator[tuple[set[str], str]]:
     keep = config.keep
+    if config.train.positives == "class" and config.classifies:
+        yield (
+            {"train.positives", "model.name"},
+            f"train.positives: class is for a CLIP, and {config.model.name} is trained as a classifier; use own",
+        )
     if keep.weight and keep.images is None and (keep.texts is None or config.classifies):
         texts = "" if config.classifies else "keep.texts=general or "
         yield (

@@ -117,7 +117,7 @@ def build_training(
     training = Training(
         engine=engine,
         batches=_batches(job, model, reference, 0 if checkpoint is None else checkpoint.step),
-        inputs=_inputs,
+        inputs=partial(_inputs, config.train.positives == "class"),
         schedule=lambda step: lr_factor(step, settings.warmup_steps, job.total),
         after_step=[
             _gradient_check(watch),
@@ -135,8 +135,9 @@ def build_training(
     return training, monitor
 
 
-def _inputs(batch: Batch) -> Inputs:
-    return Inputs(batch.images, targets_of(batch), None if batch.reference is None else batch.reference.tensors)
+def _inputs(by_class: bool, batch: Batch) -> Inputs:
+    reference = None if batch.reference is None else batch.reference.tensors
+    return Inputs(batch.images, targets_of(batch), reference, batch.labels if by_class else None)
 
 
 def _drift(engine: Any, held: Reference | None) -> dict[str, float]:

@@ -53,15 +53,18 @@ class Inputs(NamedTuple):
 
     images: Tensor
     targets: Tensor
-    reference: Reference | None
+    reference: Reference | None = None
+    labels: Tensor | None = None
 
     def to(self, device: torch.device) -> Inputs:
         """The same on a device, without waiting where memory is pinned."""
-        images, targets = (each.to(device, non_blocking=True) for each in self[:2])
-        reference = self.reference
-        if reference is not None:
-            reference = Reference(*(each.to(device, non_blocking=True) for each in reference))
-        return Inputs(images, targets, reference)
+
+        def there(each: Tensor) -> Tensor:
+            return each.to(device, non_blocking=True)
+
+        reference = None if self.reference is None else Reference(*map(there, self.reference))
+        labels = None if self.labels is None else there(self.labels)
+        return Inputs(there(self.images), there(self.targets), reference, labels)
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,8 @@ def train_steps(training: Training, stop: StopRequest) -> int:
         torch.manual_seed((training.seed * 1_000_003 + batch.step) * 4096 + dist.get_rank())
         factor = training.schedule(batch.step)
         set_learning_rates(engine, factor)
-        images, targets, reference = training.inputs(batch).to(engine.device)
-        losses = engine(images, targets, batch.step, reference)
+        images, targets, reference, labels = training.inputs(batch).to(engine.device)
+        losses = engine(images, targets, batch.step, reference, labels)
         engine.backward(losses["total"])
         engine.step()
         step = Step(batch, losses, factor)

@@ -64,15 +64,21 @@ def attach_blocks(config: Config, model: Model) -> Model:
 
 
 def classes_of(config: Config, index: ShardIndex) -> tuple[str, ...] | None:
-    """The classes of the shards for a classifier, None for a CLIP. ConfigError where a classifier finds none."""
-    if not config.classifies:
-        return None
-    if index.classes is None or len(index.classes) < 2:
+    """What the classifier of a ViT tells apart, None for a CLIP.
+
+    Raises:
+        ConfigError: where the shards have no classes and the model or `train.positives` needs them.
+    """
+    by_class = config.train.positives == "class"
+    if (config.classifies or by_class) and (index.classes is None or len(index.classes) < 2):
+        what, other = f"model.name={config.model.name} is trained as a classifier", ""
+        if by_class:
+            what, other = "train.positives=class needs classes", ", or use train.positives=own"
         raise ConfigError(
-            f"data.train={index.folder.location}: model.name={config.model.name} is trained as a classifier, and these "
-            "shards have no classes; pack class folders, or a table with a class column"
+            f"data.train={index.folder.location}: {what}, and these shards have no classes; pack class folders, or a "
+            f"table with a class column{other}"
         )
-    return index.classes
+    return index.classes if config.classifies else None
 
 
 def targets_of(batch: Batch) -> Tensor:

@@ -78,7 +78,7 @@ class Task(Protocol):
         """Image and text features alone; None for no rows."""
         ...
 
-    def losses(self, outputs: Outputs, targets: Tensor) -> dict[str, Tensor]:
+    def losses(self, outputs: Outputs, targets: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         """The scalar `task`, and what else is shown of a step. The mean over ranks of the gradients of `task` is the
         gradient of the global batch."""
         ...
@@ -103,10 +103,11 @@ class Contrastive:
         image, text, _ = model(pixels if len(pixels) else None, tokens if len(tokens) else None)
         return image, text
 
-    def losses(self, outputs: Outputs, targets: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 - by protocol
+    def losses(self, outputs: Outputs, targets: Tensor, labels: Tensor | None) -> dict[str, Tensor]:  # noqa: ARG002
+        """labels: classes (B,) where captions of the same class are positives too, else None."""
         image_features, text_features, scale = outputs
         scale = _CapScale.apply(scale.squeeze())
-        return {"task": flyp_loss(image_features, text_features, scale), "logit_scale": scale}
+        return {"task": flyp_loss(image_features, text_features, scale, labels=labels), "logit_scale": scale}
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Classification:
     def features(self, model: Any, pixels: Tensor, tokens: Tensor) -> Features:  # noqa: ARG002 - by protocol
         return model.encode_image(pixels), None
 
-    def losses(self, outputs: Outputs, targets: Tensor) -> dict[str, Tensor]:
+    def losses(self, outputs: Outputs, targets: Tensor, labels: Tensor | None) -> dict[str, Tensor]:  # noqa: ARG002
         logits = outputs[0].float()
         hits = (logits.argmax(1) == targets).float()
         return {"task": F.cross_entropy(logits, targets), "accuracy": hits.mean()}
@@ -203,7 +204,12 @@ class Objective(nn.Module):
         self.register_buffer("_std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
 
     def forward(
-        self, images: Tensor | None, targets: Tensor | None, step: int, reference: Reference | None = None
+        self,
+        images: Tensor | None,
+        targets: Tensor | None,
+        step: int,
+        reference: Reference | None = None,
+        labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """One step's loss.
 
@@ -212,6 +218,7 @@ class Objective(nn.Module):
             targets: of this rank, a row for each image.
             step: optimizer steps finished before this one.
             reference: this rank's reference samples, None without any.
+            labels: (B,) classes of the images where captions of the same class are positives, else None.
 
         Returns:
             Scalars total, task, penalty, what the task adds, and with reference samples keep and replay; or the drift
@@ -224,13 +231,13 @@ class Objective(nn.Module):
         if reference is None or self._keep is None:
             with self._autocast(images):
                 outputs = self._outputs(images, targets)
-            parts = self._task.losses(outputs, targets)
+            parts = self._task.losses(outputs, targets, labels)
             more = {}
         else:
             with self._autocast(images):
                 joined = self._outputs(*self._task.joined(images, targets, reference))
             outputs, features = self._task.parted(joined, len(images), len(targets))
-            parts = self._task.losses(outputs, targets)
+            parts = self._task.losses(outputs, targets, labels)
             more = self._kept(self._keep, features, reference, parts)
         penalty = self._gate_penalty(step, parts["task"])
         total = sum(more.values(), parts["task"] + penalty)

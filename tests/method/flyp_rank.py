@@ -42,13 +42,19 @@ class TwoTowers(nn.Module):
         return *towers, self.logit_scale.exp()
 
 
-def gradients(rank: int, world: int) -> dict[str, Tensor]:
+def labels() -> Tensor:
+    """Classes of the batch: some on one rank, some on all, two rows without."""
+    return torch.tensor([0, 0, 1, -1, 2, 2, 2, 0, 1, 3, 2, -1, 0, 4, 4, 1])
+
+
+def gradients(rank: int, world: int, classes: bool = False) -> dict[str, Tensor]:
     """Loss and gradients of this rank's share of the batch, averaged over ranks as DDP and DeepSpeed do."""
     model = TwoTowers()
     generator = torch.Generator().manual_seed(5)
     images, texts = torch.randn(BATCH, 12, generator=generator), torch.randn(BATCH, 10, generator=generator)
     share = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
-    loss = flyp_loss(*model(images[share], texts[share])) + gate_penalty(gate_scores(model))
+    positives = labels()[share] if classes else None
+    loss = flyp_loss(*model(images[share], texts[share]), labels=positives) + gate_penalty(gate_scores(model))
     loss.backward()
     parameters = adapter_parameters(model) | {"logit_scale": model.logit_scale}
     out = {"loss": loss.detach()} | {name: p.grad for name, p in parameters.items() if p.grad is not None}
@@ -62,7 +68,8 @@ def gradients(rank: int, world: int) -> dict[str, Tensor]:
 def main() -> None:
     rank, world, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=world)
-    torch.save(gradients(rank, world), directory / f"rank{rank}.pt")
+    for classes in (False, True):
+        torch.save(gradients(rank, world, classes), directory / f"rank{rank}-{classes}.pt")
     dist.destroy_process_group()
 
 

@@ -74,11 +74,45 @@ def test_gradients_over_ranks_equal_the_one_rank_gradients(world: int, tmp_path:
     command = [sys.executable, str(WORKER)]
     ranks = [subprocess.Popen([*command, str(rank), str(world), str(tmp_path)]) for rank in range(world)]
     assert [rank.wait() for rank in ranks] == [0] * world
-    expected = runpy.run_path(str(WORKER))["gradients"](0, 1)
-    assert len(expected) == 1 + 2 * 3 + 2 * 4 + 1  # loss; A, B, score; with magnitude; logit scale
-    assert all(grad.any() for name, grad in expected.items() if "image.0." not in name or name.endswith("score"))
-    for rank in range(world):
-        got = torch.load(tmp_path / f"rank{rank}.pt")
-        assert got.keys() == expected.keys()
-        for name, grad in expected.items():
-            torch.testing.assert_close(got[name], grad, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    worker = runpy.run_path(str(WORKER))
+    for classes in (False, True):
+        expected = worker["gradients"](0, 1, classes)
+        assert len(expected) == 1 + 2 * 3 + 2 * 4 + 1  # loss; A, B, score; with magnitude; logit scale
+        assert all(grad.any() for name, grad in expected.items() if "image.0." not in name or name.endswith("score"))
+        for rank in range(world):
+            got = torch.load(tmp_path / f"rank{rank}-{classes}.pt")
+            assert got.keys() == expected.keys()
+            for name, grad in expected.items():
+                torch.testing.assert_close(got[name], grad, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def soft_target_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, labels: list[int]) -> torch.Tensor:
+    """Row by row: cross entropy against a target that is uniform over the rows of the same class."""
+    logits = scale * image @ text.T
+    total = logits.new_zeros(())
+    for i, label in enumerate(labels):
+        same = [j for j, other in enumerate(labels) if j == i or (label >= 0 and other == label)]
+        target = torch.zeros(len(labels), dtype=logits.dtype)
+        target[same] = 1 / len(same)
+        total = total + F.cross_entropy(logits[i], target) + F.cross_entropy(logits[:, i], target)
+    return total / (2 * len(labels))
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 4])
+def test_captions_of_the_same_class_are_positives_too(chunk_rows: int | None) -> None:
+    image, text = (t.detach().double().requires_grad_() for t in features())
+    scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
+    labels = [0, 1, 0, -1, 2, 0, -1, 1, 5]
+    ours = flyp_loss(image, text, scale, labels=torch.tensor(labels), chunk_rows=chunk_rows)
+    plain = soft_target_loss(image, text, scale, labels)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
+    for a, b in zip(*(torch.autograd.grad(x, (image, text, scale)) for x in (ours, plain)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_with_every_label_different_it_is_the_plain_loss() -> None:
+    image, text = features(torch.float64)
+    scale = torch.tensor(20.0, dtype=torch.float64)
+    for labels in (torch.arange(9), torch.full((9,), -1)):
+        loss = flyp_loss(image, text, scale, labels=labels)
+        torch.testing.assert_close(loss, flyp_loss(image, text, scale), rtol=0, atol=1e-12)
