@@ -1,4 +1,4 @@
-"""Passwords in addresses: found in any text, so that nothing that is written or said holds one."""
+"""Passwords in addresses, found in any text, so that nothing that is written or printed contains one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a mistake in a config is told: the option, what it should be, what it is, where that was written."""
+"""Messages about mistakes in a config: the option, what it should be, what it is, and where that was written."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def faults_of(error: ValidationError, known: Mapping[str, str], raw: Mapping[str
 
 
 def _fault(detail: ErrorDetails, known: Mapping[str, str], raw: Mapping[str, Raw]) -> tuple[str, str]:
-    """(dotted key or "", message) of one fault as pydantic tells it."""
+    """(dotted key or "", message) of one fault found by pydantic."""
     parts = [str(part) for part in detail["loc"]]
     if not parts:
         return "", str(detail["msg"]).removeprefix("Value error, ")
@@ -58,7 +58,7 @@ def _fault(detail: ErrorDetails, known: Mapping[str, str], raw: Mapping[str, Raw
 
 
 def _other_branch(detail: ErrorDetails) -> bool:
-    """Of `str | list of str`, what pydantic says about the branch that was not written."""
+    """Whether pydantic reports the branch of `str | list of str` that the user did not write."""
     return "str" in detail["loc"] and isinstance(detail["input"], list | tuple)
 
 

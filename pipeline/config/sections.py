@@ -20,7 +20,7 @@ _FLOOR = re.compile(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)\s*>=\s*(\d+(?:\.\d*)?|\.\d
 
 
 class Section(BaseModel):
-    """Strict: a bool is no number, "4" is no count, inf and nan are no value, an unknown key is an error."""
+    """Strict: bools are not numbers, "4" is not a count, inf and nan are refused, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -298,7 +298,7 @@ class Promote(Section):
     )
 
     def floors(self) -> dict[str, float]:
-        """{dataset: smallest result} of min_dataset; ValueError for an entry that is no `KEY >= SHARE`."""
+        """{dataset: required result} of min_dataset; ValueError for an entry other than `KEY >= SHARE`."""
         floors = {}
         for entry in self.min_dataset or ():
             found = _FLOOR.fullmatch(entry)

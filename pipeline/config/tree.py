@@ -85,7 +85,7 @@ def broken_rules(config: Config) -> Iterator[tuple[set[str], str]]:
         yield (
             {"gate.settle_margin", "gate.settle_steps", "gate.threshold"},
             f"gate.settle_margin: {gate.settle_margin} should be below gate.threshold ({gate.threshold}), "
-            f"or no score lies low enough to settle",
+            f"or no score can be low enough to settle",
         )
     yield from _budget_rules(config)
     # A classifier's head trains in any case: that is the linear probe.
@@ -100,7 +100,7 @@ def broken_rules(config: Config) -> Iterator[tuple[set[str], str]]:
         if len(set(values)) < len(values):
             yield {key}, f"{key}: {', '.join(values)} names one twice"
     if not all(0 <= beta < 1 for beta in train.betas):
-        yield {"train.betas"}, f"train.betas: {list(train.betas)} should lie in 0 <= beta < 1"
+        yield {"train.betas"}, f"train.betas: {list(train.betas)} should be in 0 <= beta < 1"
     if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
         yield {"data.crop_scale"}, f"data.crop_scale: {list(data.crop_scale)} should be 0 < low <= high <= 1"
     try:
@@ -273,7 +273,7 @@ def _resolve(raw: Mapping[str, Raw], faults: list[str]) -> Config:
             values[key] = value
         elif key not in sections:
             faults.append(f"{key}: unknown option{did_you_mean(key, list(known))}{at(origin)}")
-        elif value not in (None, {}):  # an empty section is no mistake
+        elif value not in (None, {}):  # an empty section is not a mistake
             faults.append(
                 f"{key}: is a section with options such as {key}.{_first(key, known)}, got {value!r}{at(origin)}"
             )

@@ -1,4 +1,4 @@
-"""From YAML text to `{dotted key: (raw value, origin)}`: nothing here knows which options exist.
+"""From YAML text to `{dotted key: (raw value, origin)}`, without any knowledge of the options.
 
 The YAML is the 1.2 core schema: `1e-5` is a float, `off`, `yes` and dates are text. A repeated key is an error,
 because PyYAML would silently keep the last one.
@@ -173,7 +173,7 @@ def _flatten_value(key: str, value: Any) -> dict[str, Raw]:
 
 
 def _short(path: Path) -> Path:
-    """Relative to the working directory where that is no detour."""
+    """The path relative to the working directory, if it is below it."""
     try:
         return path.resolve().relative_to(Path.cwd().resolve())
     except ValueError:

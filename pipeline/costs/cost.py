@@ -1,6 +1,6 @@
 """What a model costs: parameters, multiply-accumulates (MAC) per image and per text, and latency.
 
-One MAC is two FLOPs. Every count here has a closed form; `counted_macs` asks torch's counter for the same number.
+One MAC is two FLOPs. Every count here has a closed form; `counted_macs` gives the same number by torch's counter.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Cost:
-    """Counts of a plain model. `base` is the closed form, `counted` what torch's counter says of the same forward."""
+    """Counts of a plain model. `base` is the closed form, `counted` torch's count of the same forward pass."""
 
     parameters: int
     sites: tuple[Site, ...]
@@ -149,14 +149,14 @@ def model_cost(clip: Model) -> Cost:
 
 
 def trained_parameters(clip: Model, train_rest: str, kind: str) -> int:
-    """Numbers that train beside the adapters (kind "full": everything)."""
+    """Number of trained parameters other than the adapters (kind "full": of all parameters)."""
     model = deepcopy(clip.model).to("meta")
     apply_trainable(model, train_rest, kind)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def counted_adapter_macs(clip: Clip, rank: int, kind: AdapterKind, targets: Iterable[str] | None = None) -> Macs:
-    """What torch's counter says of one image and one text with blocks on `targets` (None: on all), not merged."""
+    """MAC of one image and one text by torch's counter, with unmerged blocks on `targets` (None: on all)."""
     model = deepcopy(clip.model).to("meta").eval()
     attach_adapter(adapter_targets(model), rank=rank, kind=kind, gated=False, select=targets)
     return counted_macs(model, _inputs(clip, "meta"))
@@ -165,7 +165,7 @@ def counted_adapter_macs(clip: Clip, rank: int, kind: AdapterKind, targets: Iter
 def counted_macs(model: nn.Module, inputs: Mapping[str, Tensor]) -> Macs:
     """MAC of one forward of each tower by torch's counter.
 
-    The attention is torch's plain one meanwhile: on a CPU the fused ones are not counted.
+    torch's plain attention is used meanwhile, because fused attention is not counted on a CPU.
     """
     return {tower: _counted(partial(_encoder(model, tower), inputs[tower])) for tower in inputs}
 
@@ -181,7 +181,7 @@ def _encoder(model: Any, tower: str) -> Callable[[Tensor], Tensor]:
 
 
 def _inputs(clip: Model, device: str | torch.device, batch: int = 1) -> dict[str, Tensor]:
-    """What each tower of the model takes, of the right shape: zeros, and the tokens of an empty caption."""
+    """An input for each tower: zeros as image, and the tokens of an empty caption."""
     size = clip.preprocess_cfg["size"]
     height, width = (size, size) if isinstance(size, int) else size
     inputs = {"image": torch.zeros(batch, 3, height, width, device=device)}
@@ -261,7 +261,7 @@ def latencies(
         order = list(models) if turn % 2 else list(models)[::-1]
         for state in order:
             spent = _seconds(models[state], inputs)
-            if turn:  # the first turn warms up
+            if turn:  # the first round warms up
                 seconds[state].append(spent)
     return {state: median(spent) for state, spent in seconds.items()}
 

@@ -36,7 +36,7 @@ PAPER_RANK, PAPER_BLOCKS = 256, 144
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is to be counted. `open_targets` is known of a run only; else a number of blocks is given."""
+    """What to count. `open_targets` is known only for a run; otherwise the number of blocks is given."""
 
     clip: Clip
     label: str
@@ -141,7 +141,7 @@ def _row(subject: _Subject, cost: Cost, kind: AdapterKind, rank: int) -> dict[st
 
 
 def _pruned(subject: _Subject, cost: Cost, kind: AdapterKind, rank: int, rule: str) -> Macs:
-    """Overhead of the open blocks: exactly, where they are known by name, else that many average ones."""
+    """Overhead of the open blocks: exact if their names are known, else that of as many average blocks."""
     if subject.open_targets is not None:
         return cost.overhead(rank, rule, subject.open_targets)
     sites = len(cost.sites if subject.targets is None else subject.targets)
@@ -179,7 +179,7 @@ def _rules(subject: _Subject, cost: Cost, rank: int) -> list[dict[str, Any]]:
 def paper_claims(cost: Cost) -> list[dict[str, Any]]:
     """The paper's "2.9 and 5 times fewer FLOPs" by each rule; which blocks stayed open is not published.
 
-    So a ratio is a range: from that many fc1 blocks of the image tower, where most stay open, to as many average ones.
+    So a ratio is a range: from that number of fc1 blocks of the image tower, where most stay open, to average blocks.
     Empty for models without the 144 blocks of ViT-B/16.
     """
     if len(cost.sites) != PAPER_BLOCKS:
@@ -195,7 +195,7 @@ def paper_claims(cost: Cost) -> list[dict[str, Any]]:
             average = base + (whole - base) * number / PAPER_BLOCKS
             ratios = sorted((whole / average, whole / narrow))
             claim = PAPER_RATIO[kind]
-            # the claims have two digits at most: half a unit of the last one is their width
+            # the claims have at most two digits, so their uncertainty is half a unit of the last one
             fits = ratios[0] - 0.05 <= claim <= ratios[1] + 0.05
             found.append(
                 {"kind": kind, "claim": claim, "rule": name, "low": ratios[0], "high": ratios[1], "fits": fits}

@@ -12,16 +12,16 @@ from typing import Any
 
 from pipeline.config import Config
 
-# Weights are kept in fp32 and cast for the matrix products, so this holds for model.precision=bf16, too.
+# Weights are stored in fp32 and cast for the matrix products, so this also holds for model.precision=bf16.
 WEIGHT_BYTES = 4
 MOMENT_BYTES = 8  # both of AdamW
-WIDE_BYTES = 4  # what is fp32 under autocast, too: the inputs of norms and layers, features, logits
+WIDE_BYTES = 4  # what stays fp32 under autocast: the inputs of norms and layers, features, logits
 _MB, _GB = 1e6, 1e9
 
 
 @dataclass(frozen=True)
 class Recompute:
-    """What a step computes again to keep less: train.micro_batch_size and train.activation_checkpointing."""
+    """What a step recomputes to save memory: train.micro_batch_size and train.activation_checkpointing."""
 
     micro_batch: int | None = None
     layers: bool = False
@@ -31,7 +31,7 @@ class Recompute:
         return min(images, self.micro_batch or images)
 
     def passes(self, images: int) -> int:
-        """Walks through the towers in a step: forward and backward, and one more for what is computed again."""
+        """Passes over the towers in a step: forward, backward, and one more for each recomputation."""
         return 2 + (self.pairs(images) < images) + self.layers
 
 
@@ -40,7 +40,7 @@ PLAIN = Recompute()
 
 @dataclass(frozen=True)
 class Tower:
-    """One transformer: `outside`: parameters that lie in no layer (embeddings, projection, outer norms)."""
+    """One transformer. `outside`: parameters outside the layers (embeddings, projection, outer norms)."""
 
     layers: int
     width: int
@@ -103,7 +103,7 @@ class ClipShape:
 
     @property
     def macs(self) -> int:
-        """Of one pair."""
+        """Multiply-accumulates of one pair."""
         return self.image.macs + self.text.macs
 
     def activation_bytes(self, images: int, ranks: int, bytes_each: int, recompute: Recompute = PLAIN) -> int:
@@ -119,7 +119,7 @@ class ClipShape:
         return sum(towers) + loss * WIDE_BYTES
 
     def trained(self, rank: int, *, rest: bool = False, dora: bool = False) -> int:
-        """Parameters that train; `rest`: those outside the layers, too (train.train_rest=all)."""
+        """Number of trained parameters; `rest`: including those outside the layers (train.train_rest=all)."""
         adapters = sum(tower.adapter_parameters(rank, dora=dora) for tower in (self.image, self.text))
         return adapters + (self.image.outside + self.text.outside + 1 if rest else 0)
 
@@ -191,7 +191,7 @@ def contrastive_traffic(batch: int, embed: int, ranks: int) -> float:
     """Bytes that one rank sends in a step for the loss over the global `batch`, with ring collectives, in fp32.
 
     The texts' embeddings are gathered and their gradients come back by an all-reduce; the images stay where they are,
-    for which every rank tells the others a log-sum-exp for each text.
+    for which every rank sends the others a log-sum-exp for each text.
     """
     share, size = (ranks - 1) / ranks, batch * embed * 4
     return size * share + 2 * size * share + batch * 4 * (ranks - 1)
@@ -273,7 +273,7 @@ def store_gbit(images_per_second: float, bytes_each: float) -> float:
 
 
 def planned(configs: Sequence[Config], ranks: int) -> str:
-    """What `describe` says of the one among the trials that trains most; empty where no formula here holds."""
+    """`describe` for the trial with the most trained parameters; empty if no formula here applies."""
     from pipeline.model.clip import model_config
 
     adapted = [one for one in configs if one.adapter.kind in ("lora", "dora") and not one.classifies]

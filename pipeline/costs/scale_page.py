@@ -20,7 +20,7 @@ _INTRODUCTION = f"""# Scaling
 
 Printed from `pipeline/costs/scale.py`; a test holds this page to it. **Computed** numbers follow from shapes by the
 formulas there, **measured** ones name their machine. Adapters of rank {RANK} on all six projections of both towers,
-gates on, `train.train_rest=none` unless said.
+gates on, and `train.train_rest=none` unless stated otherwise.
 """
 
 _MEASURED = """## Measured, and what is not
@@ -33,7 +33,7 @@ _MEASURED = """## Measured, and what is not
   1 or 2. The wait for the first batch, 19 to 24 s, stays.
 - Slurm, ssh hosts and a Ray cluster of hosts with addresses of their own, cut links and lost nodes were run for real on
   one machine (tests/launch), for behaviour and not for speed.
-- No multi-node GPU measurement stands behind this page. Before you reserve 64 nodes, run `selora doctor --launch` on
+- This page has no multi-node GPU measurement behind it. Before you reserve 64 nodes, run `selora doctor --launch` on
   two of them: it measures the bandwidth of the collectives, which these tables take from the data sheet.
 """
 
@@ -123,7 +123,7 @@ def _strong() -> str:
     ]
     return (
         f"## The paper's global batch of {BATCH} on more nodes (computed, percent, ZeRO 1)\n\n"
-        "One fine-tuning does not need many nodes; a sweep does: run its trials beside each other instead.\n\n"
+        "One fine-tuning does not need many nodes. A sweep does: it runs trials in parallel.\n\n"
         + _table(["model", "link", *(f"{n} node{'s' * (n > 1)}" for n in nodes)], rows)
     )
 

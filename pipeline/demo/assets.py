@@ -23,7 +23,7 @@ def asset(name: str) -> Path:
 
 
 def unpack(folder: Path, *names: str) -> Path:
-    """Unpack the named archives (without names: all) into `folder`, unless they are there; the benchmark file, too."""
+    """Unpack the named archives (by default all) into `folder` if they are missing, and copy the benchmark file."""
     folder.mkdir(parents=True, exist_ok=True)
     for archive in names or tuple(ARCHIVES):
         target = folder / ARCHIVES[archive]

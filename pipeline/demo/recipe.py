@@ -3,7 +3,7 @@
     python -m pipeline.demo.recipe SOURCES OUT        # then OUT/*.tar.gz are the archives in assets/
 
 SOURCES holds the unpacked sets named in LICENCES.md. Images are 64 x 64 and stored as WebP, so that everything, the
-tiny CLIP included, fits in 40 MB. Who wants to see each choice that went into the demo reads this file.
+tiny CLIP included, fits in 40 MB. This file has every choice that went into the demo.
 """
 
 from __future__ import annotations

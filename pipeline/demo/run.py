@@ -40,7 +40,7 @@ def demo(out: Path, seed: int = 0) -> Path:
     out = out.absolute()
     unpack(out / "data", "clothing_train.tar.gz", "eval.tar.gz")
     config, grid = demo_config(out, seed), load_grid(asset(GRID))
-    # Two small trainings side by side want one thread a worker, or they wait for each other.
+    # Two small trainings in parallel need one thread per worker, or they wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     outcome = _stage("sweep", "selora sweep CONFIG GRID", lambda: sweep(config, grid, retry_failed=True))
     if not outcome.complete:
@@ -48,7 +48,7 @@ def demo(out: Path, seed: int = 0) -> Path:
     print(table(read_rows(outcome.directory)) + "\n")
     if outcome.failed:
         told = (f"{name}: {outcome.trials[name].error}" for name in outcome.failed)
-        raise ConfigError("\n".join([*told, "the same command tries again what failed"]))
+        raise ConfigError("\n".join([*told, "the same command repeats what failed"]))
     page = _stage("report", f"selora report {outcome.directory}", lambda: report_sweep(outcome.directory, config))
     promoted = _stage(
         "promotion",

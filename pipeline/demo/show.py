@@ -24,7 +24,7 @@ class Row:
 
 
 def active_text(row: Row) -> str:
-    """ "12/144 (8 %)", or what stands for it without blocks."""
+    """ "12/144 (8 %)", or "-" without blocks."""
     return f"{row.active[0]}/{row.active[1]} ({row.active[0] / row.active[1]:.0%})" if row.active else "-"
 
 

@@ -1,4 +1,4 @@
-"""What is there of a benchmark's data, and whether the published numbers of the untouched CLIP come out of it."""
+"""Which data of a benchmark is present, and whether it reproduces the published numbers of the untouched CLIP."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.evaluation.rows import TOLERANCE, Row
 
 @dataclass(frozen=True)
 class Inspected:
-    """A row and what its directory holds. `fault` is what keeps it from being evaluated, with the way out."""
+    """A row and the content of its directory. `fault`: why it cannot be evaluated, and the way out."""
 
     row: Row
     images: int | None = None
@@ -35,7 +35,7 @@ def inspect_benchmark(benchmark: Benchmark) -> Iterable[Inspected]:
 def inspect_row(row: Row) -> Inspected:
     """`digest` covers the images, labels and captions: equal ones on two machines are equal data.
 
-    Of K-NN it is that of the images asked about and that of the bank.
+    For K-NN it covers the query images and the bank.
     """
     if not is_there(row):
         split = "" if row.split == "test" else f" --split {row.split}"
@@ -68,7 +68,7 @@ def _names_remark(dataset: Dataset) -> str | None:
 
 
 def format_inspection(found: Sequence[Inspected]) -> str:
-    """A line a dataset, and below it what to do."""
+    """A line per dataset, and below it what to do."""
     lines = [("", "dataset", "images", "classes", "digest", "licence")]
     notes: dict[int, str] = {}
     for each in found:
@@ -101,7 +101,7 @@ def _or_blank(value: object) -> str:
 
 @dataclass(frozen=True)
 class Compared:
-    """A published number, in percent, and ours. `allowed` is its tolerance, and what a drawn part leaves open."""
+    """A published number, in percent, and ours. `allowed`: its tolerance plus the uncertainty of a drawn sample."""
 
     key: str
     metric: str

@@ -1,4 +1,4 @@
-"""Is this cluster fit to train on? Answered in half a minute by all ranks together, before hours are spent.
+"""Whether a cluster is fit for training: all ranks check it together in half a minute.
 
 torchrun … --no-python selora doctor CONFIG --launch       on every node, as `selora train` would be started
 """
@@ -40,7 +40,7 @@ _REQUEST_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Finding:
-    """One question and its answer; `ok` is False when training would suffer, and `text` says what to do."""
+    """The result of one check; `ok` is False when training would suffer, and `text` says what to do."""
 
     name: str
     ok: bool
@@ -55,14 +55,14 @@ class Cluster:
     control: dist.ProcessGroup
 
     def gather(self, own: Any) -> list[Any]:
-        """Everybody's `own`, in rank order, on every rank."""
+        """`own` of all ranks, in rank order, on every rank."""
         found: list[Any] = [None] * self.world.world_size
         dist.all_gather_object(found, own, group=self.control)
         return found
 
 
 def check_launch(config: Config, timeout_s: float = 30.0) -> list[Finding]:
-    """Ask every question of every rank; all ranks return the same findings. Collective.
+    """Run all checks on all ranks, which return the same findings. Collective.
 
     Raises PeerLost when not all ranks come within `timeout_s`, naming those that are missing.
     """
@@ -125,7 +125,7 @@ def _seconds(work: Callable[[], Any], times: int, world: World) -> float:
 
 
 def _clocks(cluster: Cluster, _config: Config) -> Finding:
-    # The exchange itself takes time that looks like skew: the best of some tries is the bound.
+    # The exchange itself takes time that looks like skew, so the smallest of several tries is used.
     tries = []
     for _ in range(5):
         dist.barrier(cluster.control)
@@ -136,7 +136,7 @@ def _clocks(cluster: Cluster, _config: Config) -> Finding:
 
 
 def _shared_path(cluster: Cluster, config: Config) -> Finding:
-    """What rank 0 writes everybody reads, and a file that is replaced is never seen half."""
+    """Check that all ranks read what rank 0 writes, and never see a half-replaced file."""
     world, out = cluster.world, Path(config.out).absolute()
     name = cluster.gather(uuid.uuid4().hex)[0]
     path, fault = out / f".doctor-{name}", ""
@@ -236,7 +236,7 @@ def _request(url: str) -> str:
         with urllib.request.urlopen(url, timeout=_REQUEST_SECONDS) as answer:  # noqa: S310
             return "" if answer.status == 200 else f"status {answer.status}"
     except urllib.error.HTTPError as error:
-        # A server that wants a password is a server that answers.
+        # A server that requires a password does answer.
         return "" if error.code in (401, 403) else f"status {error.code}"
     except OSError as error:
         return str(error)

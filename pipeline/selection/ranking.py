@@ -73,7 +73,7 @@ def choose(points: Mapping[str, Point], allowed: Collection[str] | None = None) 
 
     allowed: the names that keep the rule of promotion; the others count only where it holds for none.
 
-    A harmonic mean wants both: neither a model that learned nothing nor one that forgot everything can win by the other
+    A harmonic mean needs both: neither a model that learned nothing nor one that forgot everything can win by the other
     half. Between equals the one that kept more wins, then the first name.
 
     Raises ValueError without a point.

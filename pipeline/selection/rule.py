@@ -13,7 +13,7 @@ from pipeline.selection.ranking import gain_of, rise_of
 
 @dataclass(frozen=True)
 class Clause:
-    """One demand and what was found. value None: it could not be judged, which counts as not held."""
+    """One requirement and the value that was found; None if it could not be determined, which counts as failed."""
 
     name: str
     value: float | None
@@ -38,11 +38,11 @@ class Clause:
         sign, limit = ("at least", self.least) if self.least is not None else ("at most", self.most)
         found = "not known" if self.value is None else f"{self.value:.4f}"
         verdict = "holds" if self.holds else "FAILS"
-        return f"{verdict}  {self.name} {found}, {sign} {limit:g} asked" + (f" ({self.note})" if self.note else "")
+        return f"{verdict}  {self.name} {found}, {sign} {limit:g} required" + (f" ({self.note})" if self.note else "")
 
 
 def check(rule: Promote, summary: Mapping[str, Any]) -> list[Clause]:
-    """Every clause that the rule has, in a fixed order; an empty list when it asks nothing."""
+    """All clauses of the rule, in a fixed order; an empty list for a rule without any."""
     return list(_clauses(rule, summary))
 
 

@@ -160,7 +160,7 @@ def test_no_rule_is_told_about_a_value_that_is_itself_wrong(write):
         (["adapter.kind=none", "train.train_rest=none"], "trains nothing"),
         (["adapter.towers=[image, image]"], "adapter.towers: image, image names one twice"),
         (["train.compile=true", "train.zero_stage=3", "train.micro_batch_size=4"], "reduces gradients twice"),
-        (["train.betas=[0.9, 1.0]"], "should lie in 0 <= beta < 1"),
+        (["train.betas=[0.9, 1.0]"], "should be in 0 <= beta < 1"),
         (["data.crop_scale=[0.9, 0.5]"], "should be 0 < low <= high <= 1"),
         (["data.templates=[a photo]"], "'a photo' has no {c} for the class name"),
     ],

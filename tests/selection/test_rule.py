@@ -51,12 +51,12 @@ def test_each_clause_holds_up_to_its_limit(rule: dict[str, Any], holds: bool) ->
 def test_the_kept_clause_names_the_worst_dataset() -> None:
     """The zero-shot sets: pets has risen and counts as 1, cars has 0.50 of 0.55."""
     (clause,) = check(Promote(min_kept=0.96), results())
-    assert str(clause) == "FAILS  promote.min_kept: kept 0.9545, at least 0.96 asked (least of cars, 0.9091)"
+    assert str(clause) == "FAILS  promote.min_kept: kept 0.9545, at least 0.96 required (least of cars, 0.9091)"
 
 
 def test_a_failed_clause_says_what_was_found_and_what_was_asked() -> None:
     (clause,) = check(Promote(max_drop=0.04), results())
-    assert str(clause) == "FAILS  promote.max_drop: largest drop 0.0500, at most 0.04 asked (cars)"
+    assert str(clause) == "FAILS  promote.max_drop: largest drop 0.0500, at most 0.04 required (cars)"
 
 
 def test_the_classifier_that_a_vit_was_trained_is_held_against_guessing() -> None:
@@ -66,12 +66,12 @@ def test_the_classifier_that_a_vit_was_trained_is_held_against_guessing() -> Non
     own = {"group": "id", "in_mean": True, "value": 0.80, "chance": 0.25, "change": None}
     found["datasets"]["ours"] = own
     assert [str(clause) for clause in check(Promote(min_gain=0.55, max_drop=0.05), found)] == [
-        "holds  promote.min_gain: gain of id 0.5500, at least 0.55 asked",
-        "holds  promote.max_drop: largest drop 0.0500, at most 0.05 asked (cars)",
+        "holds  promote.min_gain: gain of id 0.5500, at least 0.55 required",
+        "holds  promote.max_drop: largest drop 0.0500, at most 0.05 required (cars)",
     ]
     found["datasets"]["ours"] = own | {"value": 0.10}
     (clause,) = check(Promote(max_drop=0.05), found)
-    assert str(clause) == "FAILS  promote.max_drop: largest drop 0.1500, at most 0.05 asked (ours)"
+    assert str(clause) == "FAILS  promote.max_drop: largest drop 0.1500, at most 0.05 required (ours)"
 
 
 def test_no_rule_has_no_clauses() -> None:
