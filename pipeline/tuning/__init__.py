@@ -1,1 +1,1 @@
-"""Searches: a grid of configs, trained and evaluated one by one on any number of nodes."""
+"""Sweeps: a grid of configs, trained and evaluated on any number of nodes."""

@@ -1,4 +1,4 @@
-"""How much of each trial's model trains, and so how large its checkpoints are, without training any of them."""
+"""How many parameters of each trial train, and so how large its checkpoints are, without training."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
     from pipeline.model.load import Model
 
 
-# fp32 weights and the moments of what trains: two of Adam's, one of SGD's.
+# fp32 weights and moments of the trained parameters: two moments for Adam, one for SGD.
 _BYTES_PER_PARAMETER = {"adamw": 12, "sgd": 8}
 
 
 def checkpoint_bytes(trials: Sequence[Trial], parameters: Mapping[str, int]) -> int:
-    """Disk that the checkpoints of all trials take at most; one more than is kept lies there while it is written."""
+    """Most bytes that the checkpoints of all trials take; while one is written there is one more than is kept."""
     settings = ((parameters[one.name], one.config.train) for one in trials)
     return sum(count * _BYTES_PER_PARAMETER[train.optimizer] * (train.keep_last + 1) for count, train in settings)
 
 
 def trained_parameters(trials: Sequence[Trial]) -> dict[str, int]:
-    """{trial: trained parameters}. Builds each base model once, with random weights where it has a name of its own.
+    """{trial: number of trained parameters}. Builds each base model once, with random weights if it is named.
 
     Without a ViT's classifier, whose size the shards decide.
     """
@@ -41,7 +41,7 @@ def trained_parameters(trials: Sequence[Trial]) -> dict[str, int]:
 
 
 def _count(clip: Model, config: Config) -> int:
-    """r (inputs + outputs) for each block, 1 for its gate, `outputs` for DoRA's magnitude, and the rest that trains."""
+    """r (inputs + outputs) per block, 1 per gate, `outputs` for DoRA's magnitude, and other trained parameters."""
     from pipeline.costs.cost import trained_parameters as beside_blocks
     from pipeline.method.adapter import random_targets, select_targets
     from pipeline.model.towers import adapter_targets

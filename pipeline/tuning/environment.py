@@ -1,4 +1,4 @@
-"""What of this process's environment the processes of a cluster get, and what their nodes must have themselves.
+"""Environment variables that are passed to the processes of a cluster, and those that its nodes must set themselves.
 
 Ray writes the environment that it passes on into its logs, so no secret goes that way.
 """
@@ -22,7 +22,7 @@ _NAMES = {
     "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
     *(f"{what}_PROXY" for what in ("HTTP", "HTTPS", "ALL", "NO")),
 }  # fmt: skip
-# What the launcher and the tracker of this very process are told by.
+# Variables for the launcher and the tracker of this process itself.
 _ONLY_HERE = {"SELORA_HOSTS", "SELORA_STOPPED", "SELORA_SHIPPED", "SELORA_SHIPPING_URI"}
 _SECRET = re.compile(r"SECRET|PASSWORD|PASSWD|TOKEN|CREDENTIAL|(^|_)KEY(_|$)")
 _WHERE_ONE_IS = re.compile(r"_(FILE|PATH|URI)$|^GOOGLE_APPLICATION_CREDENTIALS$")

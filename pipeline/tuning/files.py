@@ -1,9 +1,9 @@
-"""A sweep on disk: what each trial is and how far it has come, readable by everybody while it runs.
+"""A sweep on disk: its trials and their progress, which any process can read while it runs.
 
 OUT/NAME/sweep.json                    the trials, written once the grid is expanded
-OUT/NAME/trials/<name>/                a run directory, and trial.json beside its files
+OUT/NAME/trials/<name>/                a run directory with an additional trial.json
 OUT/NAME/baselines/<digest>/           results of the untouched model, shared by all trials
-OUT/NAME/stop                          there while the sweep is asked to save and end
+OUT/NAME/stop                          present while the sweep is asked to save and stop
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OVER: tuple[Status, ...] = ("finished", "failed", "stopped")
 
 @dataclass(frozen=True)
 class TrialState:
-    """trial.json. `waiting` with a step above 0 was cut and goes on; `stopped` lost against others for good."""
+    """trial.json. `waiting` with a step above 0 was interrupted and will continue; `stopped` was ended by ASHA."""
 
     status: Status = "waiting"
     step: int = 0
@@ -42,7 +42,7 @@ def trial_dir(sweep_dir: Path, name: str) -> Path:
 
 
 def read_state(run_dir: Path) -> TrialState:
-    """How far a trial has come; a fresh state before anything was written."""
+    """The state of a trial; a fresh one if nothing was written yet."""
     try:
         content = json.loads((run_dir / TRIAL_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -51,7 +51,7 @@ def read_state(run_dir: Path) -> TrialState:
 
 
 def write_state(run_dir: Path, **changes: Any) -> TrialState:
-    """Change some fields of trial.json; one process at a time has the right to. Without a change it stays as it is."""
+    """Change some fields of trial.json, by one process at a time. If nothing changes, the file is not written."""
     before = read_state(run_dir)
     state = replace(before, **changes)
     if state == before:
@@ -73,7 +73,7 @@ def steps_done(run_dir: Path) -> int:
 
 
 def write_sweep(sweep_dir: Path, config: Config, grid: Grid, trials: Sequence[Trial], digest: str) -> None:
-    """sweep.json, from which report and promotion know the trials."""
+    """Write sweep.json, from which report and promotion read the trials."""
     content = {
         "format": "selora-sweep",
         "version": 1,
@@ -90,7 +90,7 @@ def write_sweep(sweep_dir: Path, config: Config, grid: Grid, trials: Sequence[Tr
 
 
 def read_sweep(sweep_dir: Path) -> dict[str, Any] | None:
-    """What sweep.json holds, None before the first; ConfigError when it is something else."""
+    """The content of sweep.json; None if there is none, ConfigError if it is another kind of file."""
     path = sweep_dir / SWEEP_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -41,27 +41,29 @@ ALIASES = {
     "seed": "seed",
 }
 SECTIONS = ("grid", "baselines", "resources", "asha")
-# A sweep gives its trials a place and a store of their own.
+# A sweep sets these options for its trials.
 RESERVED = ("name", "out", "tracking.uri", "tracking.experiment", "tracking.enabled")
 
 
 class Resources(Section):
-    """What one trial takes of a cluster."""
+    """Resources of one trial."""
 
     workers: int = Field(default=1, ge=1, description="training processes of one trial")
     cpus_per_worker: float = Field(default=1.0, gt=0, description="cores of one training process")
-    gpus_per_worker: float = Field(default=0.0, ge=0, description="GPUs of one training process; fractions share one")
+    gpus_per_worker: float = Field(
+        default=0.0, ge=0, description="GPUs of one training process; with a fraction, processes share one"
+    )
     eval_cpus: float = Field(default=1.0, gt=0, description="cores of a trial's evaluation")
     eval_gpus: float | None = Field(default=None, ge=0, description="GPUs of an evaluation; null: gpus_per_worker")
     concurrent: int | None = Field(default=None, ge=1, description="trials at a time; null: as many as fit")
-    retries: int = Field(default=2, ge=0, description="how often a trial goes on after a worker died")
+    retries: int = Field(default=2, ge=0, description="how often a trial continues after the death of a worker")
 
 
 class Asha(Section):
     """Asynchronous halving: at each rung only the trials with the lowest training loss go on."""
 
     grace_steps: int = Field(ge=1, description="own steps before a trial may be stopped")
-    reduction: float = Field(default=3.0, gt=1, description="of so many trials at a rung one goes on")
+    reduction: float = Field(default=3.0, gt=1, description="at each rung, one trial in this number continues")
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A point, or some points, beside the grid."""
+    """One or more points in addition to the grid."""
 
     name: str | None
     label: str | None
@@ -86,7 +88,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Trial:
-    """One config of the sweep; `id` is its number and the digest of its config when it was first laid out."""
+    """One config of the sweep; `id` is its number and the digest of its config when the sweep was created."""
 
     id: str
     name: str
@@ -191,7 +193,7 @@ def _stem(name: str) -> str:
 
 
 def _effective(config: Config) -> Config:
-    """The config with every option that has no effect in it at its default: what makes two points the same run."""
+    """The config with all options that have no effect in it at their defaults; equal results mean equal runs."""
     neutral: dict[str, Any] = {}
     plain = Config.model_validate({"data": {"train": "unset"}})
     if not config.gated:

@@ -1,4 +1,4 @@
-"""The sweep in MLflow: a parent run, its children below it, an end for each child that could not write its own."""
+"""The sweep in MLflow: a parent run, a child per trial, and an end for each child that could not write its own."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ logger = logging.getLogger("selora.tracking")
 
 
 class Record:
-    """The parent run while the sweep's command runs. Holding its journal also keeps a second command out."""
+    """The parent run while the sweep runs. Its locked journal also keeps a second command from running."""
 
     def __init__(self, sweep_dir: Path, config: Config, grid: Grid, trials: Sequence[Trial]) -> None:
         self._dir, self._config, self._trials = sweep_dir, config, trials
@@ -66,7 +66,7 @@ class Record:
         self._deliver([trial_dir(self._dir, name) for name in states])
 
     def _place_children(self) -> None:
-        """Say in each trial's directory whose child its run is, before anybody trains there."""
+        """Record in each trial's directory the parent of its run, before training starts there."""
         above = read_identity(self._dir)
         assert above is not None, "the tracker of the parent has written it"
         for trial in self._trials:
@@ -82,14 +82,14 @@ class Record:
             journal.close()
 
     def _deliver(self, run_dirs: Sequence[Path]) -> None:
-        """What the process beside the sweep could not bring to the store, as long as the store answers."""
+        """Deliver what the shipper could not, as long as the store answers."""
         tracking = self._trials[0].config.tracking
         if not tracking.enabled:
             return
         try:
             uri = resolve_uri(tracking.uri, self._dir.parent)
         except PasswordMissing:
-            return  # the tracker has said so
+            return  # the tracker has reported it
         for run_dir in run_dirs:
             if not (run_dir / JOURNAL).is_file() or _delivered(run_dir, uri):
                 continue
@@ -106,7 +106,7 @@ class Record:
 
 
 def _write_end(run_dir: Path, state: TrialState) -> None:
-    """The end of a trial in its run's journal, where the run did not write it itself."""
+    """Write the end of a trial to its run's journal, if the run did not do so itself."""
     if not (run_dir / JOURNAL).is_file() or is_held(lock_path(run_dir / JOURNAL)):
         return
     journal = Journal(run_dir)

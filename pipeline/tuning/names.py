@@ -1,4 +1,4 @@
-"""What a trial is called: a directory name and a label for tables, both from what the trial does."""
+"""Names of trials: a directory name and a label for tables, both derived from the trial's options."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.config import Config
 
-# What the base of a name already says.
+# Options that the first part of a name already shows.
 _SAID = ("adapter.kind", "adapter.rank", "adapter.random_k", "gate.enabled", "gate.lam", "seed")
 _KINDS = {"full": "full", "none": "rest only", "lora": "LoRA", "dora": "DoRA"}
 
@@ -16,7 +16,7 @@ _KINDS = {"full": "full", "none": "rest only", "lora": "LoRA", "dora": "DoRA"}
 def name_of(
     config: Config, changes: Mapping[str, Any], varied: Sequence[str], *, seeds: bool, given: str | None
 ) -> str:
-    """gated_lora_r16_lam0.3, with what else varies and the seed behind it; `given` replaces the front."""
+    """gated_lora_r16_lam0.3, followed by other options that vary and the seed; `given` replaces the first part."""
     adapter = config.adapter
     blocks = adapter.kind in ("lora", "dora")
     if given is None:
@@ -50,7 +50,7 @@ def label_of(
 
 
 def value_text(value: Any) -> str:
-    """A value as it stands in names and messages: 0.3, not 0.30000000000000004; lists joined."""
+    """A value for names and messages: 0.3, not 0.30000000000000004; lists joined."""
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What a sweep will take, before it starts: trials, waves, workers, steps, hours, disk; and whether it fits at all."""
+"""The plan of a sweep before it starts: trials, waves, workers, steps, hours, disk, and whether it fits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Capacity:
-    """The machines that are there now."""
+    """The machines of the cluster at this moment."""
 
     nodes: tuple[Node, ...]
 
@@ -36,7 +36,7 @@ class Capacity:
         return sum(node.gpus for node in self.nodes)
 
     def processes(self, cpus: float, gpus: float) -> int:
-        """How many processes of this size fit at a time; none is spread over two machines."""
+        """Number of processes of this size that fit at a time, each on one machine."""
         return sum(_fit(node, cpus, gpus) for node in self.nodes)
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is still to be done. Hours are of reserved cores and cards, None while nobody has measured a step."""
+    """The remaining work. Hours are those of reserved cores and GPUs, None until a step has been measured."""
 
     trials: int
     done: int
@@ -93,7 +93,7 @@ def make_plan(
     *,
     speed: Speed | None = None,
 ) -> Plan:
-    """The plan of what is left.
+    """The plan of the remaining work.
 
     Args:
         trials: all of the sweep.
@@ -117,7 +117,7 @@ def make_plan(
 
 
 def concurrency(resources: Resources, capacity: Capacity, trials: int) -> int:
-    """Trials at a time: as many as their workers fit, at most those that are left and those that are allowed."""
+    """Number of trials at a time: as many as fit, at most the remaining ones and the allowed number."""
     fit = capacity.processes(resources.cpus_per_worker, resources.gpus_per_worker) // resources.workers
     return max(1, min(fit, trials, resources.concurrent or trials))
 

@@ -1,4 +1,4 @@
-"""How a sweep stands, read from its trials' files: a live table on a terminal, plain lines elsewhere."""
+"""Progress of a sweep, read from its trials' files: a live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Row:
 
 
 class Progress:
-    """Shows how the trials stand for the time of a block."""
+    """Shows the progress of the trials while a block runs."""
 
     def __init__(self, sweep_dir: Path, trials: Sequence[Trial]) -> None:
         self._dir, self._trials = sweep_dir, trials
@@ -86,7 +86,7 @@ class Progress:
                     return
 
     def _show_lines(self) -> None:
-        """A line whenever a trial's state changes or its journal grew, at most one per trial and some seconds."""
+        """Print a line when a trial's state changes or its journal grows, at most one per trial in some seconds."""
         told: dict[str, tuple[str, ...]] = {}
         while True:
             over = self._over.wait(_LINE_SECONDS)
@@ -101,7 +101,7 @@ class Progress:
 
 
 def rows(sweep_dir: Path, trials: Sequence[Trial]) -> list[Row]:
-    """How every trial stands now; works while it trains and after it died."""
+    """The progress of every trial, whether it is running or has died."""
     return [_row(trial_dir(sweep_dir, trial.name), trial) for trial in trials]
 
 
@@ -147,7 +147,7 @@ def describe(sweep_dir: Path, trials: Sequence[Trial]) -> str:
 
 
 def measured_speed(sweep_dir: Path, trials: Sequence[Trial]) -> Speed | None:
-    """Seconds of a step as the trials of this sweep have measured them; None before the first record."""
+    """Seconds per step measured by the trials of this sweep; None before the first record."""
     found = []
     for trial in trials:
         _, values = last_values(trial_dir(sweep_dir, trial.name))

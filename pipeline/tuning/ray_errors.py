@@ -1,6 +1,6 @@
-"""What Ray's errors mean: a cluster that cannot be used from here, and why a trial ended.
+"""The meaning of Ray's errors: why a cluster cannot be used, and why a trial ended.
 
-Ray wraps the cause in errors of its own, and each starts with a headline.
+Ray wraps the cause in its own errors, each of which starts with a headline.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _LONGEST = 300
 
 
 def check_reachable(address: str) -> None:
-    """ConfigError at once for a HOST:PORT where nobody listens; Ray itself would try for minutes."""
+    """Raise ConfigError at once if nothing listens at HOST:PORT; Ray itself would try for minutes."""
     found = re.fullmatch(r"\[?([^/\[\]]+?)\]?:(\d+)", address)
     if found is None:
-        return  # auto, ray://…: Ray's own words for an address
+        return  # auto, ray://…: special addresses of Ray
     try:
         socket.create_connection((found[1], int(found[2])), timeout=_SECONDS).close()
     except (OSError, OverflowError) as error:
@@ -37,7 +37,7 @@ def check_reachable(address: str) -> None:
 
 
 def token_fault(error: BaseException) -> str | None:
-    """What to do where the cluster asked for a token; None for another error. Ray tells that in a cause of a cause."""
+    """What to do if the cluster requires a token; None for another error. Ray reports it in a cause of a cause."""
     if "AuthenticationError" not in "".join(traceback.format_exception(error)):
         return None
     mode = os.environ.get("RAY_AUTH_MODE", "not set")
@@ -48,7 +48,7 @@ def token_fault(error: BaseException) -> str | None:
 
 
 def told(error: BaseException) -> str:
-    """What is behind an error of Ray's or of our own."""
+    """The reason behind an error of Ray or of selora."""
     cause, rank = _cause(error, None)
     text = final_reason(cause) or _of_a_dead_process(str(cause)) or _plain(cause)
     text = text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
@@ -56,7 +56,7 @@ def told(error: BaseException) -> str:
 
 
 def _cause(error: BaseException, rank: int | None) -> tuple[BaseException, int | None]:
-    """(the error inside all wrappers, its rank); of several ranks the one that did not merely lose another."""
+    """(the error inside all wrappers, its rank); with several ranks, one that did not merely lose another."""
     failures = getattr(error, "worker_failures", None)
     if failures:
         number, first = min(failures.items(), key=lambda pair: (_lost_a_peer(pair[1]), pair[0]))
@@ -73,17 +73,17 @@ def _lost_a_peer(error: BaseException) -> bool:
 
 
 def _of_a_dead_process(text: str) -> str | None:
-    """Ray's report of a process that is gone, without its advice; None for any other text."""
+    """Ray's report of a lost process, without its advice; None for any other text."""
     if memory := _LOW_MEMORY.search(text):
         return f"out of memory: Ray ended a process, the node was {memory[0]}"
     if detail := _EXIT_DETAIL.search(text):
-        return f"its process died, killed by somebody or for want of memory ({detail[1].strip().rstrip('.')})"
+        return f"its process was killed, or it ran out of memory ({detail[1].strip().rstrip('.')})"
     return None
 
 
 def _plain(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     kind = type(error).__name__
-    # Ray's own text is a headline and what it stands for; everybody else's begins with the matter.
+    # In Ray's own text the cause follows a headline; other texts begin with the cause.
     matter = next((line for line in lines if not line.endswith(":")), kind)
     return matter if matter == kind else f"{kind}: {matter}"

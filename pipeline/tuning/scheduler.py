@@ -1,9 +1,9 @@
 """Trials on Ray: a Tune trial is a TorchTrainer whose workers call the same `train` as `selora train`.
 
-The only importer of ray, and only inside functions: its settings must stand in the environment before it is imported.
+The only importer of ray, and only inside functions: its settings must be in the environment before it is imported.
 
-The truth about a trial lies in its run directory (checkpoints, journal, trial.json), on a disk that all nodes
-share. Ray holds none of it: any worker, node or driver may die, and the next `train` on the directory continues.
+The state of a trial is in its run directory (checkpoints, journal, trial.json), on a disk that all nodes share, and not
+in Ray: any worker, node or driver may die, and the next `train` on the directory continues.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from pipeline.tuning.trial import (
 )
 
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
-_OBJECT_STORE_BYTES = 100 * 2**20  # nothing but configs passes through it
-# A trial's own process waits for its workers and must take no core from them, but Tune wants it to take something.
+_OBJECT_STORE_BYTES = 100 * 2**20  # only configs pass through it
+# A trial's own process only waits for its workers and should take no core from them, but Tune requires some share.
 _TRIAL_SHARE = {"memory": float(2**20)}
 _TEARDOWN_SECONDS = 5.0
-_CHANCES = 4  # of a local cluster to start
+_CHANCES = 4  # to start a local cluster
 # Of the driver and of the trials' processes: no usage report over the network, no doubled prints, our own paths.
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -51,13 +51,13 @@ _QUIET = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "RAY_worker_register_timeout_seconds": "300",
     "RAY_agent_register_timeout_ms": "300000",
-    "RAY_worker_niceness": "0",  # as `selora train` runs; Ray's own 15 starves a trial beside anything else
+    "RAY_worker_niceness": "0",  # as in `selora train`; with Ray's 15, any other process would starve a trial
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial's last word, after its evaluation, has no loss
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial's last report, after its evaluation, has no loss
     "TUNE_WARN_THRESHOLD_S": "60",
     "TUNE_MAX_PENDING_TRIALS_PG": "1",
 }
@@ -80,12 +80,12 @@ class Job:
 
 
 class Interrupted(Exception):
-    """The sweep was asked to stop, and every trial has saved or had time enough to."""
+    """The sweep was asked to stop, and every trial has saved or has had enough time to."""
 
 
 @contextmanager
 def cluster(address: str | None, resources: Resources) -> Iterator[Capacity]:
-    """Connect to the cluster at `address` or RAY_ADDRESS, else start one on this machine for the time of the block."""
+    """Connect to the cluster at `address` or RAY_ADDRESS, or start one on this machine for the block."""
     address = address or os.environ.get("RAY_ADDRESS")
     if address is not None:
         check_reachable(address)
@@ -146,8 +146,8 @@ def _init_settings(address: str | None, resources: Resources) -> dict[str, Any]:
     if not resources.gpus_per_worker:
         environment["DS_ACCELERATOR"] = "cpu"
     shared = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": "error"}
-    # A stopped trial's workers are freed by a process that asks the dashboard; without an address it would ask that of
-    # the cluster that was started last on its machine, whosesoever that is.
+    # A process frees the workers of stopped trials through the dashboard; without an address it would use that of the
+    # cluster started last on the machine, which may belong to someone else.
     if address is not None:
         environment["RAY_ADDRESS"] = address
         return {"address": address, **shared}
@@ -230,7 +230,7 @@ def run_trials(
             max_t=steps,
             grace_period=min(asha.grace_steps, steps),
             reduction_factor=asha.reduction,
-            stop_last_trials=False,  # after the last step comes the evaluation
+            stop_last_trials=False,  # the evaluation follows the last step
         )
     tuner = tune.Tuner(
         tune.with_resources(partial(_trial, job=job), _TRIAL_SHARE),
@@ -242,7 +242,7 @@ def run_trials(
             trial_dirname_creator=_dirname,
         ),
         run_config=tune.RunConfig(
-            # A new one for every call: what there is to continue lies in the run directories.
+            # New for every call: everything needed to continue is in the run directories.
             name=f"tune-{int(time.time())}",
             storage_path=str(job.sweep_dir / "ray"),
             verbose=0,
@@ -287,7 +287,7 @@ def _trial(config: Mapping[str, Any], job: Job) -> dict[str, Any]:
 
 
 def _note_failure(run_dir: Path, job: Job, error: BaseException) -> TrialState:
-    """A failure is one only if it is not the end of the whole cluster, which takes this process with it."""
+    """Whether a failure is the trial's own, and not the end of the whole cluster, which would also end this process."""
     if failure_of(run_dir) is None:
         time.sleep(_TEARDOWN_SECONDS)
     step = steps_done(run_dir)
@@ -325,14 +325,14 @@ def _fit(name: str, job: Job) -> None:
 
 
 def _work(name: str, job: Job) -> None:
-    """A training worker. Ray has set the launcher's variables and made the process group."""
+    """A training worker. Ray has set the launcher's variables and created the process group."""
     _stand_in(job.workdir)
     watch = _Reporting(job.sweep_dir) if name in job.watched else StopWatch(job.sweep_dir)
     train_stage(job.sweep_dir, name, watch)
 
 
 class _Reporting(StopWatch):
-    """Also reports the training loss under our own step, on which trials are compared while they train."""
+    """Also reports the training loss by our own step, by which trials are compared while they train."""
 
     def recorded(self, step: int, values: Mapping[str, float]) -> None:
         import ray.train
@@ -360,7 +360,7 @@ def _evaluate_here(name: str, job: Job) -> None:
 
 
 def _stand_in(workdir: Path) -> None:
-    """Relative paths of a config mean what they mean to the one who gave the command."""
+    """Resolve relative paths of a config against the directory in which the command was started."""
     try:
         os.chdir(workdir)
     except OSError as error:
@@ -370,13 +370,13 @@ def _stand_in(workdir: Path) -> None:
 
 
 def _reason(run_dir: Path, error: BaseException) -> str:
-    """Why a trial failed, in a line or two: what a rank has written, else what Ray knows of the end of its worker."""
+    """Why a trial failed, in a line or two: as written by a rank, else Ray's report on the end of its worker."""
     return failure_of(run_dir) or told(error)
 
 
 @contextmanager
 def _environment(settings: Mapping[str, str]) -> Iterator[None]:
-    """Settings for the time of a block, where the user has not set them."""
+    """Set environment variables for the duration of a block, unless the user has set them."""
     added = {key: value for key, value in settings.items() if key not in os.environ}
     os.environ.update(added)
     try:

@@ -1,7 +1,7 @@
-"""`selora sweep`: expand, check, claim the directory, run what is left, say how each trial ended.
+"""`selora sweep`: expand the grid, check it, claim the directory, run the remaining trials, report how each ended.
 
-The same call again continues: what a trial has done lies in its directory. Nothing here imports Ray or torch until the
-trials start.
+The same call continues a sweep, because the state of each trial is in its directory. Nothing here imports Ray or torch
+until the trials start.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _GRACE_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class SweepOutcome:
-    """How a sweep stands: its directory and every trial's state, in the order of the grid."""
+    """The result of a sweep: its directory and every trial's state, in the order of the grid."""
 
     directory: Path
     trials: dict[str, TrialState]
@@ -48,7 +48,7 @@ class SweepOutcome:
 
     @property
     def complete(self) -> bool:
-        """Whether every trial is over, whatever its end."""
+        """Whether every trial has ended, in any way."""
         return all(state.status in OVER for state in self.trials.values())
 
     @property
@@ -63,7 +63,7 @@ class SweepOutcome:
 def plan_sweep(
     config: Config, grid: Grid, *, address: str | None = None, seconds_per_step: float | None = None
 ) -> Plan:
-    """What the sweep would take; touches no directory. Without an address it is planned for this machine."""
+    """The plan of the sweep; writes nothing. Without an address, for this machine."""
     from pipeline.tuning.disk import checkpoint_bytes, trained_parameters
 
     _hand_down_passwords(config)
@@ -82,11 +82,11 @@ def sweep(
     retry_failed: bool = False,
     seconds_per_step: float | None = None,
 ) -> SweepOutcome:
-    """Train and evaluate every trial of the grid; the same call again continues with what is left.
+    """Train and evaluate every trial of the grid; the same call continues with the remaining ones.
 
     Args:
         address: of a Ray cluster; None: RAY_ADDRESS, else a cluster on this machine for the time of the call.
-        retry_failed: run failed trials again, too.
+        retry_failed: also run failed trials again.
 
     Raises:
         ConfigError: every mistake that can be known before the first trial starts. A trial that fails later is told in
@@ -122,7 +122,7 @@ def _directory(config: Config) -> Path:
 
 
 def _prepare(config: Config, grid: Grid) -> tuple[list[Trial], dict[str, int]]:
-    """The trials with one store for all, and the steps of each; everything that can be read is read now."""
+    """The trials, with one store for all, and the steps of each; all files are read now."""
     from pipeline.data.shards.index import load_index
     from pipeline.evaluation.benchmark import load_benchmark
     from pipeline.tracking.mlflow.uris import checked_uri
@@ -143,7 +143,7 @@ def _prepare(config: Config, grid: Grid) -> tuple[list[Trial], dict[str, int]]:
 
 
 def _refuse_changes(sweep_dir: Path, trials: Sequence[Trial]) -> None:
-    """An old name belongs to the old trials: new ones may come, those that are there stay as they are."""
+    """Check that existing trials are unchanged; new ones may be added."""
     from pipeline.training.settings import changed_settings
 
     old = read_sweep(sweep_dir)
@@ -174,7 +174,7 @@ def _write(
     *,
     retry_failed: bool,
 ) -> None:
-    """Write what the trials' processes read: sweep.json, each trial's config and where it stands."""
+    """Write what the trials' processes read: sweep.json, and each trial's config and state."""
     text = " ".join(digest(trial.config) for trial in trials)
     write_sweep(sweep_dir, config, grid, trials, hashlib.sha256(text.encode()).hexdigest()[:16])
     (sweep_dir / STOP_FILE).unlink(missing_ok=True)
@@ -191,7 +191,7 @@ def _write(
 
 
 def _look(address: str | None, resources: Resources) -> Capacity:
-    """The cluster at the address, or this machine as a local cluster would have it, without starting one."""
+    """The capacity of the cluster at the address, or of this machine, without starting a cluster."""
     if address is None and "RAY_ADDRESS" not in os.environ:
         import torch
 
@@ -233,7 +233,7 @@ def _run(
 
     stop = _Stop(sweep_dir, [trial.name for trial in left])
     with stop, cluster(address, grid.resources) as capacity:
-        stop.listen()  # Ray has put a handler of its own into its place
+        stop.listen()  # Ray has replaced it by its own handler
         plan = _plan(sweep_dir, trials, totals, grid.resources, capacity, seconds_per_step)
         sys.stderr.write(describe_plan(plan) + "\n")
         watched = tuple(trial.name for trial in left if grid.asha is not None and not trial.baseline)
@@ -256,7 +256,7 @@ def _run(
 
 
 def _hand_down_passwords(config: Config) -> None:
-    """The trials' configs are files and hold no password; the processes of this machine inherit it."""
+    """Pass the password in the environment, because the trials' config files do not contain it."""
     for address in (config.data.train, config.eval.root):
         password = password_in(address or "")
         if password is not None:
@@ -264,7 +264,7 @@ def _hand_down_passwords(config: Config) -> None:
 
 
 def _settle(sweep_dir: Path, left: Sequence[Trial], lost: dict[str, str], interrupted: bool) -> None:
-    """Give every trial that nobody could speak for any more the end it had."""
+    """Record the end of every trial whose own process could not."""
     from pipeline.tuning.progress import last_values
 
     for trial in left:
@@ -285,7 +285,7 @@ def _settle(sweep_dir: Path, left: Sequence[Trial], lost: dict[str, str], interr
 
 
 class _Stop:
-    """Ctrl-C or SIGTERM asks the trials to save and leave; the second one ends at once."""
+    """On Ctrl-C or SIGTERM, ask the trials to save and stop; the second signal ends them at once."""
 
     def __init__(self, sweep_dir: Path, names: Sequence[str]) -> None:
         self.requested = False
@@ -304,7 +304,7 @@ class _Stop:
             (self._dir / STOP_FILE).unlink(missing_ok=True)
 
     def listen(self) -> None:
-        """Take the signals, also from whoever took them since; only a main thread can."""
+        """Install the signal handlers, also over those installed since; only the main thread can."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -312,7 +312,7 @@ class _Stop:
             self._previous.setdefault(number, handler)
 
     def tick(self) -> None:
-        """Raise Interrupted once a stop was asked for and nobody is training any more."""
+        """Raise Interrupted once a stop was requested and no trial is training any more."""
         from pipeline.tuning.scheduler import Interrupted
 
         now = time.monotonic()
@@ -330,6 +330,6 @@ class _Stop:
         self._deadline = time.monotonic() + _GRACE_SECONDS
         (self._dir / STOP_FILE).touch()
         sys.stderr.write(
-            f"\n{signal.Signals(number).name}: the trials save and end after their step; once more ends at once. "
+            f"\n{signal.Signals(number).name}: the trials save and stop after their step; a second signal ends them at once. "
             "The same command continues.\n"
         )

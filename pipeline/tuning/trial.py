@@ -27,7 +27,7 @@ _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory"
 
 
 class StopWatch:
-    """Tells a run to save and leave once the sweep is asked to stop."""
+    """Asks a run to save and stop once the sweep is asked to stop."""
 
     def __init__(self, sweep_dir: Path) -> None:
         self._file = sweep_dir / STOP_FILE
@@ -73,9 +73,9 @@ def train_stage(sweep_dir: Path, name: str, watch: Watch | None = None) -> None:
 
 
 def evaluation_stage(sweep_dir: Path, name: str) -> Mapping[str, Any] | None:
-    """Evaluate the trained model, datasets that are done excepted, and track the results; None without a benchmark.
+    """Evaluate the trained model on unfinished datasets and track the results; None without a benchmark.
 
-    The untouched model is evaluated by the first trial that comes here; the others wait for it.
+    The first trial to arrive evaluates the untouched model; the others wait for it.
     """
     from pipeline.data.storage.cache import Cache
     from pipeline.evaluation.benchmark import load_benchmark
@@ -118,13 +118,13 @@ def _evaluate_base(run_dir: Path, benchmark: Any, settings: Any, baselines: Path
 
 
 def begin(run_dir: Path) -> TrialState:
-    """Note that a trial's training begins, or begins again."""
+    """Record that a trial's training starts or continues."""
     (run_dir / FAILURE_FILE).unlink(missing_ok=True)
     return write_state(run_dir, status="training", error=None, attempts=read_state(run_dir).attempts + 1)
 
 
 def after_training(run_dir: Path) -> TrialState:
-    """Note what the training stage came to: evaluating, failed, or waiting when it was asked to stop before the end."""
+    """Record the result of the training stage: evaluating, failed, or waiting if it was stopped before the end."""
     step, reason = steps_done(run_dir), failure_of(run_dir)
     if reason is not None:
         return write_state(run_dir, status="failed", step=step, error=reason)
@@ -134,7 +134,7 @@ def after_training(run_dir: Path) -> TrialState:
 
 
 def run_trial(sweep_dir: Path, name: str) -> TrialState:
-    """Both stages of one trial in this process, noted in trial.json; for hands and tests."""
+    """Run both stages of one trial in this process and record them in trial.json; for use by hand and in tests."""
     run_dir = trial_dir(sweep_dir, name)
     begin(run_dir)
     try:
@@ -149,7 +149,7 @@ def run_trial(sweep_dir: Path, name: str) -> TrialState:
 
 
 def failure_of(run_dir: Path) -> str | None:
-    """Why training cannot succeed, as a rank has written it; None if none has."""
+    """Why training cannot succeed, as written by a rank; None if no rank has."""
     try:
         return (run_dir / FAILURE_FILE).read_text(encoding="utf-8").strip()
     except FileNotFoundError:
@@ -157,7 +157,7 @@ def failure_of(run_dir: Path) -> str | None:
 
 
 def final_reason(error: BaseException) -> str | None:
-    """The reason in words if another attempt would end in the same way, None if it might not."""
+    """The reason in words if another attempt would fail in the same way, else None."""
     if isinstance(error, ConfigError):
         return str(error)
     if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
@@ -174,7 +174,7 @@ def _keep_failure(run_dir: Path, reason: str) -> None:
 
 @contextmanager
 def _log(run_dir: Path) -> Iterator[None]:
-    """What the run says goes to its own log; a sweep's terminal shows the table."""
+    """Redirect the run's output to its own log; the terminal of a sweep shows the table."""
     rank = os.environ.get("RANK", "0")
     with (run_dir / LOG_FILE if rank == "0" else run_dir / f"log-{rank}.txt").open(
         "a", buffering=1, encoding="utf-8"
