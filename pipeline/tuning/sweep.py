@@ -330,6 +330,6 @@ class _Stop:
         self._deadline = time.monotonic() + _GRACE_SECONDS
         (self._dir / STOP_FILE).touch()
         sys.stderr.write(
-            f"\n{signal.Signals(number).name}: the trials save and stop after their step; a second signal ends them at once. "
-            "The same command continues.\n"
+            f"\n{signal.Signals(number).name}: the trials save and stop after their step; a second signal ends them "
+            "at once. The same command continues.\n"
         )

@@ -37,7 +37,7 @@ class Wrapper(Exception):
                 "Training failed due to worker errors:\n[Rank 0 Error Snippet]:\nTraceback",
                 worker_failures={0: RuntimeError(RESET), 1: Wrapper(KILLED, health_check_failure=Exception(KILLED))},
             ),
-            "rank 1: its process died, killed by somebody or for want of memory "
+            "rank 1: its process was killed, or it ran out of memory "
             "(Worker unexpectedly exits with a connection error code 2. End of file)",
         ),
         (
