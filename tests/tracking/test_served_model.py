@@ -20,7 +20,8 @@ from PIL import Image
 from pipeline.data.images import decode
 from pipeline.model.clip import load_clip, save_open_clip
 from pipeline.model.vit import load_vit, save_timm
-from pipeline.tracking.served.served import CODE, Labels, example_image, load_served, predict, save_served, served_model
+from pipeline.tracking.served import served_model
+from pipeline.tracking.served.served import CODE, Labels, example_image, load_served, predict, save_served
 
 FORBIDDEN = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".lock", ".toml")
 
