@@ -37,15 +37,33 @@ def _add_inspect(commands: Any) -> None:
     )
     _add_source(parser)
     _add_report(parser)
+    parser.add_argument(
+        "--sheet",
+        type=Path,
+        metavar="FILE",
+        help="write an HTML page with a few images of each class, or with captions, as the model sees them; of packed "
+        "shards as well",
+    )
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:
+    if arguments.sheet is not None and (arguments.source / "index.json").is_file():
+        from pipeline.data.shards.foreign import read_shards
+
+        return _write_sheet(arguments.sheet, read_shards(arguments.source))
     from pipeline.data.sources.inspection import inspect
 
     found = inspect(arguments.source, _source_options(arguments))
     print(found)
     if arguments.report is not None:
         _write_report(arguments.report, found.source, found.source.account())
+    return OK if arguments.sheet is None else _write_sheet(arguments.sheet, found.source)
+
+
+def _write_sheet(file: Path, source: Source) -> int:
+    from pipeline.data.sheet import write_sheet
+
+    print(f"{file}: {write_sheet(source, file)} images")
     return OK
 
 

@@ -105,9 +105,13 @@ def _look_at_launch(config: Config | None) -> int:
 
 
 def _look_at_benchmark(arguments: argparse.Namespace) -> int:
-    from pipeline.doctor.benchmark import format_inspection, inspect_benchmark
-    from pipeline.evaluation.benchmark import Benchmark, load_benchmark
+    from pipeline.doctor.benchmark import expected, format_inspection, inspect_benchmark
+    from pipeline.evaluation.benchmark import Benchmark, load_benchmark, needs_root
 
+    if arguments.root is None and arguments.golden is None and needs_root(arguments.benchmark):
+        rows = load_benchmark(arguments.benchmark, ".").rows
+        print(format_inspection([expected(row) for row in rows], looked=False))
+        return OK
     benchmark = load_benchmark(arguments.benchmark, arguments.root)
     found = []
     for each in inspect_benchmark(benchmark):

@@ -194,21 +194,21 @@ def _add_predict(commands: Any) -> None:
 def run_predict(arguments: argparse.Namespace) -> int:
     if folders := [path for path in arguments.images if path.is_dir()]:
         raise ConfigError(f"{folders[0]} is a folder: name the images in it, as in {folders[0]}/*.jpg")
-    if missing := [str(path) for path in arguments.images if not path.is_file()]:
-        raise ConfigError(f"no file {', '.join(missing)}")
     from pipeline.handoff.predict import predict_files
 
     rows = predict_files(
         arguments.model, arguments.images, uri=arguments.uri, class_names=arguments.classes, top_k=arguments.top
     )
     for path, row in zip(arguments.images, rows, strict=True):
+        if "error" in row:
+            print(f"selora predict: {path}: {row['error']}", file=sys.stderr)
         if arguments.json:
             print(json.dumps({"image": str(path), **row}, ensure_ascii=False))
-        else:
+        elif "error" not in row:
             best = ", ".join(f"{name} {score:.3f}" for name, score in zip(row["labels"], row["scores"], strict=True))
             print(f"{path}: {best}")
     sys.stdout.flush()
-    return OK
+    return FAILED if any("error" in row for row in rows) else OK
 
 
 def _lines(file: Path) -> list[str]:

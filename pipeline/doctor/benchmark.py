@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.config import VIT_SCHEMA, ConfigError
 from pipeline.data.classnames import plain_name
+from pipeline.data.originals.table import ORIGINALS
 from pipeline.evaluation.benchmark import Benchmark, is_there
 from pipeline.evaluation.dataset import Dataset, open_dataset
 from pipeline.evaluation.results import Result
@@ -53,6 +55,17 @@ def inspect_row(row: Row) -> Inspected:
     return Inspected(row, len(dataset.data), classes, texts, digest, remark=_names_remark(dataset))
 
 
+def expected(row: Row) -> Inspected:
+    """What a row's directory should hold, and how it is made, without a look at any directory."""
+    known = ORIGINALS.get(row.key)
+    if known is None:
+        made = f"put a clip-benchmark folder to ROOT/{Path(row.path).name}"
+    else:
+        split = "" if row.split == "test" else f" --split {row.split}"
+        made = f"`selora pack --dataset {row.key}{split} DIR ROOT/{Path(row.path).name}`, where DIR holds {known.holds}"
+    return Inspected(row, row.images, row.classes, row.texts, fault=made)
+
+
 def _names_remark(dataset: Dataset) -> str | None:
     """Where the row's class names and the directory's differ by more than spelling: labels may mean other classes."""
     shipped, subset = dataset.data.classnames or (), dataset.row.subset
@@ -67,15 +80,15 @@ def _names_remark(dataset: Dataset) -> str | None:
     return f"{len(other)} of {len(ours)} names in classnames.txt differ, first {first}{warning}"
 
 
-def format_inspection(found: Sequence[Inspected]) -> str:
-    """A line per dataset, and below it what to do."""
+def format_inspection(found: Sequence[Inspected], *, looked: bool = True) -> str:
+    """A line per dataset, and below it what to do. ``looked``: whether the directories were looked at."""
     lines = [("", "dataset", "images", "classes", "digest", "licence")]
     notes: dict[int, str] = {}
     for each in found:
         counted = each.classes if each.texts is None else f"{each.texts} texts"
         licence = "; ".join(text for text in (each.row.licence, each.row.restriction) if text)
         lines.append((
-            "ok" if each.fault is None else "--",
+            "ok" if each.fault is None else "--" if looked else "",
             each.row.key,
             _or_blank(each.images) + ("" if each.bank is None else f"+{each.bank}"),
             _or_blank(counted),
@@ -90,6 +103,9 @@ def format_inspection(found: Sequence[Inspected]) -> str:
         shown.append("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
         if number in notes:
             shown.append(f"      {notes[number]}")
+    if not looked:
+        shown.append(f"{len(found)} datasets; with --root ROOT each is looked at")
+        return "\n".join(shown)
     missing = [each.row.key for each in found if each.fault]
     shown.append(f"{len(found) - len(missing)} of {len(found)} datasets are ready")
     return "\n".join(shown)

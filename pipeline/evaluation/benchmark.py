@@ -119,6 +119,12 @@ def load_benchmark(name: str | Path, root: str | Path | None = None) -> Benchmar
     return Benchmark(str(values.get("name", path.stem)), tuple(rows))
 
 
+def needs_root(name: str | Path) -> bool:
+    """Whether the file of a benchmark leaves it to the caller where its datasets are."""
+    path = _find(name)
+    return path.resolve().parent == _shipped_folder().resolve() and "root" not in read_chain(path)
+
+
 def _find(name: str | Path) -> Path:
     path, shipped = Path(name), shipped_benchmarks()
     if path.is_file() or str(name) not in shipped:

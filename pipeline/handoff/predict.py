@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
+from pipeline.data.images import BadImageError, decode
 from pipeline.tracking.mlflow.registry import load_registered
 from pipeline.tracking.mlflow.uris import resolve_uri
 from pipeline.tracking.served.served import predict
+
+# Bad images that a message names.
+SHOWN = 20
 
 
 def predict_files(
@@ -20,14 +24,41 @@ def predict_files(
     class_names: Sequence[str] | None = None,
     top_k: int = 3,
 ) -> list[dict[str, Any]]:
-    """{"label", "score", "labels", "scores"} for each image, best label first.
+    """Ask for the best labels of each image.
 
-    model_uri: models:/NAME@champion, models:/NAME/3 or a directory. uri: the store, as in tracking.uri. A
-    request that the model refuses, class names for a ViT or a file that is no image, is a ConfigError.
+    Args:
+        model_uri: ``models:/NAME@champion``, ``models:/NAME/3`` or a directory.
+        images: Image files, under the same limits as in packing.
+        uri: The store, as in tracking.uri.
+        class_names: Instead of the model's own; a ViT has no others.
+        top_k: Labels per image.
+
+    Returns:
+        For each image, in order, label, score, labels and scores, best label first; or ``error``, why it cannot be
+        read.
+
+    Raises:
+        ConfigError: When none of the images can be read, or the model refuses the request.
     """
+    faults = [_fault(Path(image)) for image in images]
+    if images and all(faults):
+        named = [f"{image}: {fault}" for image, fault in zip(images, faults, strict=True)]
+        raise ConfigError("\n".join(named[:SHOWN] + ([f"and {len(named) - SHOWN} more"] if named[SHOWN:] else [])))
     model = load_registered(model_uri, resolve_uri(uri, Path("runs")))
-    columns = {"image": [Path(image).read_bytes() for image in images]}
+    columns = {"image": [Path(image).read_bytes() for image, fault in zip(images, faults, strict=True) if not fault]}
     try:
-        return predict(model, columns, class_names=list(class_names or ()), top_k=top_k)
+        rows = iter(predict(model, columns, class_names=list(class_names or ()), top_k=top_k))
     except ValueError as error:
         raise ConfigError(f"{model_uri}: {error}") from error
+    return [{"error": fault} if fault else next(rows) for fault in faults]
+
+
+def _fault(image: Path) -> str:
+    """Why an image cannot be read, in the words of pack; empty where it can."""
+    try:
+        decode(image.read_bytes(), form="reference")
+    except BadImageError as error:
+        return str(error)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""

@@ -166,3 +166,13 @@ def test_an_installed_wheel_knows_the_shipped_benchmarks(tmp_path: Path, reposit
     ).stdout.split()
     assert Path(said[0]).is_relative_to(tmp_path / "installed")
     assert said[1:] == ["18", "113"]
+
+
+def test_without_a_root_the_datasets_are_listed_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--benchmark", "paper"]) == 0
+    text = capsys.readouterr().out
+    assert "imagenetv2       10000   1000" in text and "MIT (repository)" in text
+    assert "`selora pack --dataset imagenet-a DIR ROOT/wds_imagenet-a`, where DIR holds the 200 wnid folders" in text
+    assert text.splitlines()[-1] == "18 datasets; with --root ROOT each is looked at"
+    assert main(["doctor", "--benchmark", "paper", "--golden"]) == 2
+    assert "--root DIR" in capsys.readouterr().err

@@ -202,3 +202,17 @@ def test_a_fresh_process_loads_it_without_this_package_network_or_pickle(each: P
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split()[-1] == predict(load_served(each), {"image": [example_image()]})[0]["label"]
+
+
+def test_what_pack_leaves_out_is_refused_and_limits_are_the_same() -> None:
+    from pipeline.data.image_files import MAX_PIXELS, MAX_RATIO, BadImageError
+
+    assert (served_model.MAX_PIXELS, served_model.MAX_RATIO) == (MAX_PIXELS, MAX_RATIO)
+    floats, line = io.BytesIO(), io.BytesIO()
+    Image.new("F", (9, 9)).save(floats, "TIFF")
+    Image.new("RGB", (4010, 10)).save(line, "PNG")
+    for data, message in ((floats.getvalue(), "floating point pixels"), (line.getvalue(), "4010 x 10 pixels")):
+        with pytest.raises(BadImageError, match=message):
+            decode(data)
+        with pytest.raises(ValueError, match=f"row 3: no readable image .*{message}"):
+            served_model._rgb(3, served_model._decode, data)

@@ -7,11 +7,17 @@ from pathlib import Path
 
 from pipeline.config import ConfigError
 from pipeline.data.images import MAX_PIXELS
-from pipeline.data.shards.index import INDEX_NAME, PackReport, Shard, described, sha256_of, write_index
-from pipeline.data.shards.tar_source import read_tars, tar_files
+from pipeline.data.shards.index import INDEX_NAME, PackReport, Shard, described, load_index, sha256_of, write_index
+from pipeline.data.shards.tar_source import read_members, read_tars, tar_files
 from pipeline.data.sources.readable import usable_samples
-from pipeline.data.sources.sample import SourceOptions
+from pipeline.data.sources.sample import Source, SourceOptions
 from pipeline.data.storage.tar import TarIndex
+
+
+def read_shards(directory: Path) -> Source:
+    """The samples of a folder of shards, as a source. Raises ConfigError where its index or a tar is damaged."""
+    index = load_index(directory)
+    return read_members(directory, [directory / shard.name for shard in index.shards], index.classes)
 
 
 def index_tars(

@@ -101,6 +101,11 @@ def read_tars(source: str | Path, options: SourceOptions) -> Source:
     files = tar_files(source)
     names_file = options.classnames or next(filter(Path.is_file, [files[0].parent / CLASSNAMES]), None)
     names = None if names_file is None else _names(Path(names_file))
+    return read_members(Path(source), files, names)
+
+
+def read_members(source: Path, files: Sequence[Path], names: Sequence[str] | None) -> Source:
+    """The samples of the tars ``files``; ``names`` are the classes by label, None where only captions count."""
     samples: list[Sample] = []
     left_out: list[LeftOut] = []
     for file in files:
@@ -118,9 +123,9 @@ def read_tars(source: str | Path, options: SourceOptions) -> Source:
         tar.close()
     return Source(
         "webdataset",
-        Path(source),
+        source,
         unique_keys(samples),
-        names,
+        None if names is None else list(names),
         left_out=left_out,
         notes=[f"`selora index {shlex.quote(str(source))}` takes these tars as they are, without a copy"],
     )

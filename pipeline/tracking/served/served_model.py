@@ -35,9 +35,14 @@ from torch.nn.functional import normalize
 
 BATCH = 64  # images or texts of one forward
 PLACEHOLDER = "{c}"
+# The limits of training and evaluation (pipeline/data/image_files.py): what was not learned from is not answered.
+MAX_PIXELS, MAX_RATIO = 2**28, 400
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 # What Pillow's plugins and base64 raise for damaged input.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, OverflowError)
+
+# Pillow's own limit lies below ours, which is looked at before a pixel is decoded.
+Image.MAX_IMAGE_PIXELS = None
 
 
 class Served(PythonModel):
@@ -183,13 +188,18 @@ def _rgb(row: int, read: Any, value: Any) -> Image.Image:
     """An upright RGB image, as the evaluation saw its own."""
     try:
         with Image.open(read(value)) as image:
+            sides = sorted(image.size)
+            if sides[0] * sides[1] > MAX_PIXELS or sides[1] > MAX_RATIO * sides[0]:
+                raise ValueError(f"{image.width} x {image.height} pixels are too many, or too long a line")
+            if image.mode == "F":
+                raise ValueError("floating point pixels have no agreed range; save it with 8 or 16 bit")
             upright = ImageOps.exif_transpose(image)
         if upright.mode in DEEP_MODES:  # convert("RGB") would cut these off at 255
             deep = np.asarray(upright).astype(np.float64)
             top = 255 if upright.mode == "I" and deep.max(initial=0) <= 255 else 65535
             upright = Image.fromarray(np.clip(np.rint(deep * (255 / top)), 0, 255).astype(np.uint8))
         return upright.convert("RGB")
-    except (*UNREADABLE, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"row {row}: no readable image ({type(error).__name__}: {str(error)[:200]})") from error
 
 
