@@ -179,10 +179,15 @@ def run_pack(arguments: argparse.Namespace) -> int:
 
 def _end_of_pack(arguments: argparse.Namespace, report: PackReport | PackEvalReport, index: ShardIndex | None) -> int:
     """What was written, what the user should know about the source, and the sum over it."""
+    from pipeline.data.sources.classes import shown_mapping
+
     if index is not None:
         classes = f", {len(index.classes)} classes" if index.classes else ""
         print(f"{index.directory}: {index.samples} samples{classes} in {len(index.shards)} shards")
-    for note in report.source.notes:
+    source = report.source
+    if source.classes is not None and source.folders and list(source.folders) != source.classes:
+        print("\n".join(f"  {line}" for line in shown_mapping(source.folders, source.classes)))
+    for note in source.notes:
         print(f"note: {note}")
     print(report.account)
     if arguments.report is not None:
@@ -274,18 +279,36 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         type=Path,
-        help="folder of class folders or of images with captions next to them, csv/tsv, COCO captions json, or tars",
+        help="folder of class folders or of images with captions, table (csv, tsv, txt), json, jsonl, or tars",
     )
     parser.add_argument(
         "--format",
-        choices=("auto", "imagefolder", "sidecar", "csv", "coco", "webdataset"),
+        choices=("auto", "imagefolder", "sidecar", "csv", "json", "coco", "webdataset"),
         default="auto",
         help="layout of the source (default: detected)",
     )
-    parser.add_argument("--classnames", type=Path, metavar="FILE", help="readable class names, one line per class")
-    parser.add_argument("--image-column", metavar="NAME", help="csv: column with image paths")
-    parser.add_argument("--caption-column", metavar="NAME", help="csv: column with captions")
-    parser.add_argument("--class-column", metavar="NAME", help="csv: column with class names")
+    parser.add_argument(
+        "--classnames", type=Path, metavar="FILE", help="readable class names: 'folder<TAB>name' lines, or json"
+    )
+    parser.add_argument("--image-column", metavar="NAME", help="csv, json: column with image paths")
+    parser.add_argument("--caption-column", metavar="NAME", help="csv, json: column with captions")
+    parser.add_argument("--class-column", metavar="NAME", help="csv, json: column with class names")
+    parser.add_argument(
+        "--image-root",
+        type=Path,
+        metavar="DIR",
+        help="csv, json: what image paths are relative to (default: found by looking next to the file, in its image "
+        "folders, in the working directory and above the file)",
+    )
+    parser.add_argument(
+        "--encoding", metavar="NAME", help="of text files that are not UTF-8, as in cp1252, utf-16-le, shift_jis"
+    )
+    parser.add_argument(
+        "--quotes",
+        choices=("auto", "csv", "none"),
+        default="auto",
+        help="csv: whether quotes enclose fields or are letters (default: found out; tsv is often written without)",
+    )
 
 
 def _source_options(arguments: argparse.Namespace) -> SourceOptions:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from pipeline.cli.options import OK
 from pipeline.config import ConfigError
@@ -14,6 +14,7 @@ from pipeline.data.originals.imagenet import wnids
 from pipeline.data.originals.train import list_imagenet_train
 from pipeline.data.shards.index import ShardIndex, check_empty, pack
 from pipeline.data.shards.parallel_pack import Packing, pack_in_parallel
+from pipeline.data.sources.sample import SourceOptions
 from pipeline.evaluation.benchmark import load_benchmark
 from pipeline.evaluation.rows import Row
 
@@ -21,11 +22,7 @@ TRAIN = "imagenet-train"
 SAMPLES_PER_SHARD = 5000
 # Options of `selora pack` that are for the user's own images, and those that only training shards have.
 _FOR_OWN_IMAGES = (
-    "format",
-    "classnames",
-    "image_column",
-    "caption_column",
-    "class_column",
+    *(each.name for each in fields(SourceOptions)),
     "eval",
     "templates",
     "max_unreadable",

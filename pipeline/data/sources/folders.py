@@ -11,9 +11,10 @@ from pipeline.config.text_file import decode_text, lines_of
 from pipeline.data.image_files import IMAGE_EXTENSIONS
 from pipeline.data.shards.members import json_captions
 from pipeline.data.sources.account import SHOWN, LeftOut
+from pipeline.data.sources.classes import class_names, class_notes
 from pipeline.data.sources.sample import Sample, Source, SourceOptions, few, sample_key, unique_keys
 from pipeline.data.sources.walk import Walked, hidden, kinds, printable, walk
-from pipeline.prompts import read_classnames, readable_name
+from pipeline.prompts import natural_key
 
 # Where the captions of an image are looked for, in this order: next to it, under its name without the extension.
 CAPTION_FILES = (".txt", ".json")
@@ -29,7 +30,8 @@ def read_folders(root: Path, options: SourceOptions) -> Source:
             fit.
     """
     walked = walk(root)
-    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not hidden(entry.name))
+    found = (entry.name for entry in root.iterdir() if entry.is_dir() and not hidden(entry.name))
+    folders = sorted(found, key=natural_key)
     images: dict[str, list[str]] = {folder: [] for folder in folders}
     loose = []
     for name in walked.images:
@@ -45,16 +47,17 @@ def read_folders(root: Path, options: SourceOptions) -> Source:
         notes.append(f"{len(loose)} {LOOSE} have no class: {few([printable(name) for name in loose], SHOWN)}")
     if told := len(_captions_next_to(walked)):
         notes.append(f"{told} images have a text file next to them; --format sidecar takes it as their captions")
+    names = class_names(folders, options)
     return Source(
         "imagefolder",
         root,
         unique_keys(samples),
-        class_names(folders, options.classnames),
+        names,
         left_out=walked.left_out,
         ignored=walked.ignored + kinds(walked.others) + Counter({LOOSE: len(loose)} if loose else {}),
         seen=walked.seen,
         folders=folders,
-        notes=notes,
+        notes=[*notes, *class_notes(names)],
     )
 
 
@@ -72,19 +75,6 @@ def _check_folders(walked: Walked, images: dict[str, list[str]]) -> None:
         raise ConfigError(
             f"{walked.root / folder}: the class folder holds no image ({', '.join(IMAGE_EXTENSIONS)}){why}; remove it"
         )
-
-
-def class_names(folders: Sequence[str], classnames: str | Path | None) -> list[str]:
-    """Readable names of class folders or labels, from a file or by the look of them.
-
-    Raises:
-        ConfigError: When two classes have the same name, or a name is missing.
-    """
-    names = read_classnames(classnames, folders) if classnames else [readable_name(folder) for folder in folders]
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise ConfigError(f"classes: {count} classes read {name!r}; give a classnames file that tells them apart")
-    return names
 
 
 def has_sidecars(root: Path) -> bool:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from pipeline.config import ConfigError
 from pipeline.data.shards.tar_source import holds_tars, is_pattern, read_tars
-from pipeline.data.sources.coco import read_coco
 from pipeline.data.sources.folders import has_sidecars, read_folders, read_sidecars
-from pipeline.data.sources.sample import Source, SourceOptions
+from pipeline.data.sources.json_files import read_json_file
+from pipeline.data.sources.sample import Source, SourceOptions, few
 from pipeline.data.sources.tables import read_table
 from pipeline.data.sources.walk import hidden
 
+LIST_SUFFIXES = (".csv", ".tsv", ".txt", ".token", ".json", ".jsonl", ".ndjson")
+LIST_NAMES = ("metadata", "captions", "results", "annotations", "labels")
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
 
 
@@ -27,6 +30,11 @@ def read_source(source: str | Path, options: SourceOptions = SourceOptions()) ->
         return read_tars(source, options)
     if not path.exists():
         raise ConfigError(f"{path}: no such file or folder")
+    if path.is_dir() and options.format in ("auto", "csv", "json", "coco"):
+        listing = _list_in(path, options)
+        if listing is not None:
+            found = read_source(listing, options)
+            return replace(found, notes=[f"{path} holds {listing.name}, which is read", *found.notes])
     return READERS[sniff(path) if options.format == "auto" else options.format](path, options)
 
 
@@ -34,22 +42,56 @@ READERS = {
     "imagefolder": read_folders,
     "sidecar": read_sidecars,
     "csv": read_table,
-    "coco": lambda path, _: read_coco(path),
+    "json": read_json_file,
+    "coco": read_json_file,
     "webdataset": read_tars,
 }
 
 
-def sniff(path: Path) -> Literal["imagefolder", "sidecar", "csv", "coco", "webdataset"]:
+def _list_in(folder: Path, options: SourceOptions) -> Path | None:
+    """The table or json file in a folder that names the images in it, as Flickr8k and HF's imagefolder have it.
+
+    None with several class folders, unless the list is called as those are, and where no file names images.
+
+    Raises:
+        ConfigError: For several such files, and for none when a format is given that needs one.
+    """
+    if options.format == "auto" and ((folder / "index.json").exists() or holds_tars(folder) or has_sidecars(folder)):
+        return None
+    entries = sorted(entry for entry in folder.iterdir() if not hidden(entry.name))
+    lists = [entry for entry in entries if entry.suffix.lower() in LIST_SUFFIXES and entry.is_file()]
+    if options.format == "auto" and sum(entry.is_dir() for entry in entries) > 1:
+        lists = [entry for entry in lists if entry.stem.lower() in LIST_NAMES]
+    named = [entry for entry in lists if _names_images(entry, options)]
+    if len(named) > 1:
+        names = few([entry.name for entry in named], 5)
+        raise ConfigError(f"{folder}: {names} name its images; take one of these files")
+    if not named and options.format != "auto":
+        raise ConfigError(f"{folder}: a folder, and no file in it is a {options.format} that names its images")
+    return named[0] if named else None
+
+
+def _names_images(file: Path, options: SourceOptions) -> bool:
+    try:
+        return bool(read_source(file, replace(options, classnames=None)).samples)
+    except ConfigError as error:
+        # Of a broken list the user wants to know what is broken.
+        if file.stem.lower() in LIST_NAMES:
+            raise ConfigError(f"{error}") from None
+        return False
+
+
+def sniff(path: Path) -> Literal["imagefolder", "sidecar", "csv", "json", "webdataset"]:
     """The format of a source by its look; ConfigError with what was seen when it is none."""
     if holds_tars(path) and not (path / "index.json").exists():
         return "webdataset"
     if path.is_file():
         suffix = path.suffix.lower()
-        if suffix in (".csv", ".tsv", ".txt"):
-            return "csv"
-        if suffix == ".json":
-            return "coco"
-        raise ConfigError(f"{path}: not a csv, tsv or json file; give a folder of class folders or one of these files")
+        if suffix in LIST_SUFFIXES:
+            return "json" if suffix in (".json", ".jsonl", ".ndjson") else "csv"
+        raise ConfigError(
+            f"{path}: not a csv, tsv, txt, json or jsonl file; give a folder of class folders or one of these files"
+        )
     if (path / "index.json").exists():
         raise ConfigError(f"{path}: these are packed shards already (index.json); use them as data.train")
     if has_sidecars(path):

@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from pipeline.config import ConfigError
+from pipeline.data.sources.classes import shown_mapping
 from pipeline.data.sources.formats import read_source
 from pipeline.data.sources.sample import Sample, Source, SourceOptions, few
 
@@ -35,7 +36,7 @@ class Inspection:
             lines.append(
                 f"  {len(sizes)} classes, {sizes[0][0]} images ({sizes[0][1]}) to {sizes[-1][0]} ({sizes[-1][1]})"
             )
-            lines.append(f"  classes: {few(found.classes, 20)}")
+            lines += [f"  {line}" for line in shown_mapping(found.folders, found.classes)]
         own = [len(sample.captions) for sample in found.samples if sample.captions]
         if own:
             lines.append(f"  {sum(own)} captions of their own, {min(own)} to {max(own)} an image")

@@ -13,7 +13,8 @@ from typing import Literal, Protocol
 from pipeline.data.image_files import IMAGE_EXTENSIONS
 from pipeline.data.sources.account import Account, LeftOut
 
-Format = Literal["auto", "imagefolder", "sidecar", "csv", "coco", "webdataset"]
+Format = Literal["auto", "imagefolder", "sidecar", "csv", "json", "coco", "webdataset"]
+Quotes = Literal["auto", "csv", "none"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class SourceOptions:
         image_column: Column of a table that holds image paths; sniffed unless given, like the other two.
         caption_column: Column that holds captions.
         class_column: Column that holds classes.
+        image_root: The only folder in which the images of a table or a json file are looked for.
+        encoding: Of tables, json and class names that are not UTF-8.
+        quotes: Of a table: ``csv`` where they enclose fields, ``none`` where they are letters.
     """
 
     format: Format = "auto"
@@ -33,6 +37,9 @@ class SourceOptions:
     image_column: str | None = None
     caption_column: str | None = None
     class_column: str | None = None
+    image_root: str | Path | None = None
+    encoding: str | None = None
+    quotes: Quotes = "auto"
 
 
 class ImageFile(Protocol):

@@ -1,87 +1,177 @@
-"""A table of images with captions, classes or both (csv, tsv; FLYP's too) -> samples."""
+"""A table of images with captions, classes or both (csv, tsv; FLYP's, Flickr8k's and Flickr30k's) -> samples."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import io
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipeline.config import ConfigError
+from pipeline.config.text_file import lines_of, read_text
 from pipeline.data.sources.account import LeftOut
-from pipeline.data.sources.folders import class_names
-from pipeline.data.sources.sample import Sample, Source, SourceOptions, sample_key, unique_keys
+from pipeline.data.sources.columns import is_known
+from pipeline.data.sources.listed import MISFIT, Rows, read_rows
+from pipeline.data.sources.places import looks_like_an_image
+from pipeline.data.sources.sample import Source, SourceOptions, few
 
-IMAGE_COLUMNS = ("filepath", "image_path", "path", "image", "file", "filename", "file_name", "img", "img_path")
-CAPTION_COLUMNS = ("title", "caption", "captions", "text", "sentence", "prompt", "description")
-CLASS_COLUMNS = ("class", "classname", "class_name", "label", "category", "cls", "target")
+_DELIMITERS = "\t,;|"
+# Flickr8k.token.txt and results_20130124.token: "1000.jpg#0<TAB>A child …", without a header.
+_TOKEN = re.compile(r"(.+\.\w+)#\d+")
+# A field as csv writers quote it: from one quote to another, those inside it doubled.
+_QUOTED = re.compile(r'"((?:[^"]|"")*)"')
+
+# (number of its first line, its fields)
+Fields = tuple[int, list[str]]
 
 
 def read_table(path: Path, options: SourceOptions) -> Source:
     """The images that a table names; the rows of one image are its captions.
 
     Raises:
-        ConfigError: For a table without the needed columns, or a row that does not fit them.
+        ConfigError: For a table without the needed columns, and where quotes may have swallowed lines.
     """
-    columns, rows = _rows(path)
-    image_at = _column(path, columns, options.image_column, IMAGE_COLUMNS, "an image column (--image-column)")
-    caption_at = _column(path, columns, options.caption_column, CAPTION_COLUMNS, None)
-    class_at = _column(path, columns, options.class_column, CLASS_COLUMNS, None)
-    if image_at is None or (caption_at is None and class_at is None):
-        known = f"captions: {', '.join(CAPTION_COLUMNS)}; classes: {', '.join(CLASS_COLUMNS)}"
-        raise ConfigError(f"{path}: no caption and no class column among {', '.join(columns)} (known names: {known})")
-    captions: dict[str, list[str]] = {}
-    classes: dict[str, str] = {}
-    for line, row in rows:
-        if len(row) != len(columns):
-            raise ConfigError(
-                f"{path}:{line}: {len(row)} fields where the header has {len(columns)} ({', '.join(columns)})"
-            )
-        name = row[image_at].strip()
-        if not name:
-            raise ConfigError(f"{path}:{line}: the {columns[image_at]!r} field is empty")
-        # FLYP writes a row for each image and template: the rows of one image are its captions.
-        mine = captions.setdefault(name, [])
-        if caption_at is not None and (text := " ".join(row[caption_at].split())) and text not in mine:
-            mine.append(text)
-        if class_at is not None and classes.setdefault(name, row[class_at].strip()) != row[class_at].strip():
-            raise ConfigError(f"{path}:{line}: {name} has the classes {classes[name]!r} and {row[class_at].strip()!r}")
-    folders = sorted(set(classes.values()), key=lambda c: (0, int(c), "") if c.isdecimal() else (1, 0, c))
-    label_of = {folder: label for label, folder in enumerate(folders)}
-    samples, missing = [], []
-    for name, texts in captions.items():
-        image = path.parent / name
-        if not image.is_file():
-            missing.append(LeftOut(name, "no such file"))
+    return read_rows(path, "csv", table_rows(path, options), options)
+
+
+def table_rows(path: Path, options: SourceOptions) -> Rows:
+    """The header and the rows of a table. The delimiter is the one that the header uses, or that ``sep=`` names.
+
+    Raises:
+        ConfigError: When the table is empty, has no header, or its quotes do not fit.
+    """
+    text = read_text(path, options.encoding, option=True)
+    lines = lines_of(text)
+    first = next((i for i, line in enumerate(lines) if line.strip()), len(lines))
+    named = re.fullmatch(r"\s*sep=(.)\s*", lines[first]) if first < len(lines) else None
+    if named is not None:  # Excel's
+        first += 1
+    if first >= len(lines) or not lines[first].strip():
+        raise ConfigError(f"{path}: a header and at least one row are needed, nothing found")
+    delimiter = named[1] if named is not None else _delimiter(lines[first])
+    fields = _fields(path, lines[first:], first + 1, delimiter, options.quotes)
+    header = next(fields)
+    columns, rows, notes = _header(path, header, options)
+    token = _TOKEN.fullmatch(header[1][0])
+    listed: list[tuple[str, list[str]]] = []
+    misfits: list[LeftOut] = []
+    for number, row in [*rows, *fields]:
+        cells = [_TOKEN.sub(r"\1", row[0]), *row[1:]] if token else [*row]
+        while len(cells) > len(columns) and not cells[-1]:
+            cells.pop()
+        if not any(cells):
             continue
-        cls = label_of[classes[name]] if class_at is not None else None
-        samples.append(Sample(sample_key(name), name, image, cls, tuple(texts)))
-    names = class_names(folders, options.classnames) if class_at is not None else None
-    return Source("csv", path, unique_keys(samples), names, missing, folders=folders)
+        if len(cells) != len(columns):
+            what = f"{len(cells)} fields where the header has {len(columns)} ({few(columns, 10)})"
+            misfits.append(LeftOut(f"line {number}", MISFIT, what))
+        else:
+            listed.append((f"line {number}", cells))
+    if not listed and not misfits:
+        raise ConfigError(f"{path}: a header and at least one row are needed, only a header found")
+    if delimiter == "\t" and options.quotes == "auto":
+        listed, more = _as_quoted(listed)
+        notes += more
+    return Rows(columns, listed, misfits, notes=notes)
 
 
-def _rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Header and (line number, fields) of a table; the delimiter is the one the header uses."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        header = file.readline()
-        file.seek(0)
-        delimiter = max("\t,;|", key=header.count)
-        # FLYP's files come from pandas.to_csv(sep="\t"), so quotes mean quoting there too.
-        reader = csv.reader(file, delimiter=delimiter)
-        rows = [(reader.line_num, row) for row in reader if row]
-    if len(rows) < 2:
-        raise ConfigError(f"{path}: a header and at least one row are needed, {len(rows)} lines found")
-    return [column.strip() for column in rows[0][1]], rows[1:]
+def _delimiter(header: str) -> str:
+    """The one that gives the most columns with a known name, else the most columns."""
+
+    def score(delimiter: str) -> tuple[int, int]:
+        cells = [cell.strip().strip('"') for cell in header.split(delimiter)]
+        return sum(map(is_known, cells)) if len(cells) > 1 else 0, len(cells)
+
+    return max(_DELIMITERS, key=score)
 
 
-def _column(path: Path, columns: list[str], wanted: str | None, known: Sequence[str], need: str | None) -> int | None:
-    if wanted is not None:
-        if wanted not in columns:
-            raise ConfigError(f"{path}: no column {wanted!r}; the columns are {', '.join(columns)}")
-        return columns.index(wanted)
-    lower = [column.lower() for column in columns]
-    for name in known:
-        if name in lower:
-            return lower.index(name)
-    if need is not None:
-        raise ConfigError(f"{path}: {need} is needed; the columns are {', '.join(columns)}, known: {', '.join(known)}")
-    return None
+def _fields(path: Path, lines: Sequence[str], start: int, delimiter: str, quotes: str) -> Iterator[Fields]:
+    """The rows by line, or as csv with quotes."""
+    if quotes == "csv" or (quotes == "auto" and delimiter != "\t"):
+        yield from _csv_fields(path, lines, start, delimiter, checked=quotes == "auto")
+        return
+    width = None
+    for number, line in enumerate(lines, start):
+        if not line.strip():
+            continue
+        row = [cell.strip() for cell in line.split(delimiter)]
+        width = width or len(row)
+        if quotes == "auto" and len(row) != width and any(cell.startswith('"') for cell in row):
+            raise ConfigError(
+                f"{path}:{number}: {len(row)} fields where the header has {width}, and a quote: either quotes are "
+                "letters here, and a field is missing, or a quoted field holds a tab or runs over the line; give "
+                "--quotes none for the first, --quotes csv for the second"
+            )
+        yield number, row
+
+
+def _csv_fields(path: Path, lines: Sequence[str], start: int, delimiter: str, *, checked: bool) -> Iterator[Fields]:
+    """Rows as csv writes them. ``checked``: a field over several lines must not hold what looks like other rows."""
+    way_out = "close the quote or double it inside quotes, or give --quotes none where quotes are letters"
+    file = io.StringIO("\n".join(lines))
+    reader = csv.reader(file, delimiter=delimiter, strict=True, skipinitialspace=True)
+    done = 0
+    while True:
+        number = start + done
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            limit = csv.field_size_limit()
+            why = f"with a field of over {limit:,} characters" if "field limit" in str(error) else f"as csv: {error}"
+            raise ConfigError(f"{path}:{number}: a row begins here that cannot be read {why}; {way_out}") from None
+        done = reader.line_num
+        if checked:
+            swallowed = next((line for cell in row for line in cell.split("\n")[1:] if _is_row(line, delimiter)), None)
+            if swallowed is not None:
+                raise ConfigError(
+                    f"{path}:{number}: a quoted field runs from here to line {start + done - 1} and holds other rows "
+                    f"({swallowed.strip()[:60]!r}); {way_out} (or --quotes csv where this is meant)"
+                )
+        if row:
+            yield number, [cell.strip() for cell in row]
+
+
+def _is_row(line: str, delimiter: str) -> bool:
+    """Whether a line inside a field names an image file, as rows do."""
+    return any(looks_like_an_image(word.strip("\"'")) for word in re.split(rf"[\s{re.escape(delimiter)}]+", line))
+
+
+def _header(path: Path, first: Fields, options: SourceOptions) -> tuple[list[str], list[Fields], list[str]]:
+    """The columns, the rows that are in the first line, and notes. A table without header counts its columns."""
+    number, cells = first
+    if _TOKEN.fullmatch(cells[0]) and len(cells) == 2:
+        return ["image", "caption"], [first], ["the table has no header and is read as Flickr's: image#number, caption"]
+    if not any(map(looks_like_an_image, cells)):
+        return [*cells], [], []
+    counted = [str(place) for place in range(1, len(cells) + 1)]
+    if not {options.image_column, options.caption_column, options.class_column} & set(counted):
+        shown = next(cell for cell in cells if looks_like_an_image(cell))
+        raise ConfigError(
+            f"{path}:{number}: no header, for its first line holds {shown!r}; put a line with the names of the columns "
+            "before it, as in path,caption, or count them: --image-column 1 --caption-column 2 (or --class-column 2)"
+        )
+    return counted, [first], ["the table has no header; its columns are counted from 1"]
+
+
+def _as_quoted(rows: list[tuple[str, list[str]]]) -> tuple[list[tuple[str, list[str]]], list[str]]:
+    """The fields of a tsv whose writer quoted, without their quotes; and what to tell the user.
+
+    Writers quote all fields of a column, or those that hold a quote, which they then double. Other quotes are letters.
+    """
+    width = len(rows[0][1]) if rows else 0
+    all_quoted = [all(_QUOTED.fullmatch(cells[place]) for _, cells in rows) for place in range(width)]
+    rest = [cell for _, cells in rows for cell, quoted in zip(cells, all_quoted, strict=True) if not quoted]
+    opening = [cell for cell in rest if cell.startswith('"')]
+    matches = [_QUOTED.fullmatch(cell) for cell in opening]
+    minimal = bool(opening) and all(match is not None and '"' in match[1] for match in matches)
+    notes = [f"{len(opening)} fields that begin with a quote are read as written"] if opening and not minimal else []
+    if not minimal and not any(all_quoted):
+        return rows, notes
+
+    def cell_of(place: int, cell: str) -> str:
+        match = _QUOTED.fullmatch(cell) if minimal or all_quoted[place] else None
+        return cell if match is None else match[1].replace('""', '"')
+
+    return [(at, [cell_of(place, cell) for place, cell in enumerate(cells)]) for at, cells in rows], notes

@@ -132,7 +132,7 @@ def test_a_sample_without_caption_and_class_is_left_out_by_name(
         photo(1).save(tmp_path / name)
     (tmp_path / "t.csv").write_text("path,caption\na.jpg,hat\nb.jpg,\n")
     report = pack(tmp_path / "t.csv", tmp_path / "out", max_unreadable=0.5)
-    assert report.left_out == ["b.jpg: neither caption nor class"]
+    assert report.left_out == ["b.jpg: no caption"]
 
 
 def test_files_without_a_telling_name_are_packed_by_their_content(

@@ -111,11 +111,11 @@ def test_a_class_column_makes_classes_and_numbers_are_sorted_as_numbers(pictures
 def test_columns_of_other_names_can_be_given(pictures: Path) -> None:
     table = pictures / "t.csv"
     table.write_text("where;what;who\nimages/a.jpg;hat;me\n")
-    with pytest.raises(ConfigError, match="--image-column.*the columns are where, what, who"):
+    with pytest.raises(ConfigError, match="the columns are where, what, who; give --image-column"):
         read_source(table)
     with pytest.raises(ConfigError, match="no caption and no class column among where, what, who"):
         read_source(table, SourceOptions(image_column="where"))
-    with pytest.raises(ConfigError, match="no column 'wo'; the columns are where, what, who"):
+    with pytest.raises(ConfigError, match="no column 'wo'.*the columns are where, what, who"):
         read_source(table, SourceOptions(image_column="wo"))
     source = read_source(table, SourceOptions(image_column="where", class_column="what", caption_column="who"))
     assert (source.classes, source.samples[0].captions) == (["hat"], ("me",))
@@ -132,9 +132,7 @@ def test_rows_without_a_file_are_listed_not_dropped(pictures: Path) -> None:
     ("text", "message"),
     [
         ("path,caption\n", "at least one row"),
-        ("path,caption\na.jpg,hat\nb.jpg\n", r":3: 1 fields where the header has 2 \(path, caption\)"),
-        ("path,caption\n,hat\n", ":2: the 'path' field is empty"),
-        ("path,class\na.jpg,hat\na.jpg,cap\n", ":3: a.jpg has the classes 'hat' and 'cap'"),
+        ("path,class\na.jpg,hat\na.jpg,cap\n", "line 3: a.jpg has the classes 'hat' and 'cap'"),
     ],
 )
 def test_a_broken_table_is_an_error_at_its_line(tmp_path: Path, text: str, message: str) -> None:
@@ -175,8 +173,8 @@ def test_coco_images_are_found_where_its_downloads_have_them(pictures: Path) -> 
     ("content", "message"),
     [
         ("[1", "not json"),
-        ("[]", "'images' and 'annotations', found: list"),
-        ('{"images": []}', "found: images"),
+        ("[]", "'images' and 'annotations'.*found list"),
+        ('{"images": []}', "found an object of images"),
         ('{"images": [], "annotations": [{"bbox": []}]}', "no 'caption'"),
     ],
 )
@@ -195,7 +193,7 @@ def test_sources_of_no_known_look_are_errors_that_say_what_was_seen(tmp_path: Pa
     with pytest.raises(ConfigError, match="hat: the class folder holds no image"):
         read_source(tmp_path)
     (tmp_path / "x.parquet").write_text("")
-    with pytest.raises(ConfigError, match="not a csv, tsv or json"):
+    with pytest.raises(ConfigError, match="not a csv, tsv, txt, json"):
         read_source(tmp_path / "x.parquet")
     for split in ("val", "train"):
         (tmp_path / "splits" / split / "hat").mkdir(parents=True)
@@ -224,5 +222,5 @@ def test_inspect_shows_counts_samples_and_the_next_command(class_folders: Path, 
 
 def test_inspect_of_a_source_without_a_usable_image_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("path,caption\nnowhere.jpg,hat\n")
-    with pytest.raises(ConfigError, match="none of its 1 images can be used: nowhere.jpg"):
+    with pytest.raises(ConfigError, match="none of its 1 images is there: nowhere.jpg; looked in"):
         inspect(tmp_path / "t.csv")

@@ -1,0 +1,62 @@
+"""Class folders and labels -> the names that captions call them by."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from pipeline.config import ConfigError
+from pipeline.data.sources.sample import SourceOptions
+from pipeline.prompts import read_classnames, readable_name
+
+_WNID = re.compile(r"n\d{8}")
+
+
+def class_names(folders: Sequence[str], options: SourceOptions) -> list[str]:
+    """Readable names of class folders or labels, from a file or by the look of them.
+
+    Args:
+        folders: Names of folders, or labels of a table, in the order of the classes.
+        options: The user's, with the file.
+
+    Returns:
+        A name for each.
+
+    Raises:
+        ConfigError: When two classes have the same name, or a name is missing.
+    """
+    if options.classnames:
+        names = read_classnames(options.classnames, folders, options.encoding)
+    else:
+        names = [readable_name(folder) for folder in folders]
+    for name, count in Counter(names).items():
+        if count > 1:
+            same = [repr(folder) for folder, each in zip(folders, names, strict=True) if each == name]
+            raise ConfigError(
+                f"classes: {count} classes read {name!r} ({', '.join(same[:5])}); rename or merge them, or give "
+                "--classnames FILE with names that tell them apart"
+            )
+    return names
+
+
+def class_notes(names: Sequence[str]) -> list[str]:
+    """What the user should know about the names of the classes, a sentence each."""
+    notes = []
+    wnids = [name for name in names if _WNID.fullmatch(name)]
+    numbers = [name for name in names if name.isdecimal()]
+    for what, found in (("WordNet ids", wnids), ("numbers", numbers)):
+        if len(found) * 2 > len(names):
+            notes.append(
+                f"the classes are called by {what}, so captions will say 'a photo of a {found[0]}.'; --classnames FILE "
+                f"gives names, a line each as in '{found[0]}<TAB>tench'"
+            )
+    if len(names) == 1:
+        notes.append(f"there is one class only, {names[0]!r}: nothing to tell it apart from")
+    return notes
+
+
+def shown_mapping(folders: Sequence[str], names: Sequence[str], most: int = 20) -> list[str]:
+    """Lines of "label: folder → name", the first ``most`` classes."""
+    lines = [f"{label}: {folder} → {name}" for label, (folder, name) in enumerate(zip(folders, names, strict=False))]
+    return lines[:most] + ([f"and {len(lines) - most} more"] if len(lines) > most else [])
