@@ -145,7 +145,7 @@ class BlockBudget:
             if name not in self._open and block.lowrank.lora_A.requires_grad
         ]
         for block in shut:
-            block.requires_grad_(False)
+            block.shut()
         return shut
 
     def state(self) -> BudgetState:

@@ -78,6 +78,12 @@ class Block(nn.Module):
             return True
         return None if torch.compiler.is_compiling() else self.gate.known_open
 
+    def shut(self) -> None:
+        """Close the block for good: nothing of it trains or is in the graph any more. Its score must be below tau."""
+        self.requires_grad_(False)
+        if self.gate is not None:
+            self.gate.known_open = False
+
     def _is_shut(self) -> bool:
         """Closed, known to be, and never to open again: nothing of the block is in the graph."""
         return self.gate is not None and not self.gate.score.requires_grad and self.gate.known_open is False

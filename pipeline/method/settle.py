@@ -23,7 +23,7 @@ class Settling:
 
     A step counts where the score lies below `threshold - margin`; any other step starts the count again. A settled
     block leaves the graph: its forward is the base layer, it keeps no activation and nothing of it trains. All ranks
-    hold the same scores and so decide the same. The scores are read on the host once a step.
+    hold the same scores and so decide the same. The scores are read on the host once a step, in one transfer.
     """
 
     def __init__(self, model: nn.Module, steps: int, margin: float) -> None:
@@ -40,8 +40,7 @@ class Settling:
     def observe(self) -> list[Block]:
         """Take note of one finished step; the blocks that settle with it, shut already."""
         names = list(self._closed_for)
-        closed = [self._below(self._blocks[name]) for name in names]
-        for name, is_closed in zip(names, torch.stack(closed).tolist() if closed else [], strict=True):
+        for name, is_closed in zip(names, self._below(names), strict=True):
             self._closed_for[name] = self._closed_for[name] + 1 if is_closed else 0
         ready = [name for name in names if self._closed_for[name] >= self._steps]
         self._shut(ready)
@@ -55,12 +54,17 @@ class Settling:
         self._closed_for |= {name: count for name, count in state["closed_for"].items() if name in self._blocks}
         self._shut([name for name in state["settled"] if name in self._blocks])
 
-    def _below(self, block: Block) -> torch.Tensor:
-        assert block.gate is not None
-        return (block.gate.score.detach() < block.gate.threshold - self._margin).squeeze()
+    @torch.no_grad()
+    def _below(self, names: list[str]) -> list[bool]:
+        gates = [gate for name in names if (gate := self._blocks[name].gate) is not None]
+        if not gates:
+            return []
+        scores = torch.cat([gate.score for gate in gates])
+        bounds = torch.tensor([gate.threshold - self._margin for gate in gates], dtype=scores.dtype)
+        return (scores < bounds.to(scores.device)).tolist()
 
     def _shut(self, names: list[str]) -> None:
         for name in names:
             del self._closed_for[name]
             self._settled.append(name)
-            self._blocks[name].requires_grad_(False)
+            self._blocks[name].shut()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import ConfigError
+from pipeline.model.activation import lean_activations
 from pipeline.model.text import accept_short_texts
 from pipeline.model.towers import split_attention
 from pipeline.model.weights import stock_scalars, stock_state, weights_digest
@@ -68,7 +69,7 @@ def load_clip(name: str, pretrained: str | None = None, *, seed: int = 0) -> Cli
         model_cfg["quick_gelu"] = True
     preprocess_cfg = deepcopy(open_clip.get_model_preprocess_cfg(model))
     digest = weights_digest(stock_scalars(model.state_dict()))
-    model = accept_short_texts(split_attention(model))
+    model = lean_activations(accept_short_texts(split_attention(model)))
     return Clip(model, tokenizer, preprocess_cfg, model_cfg, digest, name, pretrained)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.config import VIT_SCHEMA as SCHEMA
 from pipeline.config import ConfigError, is_vit
+from pipeline.model.activation import lean_activations
 from pipeline.model.towers import split_attention
 from pipeline.model.weights import stock_state, weights_digest
 
@@ -96,7 +97,7 @@ def load_vit(name: str, pretrained: str | None = None, *, seed: int = 0, classes
         "interpolation": cfg.get("interpolation", "bicubic"),
         "resize_mode": "squash",
     }
-    split_attention(model)
+    lean_activations(split_attention(model))
     digest = weights_digest(stock_state(model.trunk))
     return Vit(model, preprocess_cfg, digest, name, pretrained, classes)
 

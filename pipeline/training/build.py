@@ -102,11 +102,19 @@ def build_training(
             budget.restore(checkpoint.state["budget"])
             budget.shut_closed(checkpoint.step)
     held = None if reference is None else Reference(*(each.to(engine.device) for each in reference.held()))
-    monitor = _monitor(job, sink, reference, partial(gate_values, net, settling), partial(_drift, engine, held))
+    monitor = _monitor(
+        job,
+        sink,
+        reference,
+        partial(gate_values, net, settling),
+        partial(_drift, engine, held),
+        lambda: engine.skipped_steps,
+    )
 
     def save(done: int) -> None:
         monitor.check_finite()
         parameters, moments = full_parameters(named), optimizer_state(engine, named)
+        _refuse_what_is_not_finite(parameters, done)
         if job.world.is_main:
             if job.lease is not None:
                 job.lease.check()
@@ -133,6 +141,17 @@ def build_training(
         control=job.control,
     )
     return training, monitor
+
+
+def _refuse_what_is_not_finite(parameters: Mapping[str, Tensor], done: int) -> None:
+    """A gradient can be infinite while the loss is not; every rank holds the same values here and decides the same."""
+    names = [name for name, value in parameters.items() if not value.isfinite().all()]
+    if names:
+        raise TrainingFailed(
+            f"step {done - 1}: {len(names)} parameters are not finite after it ({names[0]}, ..); they are not saved, "
+            "and the last checkpoint holds the state before. Lower train.lr, lengthen train.warmup_steps, set "
+            "train.grad_clip or use model.precision=fp32"
+        )
 
 
 def _inputs(by_class: bool, batch: Batch) -> Inputs:
@@ -221,6 +240,7 @@ def _monitor(
     reference: ReferenceData | None,
     gates: Callable[[], dict[str, float]],
     drift: Callable[[], dict[str, float]],
+    skipped_steps: Callable[[], int],
 ) -> Monitor:
     config, images = job.config, None if reference is None else reference.images
     samples = job.index.samples + (0 if images is None else images.index.samples)
@@ -237,6 +257,7 @@ def _monitor(
         gates_every=config.train.gates_every,
         bad_limit=config.data.max_bad_share * samples,
         negatives=not config.classifies,
+        skipped_steps=skipped_steps,
     )
 
 

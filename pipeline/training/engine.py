@@ -21,8 +21,12 @@ from torch import Tensor, nn
 from pipeline.config import Config, ConfigError
 from pipeline.training.cluster.distributed import TIMEOUT, World
 
-# Parameters up to this size stay whole under ZeRO-3: scores, biases and norms cost more to gather than to keep.
-PERSISTENT_ELEMENTS = 1_000
+# Parameters up to this size stay whole under ZeRO-3: gathering the A and B of every block would cost hundreds of small
+# collectives a step to save a few megabytes.
+PERSISTENT_ELEMENTS = 100_000
+# Gradients are reduced in about so many buckets, so that communication starts while the backward goes on. DeepSpeed
+# allocates a bucket whole: its default of 500 million elements is 2 GB.
+BUCKETS = 4
 # What an optimizer keeps of each parameter.
 _MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
     torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
@@ -54,30 +58,46 @@ def start_process_group(
     return group
 
 
-def deepspeed_config(config: Config, world: World) -> dict[str, Any]:
+def deepspeed_config(config: Config, world: World, trained: int) -> dict[str, Any]:
     """The whole DeepSpeed configuration of a run.
 
     Precision is not in it: bf16 is autocast over fp32 parameters in the model's forward, so that scores, which move
     by 1e-5 a step, never pass through bf16.
+
+    Args:
+        trained: number of elements that train.
+
+    Raises:
+        ConfigError: the ranks cannot share the global batch.
     """
     if config.train.global_batch_size % world.world_size:
         raise ConfigError(
             f"train.global_batch_size: {config.train.global_batch_size} cannot be shared by {world.world_size} ranks"
         )
-    settings: dict[str, Any] = {
+    stage, clip = config.train.zero_stage, config.train.grad_clip or 0.0
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": max(1, trained // BUCKETS),
+        "overlap_comm": world.world_size > 1,
+    }
+    if stage in (1, 2):
+        # The norm is a kernel for each tensor and a wait for the device; nothing but clipping reads it.
+        zero["compute_grad_norm"] = clip > 0
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = PERSISTENT_ELEMENTS
+    return {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.global_batch_size // world.world_size,
         "gradient_accumulation_steps": 1,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        # Said in any case: DeepSpeed (0.19.8) clips at 1.0 where nothing is said.
-        "gradient_clipping": config.train.grad_clip or 0.0,
-        "zero_optimization": {"stage": config.train.zero_stage},
+        # Always given: DeepSpeed (0.19.8) clips at 1.0 by default.
+        "gradient_clipping": clip,
+        "zero_optimization": zero,
+        # DeepSpeed's timer waits for the device twice a step.
+        "timers": {"throughput": {"enabled": False}},
         "steps_per_print": 10**9,
     }
-    if config.train.zero_stage == 3:
-        settings["zero_optimization"]["stage3_param_persistence_threshold"] = PERSISTENT_ELEMENTS
-    return settings
 
 
 def build_engine(
@@ -89,8 +109,12 @@ def build_engine(
     """
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    optimizer = _optimizer([{key: value for key, value in group.items() if key != "names"} for group in groups], config)
-    settings = deepspeed_config(config, world)
+    optimizer = _optimizer(
+        [{key: value for key, value in group.items() if key != "names"} for group in groups],
+        config,
+        fused=world.device.type == "cuda",
+    )
+    settings = deepspeed_config(config, world, sum(each.numel() for group in groups for each in group["params"]))
     with _without_compiler_noise(), _without_mlflow():
         import deepspeed
         from deepspeed import ops
@@ -107,11 +131,12 @@ def build_engine(
     return engine
 
 
-def _optimizer(groups: list[dict], config: Config) -> torch.optim.Optimizer:
+def _optimizer(groups: list[dict], config: Config, *, fused: bool) -> torch.optim.Optimizer:
+    """fused: one kernel for all parameters of a group, on a GPU."""
     train = config.train
     if train.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=train.momentum)
-    return torch.optim.AdamW(groups, lr=0.0, betas=train.betas, eps=train.eps)
+        return torch.optim.SGD(groups, lr=0.0, momentum=train.momentum, fused=fused)
+    return torch.optim.AdamW(groups, lr=0.0, betas=train.betas, eps=train.eps, fused=fused)
 
 
 def _moments(engine: Any) -> tuple[str, ...]:
@@ -301,8 +326,10 @@ def _create_moments(engine: Any, step: float) -> None:
     # ZeRO-3 empties the optimizer's groups between steps and keeps the flat partitions itself.
     flat = engine.optimizer.fp32_partitioned_groups_flat if stage == 3 else None
     for parameter in flat or [p for group in optimizer.param_groups for p in group["params"]]:
+        # A fused optimizer counts on the device.
+        where = parameter.device if optimizer.defaults["fused"] else None
         optimizer.state[parameter] = {
-            "step": torch.tensor(step, dtype=torch.float32),
+            "step": torch.tensor(step, dtype=torch.float32, device=where),
             **{moment: torch.zeros_like(parameter) for moment in _moments(engine)},
         }
     _link_moments(engine)

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.data.reference.samples import Reference
-from pipeline.training.cluster.distributed import any_rank
+from pipeline.training.cluster.distributed import AnyRank
+from pipeline.training.device import on_device
 from pipeline.training.engine import set_learning_rates
 
 
@@ -65,6 +66,10 @@ class Inputs(NamedTuple):
         reference = None if self.reference is None else Reference(*map(there, self.reference))
         labels = None if self.labels is None else there(self.labels)
         return Inputs(there(self.images), there(self.targets), reference, labels)
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in a list."""
+        return [self.images, self.targets, *(self.reference or ()), *([] if self.labels is None else [self.labels])]
 
 
 @dataclass(frozen=True)
@@ -117,28 +122,29 @@ class Training:
 
 
 def train_steps(training: Training, stop: StopRequest) -> int:
-    """Train until the batches end or a stop is requested on any rank.
+    """Train until the batches end or a stop is requested on any rank; the others learn of it one step later.
 
     Returns:
         The number of optimizer steps finished in all; a checkpoint holds them.
     """
-    engine, done = training.engine, 0
-    for batch in training.batches:
+    engine, done, stops = training.engine, 0, AnyRank(training.control)
+    for batch, inputs in on_device(training.batches, training.inputs, engine.device):
         # Any random draw inside the model follows from seed, step and rank: a resumed run needs no generator state.
         torch.manual_seed((training.seed * 1_000_003 + batch.step) * 4096 + dist.get_rank())
         factor = training.schedule(batch.step)
         set_learning_rates(engine, factor)
-        images, targets, reference, labels = training.inputs(batch).to(engine.device)
-        losses = engine(images, targets, batch.step, reference, labels)
+        losses = engine(inputs.images, inputs.targets, batch.step, inputs.reference, inputs.labels)
         engine.backward(losses["total"])
         engine.step()
         step = Step(batch, losses, factor)
         for hook in training.after_step:
             hook(step)
         done = step.done
-        stopping = any_rank(stop.requested, training.control)
+        stopping = stops.answer()
         if done % training.checkpoint_every == 0 or done == training.total_steps or stopping:
             training.save(done)
         if stopping:
             break
+        if done < training.total_steps:
+            stops.ask(stop.requested)
     return done

@@ -61,6 +61,8 @@ class Monitor:
     bad_limit: float
     # Whether the captions of other images are what an image is told apart from.
     negatives: bool
+    # Steps that DeepSpeed left out because the norm of the gradient, where it is clipped, was not finite.
+    skipped_steps: Callable[[], int] = lambda: 0
     _window: list[tuple[int, dict[str, Tensor], list[str]]] = field(default_factory=list)
     _bad: set[str] = field(default_factory=set)
     _retries: int = 0
@@ -89,6 +91,8 @@ class Monitor:
         }
         if self.negatives:
             values["train/effective_negatives"] = self._effective_negatives(batch.captions)
+        if skipped := self.skipped_steps():
+            values["train/skipped_steps"] = float(skipped)
         due = done % self.gates_every == 0 or done == self.total_steps
         values |= self._gate_values(due) | self._drift_values(due)
         self._window.clear()
@@ -170,8 +174,9 @@ class Monitor:
             return
         active = f" active {sum(self._open.values())}/{len(self._open)}" if self._open else ""
         retries = f" retries {values['data/retries']:.0f}" if values["data/retries"] else ""
+        skipped = f" skipped {values['train/skipped_steps']:.0f}" if "train/skipped_steps" in values else ""
         drift = "".join(f" {name[5:].replace('_', ' ')} {value:.4f}" for name, value in self._drift.items())
-        text = f"loss {values['train/loss']:.4f} lr {values['train/lr']:.2e}{drift}{active}{retries}"
+        text = f"loss {values['train/loss']:.4f} lr {values['train/lr']:.2e}{drift}{active}{retries}{skipped}"
         if sys.stderr.isatty():
             if self._bar is None:
                 self._bar = tqdm(total=self.total_steps, unit="step", dynamic_ncols=True)

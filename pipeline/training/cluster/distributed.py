@@ -158,11 +158,32 @@ def label_logs(world: World, run: str) -> None:
     log.addHandler(handler)
 
 
-def any_rank(flag: bool, group: dist.ProcessGroup) -> bool:
-    """True on every rank when `flag` is true on one; `group` is the gloo control group, so no device waits."""
-    value = torch.tensor([int(flag)])
-    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=group)
-    return bool(value.item())
+class AnyRank:
+    """Whether a flag is true on any rank, known one question later, so that no rank waits for the slowest one.
+
+    Args:
+        group: the gloo control group; no device takes part.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._pending: tuple[torch.Tensor, dist.Work | None] | None = None
+
+    def ask(self, flag: bool) -> None:
+        """Send this rank's flag, the same number of times on every rank."""
+        value = torch.tensor([int(flag)])
+        work = dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = value, work
+
+    def answer(self) -> bool:
+        """True on every rank when the last flag of any rank was true; False before the first one."""
+        if self._pending is None:
+            return False
+        value, work = self._pending
+        if work is not None:
+            work.wait()
+        self._pending = None
+        return bool(value.item())
 
 
 def gather_numbers(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
