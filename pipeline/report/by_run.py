@@ -65,6 +65,9 @@ def pareto(collection: Collection, *, narrow: bool) -> Figure:
         axes.plot([100 * one.kept for one in members], [100 * one.id for one in members], linestyle="none",
                   marker=MARKERS[number % len(MARKERS)], color=CYCLE[number % len(CYCLE)], label=method,
                   markersize=7)  # fmt: skip
+        for run in (run for run in runs if run.settings.method == method and run.curve):
+            axes.plot([100 * one.kept for one in run.curve], [100 * one.id for one in run.curve],
+                      color=CYCLE[number % len(CYCLE)], linewidth=1, alpha=0.7, zorder=1.8)  # fmt: skip
     chosen = collection.chosen
     if chosen is not None:
         one = points[chosen.name]

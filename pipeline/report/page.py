@@ -11,7 +11,8 @@ from importlib.resources import files
 
 from pipeline.report.records import RUNNING, Collection
 from pipeline.report.style import CYCLE, GRID, INK, ON_DARK, PAPER
-from pipeline.report.tables import Table, percent, state
+from pipeline.report.table import Table, percent
+from pipeline.report.tables import state
 
 # marker colour of the drawings -> CSS variable
 _VARIABLES = {INK: "--ink", GRID: "--grid", PAPER: "--paper"} | {

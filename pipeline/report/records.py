@@ -11,6 +11,7 @@ import yaml
 
 from pipeline.config import Promote, is_vit
 from pipeline.evaluation.summary import Summary
+from pipeline.selection.frontier import AtStrength, curve_of
 from pipeline.selection.ranking import Point, choose, pareto_front, point_of
 from pipeline.selection.rule import holds
 
@@ -127,6 +128,11 @@ class Run:
     @cached_property
     def point(self) -> Point | None:
         return None if self.summary is None else point_of(self.summary)
+
+    @cached_property
+    def curve(self) -> list[AtStrength]:
+        """The points of its strength curve by rising α; empty where none was measured."""
+        return curve_of(self.strength, self.summary["datasets"]) if self.strength and self.summary else []
 
     @property
     def best_alone(self) -> bool:

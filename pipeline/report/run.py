@@ -17,7 +17,8 @@ from pipeline.report.costs import run_costs
 from pipeline.report.page import Drawing, render
 from pipeline.report.records import Collection
 from pipeline.report.style import NoData, retitle, styled
-from pipeline.report.tables import Table, tables
+from pipeline.report.table import Table
+from pipeline.report.tables import tables
 from pipeline.tracking.tracker import open_tracker
 
 if TYPE_CHECKING:
@@ -50,8 +51,9 @@ def _catalogue(collection: Collection) -> tuple[Entry, ...]:
     if collection.classifies:
         gain = "mean of the classifier's gain over guessing and of the change of K-NN on the source set"
     return (
-        Entry("pareto", "Learned against kept", "Up and to the right is better. The line connects the models that "
-              "no other model beats in both.", by_run.pareto),
+        Entry("pareto", "Learned against kept", "Up and to the right is better. The grey line connects the models "
+              "that no other model beats in both; thin lines are strength curves, from the untouched model to the run.",
+              by_run.pareto),
         Entry("groups", "Accuracy by group", "Dotted: the accuracy of guessing.", by_run.groups),
         Entry("rank", "Accuracy by rank", "Solid with gates, dashed without. Bars reach from the lowest to the highest "
               "seed where there are several.", by_setting.by_rank),

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
-from typing import Literal
 
 from pipeline.evaluation.summary import Summary
+from pipeline.report.floors import at_floors
 from pipeline.report.paper.clip_rows import CLIP_ROW, Published, published
 from pipeline.report.paper.vision_rows import PublishedTarget, published_target
 from pipeline.report.records import Collection, Run
 from pipeline.report.series import configurations, labels
 from pipeline.report.style import GROUPS
+from pipeline.report.table import Kind, Table, percent
 
-Kind = Literal["run", "reference", "paper", "best", "chosen", "failed"]
 # (metric of the result files, its name in Tables 14 and 15 of the paper, where IR is image to text).
 RECALLS = (
     ("text_retrieval_recall@1", "IR@1"),
@@ -32,38 +30,10 @@ _TITLES = {
 }
 
 
-@dataclass(frozen=True)
-class Table:
-    """Cells as texts. `head`: (spanning label, its columns) from left to right; `kinds`: the kind of each row."""
-
-    key: str
-    title: str
-    head: Sequence[tuple[str, Sequence[str]]]
-    rows: Sequence[Sequence[str]]
-    kinds: Sequence[Kind]
-    notes: Sequence[str] = ()
-
-    @property
-    def columns(self) -> list[str]:
-        return [column for _, columns in self.head for column in columns]
-
-    @property
-    def spans(self) -> bool:
-        """Whether any columns have a spanning label."""
-        return any(above for above, _ in self.head)
-
-    def csv(self) -> str:
-        """One header line, with spanning labels in front of their columns."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["row", *(f"{above} {name}".strip() for above, names in self.head for name in names)])
-        writer.writerows([kind, *row] for kind, row in zip(self.kinds, self.rows, strict=True))
-        return out.getvalue()
-
-
 def tables(collection: Collection) -> list[Table]:
-    """The table of runs, then one per group other than id and kind of adapter that has results."""
-    return [overview(collection)] + [
+    """The table of runs, that of floors, then one per group other than id and kind of adapter that has results."""
+    floors = [table for part in collection.parts if (table := at_floors(part)) is not None]
+    return [overview(collection), *floors[:1]] + [
         table
         for part in collection.parts
         for kind in _kinds(part)
@@ -182,10 +152,6 @@ def state(run: Run) -> str:
         text = f"{run.status} at step {run.step}{of}"
         return f"{text}: {run.error}" if run.error else text
     return run.status
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    return "" if value is None else f"{100 * value:.{digits}f}"
 
 
 @dataclass(frozen=True)

@@ -251,3 +251,21 @@ def test_an_experiment_on_mlflow_gives_the_report_of_its_directories(make_run: M
         report("mlflow:other", uri=uri)
     with pytest.raises(ConfigError, match="there is no such file"):
         report("mlflow:report", uri=f"sqlite:///{tmp_path / 'none.db'}")
+
+
+def test_methods_are_compared_at_what_they_keep(make_run: MakeRun, tmp_path: Path) -> None:
+    """Two seeds with a curve of two straight pieces each, and a run without a curve."""
+    before = {"clothing": 0.3, "fashion": 0.8}
+    for seed, best in ((0, 0.5), (1, 0.6)):
+        run = make_run(f"seed{seed}", {"seed": seed}, values={"clothing": best, "fashion": 0.72}, untouched=before)
+        ends = {"0.0": before, "1.0": {"clothing": best, "fashion": 0.72}}
+        groups = {alpha: {"id": each["clothing"], "shift": each["fashion"]} for alpha, each in ends.items()}
+        (run / "eval" / "strength.json").write_text(json.dumps({"groups": groups, "datasets": ends}))
+    make_run("plain", {"gate.enabled": False}, values={"clothing": 0.4, "fashion": 0.8}, untouched=before)
+    page = report(tmp_path / "runs")
+    untouched, gated = rows(page.parent / "tables" / "floors.csv")
+    shown = [f"in-distribution (%) at kept ≥ {share} %" for share in (99, 95, 90)]
+    assert [untouched[name] for name in shown] == ["30.0"] * 3
+    assert [gated[name] for name in shown] == ["32.5 (32.0 to 33.0)", "42.5 (40.0 to 45.0)", "55.0 (50.0 to 60.0)"]
+    assert gated["seeds"] == "2"
+    assert "the range from the lowest to the highest seed" in Page(page).text

@@ -1,0 +1,62 @@
+"""What a run reaches at a floor, read off its strength curve: the number by which methods are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from pipeline.selection.kept import kept_of
+
+FLOORS = (0.99, 0.95, 0.90)  # shares kept
+
+
+class AtStrength(NamedTuple):
+    """A run's model at one strength: mean of the id group and share kept, both in [0, 1]."""
+
+    alpha: float
+    id: float
+    kept: float
+
+
+def curve_of(strength: Mapping[str, Any], datasets: Mapping[str, Mapping[str, Any]]) -> list[AtStrength]:
+    """The points of a strength.json by rising α.
+
+    Args:
+        datasets: the entries of the run's summary.json, which say the group and chance of each.
+
+    Returns:
+        Empty where the curve does not start at the untouched model or lacks a group.
+    """
+    by_alpha = {float(alpha): (alpha, means) for alpha, means in strength["groups"].items()}
+    values = strength.get("datasets", {})
+    if 0.0 not in by_alpha or any("id" not in means for _, means in by_alpha.values()):
+        return []
+    untouched = values.get(by_alpha[0.0][0], {})
+    found = []
+    for alpha, (name, means) in sorted(by_alpha.items()):
+        now = values.get(name, {})
+        entries = {
+            key: {**each, "value": now[key], "baseline": untouched[key], "change": now[key] - untouched[key]}
+            for key, each in datasets.items()
+            if key in now and key in untouched
+        }
+        if (kept := kept_of(entries)) is None:
+            return []
+        found.append(AtStrength(alpha, means["id"], kept.mean))
+    return found
+
+
+def id_at(curve: Sequence[AtStrength], floor: float) -> float | None:
+    """The id mean at the largest strength that keeps the floor, on straight lines between the points of a curve.
+
+    Returns:
+        None of an empty curve.
+    """
+    if not curve:
+        return None
+    last = max(i for i, each in enumerate(curve) if each.kept >= floor or i == 0)
+    if last == len(curve) - 1:
+        return curve[-1].id
+    here, beyond = curve[last], curve[last + 1]
+    share = (here.kept - floor) / (here.kept - beyond.kept) if here.kept > beyond.kept else 0.0
+    return here.id + share * (beyond.id - here.id)
