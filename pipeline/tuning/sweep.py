@@ -125,6 +125,7 @@ def _prepare(config: Config, grid: Grid) -> tuple[list[Trial], dict[str, int]]:
     """The trials, with one store for all, and the steps of each; all files are read now."""
     from pipeline.data.shards.index import load_index
     from pipeline.evaluation.benchmark import load_benchmark
+    from pipeline.evaluation.overlap import check_overlap
     from pipeline.tracking.mlflow.uris import checked_uri
     from pipeline.training.settings import total_steps
 
@@ -132,6 +133,8 @@ def _prepare(config: Config, grid: Grid) -> tuple[list[Trial], dict[str, int]]:
     trials = keep_names(expand(config, grid), stored["trials"] if stored else ())
     samples = {path: load_index(path).samples for path in {one.config.data.train for one in trials}}
     asked = {(one.config.eval.benchmark, one.config.eval.root, one.config.eval.datasets) for one in trials}
+    for one in {(one.config.keep, one.config.eval): one for one in trials}.values():
+        check_overlap(one.config)
     for benchmark, root, datasets in asked:
         if benchmark is not None:
             load_benchmark(benchmark, root).choose(datasets).check_paths()
