@@ -137,8 +137,9 @@ def printable(name: str) -> str:
 
 
 def _count(folder: Path) -> int:
-    """How many files are below a folder that is skipped."""
-    return sum(len(files) for _, _, files in os.walk(folder))
+    """How many files and links are below a folder that is skipped."""
+    below = os.walk(folder)
+    return sum(len(files) + sum((Path(at) / name).is_symlink() for name in folders) for at, folders, files in below)
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
