@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import os
 import re
@@ -149,10 +150,10 @@ def test_readme_fits_a_screen_and_a_reader() -> None:
 
 
 def test_messages_under_troubleshooting_are_messages_of_the_product() -> None:
-    """Each heading quotes a part of a message; the words around `…` must be in the source."""
+    """Each heading quotes a part of a message; the words around `…` must be in the source, or be the system's own."""
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     source = " ".join(path.read_text(encoding="utf-8") for path in (ROOT / "pipeline").rglob("*.py"))
-    source = re.sub(r'"\s*\n\s*f?"', "", source)
+    source = re.sub(r'"\s*\n\s*f?"', "", source) + " ".join(os.strerror(number) for number in errno.errorcode)
     missing = [
         part
         for heading in re.findall(r"^### (`.*)$", page, flags=re.MULTILINE)
