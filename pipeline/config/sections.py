@@ -26,6 +26,8 @@ class Section(BaseModel):
 
 
 class Model(Section):
+    """The pretrained model."""
+
     name: Result[str] = Field(
         default="ViT-B-16-quickgelu",
         min_length=1,
@@ -43,6 +45,8 @@ class Model(Section):
 
 
 class Adapter(Section):
+    """The blocks: their form, rank and places."""
+
     kind: Result[Literal["full", "none", "lora", "dora"]] = Field(
         default="lora",
         description="form of the blocks; full: no blocks, every weight trains (FLYP); none: no blocks, only "
@@ -69,6 +73,8 @@ class Adapter(Section):
 
 
 class Gate(Section):
+    """The gates of the blocks and the penalty that closes them."""
+
     enabled: Result[bool] = Field(
         default=True, description="give each block a learned gate; ignored with random_k, full and none"
     )
@@ -101,6 +107,8 @@ class Gate(Section):
 
 
 class Train(Section):
+    """Optimizer, schedule, batch and checkpoints."""
+
     train_rest: Result[Literal["all", "proj_ln", "none"]] = Field(
         default="all",
         description="what trains outside the transformer layers; proj_ln: the projections and the outer layer norms",
@@ -189,6 +197,8 @@ class Keep(Section):
 
 
 class Data(Section):
+    """Training shards, their order, captions and crops."""
+
     train: Result[str] = Field(min_length=1, description="directory or URL of training shards, written by selora pack")
     streams: Result[int] = Field(
         default=64, ge=1, description="number of equal parts of an epoch; the number of ranks must divide it"
@@ -224,6 +234,8 @@ class Data(Section):
 
 
 class Eval(Section):
+    """Evaluation during a sweep, and the defaults of selora evaluate."""
+
     benchmark: Measurement[str | None] = Field(
         default=None, description="paper, quick, wds, vision or a YAML file; null: no evaluation"
     )
@@ -249,6 +261,8 @@ class Eval(Section):
 
 
 class Tracking(Section):
+    """MLflow, and what is recorded."""
+
     uri: Record[str | None] = Field(
         default=None, min_length=1, description="MLflow tracking server or database; null: sqlite:///OUT/mlflow.db"
     )

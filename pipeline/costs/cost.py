@@ -245,8 +245,10 @@ def latencies(
     device: torch.device,
     rounds: int = 7,
 ) -> dict[State, float]:
-    """Median seconds of a forward of both towers over `batch` images and texts: plain (or merged), with a block on
-    every site, and with blocks on `active` only. The three alternate, so a busy neighbour slows them alike.
+    """Median seconds of a forward pass of both towers over `batch` images and texts.
+
+    Plain (or merged), with a block on every site, and with blocks on `active` only. The three alternate, so that other
+    load on the machine slows them alike.
     """
     models: dict[State, nn.Module] = {}
     choices: dict[State, list[str] | None] = {"plain": [], "unmerged": None, "pruned": list(active)}

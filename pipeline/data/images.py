@@ -137,8 +137,10 @@ def eval_resize(image: Pixels, cfg: Mapping[str, Any]) -> Tensor:
 
 
 def with_resize(cfg: Mapping[str, Any], resize: Resize | None) -> dict[str, Any]:
-    """A model's preprocessing with another resize: "squash" to the size whatever the shape of the image, or a number of
-    pixels for the shorter side, of which the size is cut out of the middle; None: as it is.
+    """A model's preprocessing with another resize.
+
+    resize: "squash" to the model's size regardless of the image's shape; pixels of the shorter side, with a
+    central crop to the model's size; None: unchanged.
 
     Raises ConfigError where less would be left than the model takes.
     """
@@ -178,8 +180,10 @@ def _tensor(image: Pixels) -> Tensor:
 
 
 def _decode_fast(image: Image.Image, data: bytes) -> Tensor | None:
-    """torchvision's pixels where they are Pillow's; None for the rest. PNG is not among them: torchvision 0.29 ends the
-    process with a segmentation fault on a PNG whose compressed data are damaged."""
+    """torchvision's pixels for the formats in which they equal Pillow's; None for others.
+
+    PNG is excluded: torchvision 0.29 crashes with a segmentation fault on a PNG with damaged data.
+    """
     # A read-only buffer is enough for the decoders, but frombuffer warns about one.
     if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
         decoder = decode_jpeg

@@ -78,7 +78,7 @@ def fashion(root: Path, split: str) -> Iterator[Picture]:
 
 
 def grocery(root: Path, split: str) -> Iterator[Picture]:
-    """grocery/<split>/<Fruit|..>/<coarse>/[<fine>/]file.jpg"""
+    """Read grocery/<split>/<Fruit|..>/<coarse>/[<fine>/]file.jpg."""
     base = root / "grocery" / split
     for path in sorted(base.rglob("*.jpg")):
         parts = path.relative_to(base).parts[1:-1]

@@ -71,7 +71,7 @@ def _gather(local: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
 
 
 class _SymmetricLoss(torch.autograd.Function):
-    """S (B, W*B) are the logits of this rank's images, P and Q their softmax by rows and columns of the whole matrix:
+    """S (B, W*B) are the logits of this rank's images, P and Q their softmax by rows and columns of the whole matrix.
 
     loss = mean over own i of (lse_row_i + lse_column_i) / 2 - sum_j T_ij S_ij, and dS = (P + Q - 2 T) / 2B, with T the
     targets: the identity, or uniform over the rows of the same class; T is symmetric, so it serves both directions. The

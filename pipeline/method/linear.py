@@ -142,7 +142,7 @@ class DoRALinear(Block):
 
     @torch.no_grad()
     def row_norm(self) -> Tensor:
-        """||V|| per output row, (out,), in at least fp32, without forming BA:
+        """||V|| per output row, (out,), in at least fp32, without forming BA.
 
         ||W0 + s BA||^2 = ||W0||^2 + 2 s <W0 A^T, B> + s^2 (B (A A^T) B^T)_ii, all sums over a row.
         """

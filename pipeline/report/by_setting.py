@@ -18,7 +18,7 @@ from pipeline.report.style import (
     GROUPS,
     MARKERS,
     PURPLE,
-    VERMILLION,
+    VERMILION,
     NoData,
     legend,
     measure,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LOOK = {"lora": (BLUE, "o"), "dora": (VERMILLION, "s")}
+_LOOK = {"lora": (BLUE, "o"), "dora": (VERMILION, "s")}
 
 
 def by_rank(collection: Collection, *, narrow: bool) -> Figure:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 INK, GRID, PAPER = "#1d2026", "#d4d7dd", "#fefefe"
 # Colours by Okabe and Ito; the second is a lighter tone for a dark page.
-BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, GREY = (
+BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, GREY = (
     "#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#7a7f87",
 )  # fmt: skip
 ON_DARK = {
@@ -25,14 +25,14 @@ ON_DARK = {
     GRID: "#3a3f48",
     PAPER: "#15171b",
     BLUE: "#4ea8de",
-    VERMILLION: "#f07f3c",
+    VERMILION: "#f07f3c",
     GREEN: "#2fc49a",
     ORANGE: "#f2b134",
     PURPLE: "#dd9cc0",
     SKY: "#8fd0f5",
     GREY: "#a1a7b0",
 }
-CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, GREY)
+CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # The groups as figures and tables name them.
 GROUPS = {

@@ -80,8 +80,10 @@ class Task(Protocol):
         ...
 
     def losses(self, outputs: Outputs, targets: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        """The scalar `task`, and what else is shown of a step. The mean over ranks of the gradients of `task` is the
-        gradient of the global batch."""
+        """The scalar `task`, and other values to record.
+
+        The mean over ranks of the gradients of `task` is the gradient of the global batch.
+        """
         ...
 
 
@@ -166,9 +168,9 @@ class KeepSettings:
 
 
 class Objective(nn.Module):
-    """A model under the loss of its task with the gate penalty (paper eq. 4) and, where `keep` is given, the distance
-    to the untouched model on reference samples.
+    """A model under the loss of its task, the gate penalty (paper eq. 4) and the distance to the untouched model.
 
+    The distance on reference samples is added where `keep` is given.
     Reference samples join the batch in one forward, so that DeepSpeed sees one forward and one backward a step.
 
     micro_batch: images that go through the model at a time (None: all). It bounds the memory and leaves loss and

@@ -1,5 +1,7 @@
-"""Evaluation sets as batches of pixels. Counts are exact: each sample goes to one rank, no batch is filled up, and a
-sample that cannot be read is an error."""
+"""Evaluation sets as batches of pixels.
+
+Counts are exact: each sample goes to one rank, no batch is padded, and a sample that cannot be read is an error.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,11 @@ from pipeline.data.storage.cache import Cache
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """images: uint8 (B, 3, H, W). labels: int64 (B,), empty for retrieval. captions: a tuple an image, empty for
-    classification. indices: int64 (B,), the numbers of the samples in the set. trouble: why pixels are not kept."""
+    """One batch of an evaluation set.
+
+    images: uint8 (B, 3, H, W). labels: int64 (B,), empty for retrieval. captions: a tuple per image, empty for
+    classification. indices: int64 (B,), the numbers of the samples in the set. trouble: why pixels are not cached.
+    """
 
     images: Tensor
     labels: Tensor

@@ -64,9 +64,9 @@ def convert(
     workers: int = 4,
     max_pixels: int = MAX_PIXELS,
 ) -> EvalSet:
-    """Write the dataset in the user's folder ``root`` as an evaluation set; files keep their bytes, arrays become
-    lossless webp. Its bank, if it has one, becomes the split "train" of the set.
+    """Write the dataset in the user's folder ``root`` as an evaluation set.
 
+    Files keep their bytes, and arrays become lossless webp. A bank becomes the split "train" of the set.
     ``wnid_names``: readable names of classes that the dataset calls by wnid. ``decoded``: every image is decoded once.
     Raises ConfigError, before anything is written, for wrong counts with their likely cause, and for unreadable images.
     """

@@ -21,9 +21,9 @@ _DEVKIT_PLACES = ("", "data", "ILSVRC2012_devkit_t12/data", "devkit/data", "ILSV
 
 
 def wnids(flag: str = "") -> tuple[str, ...]:
-    """The sorted wnids of ImageNet-1K; with a flag those of ImageNet-A ("A") or ImageNet-R ("R"), 200 each, or those of
-    ImageNet-100 ("C").
+    """The sorted wnids of ImageNet-1K, or of a subset of it.
 
+    The flag "A" selects ImageNet-A, "R" ImageNet-R (200 classes each), and "C" ImageNet-100.
     The lists are timm's (timm/data/_info), which are the authors'; clip_benchmark's agree with them. ImageNet-100 is
     drawn anew by many; this draw is the usual one, imagenet100.txt of github.com/HobbitLong/CMC (commit bc687a2).
     """

@@ -14,9 +14,10 @@ _LABELS, _OVERLAP = "folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.
 
 
 def read_objectnet(root: Path) -> Source:
-    """The images of the overlap with ImageNet, borders and all. Labels are places in the sorted folder names of the
-    overlap, as in FLYP, clip_benchmark and the public set; names are ObjectNet's own in lower case.
+    """The images of the overlap with ImageNet, including their borders.
 
+    Labels are positions in the sorted folder names of the overlap, as in FLYP, clip_benchmark and the public set; names
+    are ObjectNet's own in lower case.
     Raises ConfigError when the mappings are not there or a class folder is not.
     """
     label_file, overlap_file = _mapping(root, _LABELS), _mapping(root, _OVERLAP)

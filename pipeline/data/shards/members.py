@@ -43,8 +43,11 @@ def sample_texts(tar: TarIndex, number: int, classes: Sequence[str] | None) -> t
 
 
 def caption_member(captions: Sequence[str]) -> bytes:
-    """A txt member, one caption a line. A line end inside one is written as ``\\n``, as clip-benchmark's own sets do,
-    and stays two characters for every reader: only published captions have any."""
+    """A txt member, one caption per line.
+
+    A line end inside a caption is written as ``\\n``, as in clip-benchmark's own sets, and stays two characters for
+    every reader; only published captions contain any.
+    """
     return "\n".join(text.replace("\n", "\\n") for text in captions).encode()
 
 

@@ -88,8 +88,9 @@ def has_sidecars(root: Path) -> bool:
 
 
 def read_sidecars(root: Path, options: SourceOptions) -> Source:  # noqa: ARG001 - as every reader
-    """The images below ``root`` with the captions in the files next to them: ``a.txt``, a caption a line, or in
-    ``a.json`` the value of ``caption``.
+    """The images below ``root`` with the captions in the files next to them.
+
+    ``a.txt`` has a caption per line, ``a.json`` has it under the key ``caption``.
 
     Raises:
         ConfigError: For a folder that cannot be listed.

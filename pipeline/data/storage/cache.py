@@ -28,8 +28,11 @@ logger = logging.getLogger("selora.data")
 
 @dataclass(frozen=True)
 class Cache:
-    """``max_bytes`` bounds what files take of the disk, also those that are just being written. ``attempts``: how often
-    a failing store is asked before it counts as gone."""
+    """A directory for fetched files.
+
+    ``max_bytes`` bounds the size of its files, including those that are being written. ``attempts``: number of requests
+    to a failing store before it counts as gone.
+    """
 
     directory: Path
     max_bytes: int

@@ -61,6 +61,8 @@ class Folder(Protocol):
 
 @dataclass(frozen=True)
 class LocalFolder:
+    """A folder on a disk."""
+
     path: Path
 
     @property

@@ -64,8 +64,10 @@ class MissingError(ConfigError):
 
 @dataclass(frozen=True)
 class RemotePlace:
-    """A folder behind a URL. ``texts`` and ``files`` are where its small and its large files lie, for the hub keeps the
-    large ones apart."""
+    """A folder behind a URL.
+
+    ``texts`` and ``files`` are the addresses of its small and its large files, which the hub keeps apart.
+    """
 
     name: str
     texts: str

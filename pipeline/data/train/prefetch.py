@@ -73,8 +73,10 @@ def room_ahead(sizes: list[int], samples: int, max_bytes: int, *, streams: int, 
 
 
 class ReadAhead:
-    """Calls ``fetch`` in a thread for the shards of ``needs``, at most ``shards`` and ``room`` bytes before they are
-    needed, from ``step`` on. Leaves out those that are ``at_hand``."""
+    """Calls ``fetch`` in a thread for the shards of ``needs``, before they are needed.
+
+    From ``step`` on, at most ``shards`` shards and ``room`` bytes ahead; shards that are ``at_hand`` are skipped.
+    """
 
     def __init__(
         self,
@@ -136,8 +138,10 @@ class ReadAhead:
 def read_ahead(
     index: ShardIndex, order: Order, turns: Turns, shards: int, sharing: int, at_hand: Container[int]
 ) -> ReadAhead | None:
-    """Begin to fetch ``shards`` per stream ahead, where shards are fetched at all and the cache, which ``sharing``
-    ranks use, has room for it."""
+    """Start to fetch ``shards`` per stream ahead, if shards are fetched at all.
+
+    Bounded by the room in the cache, which ``sharing`` ranks use.
+    """
     cache = index.folder.cache
     if cache is None or not shards:
         return None

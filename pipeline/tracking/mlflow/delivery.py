@@ -255,8 +255,10 @@ class Delivery:
         self.state.files[destination] = {**data, "sent": sent}
 
     def _upload(self, run_id: str) -> Away | None:
-        """Upload the files whose content the store has not got, small ones first: an artifact store that fails, or
-        takes nothing large, must hold up neither them nor the status. Returns the failure.
+        """Upload the files whose content is missing from the store, and return the failure.
+
+        Small files come first: an artifact store that fails, or refuses large files, must delay neither them nor the
+        status.
         """
         open_wishes = [(name, wish) for name, wish in self.state.files.items() if wish["sent"] != wish["sha256"]]
         for name, wish in sorted(open_wishes, key=lambda pair: _size(self.run_dir / pair[1]["path"])):

@@ -48,9 +48,9 @@ def read_experiment(
     files: Sequence[str] = (),
     out: Path = Path("runs"),
 ) -> list[StoredRun]:
-    """The active runs of an experiment, oldest first. Nothing is created or changed, except the addresses
-    of files in a store that was moved.
+    """The active runs of an experiment, oldest first.
 
+    Nothing is created or changed, except the addresses of files in a store that was moved.
     uri: the store; None: MLFLOW_TRACKING_URI, else OUT/mlflow.db. histories: metrics whose every value is read (one
     request each). files: artifact paths to read as text; a file that a run has not got is left out.
 
