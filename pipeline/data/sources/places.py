@@ -149,7 +149,7 @@ def _is_absolute(name: str) -> bool:
 
 
 def _tails(name: str) -> Iterator[str]:
-    """The name, and what is left of it without its first folder, its first two, …"""
+    """The name, followed by what is left of it without its first folder, without its first two, and so on."""
     pure = PureWindowsPath(name) if PureWindowsPath(name).drive else PurePosixPath(name)
     parts = [part for part in pure.parts if part != pure.anchor]
     if parts:
