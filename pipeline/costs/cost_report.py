@@ -24,7 +24,8 @@ from pipeline.costs.cost import (
 from pipeline.method.adapter import AdapterKind
 from pipeline.model.clip import CONFIG_FILE, Clip, load_clip
 from pipeline.model.load import as_clip
-from pipeline.model.restore import check_exists, find_run, is_run, load_base
+from pipeline.model.restore import check_exists, find_run, load_base
+from pipeline.runs.run import is_run
 
 RANKS = (4, 16, 64, 128, 256)
 KINDS: tuple[AdapterKind, ...] = ("lora", "dora")

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from pipeline.config import Config, ConfigError, load_config
 from pipeline.demo.assets import BENCHMARK, FINETUNE, GRID, MODEL, asset, unpack
 from pipeline.demo.show import Row, table
-from pipeline.evaluation.summary import read_summary
+from pipeline.runs.results import EVAL, has_summary, read_summary
 from pipeline.selection.ranking import point_of
 from pipeline.tracking.mlflow.uris import sqlite_uri
 
@@ -81,17 +81,16 @@ def demo_config(out: Path, seed: int) -> Config:
 def read_rows(sweep_dir: Path) -> list[Row]:
     """The untouched model, then every trial that has results, in the order of the grid."""
     from pipeline.handoff.choice import chosen_run
-    from pipeline.tuning.files import read_sweep, trial_dir
+    from pipeline.runs.sweep import read_sweep, trial_dir
 
     found = read_sweep(sweep_dir)
-    assert found is not None
     chosen = chosen_run(sweep_dir)[0].name
     rows: list[Row] = []
     for trial in found["trials"]:
         folder = trial_dir(sweep_dir, trial["name"])
-        if not (folder / "eval" / "summary.json").is_file():
+        if not has_summary(folder / EVAL):
             continue
-        summary = read_summary(folder / "eval")
+        summary = read_summary(folder / EVAL)
         if not rows:
             rows.append(_untouched(summary))
         rows.append(_row(trial["label"], summary, _gates(folder), chosen=trial["name"] == chosen))

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.shards.index import load_index
+from pipeline.files import replace_text
 from pipeline.passwords import redact
 from pipeline.tracking.mlflow.uris import without_user
 from pipeline.training.cluster.distributed import World, read_world
@@ -143,7 +144,7 @@ def _shared_path(cluster: Cluster, config: Config) -> Finding:
     try:
         if world.is_main:
             out.mkdir(parents=True, exist_ok=True)
-            _replace(path, 0)
+            replace_text(path, "0\n" * 1000)
     except OSError as error:
         fault = f"cannot be written: {error.strerror}"
     dist.barrier(cluster.control)
@@ -165,17 +166,11 @@ def _shared_path(cluster: Cluster, config: Config) -> Finding:
     return Finding("shared path", True, f"out={out} is shared and replaces files atomically")
 
 
-def _replace(path: Path, number: int) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(f"{number}\n" * 1000, encoding="utf-8")
-    partial.replace(path)
-
-
 def _rename_for_a_while(path: Path) -> None:
     end, number = time.monotonic() + _RENAMES_SECONDS, 0
     while time.monotonic() < end:
         number += 1
-        _replace(path, number)
+        replace_text(path, f"{number}\n" * 1000)
 
 
 def _read_for_a_while(path: Path) -> str:

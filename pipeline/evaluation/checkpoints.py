@@ -11,11 +11,12 @@ from pipeline.config import ConfigError
 from pipeline.evaluation.benchmark import Benchmark
 from pipeline.evaluation.dataset import Settings
 from pipeline.evaluation.ranks import Ranks
-from pipeline.evaluation.results import write_json
 from pipeline.evaluation.run import Job, Outcome, Say, evaluate_run, finish, walk_table
-from pipeline.model.restore import RunSource, find_run, kept_steps, load_run
+from pipeline.files import replace_json
+from pipeline.model.restore import RunSource, find_run, load_run
+from pipeline.runs.results import CHECKPOINTS_FILE
+from pipeline.runs.run import kept_steps
 
-CHECKPOINTS_FILE = "checkpoints.json"
 # Models in memory at once; more go over the images in turns, which the cache has decoded by then.
 AT_ONCE = 8
 
@@ -43,7 +44,7 @@ def evaluate_checkpoints(
     own = Benchmark(benchmark.name, tuple(row for row in chosen.rows if row.group == "id"))
     if not own.rows:
         raise ConfigError(f"benchmark {benchmark.name}: checkpoints are compared by group id, and no row is of it")
-    sources = [find_run(run_dir, step) for step in kept_steps(run_dir)]
+    sources = [find_run(run_dir, step) for step in kept_steps(find_run(run_dir).checkpoint.parent.parent)]
     found: list[dict[str, Any]] = []
     for some in _in_turns(sources):
         jobs = [_job(run_dir, source, out) for source in some]
@@ -56,7 +57,7 @@ def evaluate_checkpoints(
     )
     comparison = {"benchmark": benchmark.name, "checkpoints": found, "best": best["step"], "last": found[-1]["step"]}
     if Ranks.current().rank == 0:
-        write_json(out / CHECKPOINTS_FILE, comparison)
+        replace_json(out / CHECKPOINTS_FILE, comparison)
     return comparison, outcome
 
 

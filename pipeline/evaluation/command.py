@@ -24,7 +24,6 @@ from pipeline.evaluation.record import track_curve, track_results, track_strengt
 from pipeline.evaluation.run import Outcome, evaluate, evaluate_run
 from pipeline.evaluation.strength import (
     AUTO,
-    STRENGTH_FILE,
     STRENGTHS,
     Strength,
     evaluate_at,
@@ -35,7 +34,9 @@ from pipeline.evaluation.strength import (
 from pipeline.evaluation.summary import Summary, format_summary
 from pipeline.model.clip import CONFIG_FILE
 from pipeline.model.load import Model, load_model
-from pipeline.model.restore import check_exists, find_run, is_run
+from pipeline.model.restore import check_exists, find_run
+from pipeline.runs.results import STRENGTH_FILE
+from pipeline.runs.run import is_run
 from pipeline.selection.floor import Floor
 
 

@@ -13,13 +13,15 @@ from pipeline.evaluation.benchmark import Benchmark, is_there
 from pipeline.evaluation.dataset import Dataset, Settings, open_dataset
 from pipeline.evaluation.passes import Subject, evaluate_dataset
 from pipeline.evaluation.ranks import Ranks
-from pipeline.evaluation.results import Result, finished_result, write_json
+from pipeline.evaluation.results import Result, finished_result
 from pipeline.evaluation.rows import Row
-from pipeline.evaluation.summary import SUMMARY_FILE, Summary, summarise
+from pipeline.evaluation.summary import Summary, summarise
+from pipeline.files import replace_json
 from pipeline.method.adapter import blocks
 from pipeline.model.load import Model
 from pipeline.model.restore import find_run, load_base, load_run
 from pipeline.model.vit import Vit
+from pipeline.runs.results import write_summary
 
 Say = Callable[[str], None]
 
@@ -154,7 +156,7 @@ def _visit(walk: Walk, row: Row, wanted: bool) -> None:
         for i, result in zip(todo, new, strict=True):
             found[i] = result
             if walk.ranks.rank == 0:
-                write_json(walk.jobs[i].folder / f"{row.key}.json", result)
+                replace_json(walk.jobs[i].folder / f"{row.key}.json", result)
     for i, (job, result) in enumerate(zip(walk.jobs, found, strict=True)):
         name = f"{job.name}: " if job.name else ""
         if result is None:
@@ -177,7 +179,7 @@ def _finished(walk: Walk, i: int, dataset: Dataset) -> Result | None:
         return result
     result = next((each for file in others if (each := finished_result(file, known)) is not None), None)
     if result is not None:
-        write_json(own, result)
+        replace_json(own, result)
     return result
 
 
@@ -189,7 +191,7 @@ def finish(
     known = _model_facts(walk.subjects[i], walk.settings) | dict(facts or {})
     summary = summarise(answered, walk.results[i], known, baseline)
     if walk.ranks.rank == 0:
-        write_json(walk.jobs[i].folder / SUMMARY_FILE, summary)
+        write_summary(walk.jobs[i].folder, summary)
     return Outcome(walk.results[i], summary, walk.skipped[i])
 
 

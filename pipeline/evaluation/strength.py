@@ -15,15 +15,15 @@ from pipeline.config import ConfigError
 from pipeline.evaluation.benchmark import Benchmark
 from pipeline.evaluation.dataset import Settings
 from pipeline.evaluation.ranks import Ranks
-from pipeline.evaluation.results import write_json
 from pipeline.evaluation.run import Job, Outcome, Say, finish, walk_table
 from pipeline.evaluation.summary import Summary
+from pipeline.files import replace_json
 from pipeline.model.between import Between
 from pipeline.model.load import Model
 from pipeline.model.restore import RunSource, find_run, load_base, load_run
+from pipeline.runs.results import STRENGTH_FILE
 
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(11))
-STRENGTH_FILE = "strength.json"
 STRENGTHS = "strength"  # the folder beside it, with the results of each strength
 AUTO = "auto"  # the largest strength that keeps the floor
 
@@ -81,7 +81,7 @@ def evaluate_strength(
         "kept": _kept(levels, summaries),
     }
     if Ranks.current().rank == 0:
-        write_json(out / STRENGTH_FILE, curve)
+        replace_json(out / STRENGTH_FILE, curve)
     return curve
 
 

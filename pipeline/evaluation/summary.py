@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from pipeline.config import ConfigError
 from pipeline.evaluation.benchmark import GROUPS, Benchmark
 from pipeline.evaluation.results import Result
 from pipeline.selection.kept import kept_of
 
 Summary = dict[str, Any]
-SUMMARY_FILE = "summary.json"
 
 
 def summarise(
@@ -88,18 +84,6 @@ def _group(members: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
-
-
-def read_summary(path: str | Path) -> Summary:
-    """A summary.json, or the one in a directory; ConfigError when it is none."""
-    path = Path(path)
-    file = path / SUMMARY_FILE if path.is_dir() else path
-    try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
-        _ = summary["datasets"], summary["groups"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file} is no evaluation summary: {type(error).__name__} {error}") from error
-    return summary
 
 
 def format_summary(summary: Summary) -> str:

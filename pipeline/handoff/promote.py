@@ -12,12 +12,13 @@ from pathlib import Path
 
 from pipeline.config import ConfigError, Promote, load_config
 from pipeline.evaluation.strength import Strength
-from pipeline.evaluation.summary import Summary, read_summary
+from pipeline.evaluation.summary import Summary
 from pipeline.handoff.choice import chosen_run
 from pipeline.handoff.served_run import build_served, check_labels, labels_of
 from pipeline.handoff.source import Source, read_source
 from pipeline.handoff.strength import run_at_strength
 from pipeline.passwords import redact
+from pipeline.runs.results import read_summary
 from pipeline.selection.kept import kept_of
 from pipeline.selection.rule import Clause, check
 from pipeline.tracking.mlflow.registry import CHAMPION, DIGEST_TAG, REGISTRY_VARIABLE, Registry

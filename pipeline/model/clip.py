@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import ConfigError
+from pipeline.files import replacing
 from pipeline.model.activation import lean_activations
 from pipeline.model.text import accept_short_texts
 from pipeline.model.towers import split_attention
@@ -202,9 +203,8 @@ def save_open_clip(
     state = stock_state(model)
     if dtype is not None:
         state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
-    partial = directory / f"{WEIGHTS_FILE}.partial"
-    save_file({name: t.cpu().contiguous() for name, t in state.items()}, partial)
-    partial.replace(directory / WEIGHTS_FILE)
+    with replacing(directory / WEIGHTS_FILE) as partial:
+        save_file({name: t.cpu().contiguous() for name, t in state.items()}, partial)
     config = {"model_cfg": dict(model_cfg), "preprocess_cfg": dict(preprocess_cfg)}
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return directory

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from pipeline.method.adapter import attach_adapter, merge_adapter
 from pipeline.method.contrastive import MAX_LOGIT_SCALE
 from pipeline.model.load import Model, load_model
 from pipeline.model.towers import adapter_targets, apply_trainable
+from pipeline.runs.run import CONFIG_FILE, checkpoint_dir, is_run, kept_steps, latest_step, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,6 @@ class RunSource:
         return f"{self.checkpoint.parent.parent.name}/{self.checkpoint.name}"
 
 
-def is_run(directory: str | Path) -> bool:
-    """Whether this is a run directory; it may still lack a checkpoint."""
-    return (Path(directory) / "config.yaml").is_file()
-
-
 def check_exists(run_or_model: str | Path) -> None:
     """Refuse a path that leads nowhere, before it is looked up as a model's name (`ViT-B/16` is one)."""
     from pipeline.model.clip import is_architecture
@@ -54,31 +49,24 @@ def check_exists(run_or_model: str | Path) -> None:
         raise ConfigError(f"{name}: no such run; a plain model is named as in model.name, ViT-B-16-quickgelu")
 
 
-def kept_steps(run_dir: str | Path) -> list[int]:
-    """The steps of all checkpoints that a run has kept, in order; ConfigError without one."""
-    last = find_run(run_dir)
-    return sorted(int(path.name.removeprefix("step-")) for path in last.checkpoint.parent.glob("step-*[0-9]"))
-
-
 def find_run(run_dir: str | Path, step: int | None = None) -> RunSource:
     """The checkpoint of `step`, or the newest. ConfigError when there is none or its files are damaged."""
     run_dir = Path(run_dir)
     if not is_run(run_dir):
-        raise ConfigError(f"{run_dir} is no run directory: it has no config.yaml")
-    root = run_dir / "checkpoints"
-    present = sorted(path.name for path in root.glob("step-*"))
-    pointer = root / "latest"
-    if step is None and not pointer.is_file():
+        raise ConfigError(f"{run_dir} is not a run directory: it has no {CONFIG_FILE}")
+    wanted = latest_step(run_dir) if step is None else step
+    if wanted is None:
         raise ConfigError(f"{run_dir} has no checkpoint yet: train it first")
-    name = pointer.read_text(encoding="utf-8").strip() if step is None else f"step-{step:08d}"
-    if name not in present:
-        raise ConfigError(f"{run_dir} has no checkpoint {name}; there are: {', '.join(present) or 'none'}")
     try:
-        state = json.loads((root / name / "state.json").read_text(encoding="utf-8"))
-        train_rest = read_chain(run_dir / "config.yaml")["train.train_rest"].value
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{root / name}: cannot be read: {type(error).__name__} {error}") from error
-    return RunSource(root / name, state, train_rest)
+        found = read_checkpoint(run_dir, wanted)
+    except FileNotFoundError:
+        present = ", ".join(checkpoint_dir(run_dir, each).name for each in kept_steps(run_dir)) or "none"
+        name = checkpoint_dir(run_dir, wanted).name
+        raise ConfigError(f"{run_dir} has no checkpoint {name}; there are: {present}") from None
+    train_rest = read_chain(run_dir / CONFIG_FILE).get("train.train_rest")
+    if train_rest is None:
+        raise ConfigError(f"{run_dir / CONFIG_FILE}: has no train.train_rest, so it is not the config of a run")
+    return RunSource(found.path, found.state, train_rest.value)
 
 
 def load_base(source: RunSource) -> Model:

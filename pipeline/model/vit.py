@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.config import VIT_SCHEMA as SCHEMA
 from pipeline.config import ConfigError, is_vit
+from pipeline.files import replacing
 from pipeline.model.activation import lean_activations
 from pipeline.model.towers import split_attention
 from pipeline.model.weights import stock_state, weights_digest
@@ -138,9 +139,8 @@ def save_timm(vit: Vit, directory: str | Path) -> Path:
     state = stock_state(trunk)
     if vit.model.head is not None:
         state |= {f"head.{name}": tensor.detach() for name, tensor in vit.model.head.state_dict().items()}
-    partial = directory / f"{WEIGHT_FILES[0]}.partial"
-    save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, partial)
-    partial.replace(directory / WEIGHT_FILES[0])
+    with replacing(directory / WEIGHT_FILES[0]) as partial:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, partial)
     (directory / CONFIG_FILE).write_text(json.dumps(_timm_config(vit), indent=2) + "\n", encoding="utf-8")
     return directory
 

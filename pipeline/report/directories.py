@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError, flatten, load_config
-from pipeline.evaluation.summary import SUMMARY_FILE, Summary, read_summary
+from pipeline.evaluation.summary import Summary
+from pipeline.files import read_json
 from pipeline.report.records import Best, Collection, Flat, Run, Series, Settings, Status
+from pipeline.runs.results import CHECKPOINTS_FILE, EVAL, STRENGTH_FILE, has_summary, read_summary
+from pipeline.runs.run import CONFIG_FILE, is_run, read_gates
+from pipeline.runs.sweep import (
+    BASELINES,
+    SWEEP_FILE,
+    TRIAL_FILE,
+    TrialState,
+    is_sweep,
+    read_state,
+    read_sweep,
+    trial_dir,
+)
 from pipeline.tracking.journal import JOURNAL, Record, decode, lock_path, read
 from pipeline.tracking.locks import is_held
-
-SWEEP_FILE, TRIAL_FILE, STRENGTH_FILE = "sweep.json", "trial.json", "strength.json"
-CHECKPOINTS_FILE = "checkpoints.json"
-_BASELINES = "baselines"
 
 
 def collect(directory: Path) -> Collection:
     """All runs of a directory; ConfigError unless it is a run, a sweep, or contains runs."""
-    if (directory / SWEEP_FILE).is_file():
+    if is_sweep(directory):
         return _sweep(directory)
-    if (directory / "config.yaml").is_file():
+    if is_run(directory):
         return Collection(directory.name, str(directory), [_run(directory)])
-    runs = [_run(path.parent) for path in sorted(directory.glob("*/config.yaml"))] if directory.is_dir() else []
+    runs = [_run(path.parent) for path in sorted(directory.glob(f"*/{CONFIG_FILE}"))] if directory.is_dir() else []
     if not runs:
         raise ConfigError(
             f"{directory}: neither a run (config.yaml) nor a sweep ({SWEEP_FILE}), and no runs in it; "
@@ -34,24 +42,21 @@ def collect(directory: Path) -> Collection:
 
 
 def _sweep(directory: Path) -> Collection:
-    content = _json(directory / SWEEP_FILE)
-    try:
-        runs = [_trial(directory, entry, content["base_config"]) for entry in content["trials"]]
-        return Collection(content["name"], str(directory), runs, is_held(lock_path(directory / JOURNAL)))
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"{directory / SWEEP_FILE}: not a file that a sweep has written: {error!r}") from error
+    content = read_sweep(directory)
+    runs = [_trial(directory, entry, content["base_config"]) for entry in content["trials"]]
+    return Collection(content["name"], str(directory), runs, is_held(lock_path(directory / JOURNAL)))
 
 
 def _trial(directory: Path, entry: Mapping[str, Any], base: Flat) -> Run:
     """A trial, also one that has not started, or died before it wrote anything; its settings are in sweep.json."""
-    folder = directory / "trials" / entry["name"]
+    folder = trial_dir(directory, entry["name"])
     config = {**base, **entry["changes"]}
-    state = _json(folder / TRIAL_FILE) if (folder / TRIAL_FILE).is_file() else {}
-    common = {"label": entry["label"], "baseline": entry["baseline"], "baselines": directory / _BASELINES}
-    if (folder / "config.yaml").is_file():
+    state = read_state(folder) if (folder / TRIAL_FILE).is_file() else None
+    common = {"label": entry["label"], "baseline": entry["baseline"], "baselines": directory / BASELINES}
+    if is_run(folder):
         return _run(folder, state=state, config=config, **common)
-    status: Status = state.get("status", "waiting")
-    return Run(entry["name"], entry["label"], config, status, entry["baseline"], state.get("error"))
+    state = state or TrialState()
+    return Run(entry["name"], entry["label"], config, state.status, entry["baseline"], state.error)
 
 
 def _run(
@@ -59,33 +64,32 @@ def _run(
     *,
     label: str | None = None,
     baseline: bool = False,
-    state: Mapping[str, Any] | None = None,
+    state: TrialState | None = None,
     config: Flat | None = None,
     baselines: Path | None = None,
 ) -> Run:
-    config = flatten(load_config(directory / "config.yaml")) if config is None else config
-    results, best = directory / "eval", _best(directory / "eval")
+    config = flatten(load_config(directory / CONFIG_FILE)) if config is None else config
+    results, best = directory / EVAL, _best(directory / EVAL)
     summary = _summary(results)
     if summary is None and best is not None:
         results, summary = results / "checkpoints" / str(best.step), best.summary
     step = best.step if best is not None and summary is best.summary else None
     journal = _Journal(directory)
-    state = state or {}
     return Run(
         name=directory.name,
         label=label or _label(directory.name, Settings.of(config)),
         config=config,
-        status=state.get("status") or _status(directory, journal.status, summary),
+        status=state.status if state else _status(directory, journal.status, summary),
         baseline=baseline,
-        error=state.get("error"),
-        step=journal.last_step or int(state.get("step") or 0),
-        total_steps=state.get("total_steps") or _planned(config),
+        error=state.error if state else None,
+        step=journal.last_step or (state.step if state else 0),
+        total_steps=(state.total_steps if state else None) or _planned(config),
         summary=summary,
         metrics=_metrics(results, summary),
-        untouched=_untouched(baselines or directory.absolute().parent / _BASELINES, summary),
-        gates=_gates(directory, step),
+        untouched=_untouched(baselines or directory.absolute().parent / BASELINES, summary),
+        gates=read_gates(directory, step),
         history=journal.history,
-        strength=_json(directory / "eval" / STRENGTH_FILE) if (directory / "eval" / STRENGTH_FILE).is_file() else None,
+        strength=_json(directory / EVAL / STRENGTH_FILE) if (directory / EVAL / STRENGTH_FILE).is_file() else None,
         best=best,
     )
 
@@ -137,7 +141,7 @@ class _Journal:
 
 
 def _summary(folder: Path) -> Summary | None:
-    return read_summary(folder) if (folder / SUMMARY_FILE).is_file() else None
+    return read_summary(folder) if has_summary(folder) else None
 
 
 def _best(folder: Path) -> Best | None:
@@ -167,28 +171,10 @@ def _untouched(baselines: Path, summary: Summary | None) -> dict[str, dict[str, 
     return _metrics(baselines / str(summary.get("base_digest", ""))[:16], summary)
 
 
-def _gates(directory: Path, step: int | None) -> dict[str, bool]:
-    """Open blocks, from gate_map.json of a finished training, else from the newest checkpoint, which is of `step`."""
-    own = [] if step is None else [directory / "checkpoints" / f"step-{step:08d}" / "state.json"]
-    files = [*own, directory / "gate_map.json", *_checkpoints(directory)]
-    for file in files:
-        if file.is_file():
-            content = _json(file)
-            return {target: bool(gate["open"]) for target, gate in content.get("gate_map", content).items()}
-    return {}
-
-
-def _checkpoints(directory: Path) -> Iterator[Path]:
-    pointer = directory / "checkpoints" / "latest"
-    if pointer.is_file():
-        yield pointer.parent / pointer.read_text(encoding="utf-8").strip() / "state.json"
-
-
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected an object, found {type(content).__name__}")
-    return content
+        return read_json(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

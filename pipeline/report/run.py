@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from pipeline.config import Config, ConfigError
+from pipeline.files import replace_bytes
 from pipeline.report import block_map, by_run, by_setting, directories, stored
 from pipeline.report.costs import run_costs
 from pipeline.report.page import Drawing, render
@@ -172,9 +172,6 @@ def _drop_old(out: Path, made: list[Table], drawings: list[Drawing]) -> None:
 
 def _replace(path: Path, content: bytes) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial_path.write_bytes(content)
-        partial_path.replace(path)
+        replace_bytes(path, content)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, ConfigError, flatten
-from pipeline.evaluation.summary import SUMMARY_FILE, Summary
-from pipeline.report.directories import STRENGTH_FILE
+from pipeline.evaluation.summary import Summary
 from pipeline.report.records import Collection, Run, Settings, Status, scalar
+from pipeline.runs.results import EVAL, STRENGTH_FILE, SUMMARY, SUMMARY_FILE
+from pipeline.runs.run import GATES_FILE, open_gates
 from pipeline.tracking.mlflow.reader import StoredRun, read_experiment
 
 # The tag in which a sweep records the status of a trial, in addition to MLflow's own.
 LABEL_TAG, REASON_TAG = "selora.label", "selora.trial.reason"
 # Metrics that figures draw over time; scores of single gates are only in reports of run directories.
 HISTORIES = ("train/loss", "adapter/active_share", "adapter/active_blocks")
-_SUMMARY, _STRENGTH, _GATES = f"eval/{SUMMARY_FILE}", f"eval/{STRENGTH_FILE}", "gate_map.json"
+_SUMMARY, _STRENGTH, _GATES = f"{EVAL}/{SUMMARY_FILE}", f"{EVAL}/{STRENGTH_FILE}", GATES_FILE
 
 
 def collect(experiment: str, uri: str | None) -> Collection:
@@ -45,7 +46,9 @@ def _names(runs: list[StoredRun], all_names: Mapping[str, str]) -> dict[str, str
 def _run(one: StoredRun, name: str) -> Run:
     # A run of an earlier version lacks the options that came later.
     config = _defaults() | {key: scalar(value) for key, value in one.params.items()}
-    summary: Summary | None = json.loads(one.files[_SUMMARY]) if _SUMMARY in one.files else None
+    summary: Summary | None = (
+        SUMMARY.parse(one.files[_SUMMARY], f"{one.name}: {_SUMMARY}") if _SUMMARY in one.files else None
+    )
     settings = Settings.of(config)
     steps = [step for series in one.histories.values() for step, _ in series]
     return Run(
@@ -90,8 +93,7 @@ def _metrics(values: Mapping[str, float], summary: Summary | None) -> dict[str, 
 def _gates(one: StoredRun, settings: Settings, threshold: float) -> dict[str, bool]:
     """Open blocks, from the file if the store has it, else from the last recorded scores."""
     if _GATES in one.files:
-        content: dict[str, dict[str, Any]] = json.loads(one.files[_GATES])
-        return {target: bool(gate["open"]) for target, gate in content.items()}
+        return open_gates(json.loads(one.files[_GATES]))
     if not settings.gated:
         return {}
     scores = {name.removeprefix("gate/"): value for name, value in one.metrics.items() if name.startswith("gate/")}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import uuid
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
+from pipeline.files import read_json, replace_json
 
 RUN_FILE = "run.json"
 _SECTION = "tracking"  # other parts of the product may keep their own keys in the same file
@@ -56,23 +54,10 @@ def settle_identity(run_dir: Path, name: str, experiment: str, uri: str | None, 
     return identity
 
 
-def replace_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write a JSON file so that a reader sees the old or the new content whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected an object")
-    return content
+        raise ConfigError(str(error)) from None

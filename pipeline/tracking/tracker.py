@@ -12,11 +12,12 @@ from types import TracebackType
 from typing import Literal, Protocol, Self
 
 from pipeline.config import ConfigError
+from pipeline.files import sha256_of
 from pipeline.passwords import redact
 from pipeline.tracking.environment import environment_tags
 from pipeline.tracking.identity import read_identity, settle_identity
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.mlflow.delivery import file_digest, load_state, pending
+from pipeline.tracking.mlflow.delivery import load_state, pending
 from pipeline.tracking.mlflow.shipper import LOG_FILE, Shipper
 from pipeline.tracking.mlflow.uris import PasswordMissing, checked_uri, sqlite_path, with_password
 
@@ -101,7 +102,7 @@ class RunTracker:
                 self.artifact(child, f"{folder}/{path.name}".lstrip("/"))
             return
         try:
-            digest = file_digest(path)
+            digest = sha256_of(path)
         except OSError as error:
             logger.warning("%s is not recorded: %s", path, error.strerror)
             return

@@ -11,8 +11,6 @@ generator state needs saving. Written by rank 0 into a temporary directory that 
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,33 +21,31 @@ from torch import Tensor
 
 from pipeline.config import ConfigError
 from pipeline.faults import FULL, number_of
+from pipeline.files import sync
+from pipeline.runs.run import (
+    STATE,
+    STATE_FILE,
+    StoredCheckpoint,
+    checkpoint_dir,
+    kept_steps,
+    point_to,
+)
+from pipeline.runs.run import latest_checkpoint as stored_checkpoint
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """One complete checkpoint: its directory and what its state.json said when it was found."""
-
-    path: Path
-    state: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        return int(self.state["step"])
+class Checkpoint(StoredCheckpoint):
+    """One complete checkpoint with its tensors."""
 
     def moments(self) -> dict[str, Tensor]:
+        """The optimizer's moments, {parameter/moment: values}, and `step`."""
         return load_file(self.path / "optimizer.safetensors")
 
 
 def latest_checkpoint(run_dir: Path) -> Checkpoint | None:
     """The checkpoint that `latest` names, or None before the first one."""
-    pointer = run_dir / "checkpoints" / "latest"
-    if not pointer.exists():
-        return None
-    path = pointer.parent / pointer.read_text(encoding="utf-8").strip()
-    file = path / "state.json"
-    if not file.exists():
-        raise ConfigError(f"{pointer} names {path.name}, which is missing or incomplete: restore it or remove `latest`")
-    return Checkpoint(path, json.loads(file.read_text(encoding="utf-8")))
+    found = stored_checkpoint(run_dir)
+    return None if found is None else Checkpoint(found.path, found.state)
 
 
 def save_checkpoint(
@@ -59,47 +55,31 @@ def save_checkpoint(
 
     A full disk raises ConfigError and leaves the earlier checkpoints and `latest` as they were.
     """
-    root = run_dir / "checkpoints"
-    final = root / f"step-{state['step']:08d}"
-    partial = root / f".{final.name}.partial"
+    final = checkpoint_dir(run_dir, state["step"])
+    partial = final.with_name(f".{final.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file(parameters, partial / "trainable.safetensors")
         save_file(moments, partial / "optimizer.safetensors")
-        (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        _sync(partial)
+        for file in partial.iterdir():
+            sync(file)
+        STATE.write(partial / STATE_FILE, state)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        _point(root / "latest", final.name)
+        point_to(run_dir, state["step"])
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         if number_of(error) in FULL:
             raise ConfigError(
-                f"no space for the checkpoint of step {state['step']} in {root}: {error}. "
+                f"no space for the checkpoint of step {state['step']} in {final.parent}: {error}. "
                 f"Earlier checkpoints are intact: free space (train.keep_last=1 needs least) and run it again"
             ) from error
         raise
-    _drop_old(root, keep_last)
+    _drop_old(run_dir, keep_last)
     return final
 
 
-def _sync(directory: Path) -> None:
-    for path in directory.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-
-
-def _point(pointer: Path, name: str) -> None:
-    temporary = pointer.with_suffix(".partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(pointer)
-
-
-def _drop_old(root: Path, keep_last: int) -> None:
-    complete = sorted(path for path in root.glob("step-*") if (path / "state.json").exists())
-    for path in complete[:-keep_last]:
-        shutil.rmtree(path)
+def _drop_old(run_dir: Path, keep_last: int) -> None:
+    for step in kept_steps(run_dir)[:-keep_last]:
+        shutil.rmtree(checkpoint_dir(run_dir, step))

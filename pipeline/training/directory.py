@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.config import Config, ConfigError, flatten, load_config, to_yaml
+from pipeline.config import Config, ConfigError, flatten, load_config
+from pipeline.runs.run import CONFIG_FILE, is_run, write_config, write_gates
 from pipeline.tracking.tracker import NullTracker, Tracker, environment_tags, open_tracker, watch_machine
 from pipeline.training.checkpoint import latest_checkpoint
 from pipeline.training.cluster.distributed import World
@@ -26,9 +26,8 @@ def claim(run_dir: Path, config: Config, world: World) -> None:
     """
     if not world.is_main:
         return
-    path = run_dir / "config.yaml"
-    if path.exists():
-        changed = changed_settings(load_config(path, []), config)
+    if is_run(run_dir):
+        changed = changed_settings(load_config(run_dir / CONFIG_FILE, []), config)
         if changed and latest_checkpoint(run_dir) is None:
             _set_aside(run_dir, world)
         elif changed:
@@ -36,10 +35,7 @@ def claim(run_dir: Path, config: Config, world: World) -> None:
                 f"{run_dir} holds a run with other settings; choose another name=… or restore them:\n"
                 + "\n".join(changed)
             )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_suffix(".partial")
-    partial_path.write_text(to_yaml(config), encoding="utf-8")
-    partial_path.replace(path)
+    write_config(run_dir, config)
 
 
 def _set_aside(run_dir: Path, world: World) -> None:
@@ -84,12 +80,10 @@ def tracked(config: Config, run_dir: Path, world: World, digests: dict[str, str]
 
 
 def _record_artifacts(tracker: Tracker, run_dir: Path) -> None:
-    tracker.artifact(run_dir / "config.yaml")
+    tracker.artifact(run_dir / CONFIG_FILE)
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is not None:
-        gates = run_dir / "gate_map.json"
-        gates.write_text(json.dumps(checkpoint.state["gate_map"], indent=1), encoding="utf-8")
-        tracker.artifact(gates)
+        tracker.artifact(write_gates(run_dir, checkpoint.state["gate_map"]))
 
 
 def leave_mark() -> None:

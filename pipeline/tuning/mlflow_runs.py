@@ -10,6 +10,8 @@ from types import TracebackType
 from typing import Literal, Self
 
 from pipeline.config import Config, flatten
+from pipeline.files import replace_text
+from pipeline.runs.sweep import OVER, SWEEP_FILE, TRIALS, TrialState, trial_dir
 from pipeline.tracking.identity import read_identity, settle_identity
 from pipeline.tracking.journal import JOURNAL, Journal, lock_path
 from pipeline.tracking.locks import is_held
@@ -17,7 +19,6 @@ from pipeline.tracking.mlflow.delivery import StoreState, load_state, pending
 from pipeline.tracking.mlflow.sync import sync
 from pipeline.tracking.mlflow.uris import PasswordMissing, resolve_uri
 from pipeline.tracking.tracker import RunTracker, environment_tags, open_tracker
-from pipeline.tuning.files import OVER, SWEEP_FILE, TRIALS, TrialState, trial_dir
 from pipeline.tuning.grid import Grid, Trial
 
 MACHINE_SECONDS = 15.0
@@ -57,7 +58,7 @@ class Record:
         over = sum(one.status in OVER for one in states.values())
         ends = {f"trials/{end}": float(sum(one.status == end for one in states.values())) for end in _ENDS}
         self._tracker.metrics(over, ends)
-        (self._dir / TABLE_FILE).write_text(table + "\n", encoding="utf-8")
+        replace_text(self._dir / TABLE_FILE, table + "\n")
         for name in (SWEEP_FILE, TABLE_FILE):
             self._tracker.artifact(self._dir / name)
         for name, state in states.items():

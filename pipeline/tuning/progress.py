@@ -12,9 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from pipeline.evaluation.summary import SUMMARY_FILE
+from pipeline.runs.results import EVAL, has_summary, read_summary
+from pipeline.runs.sweep import OVER, TrialState, read_state, trial_dir
 from pipeline.tracking.journal import JOURNAL
-from pipeline.tuning.files import OVER, TrialState, read_state, trial_dir
 from pipeline.tuning.grid import Trial
 from pipeline.tuning.plan import Speed
 
@@ -184,7 +184,7 @@ def _tail(path: Path) -> Iterator[dict]:
 def _row(run_dir: Path, trial: Trial) -> Row:
     state = read_state(run_dir)
     step, values = last_values(run_dir)
-    groups, forgot = _results(run_dir / "eval" / SUMMARY_FILE)
+    groups, forgot = _results(run_dir / EVAL)
     speed = values.get("train/images_per_s")
     left = None
     if state.status == "training" and speed:
@@ -208,12 +208,11 @@ def _active(values: dict[str, float]) -> str:
     return f"{open_blocks:.0f} ({share:.0%})"
 
 
-def _results(path: Path) -> tuple[float | None, float | None]:
-    """(mean of the id group, forgetting) of a summary.json, None where it has none."""
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def _results(folder: Path) -> tuple[float | None, float | None]:
+    """(mean of the id group, forgetting) of an evaluation, None where it has none."""
+    if not has_summary(folder):
         return None, None
+    summary = read_summary(folder)
     return summary["groups"].get("id", {}).get("mean"), summary["forgetting"]
 
 

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
+from pipeline.runs.run import steps_done
+from pipeline.runs.sweep import OVER, TrialState, read_state, trial_dir, write_state
 from pipeline.tracking.tracker import SHIPPED_VARIABLE
 from pipeline.tuning.environment import kept_back, passed_on, short_sockets
-from pipeline.tuning.files import OVER, TrialState, read_state, steps_done, trial_dir, write_state
 from pipeline.tuning.grid import Asha, Resources
 from pipeline.tuning.plan import Capacity, Node
 from pipeline.tuning.ray_errors import check_reachable, token_fault, told

@@ -6,7 +6,6 @@ until the trials start.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 import sys
@@ -18,16 +17,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipeline.config import Config, ConfigError, digest, load_config, override, to_yaml
+from pipeline.config import Config, ConfigError, load_config, override
 from pipeline.data.storage.folders import STORE_PASSWORD
 from pipeline.passwords import password_in
-from pipeline.tuning.files import (
+from pipeline.runs.run import CONFIG_FILE, steps_done, write_config
+from pipeline.runs.sweep import (
     OVER,
     STOP_FILE,
     TrialState,
+    is_sweep,
     read_state,
     read_sweep,
-    steps_done,
     trial_dir,
     write_state,
     write_sweep,
@@ -129,8 +129,7 @@ def _prepare(config: Config, grid: Grid) -> tuple[list[Trial], dict[str, int]]:
     from pipeline.tracking.mlflow.uris import checked_uri
     from pipeline.training.settings import total_steps
 
-    stored = read_sweep(_directory(config))
-    trials = keep_names(expand(config, grid), stored["trials"] if stored else ())
+    trials = keep_names(expand(config, grid), _stored_trials(_directory(config)))
     samples = {path: load_index(path).samples for path in {one.config.data.train for one in trials}}
     asked = {(one.config.eval.benchmark, one.config.eval.root, one.config.eval.datasets) for one in trials}
     for one in {(one.config.keep, one.config.eval): one for one in trials}.values():
@@ -145,20 +144,22 @@ def _prepare(config: Config, grid: Grid) -> tuple[list[Trial], dict[str, int]]:
     return trials, {one.name: total_steps(one.config, samples[one.config.data.train]) for one in trials}
 
 
+def _stored_trials(sweep_dir: Path) -> list[dict[str, Any]]:
+    """The trials of an earlier call, none before the first."""
+    return read_sweep(sweep_dir)["trials"] if is_sweep(sweep_dir) else []
+
+
 def _refuse_changes(sweep_dir: Path, trials: Sequence[Trial]) -> None:
     """Check that existing trials are unchanged; new ones may be added."""
     from pipeline.training.settings import changed_settings
 
-    old = read_sweep(sweep_dir)
-    if old is None:
-        return
     now, faults = {trial.name: trial for trial in trials}, []
-    for entry in old["trials"]:
+    for entry in _stored_trials(sweep_dir):
         name = entry["name"]
         if name not in now:
             faults.append(f"{name} ({entry['label']}) is no longer in the grid")
             continue
-        path = trial_dir(sweep_dir, name) / "config.yaml"
+        path = trial_dir(sweep_dir, name) / CONFIG_FILE
         changed = changed_settings(load_config(path), now[name].config) if path.is_file() else []
         faults += [f"{name}:", *changed] if changed else []
     if faults:
@@ -178,16 +179,15 @@ def _write(
     retry_failed: bool,
 ) -> None:
     """Write what the trials' processes read: sweep.json, and each trial's config and state."""
-    text = " ".join(digest(trial.config) for trial in trials)
-    write_sweep(sweep_dir, config, grid, trials, hashlib.sha256(text.encode()).hexdigest()[:16])
+    entries = [
+        {"id": one.id, "name": one.name, "label": one.label, "changes": one.changes, "baseline": one.baseline}
+        for one in trials
+    ]
+    write_sweep(sweep_dir, config, grid.source, entries)
     (sweep_dir / STOP_FILE).unlink(missing_ok=True)
     for trial in trials:
         run_dir = trial_dir(sweep_dir, trial.name)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / "config.yaml"
-        partial = path.with_suffix(".partial")
-        partial.write_text(to_yaml(trial.config), encoding="utf-8")
-        partial.replace(path)
+        write_config(run_dir, trial.config)
         status = read_state(run_dir).status
         again = status not in OVER or (status == "failed" and retry_failed)
         write_state(run_dir, total_steps=totals[trial.name], **({"status": "waiting", "error": None} if again else {}))

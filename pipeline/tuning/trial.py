@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config, ConfigError, load_config
-from pipeline.tuning.files import STOP_FILE, TrialState, read_state, steps_done, trial_dir, write_state
+from pipeline.files import replace_text
+from pipeline.runs.results import EVAL
+from pipeline.runs.run import CONFIG_FILE, is_run, steps_done
+from pipeline.runs.sweep import BASELINES, STOP_FILE, TrialState, read_state, trial_dir, write_state
 
 if TYPE_CHECKING:
     from pipeline.training.run import Watch
@@ -40,10 +43,10 @@ class StopWatch:
 
 def trial_config(sweep_dir: Path, name: str) -> Config:
     """The config of a trial, as the sweep resolved it."""
-    path = trial_dir(sweep_dir, name) / "config.yaml"
-    if not path.is_file():
+    run_dir = trial_dir(sweep_dir, name)
+    if not is_run(run_dir):
         raise ConfigError(f"{sweep_dir}: has no trial {name}")
-    return load_config(path)
+    return load_config(run_dir / CONFIG_FILE)
 
 
 def train_stage(sweep_dir: Path, name: str, watch: Watch | None = None) -> None:
@@ -96,12 +99,12 @@ def evaluation_stage(sweep_dir: Path, name: str) -> Mapping[str, Any] | None:
         cache=Cache.named(config.eval.cache),
     )
     benchmark = load_benchmark(config.eval.benchmark, config.eval.root).choose(config.eval.datasets)
-    baselines = sweep_dir / "baselines"
+    baselines = sweep_dir / BASELINES
     with _log(run_dir):
         baselines.mkdir(parents=True, exist_ok=True)
         with suppress(Busy), FileLock(baselines / ".lock", _BASELINE_WAIT_SECONDS):
             _evaluate_base(run_dir, benchmark, settings, baselines)
-        found = evaluate_run(run_dir, benchmark, run_dir / "eval", settings, baselines=baselines, say=_say)
+        found = evaluate_run(run_dir, benchmark, run_dir / EVAL, settings, baselines=baselines, say=_say)
         track_results(run_dir, config, find_run(run_dir).step, found.results, found.summary)
     return found.summary
 
@@ -167,9 +170,7 @@ def final_reason(error: BaseException) -> str | None:
 
 
 def _keep_failure(run_dir: Path, reason: str) -> None:
-    partial = run_dir / f".{FAILURE_FILE}.{os.getpid()}.partial"
-    partial.write_text(reason + "\n", encoding="utf-8")
-    partial.replace(run_dir / FAILURE_FILE)
+    replace_text(run_dir / FAILURE_FILE, reason + "\n")
 
 
 @contextmanager

@@ -163,7 +163,7 @@ def _export_whole(box: Path) -> list[str]:
 
 
 def _promote(_: Path, box: Path) -> list[str]:
-    rule = ["--rule", "min_gain=-1", "max_forgetting=null"]
+    rule = ["--rule", "min_gain=-1", "max_forgetting=1"]
     return ["promote", str(box / "run"), "--name", "m", "--uri", _address(box), *rule]
 
 

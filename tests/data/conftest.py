@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.shards.index import Shard, ShardIndex, pack, sha256_of, write_index, write_tar
+from pipeline.data.shards.index import Shard, ShardIndex, pack, write_index, write_tar
 from pipeline.data.sources.sample import Sample
+from pipeline.files import sha256_of
 
 sys.path.insert(0, str(Path(__file__).parent))  # for what more than one test file could want
 

@@ -31,9 +31,10 @@ from pipeline.evaluation.dataset import Settings, open_dataset
 from pipeline.evaluation.knn import Nearest, as_logits, class_votes, count_votes, from_keys, merged, to_keys
 from pipeline.evaluation.run import evaluate
 from pipeline.evaluation.strength import evaluate_strength
-from pipeline.evaluation.summary import format_summary, read_summary
+from pipeline.evaluation.summary import format_summary
 from pipeline.method.adapter import blocks
 from pipeline.model.clip import Clip, load_clip
+from pipeline.runs.results import read_summary
 
 SETTINGS = Settings(batch_size=16, workers=0)
 CPU = torch.device("cpu")

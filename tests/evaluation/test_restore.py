@@ -127,7 +127,7 @@ def test_a_run_without_checkpoint_and_a_directory_that_is_no_run_say_so(tmp_path
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(ConfigError, match="has no checkpoint yet"):
         load_run(run)
-    with pytest.raises(ConfigError, match="no run directory"):
+    with pytest.raises(ConfigError, match="is not a run directory"):
         load_run(tmp_path)
 
 

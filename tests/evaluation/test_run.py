@@ -23,11 +23,12 @@ from pipeline.evaluation.benchmark import load_benchmark
 from pipeline.evaluation.command import evaluate_command
 from pipeline.evaluation.dataset import Settings
 from pipeline.evaluation.run import evaluate
-from pipeline.evaluation.summary import format_summary, read_summary
+from pipeline.evaluation.summary import format_summary
 from pipeline.method.adapter import attach_adapter
 from pipeline.model.clip import Clip, load_clip
 from pipeline.model.restore import find_run
 from pipeline.model.towers import adapter_targets
+from pipeline.runs.results import read_summary
 
 SETTINGS = Settings(batch_size=16, workers=0)
 FOUR = ["ours", "moved", "few", "pairs"]

@@ -9,7 +9,8 @@ import pytest
 
 from pipeline.config import ConfigError
 from pipeline.evaluation.benchmark import Benchmark, Row
-from pipeline.evaluation.summary import format_summary, read_summary, summarise
+from pipeline.evaluation.summary import format_summary, summarise
+from pipeline.runs.results import read_summary
 
 MODEL = {"model": "tiny", "pretrained": None, "limit": None}
 
@@ -87,7 +88,7 @@ def test_the_printed_table_lines_up_and_shows_signed_changes() -> None:
 
 def test_a_file_that_is_no_summary_is_refused(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text("{}")
-    with pytest.raises(ConfigError, match="no evaluation summary"):
+    with pytest.raises(ConfigError, match="is not a selora-summary file, it has no datasets, groups"):
         read_summary(tmp_path)
-    with pytest.raises(ConfigError, match="no evaluation summary"):
+    with pytest.raises(ConfigError, match="there is no such summary"):
         read_summary(tmp_path / "elsewhere.json")

@@ -23,6 +23,7 @@ from pipeline.method.adapter import blocks
 from pipeline.model.clip import Clip
 from pipeline.model.load import Model
 from pipeline.model.restore import load_run
+from pipeline.runs.sweep import write_sweep
 from pipeline.training.checkpoint import save_checkpoint
 from pipeline.training.cluster.distributed import read_world
 from pipeline.training.model import build_model, checkpoint_state, trainable
@@ -176,3 +177,15 @@ def pixels_of() -> Callable[[bytes, Model], Tensor]:
         return normalize(resized[None], model.preprocess_cfg["mean"], model.preprocess_cfg["std"])
 
     return pixels
+
+
+@pytest.fixture(scope="session")
+def write_sweep_of() -> Callable[..., None]:
+    """write(sweep_dir, *names): a sweep.json with trials of these names."""
+
+    def write(sweep_dir: Path, *names: str) -> None:
+        base = Config.model_validate({"name": sweep_dir.name, "data": {"train": "unset"}})
+        entry = {"id": "0000-0", "label": "", "changes": {}, "baseline": False}
+        write_sweep(sweep_dir, base, {}, [entry | {"name": name} for name in names])
+
+    return write

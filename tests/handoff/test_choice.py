@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ from pipeline.handoff.choice import chosen_run, rule_of
 
 
 @pytest.fixture
-def sweep(tmp_path: Path) -> Path:
+def sweep(tmp_path: Path, write_sweep_of: Callable[..., None]) -> Path:
     """Three trials whose rule allows to forget 0.1: one learned and forgot most, one less, one has no results."""
-    (tmp_path / "sweep.json").write_text(json.dumps({"trials": [{"name": name} for name in ("wild", "mild", "late")]}))
+    write_sweep_of(tmp_path, "wild", "mild", "late")
     for name, gain, drop in (("wild", 0.4, 0.2), ("mild", 0.2, 0.05), ("late", None, None)):
         folder = tmp_path / "trials" / name
         (folder / "eval").mkdir(parents=True)

@@ -23,7 +23,10 @@ from pipeline.tracking.tracker import open_tracker
 
 @pytest.fixture(scope="module")
 def runs(
-    make_run: Callable[..., Path], evaluated: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory
+    make_run: Callable[..., Path],
+    evaluated: Callable[[Path], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    write_sweep_of: Callable[..., None],
 ) -> tuple[Path, Path]:
     """Two runs with results, in one directory, which is a sweep as well."""
     sweep = tmp_path_factory.mktemp("search") / "sweep"
@@ -31,9 +34,7 @@ def runs(
         evaluated(make_run("lora", True, directory=sweep / "trials" / name, seed=seed))
         for seed, name in ((1, "first"), (2, "second"))
     )
-    (sweep / "sweep.json").write_text(
-        json.dumps({"trials": [{"name": "first"}, {"name": "second"}, {"name": "third"}]})
-    )
+    write_sweep_of(sweep, "first", "second", "third")
     return first, second
 
 
@@ -128,7 +129,7 @@ def test_results_of_other_weights_or_of_a_part_are_refused(runs: tuple[Path, Pat
 def test_of_a_sweep_the_chosen_trial_is_promoted_and_a_worse_one_does_not_become_champion(
     runs: tuple[Path, Path], store: str
 ) -> None:
-    from pipeline.evaluation.summary import read_summary
+    from pipeline.runs.results import read_summary
     from pipeline.selection.ranking import choose, point_of
 
     sweep = runs[0].parent.parent

@@ -13,8 +13,10 @@ import pytest
 from pipeline.config import flatten, load_config, override, to_yaml
 from pipeline.evaluation.benchmark import Benchmark, load_benchmark
 from pipeline.evaluation.record import track_results
-from pipeline.evaluation.results import Result, write_json
-from pipeline.evaluation.summary import SUMMARY_FILE, summarise
+from pipeline.evaluation.results import Result
+from pipeline.evaluation.summary import summarise
+from pipeline.files import replace_json
+from pipeline.runs.results import SUMMARY_FILE
 from pipeline.tracking.tracker import Status, open_tracker
 
 BASE_DIGEST = "ab" * 32
@@ -62,9 +64,9 @@ def write_results(
     baseline = None if untouched is None else summarise(benchmark, results_of(benchmark, untouched), facts, None)
     results = results_of(benchmark, values)
     for key, result in results.items():
-        write_json(folder / f"{key}.json", result)
+        replace_json(folder / f"{key}.json", result)
     summary = summarise(benchmark, results, facts, baseline)
-    write_json(folder / SUMMARY_FILE, summary)
+    replace_json(folder / SUMMARY_FILE, summary)
     return summary
 
 
@@ -156,7 +158,9 @@ def sweep_dir(tmp_path_factory: pytest.TempPathFactory, benchmark: Benchmark, ar
         if state != "waiting":
             write_run(name, changes, folder=trials, table=benchmark, **written)
             step = written.get("steps", 40)
-            write_json(trials / name / "trial.json", {"status": state, "step": step, "total_steps": 40, "error": error})
+            replace_json(
+                trials / name / "trial.json", {"status": state, "step": step, "total_steps": 40, "error": error}
+            )
 
     some, few = TARGETS[60:72], TARGETS[66:70]
     for rank in (8, 64):
@@ -176,7 +180,7 @@ def sweep_dir(tmp_path_factory: pytest.TempPathFactory, benchmark: Benchmark, ar
     add("later", {"adapter.rank": 16, "gate.lam": 1.0}, "waiting")
     base = flatten(load_config(trials / "r8_l1" / "config.yaml"))
     head = {"format": "selora-sweep", "version": 1, "name": "search", "digest": "0", "base_config": base, "grid": {}}
-    write_json(directory / "sweep.json", {**head, "trials": entries})
+    replace_json(directory / "sweep.json", {**head, "trials": entries})
     (trials / "baselines").rename(directory / "baselines")
     return directory
 

@@ -222,7 +222,7 @@ def test_what_is_no_run_is_the_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither a run .* nor a sweep"):
         report(tmp_path)
     (tmp_path / "sweep.json").write_text('{"trials": 1}')
-    with pytest.raises(ConfigError, match=r"sweep\.json: not a file that a sweep has written"):
+    with pytest.raises(ConfigError, match=r"sweep\.json: is not a selora-sweep file, it has no name, base_config"):
         report(tmp_path)
     with pytest.raises(ConfigError, match="uri: only an experiment"):
         report(tmp_path, uri="http://localhost:1")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.evaluation.benchmark import Benchmark
-from pipeline.evaluation.results import write_json
+from pipeline.files import replace_json
 from pipeline.report import by_run, by_setting
 from pipeline.report.costs import run_costs
 from pipeline.report.directories import collect
@@ -129,7 +129,7 @@ def test_the_best_checkpoint_stands_beside_the_last(make_vit: MakeRun, tmp_path:
     # A model of random blocks has as many at each checkpoint, of all that there could be.
     random = make_vit("random", {"adapter.rank": 16, "adapter.random_k": 5}, 0.85, 0.86)
     shutil.copytree(random / "eval", random / "eval" / "checkpoints" / "20")
-    write_json(random / "eval" / "checkpoints.json", comparison)
+    replace_json(random / "eval" / "checkpoints.json", comparison)
     report(tmp_path / "runs")
     blocks = [row["blocks (%)"] for row in rows(page.parent / "tables" / "cifar100-lora.csv")]
     assert blocks[-3:] == ["6.94", "6.94", "6.94"]

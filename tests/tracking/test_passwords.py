@@ -223,7 +223,7 @@ def test_a_sweep_leaves_the_password_nowhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image_folder: Callable[..., Path]
 ) -> None:
     from pipeline.data.shards.index import pack
-    from pipeline.tuning.files import SWEEP_FILE, read_state, trial_dir
+    from pipeline.runs.sweep import SWEEP_FILE, read_state, trial_dir
     from pipeline.tuning.grid import Resources, load_grid
     from pipeline.tuning.mlflow_runs import Record
     from pipeline.tuning.scheduler import _init_settings

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from pipeline.config import Config, load_config, to_yaml
-from pipeline.tuning.files import read_state, trial_dir
+from pipeline.runs.sweep import read_state, trial_dir
 from pipeline.tuning.grid import Grid, load_grid
 
 PATIENCE = 2400.0  # seconds; a busy machine stretches a trial a hundredfold

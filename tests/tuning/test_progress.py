@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline.tuning.files import trial_dir, write_state
+from pipeline.runs.sweep import trial_dir, write_state
 from pipeline.tuning.grid import Trial, expand
 from pipeline.tuning.progress import describe, line_of, rich_table, rows
 
@@ -25,7 +25,7 @@ def sweep(make_config, make_grid, tmp_path: Path) -> tuple[Path, list[Trial]]:
     (training / "journal.jsonl").write_text(json.dumps(record) + "\n")
     write_state(training, status="training", total_steps=12)
     write_state(finished, status="finished", step=12, total_steps=12)
-    summary = {"groups": {"id": {"mean": 0.5}}, "forgetting": 0.031}
+    summary = {"datasets": {}, "groups": {"id": {"mean": 0.5}}, "forgetting": 0.031}
     (finished / "eval").mkdir()
     (finished / "eval" / "summary.json").write_text(json.dumps(summary))
     write_state(failed, status="failed", step=3, total_steps=12, error="diverged: step 3: the loss is not finite")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.tuning.files import read_state, trial_dir, write_state
+from pipeline.runs.sweep import read_state, trial_dir, write_state
 from pipeline.tuning.mlflow_runs import REASON_TAG, Record
 from pipeline.tuning.sweep import lay_out
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pipeline.config import ConfigError
-from pipeline.tuning.files import TrialState, read_state, read_sweep, trial_dir, write_state
+from pipeline.runs.sweep import TrialState, read_state, read_sweep, trial_dir, write_state
 from pipeline.tuning.progress import describe, last_values, line_of, measured_speed, rows
 from pipeline.tuning.sweep import lay_out, plan_sweep
 from pipeline.tuning.trial import after_training, begin, final_reason, train_stage

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from pipeline.data.sources.sample import Sample, Source, SourceOptions
 from pipeline.data.storage.cache import Cache
 from pipeline.data.storage.folders import Folder, LocalFolder, folder_at
 from pipeline.data.storage.tar import TarError, TarIndex
+from pipeline.files import replacing, sha256_of
 
 FORMAT_NAME, FORMAT_VERSION = "selora-shards", 1
 INDEX_NAME = "index.json"
@@ -232,8 +232,6 @@ def write_tar(
             with TarWriter(file, user="", group="", mtime=0, encoder=False) as writer:
                 for sample in samples:
                     writer.write({"__key__": sample.key, **files_of(sample)})
-            file.flush()
-            os.fsync(file.fileno())
         size, sha256 = temporary.stat().st_size, sha256_of(temporary)
     return Shard(path.name, len(samples), size, sha256)
 
@@ -243,11 +241,8 @@ def appearing(path: Path) -> Iterator[Path]:
     """A name that no other writer of ``path`` uses; the file takes its place after the block, or is gone."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     with disk_faults_told(path):
-        try:
+        with replacing(path, temporary):
             yield temporary
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -276,11 +271,6 @@ def sample_members(sample: Sample) -> dict[str, bytes]:
     if sample.captions:
         members["txt"] = caption_member(sample.captions)
     return members
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(shards: Sequence[Shard], classes: Sequence[str] | None) -> str:

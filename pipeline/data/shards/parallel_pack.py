@@ -39,11 +39,11 @@ from pipeline.data.shards.index import (
     disk_faults_told,
     load_index,
     sample_members,
-    sha256_of,
     write_index,
     write_tar,
 )
 from pipeline.data.sources.sample import Sample, sample_key
+from pipeline.files import json_text, sha256_of
 
 PLAN, PARTS = "plan.json", "parts"
 
@@ -268,7 +268,7 @@ def _write_json(file: Path, content: dict[str, object]) -> None:
     with disk_faults_told(file):
         file.parent.mkdir(parents=True, exist_ok=True)
     with appearing(file) as temporary:
-        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        temporary.write_text(json_text(content), encoding="utf-8")
 
 
 _packing: Packing | None = None

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from pipeline.config import ConfigError
 from pipeline.data.images import MAX_PIXELS, STORED_EXTENSIONS, BadImageError, decode
-from pipeline.data.shards.index import Shard, read_index, sha256_of, size_fault
+from pipeline.data.shards.index import Shard, read_index, size_fault
 from pipeline.data.shards.members import sample_texts
 from pipeline.data.sources.account import Account
 from pipeline.data.storage.folders import LocalFolder
 from pipeline.data.storage.remote import is_remote
 from pipeline.data.storage.tar import TarError, TarIndex
+from pipeline.files import sha256_of
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ by AWS_ENDPOINT_URL_S3.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
 import re
@@ -27,6 +26,7 @@ from filelock import FileLock, Timeout
 from pipeline.config import ConfigError
 from pipeline.data.storage.cache import Cache, entry_of, lock_of, touch
 from pipeline.data.storage.cache_budget import room_to_fetch
+from pipeline.files import sha256_of
 from pipeline.passwords import redact
 
 CHUNK = 8 * 2**20
@@ -148,7 +148,7 @@ def _fetched(url: str, path: Path, part: Path, cache: Cache, size: int | None, s
             _download(url, part, cache.attempts, size)
         else:
             part.write_bytes(whole)
-        found = None if sha256 is None else _sha256(part)
+        found = None if sha256 is None else sha256_of(part)
         if found == sha256:
             part.replace(path)
         else:
@@ -295,8 +295,3 @@ def _hub() -> str:
 
 def _file_name(url: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", url.partition("?")[0].rstrip("/").rpartition("/")[2]) or "file"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

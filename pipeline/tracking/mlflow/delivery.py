@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.files import read_json, replace_json
 from pipeline.passwords import redact
-from pipeline.tracking.identity import RunIdentity, replace_json
+from pipeline.tracking.identity import RunIdentity
 from pipeline.tracking.journal import JOURNAL, Corrupt, Record, decode, journals, lock_path, read
 from pipeline.tracking.locks import is_held
 from pipeline.tracking.mlflow.store import (
@@ -51,7 +50,7 @@ class StoreState:
 def load_state(run_dir: Path, uri: str) -> StoreState:
     """The delivery state of one store; a fresh one if there is none or it cannot be read."""
     try:
-        return StoreState(**json.loads((run_dir / STATE_FILE).read_text(encoding="utf-8"))[redact(uri)])
+        return StoreState(**read_json(run_dir / STATE_FILE)[redact(uri)])
     except (OSError, ValueError, KeyError, TypeError):
         return StoreState()
 
@@ -60,7 +59,7 @@ def save_state(run_dir: Path, uri: str, state: StoreState) -> None:
     """Write the state of one store beside those of others; a full disk only costs a second delivery later."""
     path = run_dir / STATE_FILE
     try:
-        stores = json.loads(path.read_text(encoding="utf-8"))
+        stores = read_json(path)
     except (OSError, ValueError):
         stores = {}
     try:
@@ -319,12 +318,6 @@ def pending(run_dir: Path, state: StoreState) -> int:
 def count(record: Record) -> int:
     """How many values a record holds; files are counted when they are uploaded."""
     return len(record.data["values"]) if record.kind in ("metrics", "params", "tags") else 0
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _size(path: Path) -> int:

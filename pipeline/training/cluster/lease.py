@@ -8,7 +8,6 @@ comes back (a frozen node, a cut network file system) finds another name in the 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError, Ended
+from pipeline.files import read_json, replace_json
 
 RENEW_SECONDS = 5.0
 STALE_SECONDS = 30.0
@@ -121,20 +121,13 @@ class Lease:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            return json.loads(self._path.read_text(encoding="utf-8"))
+            return read_json(self._path)
         except (FileNotFoundError, ValueError):
             return None
 
     def _write(self) -> None:
         self._beat += 1
-        partial = self._path.with_name(f"{self._path.name}.{self._own['holder']}")
-        try:
-            partial.write_text(json.dumps(self._own | {"beat": self._beat}), encoding="utf-8")
-            partial.replace(self._path)
-        except OSError:
-            with suppress(OSError):
-                partial.unlink()
-            raise
+        replace_json(self._path, self._own | {"beat": self._beat})
 
 
 @contextmanager

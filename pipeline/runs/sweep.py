@@ -8,18 +8,18 @@ OUT/NAME/stop                          present while the sweep is asked to save 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config import Config, ConfigError, flatten
-from pipeline.evaluation.results import write_json
-from pipeline.tuning.grid import Grid, Trial
+from pipeline.runs.formats import Format
 
-SWEEP_FILE, TRIAL_FILE, STOP_FILE, TRIALS = "sweep.json", "trial.json", "stop", "trials"
+SWEEP_FILE, TRIAL_FILE, STOP_FILE, TRIALS, BASELINES = "sweep.json", "trial.json", "stop", "trials", "baselines"
+SWEEP = Format("selora-sweep", 1, ("name", "base_config", "trials"))
+TRIAL = Format("selora-trial", 1, ("status",))
 Status = Literal["waiting", "training", "evaluating", "finished", "failed", "stopped"]
 OVER: tuple[Status, ...] = ("finished", "failed", "stopped")
 
@@ -36,6 +36,11 @@ class TrialState:
     updated: str = ""
 
 
+def is_sweep(directory: str | Path) -> bool:
+    """Whether this is a sweep directory."""
+    return (Path(directory) / SWEEP_FILE).is_file()
+
+
 def trial_dir(sweep_dir: Path, name: str) -> Path:
     """Run directory of a trial."""
     return sweep_dir / TRIALS / name
@@ -44,7 +49,7 @@ def trial_dir(sweep_dir: Path, name: str) -> Path:
 def read_state(run_dir: Path) -> TrialState:
     """The state of a trial; a fresh one if nothing was written yet."""
     try:
-        content = json.loads((run_dir / TRIAL_FILE).read_text(encoding="utf-8"))
+        content = TRIAL.read(run_dir / TRIAL_FILE)
     except FileNotFoundError:
         return TrialState()
     return TrialState(**{name: content[name] for name in TrialState.__dataclass_fields__ if name in content})
@@ -57,47 +62,38 @@ def write_state(run_dir: Path, **changes: Any) -> TrialState:
     if state == before:
         return before
     state = replace(state, updated=datetime.now(UTC).isoformat(timespec="seconds"))
-    write_json(run_dir / TRIAL_FILE, asdict(state))
+    TRIAL.write(run_dir / TRIAL_FILE, asdict(state))
     return state
 
 
-def steps_done(run_dir: Path) -> int:
-    """Steps in the newest checkpoint; the file is read here because the checkpoint's own module needs torch."""
-    pointer = run_dir / "checkpoints" / "latest"
-    if not pointer.exists():
-        return 0
-    state = json.loads(
-        (pointer.parent / pointer.read_text(encoding="utf-8").strip() / "state.json").read_text(encoding="utf-8")
-    )
-    return int(state["step"])
+def write_sweep(sweep_dir: Path, config: Config, grid: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> None:
+    """Write sweep.json, from which report and promotion read the trials.
+
+    Args:
+        config: what all trials start from.
+        grid: the grid file as written, {key: value}.
+        trials: id, name, label, changes ({option: value}) and baseline of each.
+    """
+    content = {"name": config.name, "base_config": flatten(config), "grid": dict(grid), "trials": list(trials)}
+    SWEEP.write(sweep_dir / SWEEP_FILE, content)
 
 
-def write_sweep(sweep_dir: Path, config: Config, grid: Grid, trials: Sequence[Trial], digest: str) -> None:
-    """Write sweep.json, from which report and promotion read the trials."""
-    content = {
-        "format": "selora-sweep",
-        "version": 1,
-        "name": config.name,
-        "digest": digest,
-        "base_config": flatten(config),
-        "grid": grid.source,
-        "trials": [
-            {"id": one.id, "name": one.name, "label": one.label, "changes": one.changes, "baseline": one.baseline}
-            for one in trials
-        ],
-    }
-    write_json(sweep_dir / SWEEP_FILE, content)
+def read_sweep(sweep_dir: Path) -> dict[str, Any]:
+    """What sweep.json holds.
 
-
-def read_sweep(sweep_dir: Path) -> dict[str, Any] | None:
-    """The content of sweep.json; None if there is none, ConfigError if it is another kind of file."""
+    Raises:
+        FileNotFoundError: the sweep is not laid out yet.
+        ConfigError: the file is damaged, something else, or of a later version.
+    """
     path = sweep_dir / SWEEP_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    if not isinstance(content, dict) or content.get("format") != "selora-sweep" or content.get("version") != 1:
-        raise ConfigError(f"{path}: not a sweep of this version of selora")
+    content = SWEEP.read(path)
+    wanted = {"id", "name", "label", "changes", "baseline"}
+    for trial in content["trials"] if isinstance(content["trials"], list) else [None]:
+        if not isinstance(trial, dict) or not wanted <= trial.keys():
+            raise ConfigError(f"{path}: each of its trials should have {', '.join(sorted(wanted))}")
     return content
+
+
+def trial_dirs(sweep_dir: Path) -> list[Path]:
+    """Run directories of a sweep's trials, in the order of its grid; they may not be there yet."""
+    return [trial_dir(sweep_dir, trial["name"]) for trial in read_sweep(sweep_dir)["trials"]]

@@ -1,0 +1,43 @@
+"""The files of an evaluation: one for each dataset, their summary, and comparisons of strengths and checkpoints.
+
+<folder>/<dataset>.json     one result, in CLIP_benchmark's shape
+<folder>/summary.json       all of them by group, against the untouched model
+<folder>/strength.json      the curve between the untouched and the trained model
+<folder>/checkpoints.json   all kept checkpoints by the mean of id
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import ConfigError
+from pipeline.runs.formats import Format
+
+EVAL, SUMMARY_FILE, STRENGTH_FILE, CHECKPOINTS_FILE = "eval", "summary.json", "strength.json", "checkpoints.json"
+SUMMARY = Format("selora-summary", 1, ("datasets", "groups"))
+
+
+def has_summary(folder: Path) -> bool:
+    """Whether an evaluation into this folder is complete."""
+    return (folder / SUMMARY_FILE).is_file()
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write the summary of an evaluation."""
+    SUMMARY.write(folder / SUMMARY_FILE, summary)
+
+
+def read_summary(path: str | Path) -> dict[str, Any]:
+    """A summary.json, or the one in a folder.
+
+    Raises:
+        ConfigError: there is none, or it is damaged, something else or of a later version.
+    """
+    path = Path(path)
+    file = path / SUMMARY_FILE if path.is_dir() else path
+    try:
+        return SUMMARY.read(file)
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: there is no such summary; `selora evaluate` writes it") from None
