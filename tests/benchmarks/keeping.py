@@ -184,6 +184,8 @@ def read_curve(out: Path, case: Case) -> Curve | None:
     if not file.is_file():
         return None
     datasets, groups = json.loads(file.read_text(encoding="utf-8"))["datasets"], WORLDS[case.world]
+    if any(str(alpha) not in datasets for alpha in ALPHAS):
+        return None  # of an earlier list of strengths
     own_key = next(key for key, group in groups.items() if group == "id")
     before = datasets["0.0"]
     levels = [_entries(groups, before, datasets[str(alpha)]) for alpha in ALPHAS]
