@@ -38,7 +38,7 @@ def demo(out: Path, seed: int = 0) -> Path:
     from pipeline.tuning.sweep import sweep
 
     out = out.absolute()
-    unpack(out / "data", "clothing_train.tar.gz", "eval.tar.gz")
+    unpack(out / "data", "clothing_train.tar.gz", "reference.tar.gz", "eval.tar.gz")
     config, grid = demo_config(out, seed), load_grid(asset(GRID))
     # Two small trainings in parallel need one thread per worker, or they wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -71,6 +71,7 @@ def demo_config(out: Path, seed: int) -> Config:
         "seed": seed,
         "model.name": f"local-dir:{asset(MODEL)}",
         "data.train": out / "data" / "clothing_train",
+        "keep.images": out / "data" / "reference",
         "eval.benchmark": out / "data" / BENCHMARK,
         "tracking.experiment": NAME,
         "tracking.uri": sqlite_uri(out / "mlflow.db"),

@@ -96,14 +96,16 @@ def test_captions_say_both_names_once() -> None:
     assert captions(Picture(Path("x"), "hat", "hat"), ("{c}",)) == ("hat",)
 
 
-def test_the_sweep_has_gates_at_two_ranks_and_the_ungated_baselines_beside_them(tmp_path: Path) -> None:
+def test_the_sweep_compares_methods_with_and_without_keep(tmp_path: Path) -> None:
     trials = expand(demo_config(tmp_path, seed=1), load_grid(asset(GRID)))
-    assert len(trials) == 6
+    assert len(trials) == 5
     assert {one.config.seed for one in trials} == {1}
-    gated = {(one.config.adapter.rank, one.config.gate.lam) for one in trials if not one.baseline}
-    assert gated == {(16, 0.3), (64, 0.3)}
+    gated = [(one.config.adapter.rank, one.config.gate.lam) for one in trials if not one.baseline]
+    assert gated == [(64, 0.3)]
     assert [one.label for one in trials if one.config.adapter.kind == "full"] == ["full (FLYP)"]
-    assert {one.config.adapter.rank for one in trials if one.baseline and not one.config.gate.enabled} == {16, 64}
+    kept = [one for one in trials if one.config.keep.weight]
+    assert [one.config.gate.enabled for one in kept] == [False, True]
+    assert all(one.config.keep.images == str(tmp_path / "data" / "reference") for one in kept)
 
 
 def test_the_table_shows_every_trial_with_its_gain() -> None:
