@@ -38,6 +38,7 @@ METHODS = {
     "lora64": {"adapter.rank": "64", "gate.enabled": "false"},
     "lora64-fast": {"adapter.rank": "64", "gate.enabled": "false", "train.lr": "2e-3"},
     "gated64": {"adapter.rank": "64", "gate.lam": "0.3"},
+    "lora64-class": {"adapter.rank": "64", "gate.enabled": "false", "train.lr": "2e-3", "train.positives": "class"},
     "gated64-fast": {"adapter.rank": "64", "gate.lam": "0.3", "train.lr": "2e-3"},
     "budget12-fast": {"adapter.rank": "64", "gate.lam": "0", "gate.budget": "12", "train.lr": "2e-3"},
     "budget34-fast": {"adapter.rank": "64", "gate.lam": "0", "gate.budget": "34", "train.lr": "2e-3"},
