@@ -1,7 +1,7 @@
 """`selora demo`: from photos to a registered model in one command, on embedded images and an embedded CLIP.
 
-A sweep on Ray trains and evaluates each trial with two workers, the report shows what was learned against what was
-kept, the best trade-off becomes champion in the registry, and a fresh process asks it about photos it has not seen.
+A sweep on Ray trains and evaluates the trials, the report shows what was learned against what was kept, the best
+trade-off becomes champion in the registry, and a new process asks it about photos that it has not seen.
 Every stage is the code of the user's own command, which is printed with it. A second call continues.
 """
 
@@ -23,7 +23,6 @@ from pipeline.selection.ranking import point_of
 from pipeline.tracking.mlflow.uris import sqlite_uri
 
 NAME = "selora-demo"
-PHOTOS = 4
 T = TypeVar("T")
 
 
@@ -134,14 +133,14 @@ def _ask(out: Path, uri: str) -> None:
 
 
 def _photos(out: Path) -> list[Path]:
-    """The first photos of the test set that show different things, as files named by what they show."""
+    """The first test photo of each class, as files named by what they show."""
     from pipeline.data.eval.wds_layout import open_eval_set
 
     clothes, folder = open_eval_set(out / "data" / "eval" / "clothing"), out / "photos"
     folder.mkdir(exist_ok=True)
     found: dict[int, Path] = {}
     for label, (tar, number) in zip(clothes.labels, clothes.places, strict=True):
-        if label not in found and len(found) < PHOTOS:
+        if label not in found:
             found[label] = folder / f"{(clothes.classnames or ())[label]}.webp"
             found[label].write_bytes(clothes.tars[tar].read(number, "webp"))
     return list(found.values())
