@@ -2,8 +2,8 @@
 
     {"seq": 7, "time_ms": 1764000000000, "kind": "metrics", "step": 30, "values": {"loss": 0.71, "grad_norm": "nan"}}
 
-It is the truth about a run; a tracking store only ever holds a copy. Each record keeps the time of its writing, so a
-second delivery of it is equal to the first in every field and a store with a primary key takes it once.
+The journal is the truth about a run; a tracking store holds a copy. Each record has the time of its writing, so a
+second delivery equals the first in every field, and a store with a primary key keeps it once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ logger = logging.getLogger("selora.tracking")
 
 @dataclass(frozen=True)
 class Record:
-    """One line of a journal; `end` is the byte offset behind it."""
+    """One line of a journal; `end` is the byte offset after it."""
 
     seq: int
     time_ms: int
@@ -44,7 +44,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Corrupt:
-    """A complete line that is no record; `end` is the byte offset behind it."""
+    """A complete line that is not a record; `end` is the byte offset after it."""
 
     path: Path
     line: int

@@ -1,7 +1,7 @@
 """Versions of a registered model: equal weights once, aliases, and who was champion before.
 
-A new version is the `challenger`; as `champion` it is no longer one. The champions so far stand, oldest first, in the
-registered model's tag selora.champions, and each champion's version names the one before it; `roll_back` walks back.
+A new version becomes the `challenger`, and loses this alias as `champion`. The registered model's tag selora.champions
+lists all champions, oldest first, and the version of each names the previous one; `roll_back` goes back in this list.
 """
 
 from __future__ import annotations

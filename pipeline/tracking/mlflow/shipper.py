@@ -1,4 +1,4 @@
-"""The process beside a training, or a sweep, that brings its journals to MLflow while they grow.
+"""The process that delivers the journals of a training or a sweep to MLflow while they grow.
 
 A process and not a thread: importing mlflow holds the interpreter for seconds, a thread that lives when data-loading
 workers are forked may leave them a locked lock, and a client that hangs or crashes takes nothing with it. The trainer
@@ -41,13 +41,13 @@ logger = logging.getLogger("selora.tracking")
 
 
 class Shipper:
-    """The trainer's handle on the process beside it.
+    """The trainer's handle on the delivering process.
 
     Args:
         run_dir: the run; its log of this process goes to run_dir/mlflow.log.
         uri: where to ship; None: nowhere, only sample the machine.
         system: (node, seconds) to sample the machine, or None.
-        below: a folder of run directories; what is written there is shipped, too.
+        below: a folder of run directories, which are also delivered.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""`selora track sync`: runs whose values MLflow has not, or not all, brought there from their journals."""
+"""`selora track sync`: upload the journal entries of runs that are missing from MLflow."""
 
 from __future__ import annotations
 

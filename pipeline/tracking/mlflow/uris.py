@@ -1,4 +1,4 @@
-"""Tracking addresses: which are accepted, where the default lies, and where a password comes from that was left out.
+"""Tracking addresses: which are accepted, the default, and where a password that was left out comes from.
 
 Nothing that is written holds a password: config.yaml, run.json and what MLflow gets say *** in its place.
 """
@@ -24,7 +24,7 @@ _DRIVERS = {"postgresql": ("psycopg2", "psycopg"), "mysql": ("pymysql",), "mssql
 
 
 class PasswordMissing(ConfigError):
-    """The password of an address was left out where it was written down, and nobody gives it."""
+    """The password of an address was left out when it was stored, and is not provided again."""
 
 
 def resolve_uri(uri: str | None, out: Path) -> str:
