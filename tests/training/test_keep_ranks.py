@@ -1,0 +1,80 @@
+"""With reference samples: the gradient of the whole batch on any number of ranks, under every stage."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+import keep_rank
+from conftest import free_port
+from keep_rank import WAYS
+
+SMALL = {
+    "model_cfg": {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
+        "text_cfg": {"context_length": 8, "vocab_size": 60, "width": 64, "heads": 2, "layers": 2},
+    },
+    "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+}
+
+
+@pytest.fixture(scope="module")
+def small_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random CLIP whose tokens are given as numbers, so that few of them are enough."""
+    folder = tmp_path_factory.mktemp("small_clip")
+    (folder / "open_clip_config.json").write_text(json.dumps(SMALL))
+    return str(folder)
+
+
+def results(fork_server: Any, world: int, folder: str, cases: list[tuple[Any, ...]], out: Path) -> list[dict]:
+    out.mkdir()
+    port = free_port()
+    ranks = [
+        fork_server.Process(target=keep_rank.main, args=(rank, world, port, folder, cases, out))
+        for rank in range(world)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(500)
+    assert [rank.exitcode for rank in ranks] == [0] * world
+    return [torch.load(out / f"{number}.pt") for number in range(len(cases))]
+
+
+def check(found: dict[str, Tensor], exact: dict[str, Tensor], what: object) -> None:
+    assert found.keys() == exact.keys()
+    for name, value in exact.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{what} {n}: {m}")
+
+
+def test_gradients_on_ranks_are_those_of_one(fork_server, small_clip, tmp_path) -> None:
+    case = ("lora", 2, "fp32", "whole")
+    (exact,) = results(fork_server, 1, small_clip, [("lora", 0, "fp32", "whole")], tmp_path / "1")
+    assert {"loss/keep", "loss/replay", "loss/drift_image", "loss/drift_text"} <= exact.keys()
+    for world in (2, 4):
+        (found,) = results(fork_server, world, small_clip, [case], tmp_path / f"{world}")
+        check(found, exact, f"{world} ranks")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_stage_kind_and_way_gives_one_gradient(fork_server, small_clip, tmp_path, world: int) -> None:
+    kinds = ("lora", "dora", "full")
+    for kind, positives in product(kinds, ("whole", "class")):
+        ways = ["class"] if positives == "class" else [way for way in WAYS if way != "class"]
+        cases = [(kind, stage, "fp32", way) for stage, way in product((0, 1, 2, 3), ways)]
+
+        name = f"{kind}-{positives}"
+        (exact,) = results(fork_server, 1, small_clip, [(kind, 0, "fp32", positives)], tmp_path / f"exact-{name}")
+        found = results(fork_server, world, small_clip, cases, tmp_path / name)
+        for case, each in zip(cases, found, strict=True):
+            check(each, exact, case)
