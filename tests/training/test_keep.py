@@ -194,7 +194,9 @@ def test_a_killed_run_with_keep_resumes_bit_for_bit(launch, reference_shards, st
     assert len(resumed.losses()) == 12
     last = values_of(undisturbed, "keep/drift_image")
     assert {4, 8, 12} <= last.keys()
-    assert last == values_of(resumed, "keep/drift_image")
+    assert (
+        last.items() <= values_of(resumed, "keep/drift_image").items()
+    )  # a resumed run records its first step as well
     assert "drift image" in undisturbed.text()
     ours, theirs = (
         load_file(run.directory / "checkpoints/step-00000012/trainable.safetensors") for run in (resumed, undisturbed)
