@@ -62,7 +62,8 @@ class TarSample:
 
     def __str__(self) -> str:
         """Its members in few words, for a message."""
-        named = sorted(self.members)
+        # A damaged name may hold bytes that are not UTF-8, and messages go into index.json.
+        named = [ext.encode("utf-8", "backslashreplace").decode() for ext in sorted(self.members)]
         more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
         listed = ", ".join(named[:_NAMED]) + more
         if len(named) > 1 and all("." in name for name in named):

@@ -164,3 +164,10 @@ def test_tars_next_to_class_folders_are_not_the_data(tmp_path: Path, jpeg: Calla
     report = pack(tmp_path / "in", tmp_path / "out")
     assert (report.source.format, report.index.samples) == ("imagefolder", 2)
     assert report.account.ignored == {".tar files": 1}
+
+
+def test_a_member_whose_name_is_not_utf8_is_written_escaped(tmp_path: Path, jpeg: Callable[[int], bytes]) -> None:
+    write(tmp_path / "in/0.tar", {"a": {"jpg": jpeg(0), "txt": b"x"}, "b": {"\udcff": b"?"}})
+    made = index_tars(tmp_path / "in", max_unreadable=0.5)
+    assert made.left_out == [r"0.tar/b: no image among its members (\udcff)"]
+    assert load_index(tmp_path / "in").source["left_out"] == made.left_out
