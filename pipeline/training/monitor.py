@@ -6,7 +6,7 @@ import hashlib
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,6 +18,9 @@ from tqdm import tqdm
 from pipeline.config import ConfigError
 from pipeline.training.cluster.distributed import World, gather_numbers
 from pipeline.training.loop import Step
+
+# Bad samples that a rank names; the metric data/bad_samples counts all.
+NAMED = 20
 
 
 class Sink(Protocol):
@@ -76,7 +79,7 @@ class Monitor:
         batch: TrainingBatch = step.batch
         shards = sorted({key.rpartition("/")[0] for key in batch.keys})
         self._window.append((batch.step, step.losses, shards))
-        self._bad.update(batch.bad)
+        self._name_bad(batch.bad)
         self._retries += batch.retries
         done = step.done
         if done % self.log_every and done != self.total_steps:
@@ -135,6 +138,13 @@ class Monitor:
         hashes = torch.tensor([hash_text(caption) for caption in captions], dtype=torch.int64)
         counts = torch.unique(gather_numbers(hashes, self.control), return_counts=True)[1].double()
         return float((counts * (counts.sum() - counts)).sum() / counts.sum())
+
+    def _name_bad(self, bad: Sequence[str]) -> None:
+        """Name each bad sample once, the first `NAMED` of this rank; another one of its stream took its place."""
+        for name in dict.fromkeys(bad):
+            if name not in self._bad and len(self._bad) < NAMED:
+                tqdm.write(f"bad sample, another one is taken: {name}", file=sys.stderr)
+            self._bad.add(name)
 
     def _count_bad(self) -> float:
         # Another rank may meet the same sample in the next epoch: names are counted, not sightings.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -136,6 +137,7 @@ def test_corrupt_images_below_the_share_are_replaced_and_counted(launch, three_p
         if json.loads(line)["kind"] == "metrics"
     ]
     assert counts[-1] == 3
+    assert len(set(re.findall(r"bad sample, another one is taken: (\S+\.tar/class_\S+): ", run.text()))) == 3
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_shards(launch) -> None:
