@@ -68,9 +68,10 @@ class Subject:
             return "the model reads no texts"
         if self.clip.classes is None:
             return "the untouched model has no classifier"
-        for names, where in ((self.clip.classes, "the model"), (dataset.classnames, dataset.row.key)):
-            by_plain_name(names, where)
-        if list(map(plain_name, self.clip.classes)) != list(map(plain_name, dataset.classnames)):
+        known = by_plain_name(self.clip.classes, "the model")
+        asked = by_plain_name(dataset.classnames, dataset.row.key)
+        # A set of the own task may lack classes. Another set that happens to share some is not one of its target sets.
+        if asked.keys() != known.keys() and (dataset.row.group != "id" or not asked.keys() <= known.keys()):
             return "the model was trained for other classes"
         return None
 
@@ -78,7 +79,10 @@ class Subject:
         """Images (B, 3, H, W) -> logits (B, classes of the dataset): zero-shot, or of the model's own classifier."""
         subset = dataset.row.subset
         if isinstance(self.clip, Vit):
-            return lambda images: apply_subset(self.encoder.scores(images), subset)
+            # The outputs for the classes of the dataset, which may lack some of the model's or have another order.
+            known = {plain_name(name): column for column, name in enumerate(self.clip.classes or ())}
+            columns = [known[plain_name(name)] for name in dataset.classnames]
+            return lambda images: apply_subset(self.encoder.scores(images)[:, columns], subset)
         head = self.head(dataset, ranks)
         return lambda images: class_logits(self.encoder, head, images, subset)
 

@@ -37,6 +37,7 @@ class Settings:
     pretrained: str | None
     classifies: bool  # a ViT with a classifier, not a CLIP
     train_rest: str
+    keeps: bool = False  # held near the untouched model on reference data
 
     @staticmethod
     def of(flat: Flat) -> Settings:
@@ -56,6 +57,7 @@ class Settings:
             flat.get("model.pretrained"),
             is_vit(str(flat["model.name"])),
             str(flat.get("train.train_rest")),
+            bool(flat.get("keep.weight")),
         )
 
     @property
@@ -65,7 +67,11 @@ class Settings:
 
     @property
     def method(self) -> str:
-        """ "gated LoRA", "DoRA", "full fine-tuning", .."""
+        """ "gated LoRA", "DoRA + keep", "full fine-tuning", .."""
+        return f"{self._trained} + keep" if self.keeps else self._trained
+
+    @property
+    def _trained(self) -> str:
         if self.kind == "full":
             return "full fine-tuning"
         if self.kind == "none":

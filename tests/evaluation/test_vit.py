@@ -17,7 +17,9 @@ from pipeline.data.eval.wds_layout import open_eval_set
 from pipeline.evaluation.benchmark import load_benchmark
 from pipeline.evaluation.checkpoints import evaluate_checkpoints
 from pipeline.evaluation.command import evaluate_command
-from pipeline.evaluation.dataset import Settings
+from pipeline.evaluation.dataset import Settings, open_dataset
+from pipeline.evaluation.passes import Subject
+from pipeline.evaluation.ranks import Ranks
 from pipeline.evaluation.run import evaluate_run
 from pipeline.evaluation.strength import evaluate_strength
 from pipeline.model.restore import load_run
@@ -70,6 +72,22 @@ def test_own_classes_by_the_classifier_and_the_source_set_by_neighbours(run: Pat
     )
     again = evaluate_run(run, benchmark, run / "eval", SETTINGS, baselines=tmp_path / "base")
     assert sorted(again.skipped) == ["known", "ours"]
+
+
+def test_a_set_may_lack_classes_and_have_another_order(
+    tmp_path: Path, datasets: Path, table: Path, make_vit_run: Callable[..., Path]
+) -> None:
+    """Photos of every class are not always there to test on: a classifier then chooses among those that are."""
+    names = list(open_eval_set(datasets / "wds_id").classnames or ())
+    model = load_run(make_vit_run(tmp_path / "more", ("zebra", *reversed(names))))
+    row = next(row for row in load_benchmark(table).rows if row.key == "ours")
+    subject, dataset = Subject.of(model, SETTINGS), open_dataset(row)
+    assert subject.unable(dataset) is None
+    images = torch.randn(3, 3, *model.preprocess_cfg["size"], generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        every = subject.encoder.scores(images)
+        found = subject.scorer(dataset, Ranks.current())(images)
+    assert torch.equal(found, every[:, 1:].flip(1))
 
 
 def test_the_best_checkpoint_stands_beside_the_last(
