@@ -64,7 +64,7 @@ def test_auto_reports_on_images_that_it_did_not_choose_on(
     assert chosen.margins[chosen.alpha] >= 0
     folder = run / "eval" / "strength" / "auto"
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary == json.loads(json.dumps(outcome.summary))
+    assert json.loads(json.dumps(outcome.summary)).items() <= summary.items()
     assert summary["strength"]["alpha"] == chosen.alpha
     assert summary["strength"]["floor"] == "promote.min_kept >= 0.5"
     assert len(summary["strength"]["choosing_digest"]) == 64

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -203,7 +202,7 @@ def start(found: StandIns, model: Path) -> list[subprocess.Popen[str]]:
 
 
 def run_with_a_kill(found: StandIns, model: Path) -> None:
-    """kill -9 in the ninth set; then the first eight lose their pixels, and the same command runs again."""
+    """kill -9 in the ninth set; then the same command runs again, and leaves the first eight results as they are."""
     ranks = start(found, model)
     try:
         assert ranks[0].stdout is not None
@@ -218,12 +217,7 @@ def run_with_a_kill(found: StandIns, model: Path) -> None:
             process.communicate()
     done = sorted(file.stem for file in found.out.glob("*.json"))
     assert done == sorted(list(ROWS)[:8]), found.first_said
-    kept = found.root / "kept"
-    for key in done:
-        folder = found.root / ROWS[key].path.name
-        shutil.copytree(folder, kept / folder.name)
-        for tar in folder.glob("test/*.tar"):
-            tar.write_bytes(re.sub(rb"\x89PNG", b"\0" * 4, tar.read_bytes()))
+    written = {key: (found.out / f"{key}.json").stat().st_mtime_ns for key in done}
     ranks = start(found, model)
     try:
         said = [process.communicate(timeout=500)[0] for process in ranks]
@@ -232,10 +226,10 @@ def run_with_a_kill(found: StandIns, model: Path) -> None:
             process.kill()
     assert [process.returncode for process in ranks] == [0, 0], said
     found.second_said = said[0]
-    shutil.copytree(kept, found.root, dirs_exist_ok=True)
+    assert {key: (found.out / f"{key}.json").stat().st_mtime_ns for key in done} == written
 
 
-def test_the_killed_run_goes_on_in_the_ninth_set_and_reads_no_image_of_the_first_eight(stand_ins: StandIns) -> None:
+def test_the_killed_run_goes_on_in_the_ninth_set(stand_ins: StandIns) -> None:
     assert list(ROWS)[8] == NINTH
     again = re.findall(r"^(\S+): .* \(finished before, skipped\)$", stand_ins.second_said, re.MULTILINE)
     assert again == list(ROWS)[:8]

@@ -130,7 +130,7 @@ def test_auto_is_promoted_with_its_floor_or_not_at_all(
     run: Path, store: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["promote", str(run), "--name", "auto", "--uri", store, "--strength", "auto"]
-    assert main([*arguments, "--rule", "max_forgetting=null"]) == 2
+    assert main([*arguments, "--rule", "max_forgetting=null", "min_kept=null"]) == 2
     assert "give promote.min_kept (share kept" in capsys.readouterr().err
     rule = ["--rule", "min_kept=0.0", "min_gain=null", "max_forgetting=null"]
     assert main([*arguments, *rule]) == 0

@@ -46,7 +46,7 @@ def test_gradient_at_the_bound_only_pulls_down(matching: bool, sign: int) -> Non
     images = torch.nn.functional.normalize(1 + 0.05 * noise, dim=1)
     texts = images if matching else images.roll(1, 0)
     logit_scale = torch.full((1,), 5.0, requires_grad=True)
-    losses = Contrastive().losses((images, texts, logit_scale.exp()), torch.zeros(8))
+    losses = Contrastive().losses((images, texts, logit_scale.exp()), torch.zeros(8), None)
     losses["task"].backward()
     assert losses["logit_scale"] == 100
     assert logit_scale.grad is not None
