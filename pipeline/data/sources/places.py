@@ -106,7 +106,7 @@ class ImagePlaces:
                 with os.scandir(directory or ".") as entries:
                     known |= {unicodedata.normalize("NFC", each.name): each.name for each in entries if each.is_file()}
             except (OSError, ValueError):
-                pass
+                pass  # a folder that cannot be listed holds no image; the images missed are named by the caller
         return known
 
     def _folders(self, over: Path) -> list[Path]:
