@@ -106,7 +106,7 @@ def _look_at_launch(config: Config | None) -> int:
 
 def _look_at_benchmark(arguments: argparse.Namespace) -> int:
     from pipeline.doctor.benchmark import expected, format_inspection, inspect_benchmark
-    from pipeline.evaluation.benchmark import Benchmark, load_benchmark, needs_root
+    from pipeline.evaluation.datasets.benchmark import Benchmark, load_benchmark, needs_root
 
     if arguments.root is None and arguments.golden is None and needs_root(arguments.benchmark):
         rows = load_benchmark(arguments.benchmark, ".").rows
@@ -131,7 +131,7 @@ def _golden(benchmark: Any, arguments: argparse.Namespace) -> int:
     from pipeline.data.storage.cache import Cache
     from pipeline.doctor.benchmark import compare_with_published, format_comparison
     from pipeline.evaluation.command import find_device, load_plain, progress
-    from pipeline.evaluation.dataset import Settings
+    from pipeline.evaluation.datasets.dataset import Settings
     from pipeline.evaluation.run import evaluate
 
     tag = arguments.pretrained or (GOLDEN_TAG if arguments.golden == GOLDEN_MODEL else None)
@@ -251,7 +251,7 @@ def _tracking(config: Config | None) -> Finding:
 
 def _config(config: Config) -> Iterator[Finding]:
     from pipeline.data.shards.index import load_index
-    from pipeline.evaluation.benchmark import load_benchmark
+    from pipeline.evaluation.datasets.benchmark import load_benchmark
 
     try:
         index = load_index(config.data.train)

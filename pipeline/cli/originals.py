@@ -15,8 +15,8 @@ from pipeline.data.originals.train import list_imagenet_train
 from pipeline.data.shards.index import ShardIndex, check_empty, pack
 from pipeline.data.shards.parallel_pack import Packing, pack_in_parallel
 from pipeline.data.sources.sample import SourceOptions
-from pipeline.evaluation.benchmark import load_benchmark
-from pipeline.evaluation.rows import Row
+from pipeline.evaluation.datasets.benchmark import load_benchmark
+from pipeline.evaluation.datasets.rows import Row
 
 TRAIN = "imagenet-train"
 SAMPLES_PER_SHARD = 5000

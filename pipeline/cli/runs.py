@@ -45,7 +45,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     from pipeline.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)  # before torch: a typo is told at once
-    from pipeline.evaluation.overlap import check_overlap
+    from pipeline.evaluation.datasets.overlap import check_overlap
 
     check_overlap(config)
     from pipeline.training.run import train

@@ -9,10 +9,10 @@ from pathlib import Path
 from pipeline.config import VIT_SCHEMA, ConfigError
 from pipeline.data.classnames import plain_name
 from pipeline.data.originals.table import ORIGINALS
-from pipeline.evaluation.benchmark import Benchmark, is_there
-from pipeline.evaluation.dataset import Dataset, open_dataset
+from pipeline.evaluation.datasets.benchmark import Benchmark, is_there
+from pipeline.evaluation.datasets.dataset import Dataset, open_dataset
+from pipeline.evaluation.datasets.rows import TOLERANCE, Row
 from pipeline.evaluation.results import Result
-from pipeline.evaluation.rows import TOLERANCE, Row
 
 
 @dataclass(frozen=True)

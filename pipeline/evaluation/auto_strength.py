@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
-from pipeline.evaluation.benchmark import Benchmark
-from pipeline.evaluation.dataset import Settings
+from pipeline.evaluation.datasets.benchmark import Benchmark
+from pipeline.evaluation.datasets.dataset import Settings
 from pipeline.evaluation.run import Outcome, Say, finish, walk_table
 from pipeline.evaluation.strength import AUTO, STRENGTHS, evaluate_at, job_at
 from pipeline.evaluation.summary import Summary

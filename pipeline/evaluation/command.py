@@ -15,11 +15,11 @@ from pipeline.config import Config, ConfigError, Promote, load_config
 from pipeline.data.images import Preprocessing
 from pipeline.data.storage.cache import Cache
 from pipeline.evaluation.auto_strength import ChosenStrength, evaluate_auto
-from pipeline.evaluation.benchmark import Benchmark, load_benchmark
 from pipeline.evaluation.checkpoints import evaluate_checkpoints, format_checkpoints
-from pipeline.evaluation.dataset import Settings
-from pipeline.evaluation.encode import Precision
-from pipeline.evaluation.ranks import Ranks, launched_ranks
+from pipeline.evaluation.datasets.benchmark import Benchmark, load_benchmark
+from pipeline.evaluation.datasets.dataset import Settings
+from pipeline.evaluation.measures.encode import Precision
+from pipeline.evaluation.measures.ranks import Ranks, launched_ranks
 from pipeline.evaluation.record import track_curve, track_results, track_strength
 from pipeline.evaluation.run import Outcome, evaluate, evaluate_run
 from pipeline.evaluation.strength import (

@@ -15,10 +15,11 @@ from pipeline.data.classnames import by_plain_name, plain_name
 from pipeline.data.eval.batches import EvalBatch, eval_loader
 from pipeline.data.eval.wds_layout import EvalSet
 from pipeline.data.images import normalize
-from pipeline.evaluation.dataset import Dataset, Settings
-from pipeline.evaluation.encode import Encoder
-from pipeline.evaluation.knn import Nearest, count_votes, merged
-from pipeline.evaluation.metrics import (
+from pipeline.evaluation.datasets.dataset import Dataset, Settings
+from pipeline.evaluation.datasets.rows import Row, Task
+from pipeline.evaluation.measures.encode import Encoder
+from pipeline.evaluation.measures.knn import Nearest, count_votes, merged
+from pipeline.evaluation.measures.metrics import (
     ClassCounts,
     RecallCounts,
     classification_chance,
@@ -28,11 +29,10 @@ from pipeline.evaluation.metrics import (
     retrieval_chance,
     retrieval_metrics,
 )
-from pipeline.evaluation.ranks import Ranks
+from pipeline.evaluation.measures.ranks import Ranks
+from pipeline.evaluation.measures.retrieval import Embeddings, embed_batch, join, recall_both_ways
+from pipeline.evaluation.measures.zeroshot import apply_subset, class_logits, classifier_head
 from pipeline.evaluation.results import Identity, Result
-from pipeline.evaluation.retrieval import Embeddings, embed_batch, join, recall_both_ways
-from pipeline.evaluation.rows import Row, Task
-from pipeline.evaluation.zeroshot import apply_subset, class_logits, classifier_head
 from pipeline.model.load import Model
 from pipeline.model.text import batch_tokenizer
 from pipeline.model.vit import Vit

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
-from pipeline.evaluation.benchmark import Benchmark, is_there
-from pipeline.evaluation.dataset import Dataset, Settings, open_dataset
+from pipeline.evaluation.datasets.benchmark import Benchmark, is_there
+from pipeline.evaluation.datasets.dataset import Dataset, Settings, open_dataset
+from pipeline.evaluation.datasets.rows import Row
+from pipeline.evaluation.measures.ranks import Ranks
 from pipeline.evaluation.passes import Subject, evaluate_dataset
-from pipeline.evaluation.ranks import Ranks
 from pipeline.evaluation.results import Result, finished_result
-from pipeline.evaluation.rows import Row
 from pipeline.evaluation.summary import Summary, summarise
 from pipeline.files import replace_json
 from pipeline.method.adapter import blocks

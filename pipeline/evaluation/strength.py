@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config import ConfigError
-from pipeline.evaluation.benchmark import Benchmark
-from pipeline.evaluation.dataset import Settings
-from pipeline.evaluation.ranks import Ranks
+from pipeline.evaluation.datasets.benchmark import Benchmark
+from pipeline.evaluation.datasets.dataset import Settings
+from pipeline.evaluation.measures.ranks import Ranks
 from pipeline.evaluation.run import Job, Outcome, Say, finish, walk_table
 from pipeline.evaluation.summary import Summary
 from pipeline.files import replace_json

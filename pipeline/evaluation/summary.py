@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.evaluation.benchmark import GROUPS, Benchmark
+from pipeline.evaluation.datasets.benchmark import GROUPS, Benchmark
 from pipeline.evaluation.results import Result
 from pipeline.selection.kept import kept_of
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from pipeline.config import Config, ConfigError
 from pipeline.data.images import decode, eval_resize, normalize
 from pipeline.data.shards.index import load_index
-from pipeline.evaluation.encode import Encoder
-from pipeline.evaluation.ranks import Ranks
-from pipeline.evaluation.zeroshot import classifier_head
+from pipeline.evaluation.measures.encode import Encoder
+from pipeline.evaluation.measures.ranks import Ranks
+from pipeline.evaluation.measures.zeroshot import classifier_head
 from pipeline.handoff.source import Mismatch, Source
 from pipeline.model.clip import save_open_clip
 from pipeline.model.load import Model

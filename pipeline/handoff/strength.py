@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.config import Config, ConfigError, Promote
 from pipeline.evaluation.auto_strength import ChosenStrength, choose_strength
 from pipeline.evaluation.command import Asked, at_strength, places, progress
-from pipeline.evaluation.ranks import launched_ranks
+from pipeline.evaluation.measures.ranks import launched_ranks
 from pipeline.evaluation.run import Outcome
 from pipeline.evaluation.strength import AUTO, Strength
 from pipeline.selection.floor import Floor

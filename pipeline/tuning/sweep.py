@@ -124,8 +124,8 @@ def _directory(config: Config) -> Path:
 def _prepare(config: Config, grid: Grid) -> tuple[list[Trial], dict[str, int]]:
     """The trials, with one store for all, and the steps of each; all files are read now."""
     from pipeline.data.shards.index import load_index
-    from pipeline.evaluation.benchmark import load_benchmark
-    from pipeline.evaluation.overlap import check_overlap
+    from pipeline.evaluation.datasets.benchmark import load_benchmark
+    from pipeline.evaluation.datasets.overlap import check_overlap
     from pipeline.tracking.mlflow.uris import checked_uri
     from pipeline.training.settings import total_steps
 

@@ -81,8 +81,8 @@ def evaluation_stage(sweep_dir: Path, name: str) -> Mapping[str, Any] | None:
     The first trial to arrive evaluates the untouched model; the others wait for it.
     """
     from pipeline.data.storage.cache import Cache
-    from pipeline.evaluation.benchmark import load_benchmark
-    from pipeline.evaluation.dataset import Settings
+    from pipeline.evaluation.datasets.benchmark import load_benchmark
+    from pipeline.evaluation.datasets.dataset import Settings
     from pipeline.evaluation.record import track_results
     from pipeline.evaluation.run import evaluate_run
     from pipeline.model.restore import find_run

@@ -125,8 +125,8 @@ def run(out: Path, case: Case, steps: int) -> None:
     import torch
 
     from pipeline.data.storage.cache import Cache
-    from pipeline.evaluation.benchmark import load_benchmark
-    from pipeline.evaluation.dataset import Settings
+    from pipeline.evaluation.datasets.benchmark import load_benchmark
+    from pipeline.evaluation.datasets.dataset import Settings
     from pipeline.evaluation.strength import evaluate_strength
     from pipeline.training.run import train
 

@@ -16,7 +16,7 @@ from pipeline.demo.assets import ARCHIVES, BENCHMARK, GRID, MODEL, asset, unpack
 from pipeline.demo.recipe import CLOTHING, Picture, archive, captions
 from pipeline.demo.run import demo_config
 from pipeline.demo.show import Row, table
-from pipeline.evaluation.benchmark import load_benchmark
+from pipeline.evaluation.datasets.benchmark import load_benchmark
 from pipeline.model.clip import load_clip
 from pipeline.model.towers import adapter_targets
 from pipeline.tuning.grid import expand, load_grid

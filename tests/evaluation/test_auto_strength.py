@@ -11,10 +11,10 @@ import pytest
 from pipeline.config import ConfigError, Promote
 from pipeline.data.eval.wds_layout import open_eval_set
 from pipeline.evaluation.auto_strength import evaluate_auto
-from pipeline.evaluation.benchmark import load_benchmark
 from pipeline.evaluation.command import evaluate_command
-from pipeline.evaluation.dataset import Settings, open_dataset
-from pipeline.evaluation.parts import CHOOSING_MOST, of_part
+from pipeline.evaluation.datasets.benchmark import load_benchmark
+from pipeline.evaluation.datasets.dataset import Settings, open_dataset
+from pipeline.evaluation.datasets.parts import CHOOSING_MOST, of_part
 from pipeline.selection.floor import Floor
 
 SETTINGS = Settings(batch_size=16, workers=0)

@@ -14,8 +14,8 @@ import pytest
 
 from pipeline.cli.main import main
 from pipeline.doctor.benchmark import compare_with_published, format_comparison, inspect_row
-from pipeline.evaluation.benchmark import load_benchmark
-from pipeline.evaluation.dataset import Settings
+from pipeline.evaluation.datasets.benchmark import load_benchmark
+from pipeline.evaluation.datasets.dataset import Settings
 from pipeline.evaluation.run import evaluate
 from pipeline.model.clip import load_clip
 
@@ -153,7 +153,7 @@ def test_an_installed_wheel_knows_the_shipped_benchmarks(tmp_path: Path, reposit
     [wheel] = (tmp_path / "dist").glob("*.whl")
     shutil.unpack_archive(wheel, tmp_path / "installed", "zip")
     program = (
-        "import pipeline; from pipeline.evaluation.benchmark import load_benchmark as load;"
+        "import pipeline; from pipeline.evaluation.datasets.benchmark import load_benchmark as load;"
         "print(pipeline.__file__, len(load('quick', '/d').rows), len(load('paper', '/d').rows[5].subset))"
     )
     said = subprocess.run(

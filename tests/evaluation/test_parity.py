@@ -13,8 +13,8 @@ import torch
 from clip_benchmark.datasets.builder import build_dataset
 from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 
-from pipeline.evaluation.benchmark import load_benchmark
-from pipeline.evaluation.dataset import Settings
+from pipeline.evaluation.datasets.benchmark import load_benchmark
+from pipeline.evaluation.datasets.dataset import Settings
 from pipeline.evaluation.run import evaluate
 from pipeline.model.clip import Clip, load_clip
 

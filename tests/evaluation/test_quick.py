@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from pipeline.config import ConfigError
-from pipeline.evaluation.benchmark import load_benchmark, shipped_benchmarks
-from pipeline.evaluation.dataset import Settings, open_dataset
-from pipeline.evaluation.metrics import interval
+from pipeline.evaluation.datasets.benchmark import load_benchmark, shipped_benchmarks
+from pipeline.evaluation.datasets.dataset import Settings, open_dataset
+from pipeline.evaluation.measures.metrics import interval
 from pipeline.evaluation.run import evaluate
 from pipeline.evaluation.summary import format_summary
 from pipeline.model.clip import load_clip

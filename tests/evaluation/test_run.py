@@ -18,9 +18,9 @@ from pipeline.data.eval.batches import eval_loader
 from pipeline.data.eval.wds_layout import open_eval_set
 from pipeline.data.images import normalize
 from pipeline.data.storage.cache import Cache
-from pipeline.evaluation.benchmark import load_benchmark
 from pipeline.evaluation.command import evaluate_command
-from pipeline.evaluation.dataset import Settings
+from pipeline.evaluation.datasets.benchmark import load_benchmark
+from pipeline.evaluation.datasets.dataset import Settings
 from pipeline.evaluation.run import evaluate
 from pipeline.evaluation.summary import format_summary
 from pipeline.method.adapter import attach_adapter

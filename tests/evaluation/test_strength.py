@@ -16,9 +16,9 @@ import torch
 import pipeline.data.eval.batches
 from pipeline.config import ConfigError
 from pipeline.data.storage.cache import Cache
-from pipeline.evaluation.benchmark import load_benchmark
 from pipeline.evaluation.command import evaluate_command
-from pipeline.evaluation.dataset import Settings
+from pipeline.evaluation.datasets.benchmark import load_benchmark
+from pipeline.evaluation.datasets.dataset import Settings
 from pipeline.evaluation.run import evaluate, evaluate_run
 from pipeline.evaluation.strength import evaluate_strength
 from pipeline.model.between import Between

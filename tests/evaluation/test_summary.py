@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import ConfigError
-from pipeline.evaluation.benchmark import Benchmark, Row
+from pipeline.evaluation.datasets.benchmark import Benchmark, Row
 from pipeline.evaluation.summary import format_summary, summarise
 from pipeline.runs.results import read_summary
 

@@ -14,12 +14,12 @@ from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize
 import pipeline.evaluation.checkpoints
 from pipeline.config import ConfigError, load_config, to_yaml
 from pipeline.data.eval.wds_layout import open_eval_set
-from pipeline.evaluation.benchmark import load_benchmark
 from pipeline.evaluation.checkpoints import evaluate_checkpoints
 from pipeline.evaluation.command import evaluate_command
-from pipeline.evaluation.dataset import Settings, open_dataset
+from pipeline.evaluation.datasets.benchmark import load_benchmark
+from pipeline.evaluation.datasets.dataset import Settings, open_dataset
+from pipeline.evaluation.measures.ranks import Ranks
 from pipeline.evaluation.passes import Subject
-from pipeline.evaluation.ranks import Ranks
 from pipeline.evaluation.run import evaluate_run
 from pipeline.evaluation.strength import evaluate_strength
 from pipeline.model.restore import load_run

@@ -16,8 +16,8 @@ from pipeline.data.eval.wds_layout import open_eval_set, pack_eval
 from pipeline.data.images import decode, eval_resize, normalize
 from pipeline.data.shards.index import load_index
 from pipeline.demo.assets import FINETUNE, MODEL, asset, unpack
-from pipeline.evaluation.benchmark import load_benchmark
-from pipeline.evaluation.dataset import Settings
+from pipeline.evaluation.datasets.benchmark import load_benchmark
+from pipeline.evaluation.datasets.dataset import Settings
 from pipeline.evaluation.run import evaluate_run
 from pipeline.method.adapter import blocks
 from pipeline.model.clip import Clip

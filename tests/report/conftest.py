@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import flatten, load_config, override, to_yaml
-from pipeline.evaluation.benchmark import Benchmark, load_benchmark
+from pipeline.evaluation.datasets.benchmark import Benchmark, load_benchmark
 from pipeline.evaluation.record import track_results
 from pipeline.evaluation.results import Result
 from pipeline.evaluation.summary import summarise

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from pipeline.config import ConfigError
-from pipeline.evaluation.benchmark import load_benchmark
+from pipeline.evaluation.datasets.benchmark import load_benchmark
 from pipeline.report.by_run import strength
 from pipeline.report.directories import collect
 from pipeline.report.run import report

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.evaluation.benchmark import Benchmark
+from pipeline.evaluation.datasets.benchmark import Benchmark
 from pipeline.files import replace_json
 from pipeline.report import by_run, by_setting
 from pipeline.report.costs import run_costs

@@ -17,7 +17,7 @@ from pipeline.data.originals.table import ORIGINALS
 from pipeline.data.shards.index import load_index
 from pipeline.data.shards.verify import verify
 from pipeline.doctor.benchmark import inspect_row
-from pipeline.evaluation.benchmark import load_benchmark
+from pipeline.evaluation.datasets.benchmark import load_benchmark
 
 ROWS = load_benchmark("paper", root=".").rows
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import ConfigError
-from pipeline.evaluation.benchmark import load_benchmark
+from pipeline.evaluation.datasets.benchmark import load_benchmark
 from pipeline.prompts import TEMPLATES
 
 

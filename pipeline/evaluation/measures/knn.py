@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.metrics import ClassCounts
+from pipeline.evaluation.measures.metrics import ClassCounts
 
 # Similarities that are worked on at once: 32 MB of them, as much again of keys.
 _AT_ONCE = 2**22

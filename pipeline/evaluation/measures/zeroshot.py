@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.encode import TEXTS_PER_FORWARD, Encoder
-from pipeline.evaluation.ranks import Ranks
+from pipeline.evaluation.measures.encode import TEXTS_PER_FORWARD, Encoder
+from pipeline.evaluation.measures.ranks import Ranks
 from pipeline.prompts import caption
 
 # CLIP_benchmark's constant. It changes no order, but it decides float ties, so it is kept.

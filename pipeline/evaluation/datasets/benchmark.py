@@ -34,7 +34,7 @@ from pipeline.config.errors import Raw
 from pipeline.config.text_file import lines_of, read_text
 from pipeline.config.yaml_file import read_chain
 from pipeline.data.storage.remote import is_remote
-from pipeline.evaluation.rows import GROUPS, Mode, Part, Row
+from pipeline.evaluation.datasets.rows import GROUPS, Mode, Part, Row
 from pipeline.prompts import resolve_templates
 
 __all__ = ["GROUPS", "Benchmark", "Row", "load_benchmark", "shipped_benchmarks"]
@@ -42,7 +42,7 @@ __all__ = ["GROUPS", "Benchmark", "Row", "load_benchmark", "shipped_benchmarks"]
 KEYS = ("name", "root", "include", "mode", "sample", "seed", "datasets")
 COUNTS = "images."
 _PUBLISHED = {"published", "published_wds", "published_of"}
-_PACKAGE = Path(__file__).parents[1]
+_PACKAGE = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.encode import Encoder
-from pipeline.evaluation.metrics import RECALL_K, RecallCounts
-from pipeline.evaluation.ranks import Ranks
+from pipeline.evaluation.measures.encode import Encoder
+from pipeline.evaluation.measures.metrics import RECALL_K, RecallCounts
+from pipeline.evaluation.measures.ranks import Ranks
 
 QUERIES_PER_CHUNK = 256
 

@@ -11,7 +11,7 @@ import pytest
 from pipeline.config import Config, ConfigError, override
 from pipeline.data.eval.wds_layout import pack_eval
 from pipeline.data.shards.index import pack
-from pipeline.evaluation.overlap import check_overlap
+from pipeline.evaluation.datasets.overlap import check_overlap
 
 
 @pytest.fixture

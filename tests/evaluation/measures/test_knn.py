@@ -25,10 +25,10 @@ from pipeline.data.eval.wds_layout import EvalSet, open_eval_set
 from pipeline.data.images import normalize
 from pipeline.data.storage.cache import Cache
 from pipeline.doctor.benchmark import compare_with_published
-from pipeline.evaluation.benchmark import load_benchmark
 from pipeline.evaluation.command import evaluate_command
-from pipeline.evaluation.dataset import Settings, open_dataset
-from pipeline.evaluation.knn import Nearest, as_logits, class_votes, count_votes, from_keys, merged, to_keys
+from pipeline.evaluation.datasets.benchmark import load_benchmark
+from pipeline.evaluation.datasets.dataset import Settings, open_dataset
+from pipeline.evaluation.measures.knn import Nearest, as_logits, class_votes, count_votes, from_keys, merged, to_keys
 from pipeline.evaluation.run import evaluate
 from pipeline.evaluation.strength import evaluate_strength
 from pipeline.evaluation.summary import format_summary

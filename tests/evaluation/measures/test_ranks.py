@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.evaluation.benchmark import load_benchmark
-from pipeline.evaluation.dataset import Settings
+from pipeline.evaluation.datasets.benchmark import load_benchmark
+from pipeline.evaluation.datasets.dataset import Settings
 from pipeline.evaluation.run import evaluate
 from pipeline.model.clip import load_clip
 

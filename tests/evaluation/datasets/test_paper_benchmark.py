@@ -26,8 +26,8 @@ from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 
-from pipeline.evaluation.benchmark import load_benchmark, shipped_benchmarks
-from pipeline.evaluation.rows import Row
+from pipeline.evaluation.datasets.benchmark import load_benchmark, shipped_benchmarks
+from pipeline.evaluation.datasets.rows import Row
 from pipeline.model.clip import Clip, load_clip, save_open_clip
 from pipeline.prompts import TEMPLATES
 
@@ -293,7 +293,7 @@ def test_the_means_are_those_of_the_papers_tables(stand_ins: StandIns) -> None:
 
 def test_a_wrong_number_of_images_is_refused(stand_ins: StandIns) -> None:
     from pipeline.config import ConfigError
-    from pipeline.evaluation.dataset import open_dataset
+    from pipeline.evaluation.datasets.dataset import open_dataset
 
     row = next(row for row in load_benchmark("paper", stand_ins.root).rows if row.key == "objectnet")
     with pytest.raises(ConfigError, match=r"objectnet: 21 images in .* where 18574 are expected: .*broke off"):

@@ -15,9 +15,9 @@ from pipeline.data.eval.wds_layout import TEMPLATES, EvalSet, open_eval_set
 from pipeline.data.images import Preprocessing
 from pipeline.data.order import seeded_permutation, stable_hash
 from pipeline.data.storage.cache import Cache
-from pipeline.evaluation.encode import Precision
-from pipeline.evaluation.parts import of_part
-from pipeline.evaluation.rows import Row
+from pipeline.evaluation.datasets.parts import of_part
+from pipeline.evaluation.datasets.rows import Row
+from pipeline.evaluation.measures.encode import Precision
 from pipeline.prompts import resolve_templates
 
 

@@ -10,16 +10,16 @@ from clip_benchmark.metrics.zeroshot_classification import accuracy
 from clip_benchmark.metrics.zeroshot_retrieval import recall_at_k
 from sklearn.metrics import balanced_accuracy_score
 
-from pipeline.evaluation.metrics import (
+from pipeline.evaluation.measures.metrics import (
     RECALL_K,
     ClassCounts,
     mean_recall,
     retrieval_chance,
     retrieval_metrics,
 )
-from pipeline.evaluation.ranks import Ranks
-from pipeline.evaluation.retrieval import Embeddings, join, recall_both_ways
-from pipeline.evaluation.zeroshot import apply_subset
+from pipeline.evaluation.measures.ranks import Ranks
+from pipeline.evaluation.measures.retrieval import Embeddings, join, recall_both_ways
+from pipeline.evaluation.measures.zeroshot import apply_subset
 
 
 def random_logits(n: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ from pipeline.data.reference.features import content_hash
 from pipeline.data.shards.index import load_index, open_shard
 from pipeline.data.storage.remote import is_remote
 from pipeline.data.storage.tar import TarIndex
-from pipeline.evaluation.benchmark import load_benchmark
+from pipeline.evaluation.datasets.benchmark import load_benchmark
 
 # Images named in the message.
 _NAMED = 5

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from pipeline.config import ConfigError
 from pipeline.data.order import stable_hash
-from pipeline.evaluation.rows import Part
+from pipeline.evaluation.datasets.rows import Part
 
 CHOOSING_SHARE = 0.2
 CHOOSING_MOST = 1000  # images of a dataset; of large sets a part of them says enough

@@ -1,0 +1,1 @@
+"""What is computed from images and texts: features, classifiers, nearest neighbours, recall and counts."""
