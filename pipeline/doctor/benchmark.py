@@ -1,73 +1,137 @@
-"""Which data of a benchmark is present, and whether it reproduces the published numbers of the untouched CLIP."""
+"""Checks of a benchmark: which datasets are present, and whether CLIP reaches its published numbers on them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.config import VIT_SCHEMA, ConfigError
 from pipeline.data.classnames import plain_name
 from pipeline.data.originals.table import ORIGINALS
+from pipeline.data.storage.cache import Cache
+from pipeline.doctor.findings import Finding
+from pipeline.evaluation.command import find_device, load_plain, progress
 from pipeline.evaluation.datasets.benchmark import Benchmark, is_there
-from pipeline.evaluation.datasets.dataset import Dataset, open_dataset
+from pipeline.evaluation.datasets.dataset import Dataset, Settings, open_dataset
 from pipeline.evaluation.datasets.rows import TOLERANCE, Row
 from pipeline.evaluation.results import Result
+from pipeline.evaluation.run import evaluate
+
+# The model of the paper; its published numbers are in the rows of the benchmark.
+GOLDEN_MODEL, GOLDEN_TAG = "ViT-B-16-quickgelu", "openai"
 
 
-@dataclass(frozen=True)
-class Inspected:
-    """A row and the content of its directory. `fault`: why it cannot be evaluated, and the way out."""
-
-    row: Row
-    images: int | None = None
-    classes: int | None = None
-    texts: int | None = None
-    digest: str | None = None
-    bank: int | None = None
-    fault: str | None = None
-    remark: str | None = None
+def check_rows(rows: Sequence[Row]) -> Iterator[Finding]:
+    """Open the datasets one after the other, without decoding images; the last finding counts those that are ready."""
+    ready = 0
+    for row in rows:
+        finding = check_row(row)
+        ready += finding.ok
+        yield finding
+    yield Finding("ready", f"{ready} of {len(rows)} datasets")
 
 
-def inspect_benchmark(benchmark: Benchmark) -> Iterable[Inspected]:
-    """Open the rows one after the other; no image is decoded."""
-    return (inspect_row(row) for row in benchmark.rows)
+def check_row(row: Row) -> Finding:
+    """What the directory of a row holds, or why the row cannot be evaluated.
 
-
-def inspect_row(row: Row) -> Inspected:
-    """`digest` covers the images, labels and captions: equal ones on two machines are equal data.
-
-    For K-NN it covers the query images and the bank.
+    The digest in the text covers images, labels and captions: equal ones on two machines mean equal data. For K-NN it
+    covers the query images and the bank.
     """
     if not is_there(row):
-        split = "" if row.split == "test" else f" --split {row.split}"
-        made = f"`selora pack --dataset {row.key}{split}` makes it"
-        return Inspected(row, fault=f"not found; put it to {row.path}, or {made}")
+        return Finding(row.key, "not found", f"put it into {row.path}, or {_command(row)} makes it")
     try:
         dataset = open_dataset(row)
     except ConfigError as error:
-        return Inspected(row, fault=str(error).replace("\n", "; "))
-    texts = sum(len(captions) for captions in dataset.data.captions) or None
-    classes = None if row.is_retrieval else dataset.classes
-    digest, bank = dataset.data.digest, dataset.bank
+        return Finding(row.key, "cannot be evaluated", str(error).replace("\n", "; "))
+    data, bank = dataset.data, dataset.bank
+    counts = _counts(len(data), None if row.is_retrieval else dataset.classes, sum(map(len, data.captions)))
     if bank is not None:
-        return Inspected(row, len(dataset.data), classes, texts, f"{digest}+{bank.digest}", len(bank))
-    return Inspected(row, len(dataset.data), classes, texts, digest, remark=_names_remark(dataset))
+        counts += f", bank of {len(bank)}"
+    digest = data.digest if bank is None else f"{data.digest}+{bank.digest}"
+    return Finding(row.key, _joined(counts, f"digest {digest}", _licence(row), _names_remark(dataset)))
 
 
-def expected(row: Row) -> Inspected:
-    """What a row's directory should hold, and how it is made, without a look at any directory."""
-    known = ORIGINALS.get(row.key)
-    if known is None:
-        made = f"put a clip-benchmark folder to ROOT/{Path(row.path).name}"
-    else:
-        split = "" if row.split == "test" else f" --split {row.split}"
-        made = f"`selora pack --dataset {row.key}{split} DIR ROOT/{Path(row.path).name}`, where DIR holds {known.holds}"
-    return Inspected(row, row.images, row.classes, row.texts, fault=made)
+def required_rows(rows: Sequence[Row]) -> Iterator[Finding]:
+    """What each row's directory must hold and how it is made; no directory is opened."""
+    for row in rows:
+        known = ORIGINALS.get(row.key)
+        place = f"ROOT/{Path(row.path).name}"
+        if known is None:
+            todo = f"put a clip-benchmark folder into {place}"
+        else:
+            todo = f"{_command(row, f'DIR {place}')}, where DIR holds {known.holds}"
+        text = _joined(_counts(row.images, row.classes, row.texts), _licence(row))
+        yield Finding(row.key, text, todo, checked=False)
+    yield Finding("required", f"{len(rows)} datasets; --root ROOT checks each", checked=False)
+
+
+def reproduce(benchmark: Benchmark, model: str | None, tag: str | None, out: Path) -> list[Finding]:
+    """Evaluate an untouched model on the rows of a benchmark and compare the results with the published ones.
+
+    Args:
+        benchmark: with at least one row that is ready.
+        model: name of the model; None: `GOLDEN_MODEL`.
+        tag: open_clip tag or weights file; None: `GOLDEN_TAG` for the golden model.
+        out: directory for the results.
+    """
+    name = model or GOLDEN_MODEL
+    clip = load_plain(name, tag or (GOLDEN_TAG if name == GOLDEN_MODEL else None))
+    settings = Settings(device=find_device(None), cache=Cache.named(None))
+    return compare_with_published(benchmark, evaluate(clip, benchmark, out, settings, say=progress).results)
+
+
+def compare_with_published(benchmark: Benchmark, results: Mapping[str, Result]) -> list[Finding]:
+    """Every published number of the rows that have a result, in percent, and how many of them are reproduced.
+
+    A value may differ by the number's tolerance plus half of the interval of a drawn sample.
+    """
+    findings = []
+    for row in benchmark.rows:
+        if row.key in results:
+            findings += _compare_row(row, results[row.key])
+    agreeing = sum(each.ok for each in findings)
+    todo = (
+        "check first that the weights are OpenAI's with QuickGELU, then class names and templates (benchmark paper or "
+        "wds), then the images (their digests above)"
+    )
+    text = f"{agreeing} of {len(findings)} published numbers"
+    return [*findings, Finding("reproduced", text, "" if agreeing == len(findings) else todo)]
+
+
+def _compare_row(row: Row, result: Result) -> Iterator[Finding]:
+    published = row.published_of.get(result["model"].removeprefix(VIT_SCHEMA), row.published)
+    low, high = result["interval"]
+    allowed = published.get(TOLERANCE, 0.0) + 50 * (high - low)
+    for metric, expected in published.items():
+        if metric == TOLERANCE:
+            continue
+        value = 100 * result["metrics"][metric]
+        text = f"{metric} {value:.2f}, published {expected:.2f}, difference {value - expected:+.2f}"
+        # The published numbers are rounded, so a value on the very edge of the tolerance may be on either side.
+        agrees = abs(value - expected) <= allowed + 1e-6
+        yield Finding(row.key, text, "" if agrees else f"allowed is a difference of {allowed:.2f}")
+
+
+def _command(row: Row, places: str = "") -> str:
+    split = "" if row.split == "test" else f" --split {row.split}"
+    return f"`selora pack --dataset {row.key}{split}{' ' + places if places else ''}`"
+
+
+def _counts(images: int | None, classes: int | None, texts: int | None) -> str:
+    counted = {"images": images, "classes": classes, "texts": texts}
+    return ", ".join(f"{count} {name}" for name, count in counted.items() if count)
+
+
+def _licence(row: Row) -> str:
+    return _joined(row.licence, row.restriction)
+
+
+def _joined(*parts: str | None) -> str:
+    return "; ".join(part for part in parts if part)
 
 
 def _names_remark(dataset: Dataset) -> str | None:
-    """Where the row's class names and the directory's differ by more than spelling: labels may mean other classes."""
+    """How the row's class names and the directory's differ by more than spelling: labels may mean other classes."""
     shipped, subset = dataset.data.classnames or (), dataset.row.subset
     if dataset.row.classnames is None or (subset is not None and any(len(ids) > 1 for ids in subset)):
         return None
@@ -78,89 +142,3 @@ def _names_remark(dataset: Dataset) -> str | None:
     first = f"{other[0][0]!r} where the row has {other[0][1]!r}"
     warning = "; are the labels in another order?" if 2 * len(other) > len(ours) else ""
     return f"{len(other)} of {len(ours)} names in classnames.txt differ, first {first}{warning}"
-
-
-def format_inspection(found: Sequence[Inspected], *, looked: bool = True) -> str:
-    """A line per dataset, and below it what to do. ``looked``: whether the directories were looked at."""
-    lines = [("", "dataset", "images", "classes", "digest", "licence")]
-    notes: dict[int, str] = {}
-    for each in found:
-        counted = each.classes if each.texts is None else f"{each.texts} texts"
-        licence = "; ".join(text for text in (each.row.licence, each.row.restriction) if text)
-        lines.append((
-            "ok" if each.fault is None else "--" if looked else "",
-            each.row.key,
-            _or_blank(each.images) + ("" if each.bank is None else f"+{each.bank}"),
-            _or_blank(counted),
-            _or_blank(each.digest),
-            licence,
-        ))  # fmt: skip
-        if each.fault or each.remark:
-            notes[len(lines) - 1] = each.fault or f"remark: {each.remark}"
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    shown = []
-    for number, line in enumerate(lines):
-        shown.append("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-        if number in notes:
-            shown.append(f"      {notes[number]}")
-    if not looked:
-        shown.append(f"{len(found)} datasets; with --root ROOT each is looked at")
-        return "\n".join(shown)
-    missing = [each.row.key for each in found if each.fault]
-    shown.append(f"{len(found) - len(missing)} of {len(found)} datasets are ready")
-    return "\n".join(shown)
-
-
-def _or_blank(value: object) -> str:
-    return "" if value is None else str(value)
-
-
-@dataclass(frozen=True)
-class Compared:
-    """A published number, in percent, and ours. `allowed`: its tolerance plus the uncertainty of a drawn sample."""
-
-    key: str
-    metric: str
-    published: float
-    value: float
-    allowed: float
-
-    @property
-    def agrees(self) -> bool:
-        # The published numbers are rounded, so a value on the very edge of the tolerance may be on either side.
-        return abs(self.value - self.published) <= self.allowed + 1e-6
-
-
-def compare_with_published(benchmark: Benchmark, results: Mapping[str, Result]) -> list[Compared]:
-    """Every published number of the rows that have a result."""
-    compared = []
-    for row in benchmark.rows:
-        if row.key not in results:
-            continue
-        result = results[row.key]
-        published = row.published_of.get(result["model"].removeprefix(VIT_SCHEMA), row.published)
-        low, high = result["interval"]
-        allowed = published.get(TOLERANCE, 0.0) + 50 * (high - low)
-        compared += [
-            Compared(row.key, metric, value, 100 * result["metrics"][metric], allowed)
-            for metric, value in published.items()
-            if metric != TOLERANCE
-        ]
-    return compared
-
-
-def format_comparison(compared: Sequence[Compared]) -> str:
-    lines = [f"{'':2}  {'dataset':16}{'metric':28}{'published':>10}{'here':>9}{'apart':>8}{'allowed':>9}"]
-    lines += [
-        f"{'ok' if each.agrees else '!!'}  {each.key:16}{each.metric:28}{each.published:10.2f}{each.value:9.2f}"
-        f"{each.value - each.published:+8.2f}{each.allowed:9.2f}"
-        for each in compared
-    ]
-    off = [each for each in compared if not each.agrees]
-    lines.append(f"{len(compared) - len(off)} of {len(compared)} published numbers are reproduced")
-    if off:
-        lines.append(
-            "what is off: see first whether the weights are OpenAI's with QuickGELU, then class names and templates "
-            "(benchmark paper or wds), then the images (their digests above)"
-        )
-    return "\n".join(lines)

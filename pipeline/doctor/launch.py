@@ -1,4 +1,4 @@
-"""Whether a cluster is fit for training: all ranks check it together in half a minute.
+"""Checks of a launch: all ranks check the cluster together, in half a minute.
 
 torchrun … --no-python selora doctor CONFIG --launch       on every node, as `selora train` would be started
 """
@@ -10,8 +10,6 @@ import os
 import shutil
 import sys
 import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,9 +22,10 @@ import torch.distributed as dist
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.shards.index import load_index
+from pipeline.doctor.findings import Finding
+from pipeline.doctor.machine import server_fault
 from pipeline.files import replace_text
 from pipeline.passwords import redact
-from pipeline.tracking.mlflow.uris import without_user
 from pipeline.training.cluster.distributed import World, read_world
 from pipeline.training.cluster.peers import meet
 from pipeline.training.engine import start_process_group
@@ -36,16 +35,6 @@ _BANDWIDTH_BYTES = 2**24
 _SHM_PER_RANK = 2**30
 _SKEW_SECONDS = 1.0
 _RENAMES_SECONDS = 1.0
-_REQUEST_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The result of one check; `ok` is False when training would suffer, and `text` says what to do."""
-
-    name: str
-    ok: bool
-    text: str
 
 
 @dataclass(frozen=True)
@@ -78,7 +67,8 @@ def _ranks(cluster: Cluster, _: Config) -> Finding:
     counts = {host: hosts.count(host) for host in dict.fromkeys(hosts)}
     devices = sorted({device.type for device in cluster.gather(cluster.world.device)})
     listed = ", ".join(f"{host} ({count})" for host, count in counts.items())
-    return Finding("ranks", len(devices) == 1, f"{len(hosts)} ranks on {listed}; devices: {', '.join(devices)}")
+    todo = "" if len(devices) == 1 else "give all ranks the same kind of device"
+    return Finding("ranks", f"{len(hosts)} ranks on {listed}; devices: {', '.join(devices)}", todo)
 
 
 def _versions(cluster: Cluster, _: Config) -> Finding:
@@ -90,8 +80,8 @@ def _versions(cluster: Cluster, _: Config) -> Finding:
         if len({versions[name] for _, versions in everybody}) > 1
     ]
     if differing:
-        return Finding("versions", False, "; ".join(differing) + ": give all nodes the environment of uv.lock")
-    return Finding("versions", True, ", ".join(f"{name} {version}" for name, version in own.items()))
+        return Finding("versions", "; ".join(differing), "give all nodes the environment of uv.lock")
+    return Finding("versions", ", ".join(f"{name} {version}" for name, version in own.items()))
 
 
 def _version(name: str) -> str:
@@ -104,16 +94,15 @@ def _version(name: str) -> str:
 def _bandwidth(cluster: Cluster, _config: Config) -> Finding:
     world = cluster.world
     if world.world_size == 1:
-        return Finding("collectives", True, "one rank: nothing to measure")
+        return Finding("collectives", "one rank: nothing to measure")
     big = torch.zeros(_BANDWIDTH_BYTES // 4, device=world.device)
     small = torch.zeros(1, device=world.device)
     dist.all_reduce(big)  # the first one makes the connections
     seconds = _seconds(lambda: dist.all_reduce(big), 3, world)
     latency = _seconds(lambda: dist.all_reduce(small), 20, world)
     rate = 2 * (world.world_size - 1) / world.world_size * _BANDWIDTH_BYTES / seconds / 1e9
-    return Finding(
-        "collectives", True, f"{rate:.2f} GB/s per rank in an all-reduce, {latency * 1e3:.2f} ms for a small one"
-    )
+    text = f"{rate:.2f} GB/s per rank in an all-reduce, {latency * 1e3:.2f} ms for a small one"
+    return Finding("collectives", text)
 
 
 def _seconds(work: Callable[[], Any], times: int, world: World) -> float:
@@ -132,8 +121,8 @@ def _clocks(cluster: Cluster, _config: Config) -> Finding:
         dist.barrier(cluster.control)
         tries.append(cluster.gather(time.time()))
     skew = min(max(times) - min(times) for times in tries)
-    text = f"clocks agree within {skew * 1e3:.0f} ms"
-    return Finding("clocks", skew < _SKEW_SECONDS, text + ("" if skew < _SKEW_SECONDS else ": start an NTP service"))
+    todo = "start an NTP service" if skew >= _SKEW_SECONDS else ""
+    return Finding("clocks", f"clocks agree within {skew * 1e3:.0f} ms", todo)
 
 
 def _shared_path(cluster: Cluster, config: Config) -> Finding:
@@ -162,8 +151,8 @@ def _shared_path(cluster: Cluster, config: Config) -> Finding:
         path.unlink(missing_ok=True)
     if faults:
         listed = "; ".join(f"on {host} {text}" for host, text in faults.items())
-        return Finding("shared path", False, f"out={out} {listed}: put `out` on a file system that all nodes share")
-    return Finding("shared path", True, f"out={out} is shared and replaces files atomically")
+        return Finding("shared path", f"out={out} {listed}", "put `out` on a file system that all nodes share")
+    return Finding("shared path", f"out={out} is shared and replaces files atomically")
 
 
 def _rename_for_a_while(path: Path) -> None:
@@ -192,10 +181,8 @@ def _shm(cluster: Cluster, _: Config) -> Finding:
     }
     if small:
         listed = ", ".join(f"{host}: {size / 2**20:.0f} MiB" for host, size in small.items())
-        return Finding(
-            "shm", False, f"/dev/shm is small ({listed}): mount a memory-backed one of 1 GiB per rank or more"
-        )
-    return Finding("shm", True, "/dev/shm has 1 GiB per rank or more everywhere")
+        return Finding("shm", f"/dev/shm is small: {listed}", "mount a memory-backed one of 1 GiB per rank or more")
+    return Finding("shm", "/dev/shm has 1 GiB per rank or more everywhere")
 
 
 def _shards(cluster: Cluster, config: Config) -> Finding:
@@ -207,46 +194,34 @@ def _shards(cluster: Cluster, config: Config) -> Finding:
     everybody = cluster.gather((cluster.world.host, own, fault))
     faults = dict.fromkeys(f"{host}: {text}" for host, _, text in everybody if text)
     if faults:
-        return Finding("shards", False, "; ".join(faults))
+        return Finding("shards", f"data.train={config.data.train}", "; ".join(faults))
     if len({found for _, found, _ in everybody}) > 1:
-        return Finding("shards", False, f"data.train={config.data.train} is not the same on all hosts")
-    return Finding("shards", True, f"data.train={config.data.train} is the same everywhere ({own[:12]})")
+        text = f"data.train={config.data.train} is not the same on all hosts"
+        return Finding("shards", text, "copy the same shards to every host, or put them on a shared file system")
+    return Finding("shards", f"data.train={config.data.train} is the same everywhere ({own[:12]})")
 
 
 def _tracking(cluster: Cluster, config: Config) -> Finding:
     uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if not config.tracking.enabled or not uri.startswith("http"):
-        return Finding("tracking", True, "no server: runs are tracked in a file below `out`")
-    everybody = cluster.gather((cluster.world.host, _request(without_user(uri).rstrip("/") + "/health")))
+        return Finding("tracking", "no server: runs are tracked in a file below `out`")
+    everybody = cluster.gather((cluster.world.host, server_fault(uri)))
     faults = dict.fromkeys(f"from {host}: {text}" for host, text in everybody if text)
     if faults:
-        told = f"{redact(uri)} {'; '.join(faults)} (training goes on, the journal keeps everything)"
-        return Finding("tracking", False, told)
-    return Finding("tracking", True, f"{redact(uri)} answers on every host")
-
-
-def _request(url: str) -> str:
-    try:
-        # only ever called with an http address
-        with urllib.request.urlopen(url, timeout=_REQUEST_SECONDS) as answer:  # noqa: S310
-            return "" if answer.status == 200 else f"status {answer.status}"
-    except urllib.error.HTTPError as error:
-        # A server that requires a password does answer.
-        return "" if error.code in (401, 403) else f"status {error.code}"
-    except OSError as error:
-        return str(error)
+        todo = "start the server, or train anyway: the journal keeps everything for `selora track sync`"
+        return Finding("tracking", f"{redact(uri)} does not answer {'; '.join(faults)}", todo)
+    return Finding("tracking", f"{redact(uri)} answers on every host")
 
 
 def _ray(cluster: Cluster, _: Config) -> Finding:
     if "RAY_ADDRESS" not in os.environ:
-        return Finding("ray", True, "RAY_ADDRESS is not set: no Ray cluster to look at")
+        return Finding("ray", "RAY_ADDRESS is not set: no Ray cluster to check")
     own = os.environ.get("RAY_AUTH_MODE") == "token"
     open_hosts = dict.fromkeys(host for host, closed in cluster.gather((cluster.world.host, own)) if not closed)
     if open_hosts:
-        return Finding(
-            "ray", False, f"no token on {', '.join(open_hosts)}: set RAY_AUTH_MODE=token, or anybody can run code there"
-        )
-    return Finding("ray", True, "token authentication is on")
+        todo = "set RAY_AUTH_MODE=token, or anybody can run code there"
+        return Finding("ray", f"no token authentication on {', '.join(open_hosts)}", todo)
+    return Finding("ray", "token authentication is on")
 
 
 _CHECKS: Iterable[Callable[[Cluster, Config], Finding]] = (

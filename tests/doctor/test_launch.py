@@ -36,7 +36,7 @@ def _rank(rank: int, port: int, config: Config, change: dict[str, Any], talk: Co
     elif "torch" in change:
         doctor._version = lambda name: "1"
     found = doctor.check_launch(config, timeout_s=120)
-    talk.send({finding.name: (finding.ok, finding.text) for finding in found})
+    talk.send({finding.name: (finding.ok, finding.text + finding.todo) for finding in found})
 
 
 def ask(config: Config, **change: Any) -> list[dict[str, tuple[bool, str]]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli.main import main
-from pipeline.doctor.benchmark import compare_with_published, format_comparison, inspect_row
+from pipeline.doctor.benchmark import check_row, compare_with_published
 from pipeline.evaluation.datasets.benchmark import load_benchmark
 from pipeline.evaluation.datasets.dataset import Settings
 from pipeline.evaluation.run import evaluate
@@ -39,18 +39,18 @@ def sets(tmp_path: Path, datasets: Path) -> Path:
 def test_each_dataset_is_found_or_named_with_what_to_do(sets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--benchmark", str(sets / "bench.yaml")]) == 1
     text = capsys.readouterr().out
-    lines = {line.split()[1]: line for line in text.splitlines() if line[:2] in ("ok", "--") and line[2] == " "}
+    lines = {line.split()[1]: line for line in text.splitlines() if line[:2] in ("ok", "!!")}
     assert {key: line[:2] for key, line in lines.items()} == {
-        "ours": "ok", "moved": "--", "few": "--", "gone": "--", "pairs": "ok", "renamed": "ok",
+        "ours": "ok", "moved": "!!", "few": "!!", "gone": "!!", "pairs": "ok", "renamed": "ok", "ready": "ok",
     }  # fmt: skip
-    assert lines["ours"].split()[2:4] == ["57", "12"]
+    assert "57 images, 12 classes; digest " in lines["ours"]
     assert "ours; keep it" in lines["ours"]
     assert "1.tar" in text
     assert "20 images in" in text and "where 21 are expected" in text
     assert "`selora pack --dataset gone` makes it" in text
     assert "3 of 3 names in classnames.txt differ, first 'apple' where the row has 'bear'" in text
     assert "in another order?" in text
-    assert "3 of 6 datasets are ready" in text
+    assert text.splitlines()[-1] == "ok  ready    3 of 6 datasets"
 
 
 def test_equal_data_have_equal_digests_wherever_they_lie(tmp_path: Path, datasets: Path) -> None:
@@ -59,8 +59,9 @@ def test_equal_data_have_equal_digests_wherever_they_lie(tmp_path: Path, dataset
     found = []
     for folder in (datasets, tmp_path / "copy"):
         (tmp_path / "b.yaml").write_text(text)
-        found.append(inspect_row(load_benchmark(tmp_path / "b.yaml", folder).rows[0]).digest)
-    assert found[0] == found[1] is not None
+        found.append(check_row(load_benchmark(tmp_path / "b.yaml", folder).rows[0]).text)
+    assert found[0] == found[1]
+    assert "digest" in found[0]
 
 
 def test_golden_flags_what_is_further_off_than_its_tolerance(
@@ -86,11 +87,11 @@ def test_golden_flags_what_is_further_off_than_its_tolerance(
         "ours": 100 * results["ours"]["metrics"]["acc1"],
         "pairs": 100 * results["pairs"]["metrics"]["text_retrieval_recall@5"],
     }
-    assert all(each.agrees for each in compare_with_published(load_benchmark(bench(right)), results))
+    assert all(each.ok for each in compare_with_published(load_benchmark(bench(right)), results))
     off = compare_with_published(load_benchmark(bench(right | {"pairs": right["pairs"] - 0.3})), results)
-    assert [each.agrees for each in off] == [True, False]
-    assert "1 of 2 published numbers are reproduced" in format_comparison(off)
-    assert "QuickGELU" in format_comparison(off)
+    assert [each.ok for each in off] == [True, False, False]
+    assert off[2].text == "1 of 2 published numbers"
+    assert "QuickGELU" in off[2].todo
     command = ["doctor", "--benchmark", str(tmp_path / "bench.yaml"), "--golden", str(trained_clip_dir)]
     assert main([*command, "--out", str(tmp_path / "out")]) == 1
     printed = capsys.readouterr()
@@ -131,7 +132,7 @@ def test_a_machine_and_a_config_that_are_well_have_nothing_to_do(
     assert main(["doctor", str(config)]) == 0
     text = capsys.readouterr().out
     assert "!!" not in text
-    for part in ("selora", "torch", "GPU", "gloo", "GiB free", "answers (200)", "6 samples", "4 datasets are there"):
+    for part in ("selora", "torch", "GPU", "gloo", "GiB free", "answers", "6 samples", "4 datasets found"):
         assert part in text
     broken = ["tracking.uri=http://127.0.0.1:9", f"data.train={tmp_path / 'none'}"]
     assert main(["doctor", str(config), *broken, "eval.benchmark=papers"]) == 1
@@ -171,8 +172,8 @@ def test_an_installed_wheel_knows_the_shipped_benchmarks(tmp_path: Path, reposit
 def test_without_a_root_the_datasets_are_listed_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--benchmark", "paper"]) == 0
     text = capsys.readouterr().out
-    assert "imagenetv2       10000   1000" in text and "MIT (repository)" in text
+    assert "imagenetv2       10000 images, 1000 classes; MIT (repository)" in text
     assert "`selora pack --dataset imagenet-a DIR ROOT/wds_imagenet-a`, where DIR holds the 200 wnid folders" in text
-    assert text.splitlines()[-1] == "18 datasets; with --root ROOT each is looked at"
+    assert text.splitlines()[-1].split() == ["required", "18", "datasets;", "--root", "ROOT", "checks", "each"]
     assert main(["doctor", "--benchmark", "paper", "--golden"]) == 2
     assert "--root DIR" in capsys.readouterr().err

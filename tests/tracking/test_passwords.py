@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import doctor
 from pipeline.config import Config, ConfigError, digest, flatten, load_config, override, to_yaml
+from pipeline.doctor.machine import check_tracking
 from pipeline.passwords import redact
 from pipeline.tracking.mlflow.sync import sync
 from pipeline.tracking.mlflow.uris import PasswordMissing, resolve_uri, without_user
@@ -210,8 +210,8 @@ def test_a_run_at_a_guarded_server_leaves_its_password_nowhere_and_can_go_on(
     assert "is kept nowhere; give the whole address" in caplog.text
     monkeypatch.setenv("MLFLOW_TRACKING_URI", guarded.uri)
     assert (sync(run_dir).sent, sync(run_dir).pending) == (1, 0)
-    assert f"http://me:***@{guarded.host}" in str(doctor._tracking(config))
-    assert QUOTED not in str(doctor._tracking(config))
+    assert f"http://me:***@{guarded.host}" in str(check_tracking(config))
+    assert QUOTED not in str(check_tracking(config))
     (tmp_path / "config.yaml").unlink()  # the user's own
     assert holds_the_password(tmp_path) == []
     assert holds_the_password(store_dir) == []

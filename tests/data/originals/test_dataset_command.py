@@ -16,7 +16,7 @@ from pipeline.data.originals.imagenet import wnids
 from pipeline.data.originals.table import ORIGINALS
 from pipeline.data.shards.index import load_index
 from pipeline.data.shards.verify import verify
-from pipeline.doctor.benchmark import inspect_row
+from pipeline.doctor.benchmark import check_row
 from pipeline.evaluation.datasets.benchmark import load_benchmark
 
 ROWS = load_benchmark("paper", root=".").rows
@@ -91,8 +91,9 @@ def test_splits_become_training_shards_and_an_evaluation_set(
     assert main([*command, "val", str(tmp_path / "root"), str(sets / "wds_dtd-val")]) == 0
     assert "dtd (val), 1880 images in 1 shards, all of them" in capsys.readouterr().out
     row = next(row for row in load_benchmark("vision", root=sets).rows if row.key == "dtd")
-    found = inspect_row(row)
-    assert (found.fault, found.images, found.classes) == (None, 1880, 47)
+    found = check_row(row)
+    assert found.ok
+    assert found.text.startswith("1880 images, 47 classes; digest ")
     (base / "images/banded/train_3.jpg").unlink()
     assert main([*command, "train", str(tmp_path / "root"), str(tmp_path / "again")]) == 2
     assert "images: 1879 found, 1880 expected" in capsys.readouterr().err
