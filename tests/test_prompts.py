@@ -9,7 +9,8 @@ import pytest
 from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 
 from pipeline.config import ConfigError
-from pipeline.prompts import TEMPLATES, caption, natural_key, read_classnames, readable_name, resolve_templates
+from pipeline.config.templates import TEMPLATES
+from pipeline.prompts import caption, natural_key, read_classnames, readable_name, resolve_templates
 
 
 def test_the_sets_are_those_of_open_clip() -> None:

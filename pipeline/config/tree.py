@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from pipeline.config.effects import Effect, Place, Result, effects_of
 from pipeline.config.errors import ConfigError, Raw, at, did_you_mean, faults_of
 from pipeline.config.sections import Adapter, Data, Eval, Gate, Keep, Model, Promote, Section, Tracking, Train
+from pipeline.config.templates import fault_of_templates
 from pipeline.config.yaml_file import dump_yaml, read_chain, read_overrides
 from pipeline.passwords import redact
 
@@ -107,9 +108,8 @@ def broken_rules(config: Config) -> Iterator[tuple[set[str], str]]:
         config.promote.floors()
     except ValueError as error:
         yield {"promote.min_dataset"}, str(error)
-    for template in data.templates if isinstance(data.templates, tuple) else ():
-        if "{c}" not in template:
-            yield {"data.templates"}, f"data.templates: {template!r} has no {{c}} for the class name"
+    if (fault := fault_of_templates(data.templates)) is not None:
+        yield {"data.templates"}, f"data.templates: {fault}"
 
 
 def _budget_rules(config: Config) -> Iterator[tuple[set[str], str]]:

@@ -47,6 +47,39 @@ class ShortTokenizer:
         return tokens[:, : -(-longest // MULTIPLE) * MULTIPLE].contiguous()
 
 
+@dataclass(frozen=True)
+class TooLong:
+    """Finds the texts that have more tokens than the context of a tower, so that their end is not read.
+
+    Attributes:
+        tokenizer: open_clip's, which takes ``context_length``.
+        padding: the token behind the end of a short text.
+    """
+
+    tokenizer: Any
+    padding: int
+
+    @staticmethod
+    def of(tokenizer: Any) -> TooLong:
+        """For a tokenizer of open_clip."""
+        return TooLong(tokenizer, int(tokenizer([""])[0, -1]))
+
+    def __call__(self, texts: list[str], tokens: Tensor) -> list[int]:
+        """The numbers of such texts among N, whose tokens are (N, L) with L up to the context.
+
+        Only texts that fill the context, or all but its last token, are tokenized again, with one token more.
+        """
+        context = self.tokenizer.context_length
+        if tokens.shape[1] < context:
+            return []
+        full = (tokens[:, -2] != self.padding).nonzero().flatten().tolist()
+        if not full:
+            return []
+        longer = self.tokenizer([texts[number] for number in full], context_length=context + 1)
+        differs = (longer[:, :context] != tokens[full]).any(dim=1).tolist()
+        return [number for number, cut in zip(full, differs, strict=True) if cut]
+
+
 def batch_tokenizer(model: nn.Module, tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer to use for a batch: short texts where the tower allows them, `tokenizer` itself elsewhere.
 

@@ -23,7 +23,7 @@ from pipeline.method.budget import BlockBudget
 from pipeline.method.contrastive import MAX_LOGIT_SCALE
 from pipeline.method.settle import Settling
 from pipeline.model.load import Model
-from pipeline.model.text import batch_tokenizer
+from pipeline.model.text import TooLong, batch_tokenizer
 from pipeline.model.towers import inside_layers
 from pipeline.model.vit import Vit
 from pipeline.training.checkpoint import Checkpoint, save_checkpoint
@@ -281,6 +281,7 @@ def _batches(job: Job, model: Model, reference: ReferenceData | None, start: int
         start_step=start,
         stop_step=job.total,
         tokenizer=None if isinstance(model, Vit) else batch_tokenizer(model.model, model.tokenizer),
+        find_cut=None if isinstance(model, Vit) else TooLong.of(model.tokenizer),
         reference=reference,
         rank=job.world.rank,
         world=job.world.world_size,

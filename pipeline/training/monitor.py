@@ -37,6 +37,7 @@ class TrainingBatch(Protocol):
     keys: list[str]
     bad: list[str]
     retries: int
+    cut: Sequence[str]
 
 
 class TrainingFailed(ConfigError):
@@ -69,9 +70,12 @@ class Monitor:
     _window: list[tuple[int, dict[str, Tensor], list[str]]] = field(default_factory=list)
     _bad: set[str] = field(default_factory=set)
     _retries: int = 0
+    _cut: int = 0
     _since: float = field(default_factory=time.perf_counter)
     _open: dict[str, bool] = field(default_factory=dict)
     _drift: dict[str, float] = field(default_factory=dict)
+    _first_cut: str = ""
+    _told_cut: bool = False
     _bar: tqdm | None = None
 
     def after_step(self, step: Step) -> None:
@@ -81,6 +85,9 @@ class Monitor:
         self._window.append((batch.step, step.losses, shards))
         self._name_bad(batch.bad)
         self._retries += batch.retries
+        self._cut += len(batch.cut)
+        if batch.cut and not self._first_cut:
+            self._first_cut = batch.cut[0]
         done = step.done
         if done % self.log_every and done != self.total_steps:
             return
@@ -90,8 +97,8 @@ class Monitor:
             "train/images_per_s": len(self._window) * self.global_batch_size / (time.perf_counter() - self._since),
             "train/samples_seen": float(done * self.global_batch_size),
             "data/bad_samples": self._count_bad(),
-            "data/retries": float(gather_numbers(torch.tensor([self._retries]), self.control).sum()),
         }
+        values |= self._counts()
         if self.negatives:
             values["train/effective_negatives"] = self._effective_negatives(batch.captions)
         if skipped := self.skipped_steps():
@@ -159,6 +166,21 @@ class Monitor:
                 f"run `selora verify` on the shards and repack them, or raise data.max_bad_share"
             )
         return total
+
+    def _counts(self) -> dict[str, float]:
+        """Sums over all ranks; of captions that are cut, the first on rank 0 is named once."""
+        retries, cut = (
+            gather_numbers(torch.tensor([self._retries, self._cut]), self.control).view(-1, 2).sum(0).tolist()
+        )
+        if cut and self.world.is_main and not self._told_cut:
+            self._told_cut = True
+            example = f", as in {self._first_cut}" if self._first_cut else ""
+            tqdm.write(
+                f"warning: {cut} captions so far have more tokens than the model reads, and their ends are cut "
+                f"off{example}; data/cut_captions counts them",
+                file=sys.stderr,
+            )
+        return {"data/retries": float(retries)} | ({"data/cut_captions": float(cut)} if cut else {})
 
     def _drift_values(self, due: bool) -> dict[str, float]:
         found = self.drift() if due or not self._drift else {}

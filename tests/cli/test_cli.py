@@ -199,6 +199,25 @@ def test_help_and_config_import_no_stage_and_nothing_heavy(repository):
     assert done.stderr.strip() == "[] []"
 
 
+def test_inspect_loads_no_engine_and_prints_any_name_in_ascii(repository, tmp_path):
+    """A folder of photos is looked at before anything is trained: what takes seconds to import is not imported."""
+    for name in ("thé", "茶"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        (tmp_path / "photos" / name / "1.jpg").write_bytes(b"no image")
+    script = (
+        f"import sys; from pipeline.cli import main; sys.argv = ['selora', 'inspect', {str(tmp_path / 'photos')!r}];"
+        "code = main();"
+        "heavy = {'torch', 'numpy', 'ray', 'mlflow', 'deepspeed', 'webdataset', 'open_clip', 'matplotlib', 'pandas'};"
+        "print(code, sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=repository, capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert done.stderr.strip() == "0 []"
+    assert r"class 0 'th\xe9'" in done.stdout and r"1: \u8336 \u2192 \u8336" in done.stdout
+
+
 def test_no_option_is_a_prefix_of_one_of_torchruns():
     """torchrun reads abbreviations over the whole line, so `--log` of ours would be its --log-dir."""
     from torch.distributed.run import get_args_parser

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.model.clip import load_clip
-from pipeline.model.text import ShortTokenizer, batch_tokenizer, is_causal, why_whole
+from pipeline.model.text import ShortTokenizer, TooLong, batch_tokenizer, is_causal, why_whole
 from pipeline.model.towers import split_attention
 
 MakeDir = Callable[..., Path]
@@ -83,6 +83,33 @@ def test_an_end_of_text_id_that_is_not_the_largest_is_kept() -> None:
     short = ShortTokenizer(lambda texts: torch.tensor([rows[text] for text in texts]), 2)
     assert short(["short"]).tolist() == [rows["short"][:8]]
     assert short(["short", "long"]).shape == (2, 12)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16", "flat"])
+def test_texts_beyond_the_context_are_found(clip_dir: MakeDir, name: str) -> None:
+    """As many as the unlimited encoding says, for texts around the limit and for one that is empty."""
+    tokenizer = open_clip.get_tokenizer(name) if name != "flat" else load_clip(f"local-dir:{clip_dir(name)}").tokenizer
+    context = tokenizer.context_length
+    texts = [" ".join(["dog"] * words) for words in (0, 1, context - 3, context - 2, context - 1, context, 3 * context)]
+    wanted = [number for number, text in enumerate(texts) if len(tokenizer.encode(text)) + 2 > context]
+    assert len(wanted) == 3
+    for batch in (tokenizer, ShortTokenizer(tokenizer, None)):
+        assert TooLong.of(tokenizer)(texts, batch(texts)) == wanted
+        assert TooLong.of(tokenizer)(texts[:2], batch(texts[:2])) == []
+
+
+def test_a_padding_that_ends_texts_as_well_hides_none() -> None:
+    """SigLIP's tokenizer fills up with the token that ends a text."""
+
+    class Tokens:
+        context_length = 4
+
+        def __call__(self, texts: list[str], context_length: int = 4) -> torch.Tensor:
+            rows = [[*map(int, text)][: context_length - 1] for text in texts]
+            return torch.tensor([row + [1] * (context_length - len(row)) for row in rows])
+
+    texts = ["", "5", "567", "5678", "56789"]
+    assert TooLong.of(Tokens())(texts, Tokens()(texts)) == [3, 4]
 
 
 def test_the_tokenizer_goes_to_other_processes(clip_dir: MakeDir) -> None:

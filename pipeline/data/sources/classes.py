@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
@@ -32,12 +33,17 @@ def class_names(folders: Sequence[str], options: SourceOptions) -> list[str]:
         names = [readable_name(folder) for folder in folders]
     for name, count in Counter(names).items():
         if count > 1:
-            same = [repr(folder) for folder, each in zip(folders, names, strict=True) if each == name]
+            same = [_shown(folder) for folder, each in zip(folders, names, strict=True) if each == name]
             raise ConfigError(
                 f"classes: {count} classes read {name!r} ({', '.join(same[:5])}); rename or merge them, or give "
                 "--classnames FILE with names that tell them apart"
             )
     return names
+
+
+def _shown(folder: str) -> str:
+    """The name in quotes, escaped where it may look like another one: é can be one character or two."""
+    return repr(folder) if unicodedata.is_normalized("NFC", folder) else ascii(folder)
 
 
 def class_notes(names: Sequence[str]) -> list[str]:

@@ -18,6 +18,8 @@ from pipeline.prompts import natural_key
 
 # Where the captions of an image are looked for, in this order: next to it, under its name without the extension.
 CAPTION_FILES = (".txt", ".json")
+# What a table or json file that names images is called.
+LIST_SUFFIXES = (".csv", ".tsv", ".txt", ".token", ".json", ".jsonl", ".ndjson")
 LOOSE = "images next to the class folders"
 WITH_IMAGE = "caption files, read with their images"
 
@@ -72,8 +74,15 @@ def _check_folders(walked: Walked, images: dict[str, list[str]]) -> None:
             continue
         link = next((link for link in walked.links if link.startswith(f"{folder} -> ")), None)
         why = f" ({link}: read as another class already)" if link else ""
+        lists = (name for name in walked.others if name.startswith(f"{folder}/"))
+        listing = next((name for name in lists if PurePosixPath(name).suffix.lower() in LIST_SUFFIXES), None)
+        if listing is not None:
+            raise ConfigError(
+                f"{walked.root / folder}: no image, but {printable(listing)}; if that file names the images, it is the "
+                f"source: {printable(str(walked.root / listing))}"
+            )
         raise ConfigError(
-            f"{walked.root / folder}: the class folder holds no image ({', '.join(IMAGE_EXTENSIONS)}){why}; remove it"
+            f"{walked.root / folder}: the class folder holds no image ({', '.join(IMAGE_EXTENSIONS)}){why}; move it out"
         )
 
 

@@ -8,13 +8,12 @@ from typing import Literal
 
 from pipeline.config import ConfigError
 from pipeline.data.shards.tar_source import holds_tars, is_pattern, read_tars
-from pipeline.data.sources.folders import has_sidecars, read_folders, read_sidecars
+from pipeline.data.sources.folders import LIST_SUFFIXES, has_sidecars, read_folders, read_sidecars
 from pipeline.data.sources.json_files import read_json_file
 from pipeline.data.sources.sample import Source, SourceOptions, few
 from pipeline.data.sources.tables import read_table
 from pipeline.data.sources.walk import hidden
 
-LIST_SUFFIXES = (".csv", ".tsv", ".txt", ".token", ".json", ".jsonl", ".ndjson")
 LIST_NAMES = ("metadata", "captions", "results", "annotations", "labels")
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
 

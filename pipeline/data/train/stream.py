@@ -24,6 +24,8 @@ from pipeline.prompts import caption, resolve_templates
 OPEN_TARS = 256
 # Captions to tokens (B, L), int64, in the process that makes the batch.
 Tokenizer = Callable[[list[str]], Tensor]
+# Captions and their tokens to the numbers of those whose end is cut off.
+FindCut = Callable[[list[str], Tensor], list[int]]
 # A stream whose next 64 samples are all bad is no longer a matter of single images.
 SUBSTITUTES = 64
 
@@ -45,7 +47,8 @@ class Batch:
 
     images: uint8 (B, 3, H, W). labels: int64 (B,), -1 without a class. keys: "shard/key" of what is really there. bad:
     "shard/key: reason" of each sample that another one stands in for. tokens: int64 (B, L) of the captions, None
-    without a tokenizer. retries: how often a store had to be asked again since the last batch of the same process.
+    without a tokenizer. retries: how often a store had to be asked again since the last batch of the same process. cut:
+    "shard/key" of each sample whose caption has more tokens than the model reads.
     """
 
     step: int
@@ -57,6 +60,7 @@ class Batch:
     tokens: Tensor | None = None
     retries: int = 0
     reference: ReferenceBatch | None = None
+    cut: Sequence[str] = ()
 
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader when it pins."""
@@ -182,10 +186,12 @@ class _MakeBatch:
         tokenizer: Tokenizer | None,
         reference: ReferenceData | None,
         *,
+        find_cut: FindCut | None,
         ahead: int,
         sharing: int,
     ) -> None:
         self.dataset, self.plan, self.tokenizer, self.reference = dataset, plan, tokenizer, reference
+        self._find_cut = find_cut
         self._ahead, self._sharing = ahead, sharing
         self._reading: list[ReadAhead] = []
         self._next, self._retries = -1, 0
@@ -208,16 +214,19 @@ class _MakeBatch:
             self._reading = self._read_ahead(step, every)
         before, self._retries = self._retries, retries()
         captions = [sample.caption for sample in samples]
+        tokens = None if self.tokenizer is None else self.tokenizer(captions)
+        cut = [] if tokens is None or self._find_cut is None else self._find_cut(captions, tokens)
         return Batch(
             step=step,
             images=torch.stack([sample.image for sample in samples]),
             captions=captions,
-            tokens=None if self.tokenizer is None else self.tokenizer(captions),
+            tokens=tokens,
             keys=[sample.key for sample in samples],
             labels=torch.tensor([sample.label for sample in samples], dtype=torch.int64),
             bad=[sample.bad for sample in samples if sample.bad] + ([] if reference is None else reference.bad),
             retries=self._retries - before,
             reference=reference,
+            cut=[samples[number].key for number in cut],
         )
 
     def __del__(self) -> None:
@@ -254,6 +263,7 @@ def train_loader(
     start_step: int,
     stop_step: int,
     tokenizer: Tokenizer | None = None,
+    find_cut: FindCut | None = None,
     reference: ReferenceData | None = None,
     rank: int = 0,
     world: int = 1,
@@ -266,9 +276,10 @@ def train_loader(
 ) -> Batches[Batch]:
     """Batches of this rank for steps [start_step, stop_step), in order and the same with any number of workers.
 
-    ``tokenizer``: makes the tokens of a batch, in the worker that makes the batch. ``reference``: what each batch gets
-    its reference samples from. ``ahead``: shards behind a URL that are fetched before they are needed, per stream of
-    the rank. ``sharing``: ranks on this machine, which share its cache.
+    ``tokenizer``: makes the tokens of a batch, in the worker that makes the batch. ``find_cut``: finds the captions
+    that have more tokens than the model reads. ``reference``: what each batch gets its reference samples from.
+    ``ahead``: shards behind a URL that are fetched before they are needed, per stream of the rank. ``sharing``: ranks
+    on this machine, which share its cache.
     Raises ConfigError when streams, batch and ranks do not fit each other, and while iterating when a shard is broken.
     """
     streams = dataset.order.streams
@@ -276,5 +287,5 @@ def train_loader(
     if not 0 <= rank < world:
         raise ConfigError(f"rank {rank} is not in a world of {world}")
     plan = RankSteps(start_step, stop_step, global_batch, streams, rank, world)
-    make = _MakeBatch(dataset, plan, tokenizer, reference, ahead=ahead, sharing=sharing)
+    make = _MakeBatch(dataset, plan, tokenizer, reference, find_cut=find_cut, ahead=ahead, sharing=sharing)
     return Batches(make, plan, workers=workers, prefetch=prefetch, pin=pin, start_method=start_method)

@@ -217,6 +217,22 @@ def test_a_class_folder_that_is_not_utf8_is_refused_with_the_way_out(shop: Path)
         read_source(shop)
 
 
+def test_twin_folders_in_two_unicode_forms_are_told_apart(shop: Path, photo: Photo) -> None:
+    """A Mac and a PC wrote to one disk: both folders read thé."""
+    for name in ("th\u00e9", "the\u0301"):
+        (shop / name).mkdir()
+        photo(3).save(shop / name / "x.jpg")
+    with pytest.raises(ConfigError, match=r"2 classes read 'thé' \('the\\u0301', 'thé'\); rename or merge them"):
+        read_source(shop)
+
+
+def test_a_folder_with_a_list_is_not_told_to_be_thrown_away(shop: Path) -> None:
+    (shop / "annotations").mkdir()
+    (shop / "annotations/captions_val.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"shop/annotations: no image, but annotations/captions_val.json; if that f"):
+        read_source(shop)
+
+
 def test_the_report_names_what_the_summary_counts(
     shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

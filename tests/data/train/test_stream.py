@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 
 from pipeline.config import ConfigError
+from pipeline.config.templates import TEMPLATES
 from pipeline.data.shards.index import ShardIndex
 from pipeline.data.storage.tar import TarError
 from pipeline.data.train.stream import Batch, TrainDataset, train_loader
-from pipeline.prompts import TEMPLATES, caption
+from pipeline.prompts import caption
 
 Photo = Callable[..., Image.Image]
 Encode = Callable[..., bytes]
@@ -327,3 +328,20 @@ def test_labels_are_minus_one_without_classes(shards_of: ShardsOf, photo: Photo,
     batch = batches(index, 0, 1)[0]
     assert batch.labels.tolist() == [-1] * 8
     assert list(itertools.chain(batch.captions)) == ["a hat"] * 8
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_whose_caption_is_cut_are_named(shards: ShardIndex, workers: int) -> None:
+    """The tokenizer here gives each caption its length, and those of an even length are too long."""
+    options = {"tokenizer": _lengths, "find_cut": _even, "workers": workers}
+    for batch in batches(shards, 0, 2, **options):
+        wanted = [key for key, text in zip(batch.keys, batch.captions, strict=True) if len(text) % 2 == 0]
+        assert batch.cut == wanted and batch.cut
+
+
+def _lengths(texts: list[str]) -> torch.Tensor:
+    return torch.tensor([[len(text)] for text in texts])
+
+
+def _even(texts: list[str], tokens: torch.Tensor) -> list[int]:
+    return [number for number in range(len(texts)) if int(tokens[number]) % 2 == 0]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import ConfigError
+from pipeline.config.templates import TEMPLATES
 from pipeline.evaluation.datasets.benchmark import load_benchmark
-from pipeline.prompts import TEMPLATES
 
 
 def write(folder: Path, text: str, name: str = "bench.yaml") -> Path:

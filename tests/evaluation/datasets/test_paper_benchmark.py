@@ -26,10 +26,10 @@ from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 
+from pipeline.config.templates import TEMPLATES
 from pipeline.evaluation.datasets.benchmark import load_benchmark, shipped_benchmarks
 from pipeline.evaluation.datasets.rows import Row
 from pipeline.model.clip import Clip, load_clip, save_open_clip
-from pipeline.prompts import TEMPLATES
 
 # clip_benchmark 1.6 calls float() on an array of one element, which NumPy has refused since 2.4. Its arithmetic stays.
 zeroshot_classification.float = lambda value: float(value if isinstance(value, str) else value.item())  # pyright: ignore
