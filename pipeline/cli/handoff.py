@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.cli.options import FAILED, OK, add_command, count, share, strength
 from pipeline.config import ConfigError
+
+if TYPE_CHECKING:
+    from pipeline.handoff.graphs import GraphOptions
+    from pipeline.handoff.source import Source
 
 
 def add(commands: Any) -> None:
@@ -24,15 +29,35 @@ def _add_export(commands: Any) -> None:
         commands,
         "export",
         run_export,
-        "write a run's model for open_clip, transformers, peft or timm, and check its outputs there",
+        "write a run's model for open_clip, transformers, peft, timm, ONNX or Triton, and check its outputs there",
         "selora export runs/my_run out/clip --to open_clip",
         "selora export runs/my_run out/adapter --to peft",
+        "selora export runs/my_run out/onnx --to onnx --fp16",
     )
     parser.add_argument("target", metavar="RUN_OR_SWEEP", help="directory of a run or of a sweep")
     parser.add_argument("out", type=Path, metavar="OUT", help="new directory")
     parser.add_argument(
-        "--to", required=True, choices=("open_clip", "hf", "peft", "timm"), help="library to write for (a ViT: timm)"
+        "--to",
+        required=True,
+        choices=("open_clip", "hf", "peft", "timm", "onnx", "triton"),
+        help="library or server to write for (a ViT: timm, onnx, triton)",
     )
+    _add_blocks(parser)
+    _add_graph(parser)
+    parser.add_argument(
+        "--unverified", action="store_true", help="do not load the export with the library to compare outputs"
+    )
+    parser.add_argument("--force", action="store_true", help="replace an earlier export in OUT")
+    hub = parser.add_argument_group("Hugging Face hub")
+    hub.add_argument(
+        "--push", metavar="ORG/NAME", help="also upload the export to this repository, private if it is new"
+    )
+    hub.add_argument("--public", action="store_true", help="with --push: make a new repository public")
+    hub.add_argument("--dry-run", action="store_true", help="with --push: upload nothing, list the files")
+
+
+def _add_blocks(parser: argparse.ArgumentParser) -> None:
+    """Options about which weights are exported."""
     kept = parser.add_mutually_exclusive_group()
     kept.add_argument(
         "--merged",
@@ -64,16 +89,43 @@ def _add_export(commands: Any) -> None:
     parser.add_argument(
         "--base-name", metavar="NAME", help="name of the base model in the PEFT adapter (default: its path)"
     )
-    parser.add_argument(
-        "--unverified", action="store_true", help="do not load the export with the library to compare outputs"
+
+
+def _add_graph(parser: argparse.ArgumentParser) -> None:
+    """Options of ONNX and Triton exports."""
+    options = parser.add_argument_group("ONNX and Triton")
+    precision = options.add_mutually_exclusive_group()
+    for name, what in (
+        ("fp16", "weights and activations in half precision (default: fp32)"),
+        ("int8", "weights of the matrix products in 8 bits; the loss is measured on a benchmark"),
+    ):
+        precision.add_argument(f"--{name}", dest="precision", action="store_const", const=name, help=what)
+    options.add_argument(
+        "--pixels",
+        choices=("uint8", "normalized"),
+        help="what the image graph takes: bytes that it normalizes itself (default), or what the caller has normalized",
     )
-    parser.add_argument("--force", action="store_true", help="replace an earlier export in OUT")
+    options.add_argument(
+        "--classnames",
+        type=Path,
+        metavar="FILE",
+        help="class names of the zero-shot head, one per line (default: those of the training)",
+    )
+    options.add_argument("--templates", metavar="NAME", help="caption templates of the head (default: data.templates)")
+    options.add_argument("--benchmark", metavar="NAME", help="of --int8: name or file (default: the run's own)")
+    options.add_argument("--limit", type=count, metavar="N", help="of --int8: only N images of each dataset")
 
 
 def run_export(arguments: argparse.Namespace) -> int:
     from pipeline.handoff.choice import chosen_run
     from pipeline.handoff.export import export
+    from pipeline.handoff.hub import check_push, push
     from pipeline.handoff.source import Mismatch
+
+    if arguments.push is not None:
+        check_push(arguments.push, arguments.dry_run)
+    elif arguments.public or arguments.dry_run:
+        raise ConfigError("--public and --dry-run go with --push ORG/NAME")
 
     run_dir, chosen = chosen_run(Path(arguments.target))
     if chosen:
@@ -93,12 +145,33 @@ def run_export(arguments: argparse.Namespace) -> int:
             base_name=arguments.base_name,
             force=arguments.force,
             strength=alpha,
+            graph=_graph_options(arguments, run_dir),
         )
     except Mismatch as error:
         print(f"selora export: {error}", file=sys.stderr)
         return FAILED
     print(report)
+    if arguments.push is not None:
+        print(push(report.directory, arguments.push, private=not arguments.public, dry_run=arguments.dry_run))
     return OK
+
+
+GRAPH_OPTIONS = ("precision", "pixels", "classnames", "templates", "benchmark", "limit")
+
+
+def _graph_options(arguments: argparse.Namespace, run_dir: Path) -> Callable[[Source], GraphOptions] | None:
+    """What makes the options of an ONNX or Triton export of its model; ConfigError where another format gets them."""
+    given = {name: value for name in GRAPH_OPTIONS if (value := getattr(arguments, name)) is not None}
+    if arguments.to not in ("onnx", "triton"):
+        if given:
+            option = f"--{given['precision']}" if "precision" in given else f"--{next(iter(given))}"
+            raise ConfigError(f"{option} goes with --to onnx and --to triton")
+        return None
+    if "classnames" in given:
+        given["classnames"] = _lines(given["classnames"])
+    from pipeline.handoff.graph_options import graph_options
+
+    return lambda source: graph_options(source, run_dir, **given)
 
 
 def _strength_of_export(arguments: argparse.Namespace, run_dir: Path) -> tuple[float, list[str]]:

@@ -1,4 +1,4 @@
-"""A run's checkpoint in the layout of open_clip, Hugging Face, PEFT or timm, read back by that library first."""
+"""A run's checkpoint in the layout of open_clip, Hugging Face, PEFT, timm, ONNX or Triton, read back there first."""
 
 from __future__ import annotations
 
@@ -10,6 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
+from pipeline.handoff.card.facts import CardFacts
+from pipeline.handoff.card.text import write_card
+from pipeline.handoff.graphs import (
+    FILES,
+    GraphOptions,
+    compare_graphs,
+    graph_facts,
+    measure_loss,
+    write_graph_export,
+)
 from pipeline.handoff.readback import READERS
 from pipeline.handoff.source import Mismatch, Source, read_source
 from pipeline.model.between import weaken
@@ -24,7 +34,12 @@ TOLERANCE, RELATIVE = 1e-4, 1e-6  # of a logit, in fp32
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written. difference: the largest of a logit, None if it was not compared."""
+    """What was written.
+
+    Attributes:
+        difference: the largest of a logit, None if it was not compared.
+        loss: of weights in 8 bits, for each dataset of the benchmark the metric before and after.
+    """
 
     directory: Path
     to: str
@@ -32,14 +47,29 @@ class ExportReport:
     difference: float | None
     tolerance: float
     notes: list[str] = field(default_factory=list)
+    loss: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def checked(self) -> str:
+        """How the export compares with the run's model."""
+        if self.difference is None:
+            return "NOT read back by its library"
+        return (
+            f"read back by {self.verified_by}: logits differ by {self.difference:.1e} at most, "
+            f"{self.tolerance:.1e} allowed"
+        )
 
     def __str__(self) -> str:
-        if self.difference is None:
-            checked = "NOT read back by its library"
-        else:
-            checked = f"read back by {self.verified_by}: logits differ by {self.difference:.1e} at most"
-            checked += f", {self.tolerance:.1e} allowed"
-        return "\n".join([*self.notes, f"{self.directory}: {self.to} export, {checked}"])
+        return "\n".join([*self.notes, f"{self.directory}: {self.to} export, {self.checked}"])
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an export is like. base_name: what a PEFT adapter calls its base; graph: of an ONNX or Triton export."""
+
+    to: str
+    base_name: str
+    graph: GraphOptions
 
 
 def export(
@@ -53,30 +83,50 @@ def export(
     base_name: str | None = None,
     force: bool = False,
     strength: float = 1.0,
+    graph: Callable[[Source], GraphOptions] | None = None,
 ) -> ExportReport:
-    """Write the newest (or chosen) checkpoint of a run to `out` as "open_clip", "hf" or "peft", a ViT as "timm".
+    """Write a run's model for another library. Nothing is at `out` before that library has given the run's logits.
 
-    merged: None as the format has it: peft keeps the adapters, the others merge them. base_name: what a PEFT adapter
-    calls its base (default: the path of the base written beside it). force: replace an earlier export in `out`.
-    strength: of the fine-tuning in (0, 1], weights W0 + strength (W1 − W0).
-    Nothing is at `out` before the stock library has given the logits of the run's own model on a fixed batch.
+    Args:
+        run_dir: directory of the run.
+        to: "open_clip", "hf", "peft", "timm" (a ViT), "onnx" or "triton".
+        out: new directory.
+        merged: None as the format has it: peft keeps the adapters, the others merge them.
+        step: of the checkpoint; None: the newest.
+        verify: load the export with its library and compare its outputs.
+        base_name: what a PEFT adapter calls its base (default: the folder of the base inside the adapter's own).
+        force: replace an earlier export in `out`.
+        strength: of the fine-tuning in (0, 1], weights W0 + strength (W1 − W0).
+        graph: options of an ONNX or Triton export, of the model that is exported.
+
+    Returns:
+        What was written and how it compares.
+
+    Raises:
+        ConfigError: a wrong request; the message names it.
+        Mismatch: the library computes something else than the run's model.
     """
     out = Path(out).absolute()
     _check_request(to, merged, base_name)
     _check_free(out, force)
     _check_fits(to, find_run(run_dir, step).state["model"]["name"])
-    if verify:
-        READERS[to].check_installed()
+    if verify or to in FILES:
+        READERS[to].check_installed(needed=to in FILES)
     source = read_source(run_dir, step, strength)
+    request = Request(to, base_name or BASE, graph(source) if graph is not None else GraphOptions())
+    if request.graph.precision == "int8" and not verify:
+        raise ConfigError("--int8: the loss of 8 bits is measured, so leave out --unverified")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        notes = WRITERS[to](source, partial, base_name or str(out / BASE))
-        report = (
-            _read_back(source, to, partial, out, notes) if verify else ExportReport(out, to, None, None, 0.0, notes)
-        )
-        (partial / FACTS_FILE).write_text(json.dumps(_facts(source, report), indent=1) + "\n", encoding="utf-8")
+        notes = WRITERS[to](source, partial, request)
+        report = ExportReport(out, to, None, None, 0.0, notes)
+        if verify:
+            report = _read_back(source, request, partial, out, notes)
+        facts = json.dumps(_facts(source, request, report), indent=1) + "\n"
+        (partial / FACTS_FILE).write_text(facts, encoding="utf-8")
+        _write_card(source, request, report, partial)
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)
@@ -85,23 +135,27 @@ def export(
     return report
 
 
-def _write_open_clip(source: Source, directory: Path, base_name: str) -> list[str]:  # noqa: ARG001
+def _write_open_clip(source: Source, directory: Path, request: Request) -> list[str]:  # noqa: ARG001
     write_open_clip(source.clip, directory)
     return []
 
 
-def _write_hf(source: Source, directory: Path, base_name: str) -> list[str]:  # noqa: ARG001
+def _write_hf(source: Source, directory: Path, request: Request) -> list[str]:  # noqa: ARG001
     write_hf(source.clip, directory)
     return []
 
 
-def _write_timm(source: Source, directory: Path, base_name: str) -> list[str]:  # noqa: ARG001
+def _write_timm(source: Source, directory: Path, request: Request) -> list[str]:  # noqa: ARG001
     assert isinstance(source.model, Vit)  # _check_fits
     write_timm(source.model, directory)
     return []
 
 
-def _write_peft(source: Source, directory: Path, base_name: str) -> list[str]:
+def _write_graphs(source: Source, directory: Path, request: Request) -> list[str]:
+    return write_graph_export(source.model, request.to, directory, request.graph)
+
+
+def _write_peft(source: Source, directory: Path, request: Request) -> list[str]:
     kind = source.found.state["adapter"]["kind"]
     if kind not in ("lora", "dora"):
         raise ConfigError(f"to=peft: the run trained adapter.kind={kind}, which has no adapters; export it to hf")
@@ -112,7 +166,7 @@ def _write_peft(source: Source, directory: Path, base_name: str) -> list[str]:
         )
     model = as_clip(load_adapted(source.found), "to=peft")
     weaken(model.model, load_base(source.found).model, source.strength)
-    write_peft(model, directory, base_name)
+    write_peft(model, directory, request.base_name)
     notes = [] if source.strength == 1 else [f"strength {source.strength:g}: lora_alpha is scaled by it"]
     notes += [f"adapters of {len(source.active)} active blocks of {len(source.gate_map)}"]
     if source.found.train_rest != "none":
@@ -123,9 +177,10 @@ def _write_peft(source: Source, directory: Path, base_name: str) -> list[str]:
     return notes
 
 
-Writer = Callable[[Source, Path, str], list[str]]
-CLIP_WRITERS: dict[str, Writer] = {"open_clip": _write_open_clip, "hf": _write_hf, "peft": _write_peft}
-VIT_WRITERS: dict[str, Writer] = {"timm": _write_timm}
+Writer = Callable[[Source, Path, Request], list[str]]
+GRAPH_WRITERS: dict[str, Writer] = dict.fromkeys(FILES, _write_graphs)
+CLIP_WRITERS: dict[str, Writer] = {"open_clip": _write_open_clip, "hf": _write_hf, "peft": _write_peft, **GRAPH_WRITERS}
+VIT_WRITERS: dict[str, Writer] = {"timm": _write_timm, **GRAPH_WRITERS}
 WRITERS = CLIP_WRITERS | VIT_WRITERS
 
 
@@ -157,22 +212,36 @@ def _check_free(out: Path, force: bool) -> None:
         raise ConfigError(f"{out} holds an export: choose another directory, or replace it with --force")
 
 
-def _read_back(source: Source, to: str, partial: Path, out: Path, notes: list[str]) -> ExportReport:
-    """Compare; Mismatch when the stock library sees another model."""
+def _read_back(source: Source, request: Request, partial: Path, out: Path, notes: list[str]) -> ExportReport:
+    """Compare; Mismatch when the library sees another model."""
+    reader, to = READERS[request.to], request.to
+    if to in FILES:
+        try:
+            found = compare_graphs(source.model, to, partial, request.graph)
+        except Mismatch as error:
+            raise Mismatch(f"{error}; nothing was left at {out}") from error
+        loss = measure_loss(source.model, to, partial, request.graph) if request.graph.precision == "int8" else []
+        return ExportReport(out, to, reader.name, found.difference, found.tolerance, [*notes, *found.notes], loss)
+    assert reader.read is not None
     batch = fixed_batch(source.model)
     wanted = own_logits(source.model, *batch)
-    found = READERS[to].read(partial, *batch)
-    difference = float((found - wanted).abs().max())
+    difference = float((reader.read(partial, *batch) - wanted).abs().max())
     tolerance = TOLERANCE + RELATIVE * float(wanted.abs().max())
     if not difference <= tolerance:
         raise Mismatch(
-            f"{READERS[to].name} gives other logits than the run's model: {difference:.2g}, {tolerance:.2g} allowed; "
+            f"{reader.name} gives other logits than the run's model: {difference:.2g}, {tolerance:.2g} allowed; "
             f"nothing was left at {out}"
         )
-    return ExportReport(out, to, READERS[to].name, difference, tolerance, notes)
+    return ExportReport(out, to, reader.name, difference, tolerance, notes)
 
 
-def _facts(source: Source, report: ExportReport) -> dict[str, Any]:
+def _write_card(source: Source, request: Request, report: ExportReport, directory: Path) -> None:
+    checked = [report.checked, *report.notes]
+    facts = CardFacts.of(source, request.to, source.run_dir.absolute().name, checked, report.loss)
+    write_card(directory, facts, base_name=request.base_name, pixels=request.graph.pixels)
+
+
+def _facts(source: Source, request: Request, report: ExportReport) -> dict[str, Any]:
     return {
         "format": "selora-export",
         "version": 1,
@@ -183,4 +252,6 @@ def _facts(source: Source, report: ExportReport) -> dict[str, Any]:
         "largest_difference": report.difference,
         "tolerance": report.tolerance if report.difference is not None else None,
         "notes": report.notes,
+        **({"loss_of_8_bits": report.loss} if report.loss else {}),
+        **({"graphs": graph_facts(source.model, report.to, request.graph)} if report.to in FILES else {}),
     }

@@ -13,6 +13,8 @@ from pathlib import Path
 from pipeline.config import ConfigError, Promote, load_config
 from pipeline.evaluation.strength import Strength
 from pipeline.evaluation.summary import Summary
+from pipeline.handoff.card.facts import CardFacts
+from pipeline.handoff.card.text import summary_line, write_card
 from pipeline.handoff.choice import chosen_run
 from pipeline.handoff.served_run import build_served, check_labels, labels_of
 from pipeline.handoff.source import Source, read_source
@@ -105,7 +107,8 @@ def promote(
         labels, told = labels_of(source, config, class_names, templates)
         run_id, linked = linked_run(registry, source, uri)
         notes += [*told, *linked]
-        version = _register(registry, source, labels, tags, run_id)
+        facts = CardFacts.of(source, "mlflow", name, ["loaded by MLflow, its vectors compared with the run's model"])
+        version = _register(registry, source, labels, tags, run_id, facts)
     else:
         registry.retag(version, tags)
     registry.make_challenger(version)
@@ -189,10 +192,17 @@ def linked_run(registry: Registry, source: Source, uri: str) -> tuple[str | None
 
 
 def _register(
-    registry: Registry, source: Source, labels: Labels | None, tags: Mapping[str, str], run_id: str | None
+    registry: Registry,
+    source: Source,
+    labels: Labels | None,
+    tags: Mapping[str, str],
+    run_id: str | None,
+    facts: CardFacts,
 ) -> str:
     with tempfile.TemporaryDirectory(prefix="selora-") as folder:
-        return registry.register(build_served(source, labels, tags, Path(folder)), tags, run_id)
+        model = build_served(source, labels, tags, Path(folder))
+        write_card(model, facts)
+        return registry.register(model, tags, run_id, summary_line(facts))
 
 
 def _other_registry(uri: str) -> list[str]:

@@ -23,21 +23,30 @@ Read = Callable[..., Tensor]  # of the directory and the tensors of `fixed_batch
 
 @dataclass(frozen=True)
 class Reader:
-    """How a format is read back. packages: distribution name -> module that it needs."""
+    """How a format is read back.
+
+    Attributes:
+        packages: distribution name -> module that it needs.
+        read: logits of a directory; None where handoff.graphs compares more than logits.
+        extra: of selora's distribution, which brings the packages.
+    """
 
     packages: dict[str, str]
-    read: Read
+    read: Read | None
+    extra: str = "export"
 
     @property
     def missing(self) -> list[str]:
         return [name for name, module in self.packages.items() if importlib.util.find_spec(module) is None]
 
-    def check_installed(self) -> None:
-        """ConfigError unless the packages are there."""
+    def check_installed(self, needed: bool = False) -> None:
+        """ConfigError unless the packages are there. needed: without them nothing can be written either."""
         if self.missing:
+            what = "written" if needed else "checked"
+            or_else = "" if needed else ", or give --unverified to write it unchecked"
             raise ConfigError(
-                f"the export cannot be checked without {' and '.join(self.missing)}: install them with "
-                f"`pip install 'selora[export]'`, or give --unverified to write it unchecked"
+                f"the export cannot be {what} without {' and '.join(self.missing)}: install them with "
+                f"`pip install 'selora[{self.extra}]'`{or_else}"
             )
 
     @property
@@ -98,9 +107,12 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+_GRAPHS = Reader({name: name for name in ("onnx", "onnxruntime", "onnxscript", "tokenizers")}, None, "onnx")
 READERS = {
     "open_clip": Reader({"open_clip_torch": "open_clip"}, logits_by_open_clip),
     "hf": Reader({"transformers": "transformers"}, _read_hf),
     "peft": Reader({"peft": "peft", "transformers": "transformers"}, _read_peft),
     "timm": Reader({"timm": "timm"}, logits_by_timm),
+    "onnx": _GRAPHS,
+    "triton": _GRAPHS,
 }

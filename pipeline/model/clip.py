@@ -79,6 +79,22 @@ def model_config(name: str) -> dict[str, Any]:
     return _model_config(_full_name(name))
 
 
+def hub_entry(name: str, pretrained: str | None) -> str | None:
+    """ORG/NAME at the Hugging Face hub that a model's weights come from; None where they come from elsewhere."""
+    import open_clip
+
+    plain = name.removeprefix("timm:")
+    if plain.startswith("hf-hub:"):
+        return plain.removeprefix("hf-hub:").partition("@")[0]
+    if plain.startswith("hf:"):
+        return plain.removeprefix("hf:")
+    if name.startswith("timm:"):
+        return f"timm/{plain}" if "." in plain and ":" not in plain and pretrained is None else None
+    cfg = open_clip.get_pretrained_cfg(_full_name(name), pretrained) if pretrained and ":" not in name else {}
+    entry = "/".join(str((cfg or {}).get("hf_hub") or "").split("/")[:2])
+    return entry if "/" in entry else None
+
+
 def _create(name: str, pretrained: str | None, weight_file: str | None, quick_gelu: bool, seed: int) -> Any:
     """open_clip's module, by open_clip's own loading code; the global random generator is left as it was."""
     import open_clip

@@ -15,8 +15,10 @@ from pipeline.config import ConfigError
 from pipeline.method.adapter import blocks
 from pipeline.method.linear import Block, DoRALinear
 from pipeline.model.clip import Clip, save_open_clip
-from pipeline.model.hf_layout import hf_config, hf_preprocessor, hf_state, hf_target, hf_tokenizer
+from pipeline.model.hf_layout import hf_config, hf_preprocessor, hf_state, hf_target
+from pipeline.model.hf_tokenizer import tokenizer_files
 from pipeline.model.load import Model
+from pipeline.model.onnx.write import Pixels, Precision, write_graphs
 from pipeline.model.vit import Vit, save_timm
 
 BASE = "base"  # the HF directory of the base, inside a PEFT directory
@@ -41,11 +43,40 @@ def write_hf(clip: Clip, directory: Path) -> None:
     files: dict[str, Any] = {
         "config.json": config,
         "preprocessor_config.json": hf_preprocessor(clip.preprocess_cfg),
-        **hf_tokenizer(config["text_config"]["max_position_embeddings"]),
+        **tokenizer_files(config["text_config"]["max_position_embeddings"]),
     }
     state = hf_state(clip.model)
     directory.mkdir(parents=True, exist_ok=True)
     _write_tensors(state, directory / "model.safetensors")
+    _write_files(files, directory)
+
+
+def write_onnx(
+    model: Model,
+    directory: Path,
+    files: Mapping[str, Path],
+    *,
+    precision: Precision,
+    pixels: Pixels,
+    classes: Tensor | None,
+) -> None:
+    """The ONNX graphs of a merged model, at `files` (see `write_graphs`), and in the directory what feeds them."""
+    write_graphs(model, files, precision=precision, pixels=pixels, classes=classes)
+    preprocessor = hf_preprocessor(model.preprocess_cfg)
+    if pixels == "uint8":
+        preprocessor |= {"do_rescale": False, "do_normalize": False}
+    feeds: dict[str, Any] = {"preprocessor_config.json": preprocessor}
+    if isinstance(model, Clip):
+        if model.model_cfg["text_cfg"].get("hf_tokenizer_name"):
+            tokenizer: Any = model.tokenizer
+            tokenizer.save_pretrained(str(directory))
+        else:
+            feeds |= tokenizer_files(int(model.tokenizer(["a"]).shape[1]))
+    _write_files(feeds, directory)
+
+
+def _write_files(files: Mapping[str, Any], directory: Path) -> None:
+    """Texts as they are, everything else as JSON."""
     for name, content in files.items():
         text = content if isinstance(content, str) else json.dumps(content, indent=1, ensure_ascii=False) + "\n"
         (directory / name).write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""open_clip's CLIP in the layout of transformers.CLIPModel: names, config, tokenizer and preprocessing, as data.
+"""open_clip's CLIP in the layout of transformers.CLIPModel: names, config and preprocessing, as data.
 
 transformers itself is not needed. What CLIPModel has no place for is refused, option by option.
 """
@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipeline.config import ConfigError
+from pipeline.model.hf_tokenizer import END_ID, START_ID
 
 TOWERS = {"image": "vision_model", "text": "text_model"}
 PROJECTIONS = {name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")} | {
@@ -49,8 +50,6 @@ TEXT_OPTIONS = ("context_length", "layers", "width", "heads", "mlp_ratio")
 IGNORED = ("patch_dropout", "output_tokens")  # they change nothing in eval mode
 TOP_OPTIONS = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale")
 RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
-START, END = "<|startoftext|>", "<|endoftext|>"
-START_ID, END_ID = 49406, 49407
 
 
 def hf_state(model: nn.Module) -> dict[str, Tensor]:
@@ -177,29 +176,4 @@ def hf_preprocessor(preprocess_cfg: Mapping[str, Any]) -> dict[str, Any]:
         "do_normalize": True,
         "image_mean": list(preprocess_cfg["mean"]),
         "image_std": list(preprocess_cfg["std"]),
-    }
-
-
-def hf_tokenizer(context_length: int) -> dict[str, Any]:
-    """File name -> content (a dict is JSON) of CLIP's tokenizer, from the vocabulary that open_clip ships."""
-    from open_clip.tokenizer import SimpleTokenizer
-
-    tokenizer = SimpleTokenizer()
-    names = {"<start_of_text>": START, "<end_of_text>": END}
-    vocabulary = {names.get(token, token): number for token, number in tokenizer.encoder.items()}
-    if (vocabulary[START], vocabulary[END]) != (START_ID, END_ID):
-        raise RuntimeError("open_clip's vocabulary is not CLIP's")
-    merges = [" ".join(pair) for pair in sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)]
-    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-    return {
-        "vocab.json": vocabulary,
-        "merges.txt": "\n".join(["#version: 0.2", *merges]) + "\n",
-        "special_tokens_map.json": special,
-        "tokenizer_config.json": {
-            "tokenizer_class": "CLIPTokenizer",
-            "do_lower_case": True,
-            "model_max_length": context_length,
-            "errors": "replace",
-            **special,
-        },
     }

@@ -9,8 +9,8 @@ import sys
 import tomllib
 from pathlib import Path
 
-# Imported where an export is read back; `pip install selora[export]` brings them.
-EXTRAS = {"peft", "transformers"}
+# Imported where an export is written or read back; `pip install selora[export,onnx]` brings them.
+EXTRAS = {"onnxruntime", "peft", "tokenizers", "transformers"}
 # A part of a distribution that is declared: pydantic pins its own core.
 PARTS = {"pydantic_core": "pydantic"}
 

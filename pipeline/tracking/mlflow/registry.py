@@ -57,7 +57,7 @@ class Registry:
             found = [v.version for v in self._versions(client) if v.tags.get(DIGEST_TAG) == digest]
             return str(found[0]) if found else None
 
-    def register(self, model: Path, tags: Mapping[str, str], run_id: str | None) -> str:
+    def register(self, model: Path, tags: Mapping[str, str], run_id: str | None, description: str = "") -> str:
         """Upload the model directory and make it a version, with its tags from the start. Returns the version."""
         with self._client() as client:
             experiment_id = self._store.experiment_id(run_id)
@@ -66,12 +66,14 @@ class Registry:
                 _sign(model, logged.model_id, run_id)
                 client.log_model_artifacts(logged.model_id, str(model))
                 client.finalize_logged_model(logged.model_id, "READY")
-                return self._make_version(client, logged.model_id, tags, run_id)
+                return self._make_version(client, logged.model_id, tags, run_id, description)
             except BaseException:  # also Ctrl-C: what is no version has no reader
                 client.delete_logged_model(logged.model_id)
                 raise
 
-    def _make_version(self, client: MlflowClient, model_id: str, tags: Mapping[str, str], run_id: str | None) -> str:
+    def _make_version(
+        self, client: MlflowClient, model_id: str, tags: Mapping[str, str], run_id: str | None, description: str
+    ) -> str:
         from mlflow.exceptions import MlflowException
 
         if run_id is not None:
@@ -83,7 +85,12 @@ class Registry:
                 raise
         with _default_store(self.uri):  # a database store looks the model up at the default address
             made = client.create_model_version(
-                self.name, f"models:/{model_id}", run_id=run_id, tags=dict(tags), model_id=model_id
+                self.name,
+                f"models:/{model_id}",
+                run_id=run_id,
+                tags=dict(tags),
+                model_id=model_id,
+                description=description,
             )
         return str(made.version)
 
@@ -194,6 +201,20 @@ def load_registered(model_uri: str, uri: str) -> Any:
         with client_environment(PATIENT), _default_store(uri):
             relocate(uri)
             return load_served(model_uri)
+    except (MlflowException, OSError) as error:
+        reason = reason_of(error, uri)
+        raise ConfigError(f"{model_uri}: cannot be loaded from {redact(uri)}: {reason}") from error
+
+
+def registered_files(model_uri: str, uri: str, folder: Path) -> Path:
+    """Fetch a registered model's files into `folder`. Returns its directory; names as in `load_registered`."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with client_environment(PATIENT), _default_store(uri), quiet():
+            relocate(uri)
+            return Path(mlflow.artifacts.download_artifacts(model_uri, dst_path=str(folder)))
     except (MlflowException, OSError) as error:
         reason = reason_of(error, uri)
         raise ConfigError(f"{model_uri}: cannot be loaded from {redact(uri)}: {reason}") from error

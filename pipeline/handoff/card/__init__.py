@@ -1,0 +1,1 @@
+"""The model card of an export or a registered version: README.md and the figure in it."""

@@ -1,0 +1,55 @@
+"""Options of an ONNX or Triton export, where they are not given those of the run's config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.config import ConfigError, load_config
+from pipeline.evaluation.command import Asked, progress
+from pipeline.handoff.graphs import GraphOptions
+from pipeline.handoff.served_run import check_labels, labels_of
+from pipeline.handoff.source import Source
+from pipeline.model.onnx.write import Pixels, Precision
+from pipeline.runs.run import CONFIG_FILE
+
+
+def graph_options(
+    source: Source,
+    run_dir: Path,
+    *,
+    precision: Precision = "fp32",
+    pixels: Pixels = "uint8",
+    classnames: Sequence[str] | None = None,
+    templates: str | None = None,
+    benchmark: str | None = None,
+    limit: int | None = None,
+) -> GraphOptions:
+    """The options of a run's export.
+
+    Args:
+        source: the model that is exported.
+        run_dir: its run.
+        precision: of the graphs.
+        pixels: what the image graph takes.
+        classnames: of the zero-shot head; None: those that the run was trained on, if it was trained on classes.
+        templates: a name of caption templates; None: the run's.
+        benchmark: what the loss of int8 is measured on; None: the run's.
+        limit: images of each of its datasets; None: all.
+
+    Raises:
+        ConfigError: classes for a ViT, which has its own, or int8 without a benchmark.
+    """
+    config = load_config(run_dir / CONFIG_FILE)
+    check_labels(source, classnames, templates)
+    labels, _ = labels_of(source, config, classnames, templates)
+    if precision != "int8":
+        if benchmark is not None or limit is not None:
+            raise ConfigError("--benchmark and --limit go with --int8, whose loss is measured")
+        return GraphOptions(precision, pixels, labels)
+    asked = Asked(benchmark=benchmark, limit=limit)
+    try:
+        table = asked.table(config)
+    except ConfigError as error:
+        raise ConfigError(f"--int8: its loss is measured on a benchmark, and {error}") from error
+    return GraphOptions(precision, pixels, labels, table, asked.settings(config), progress)
