@@ -130,6 +130,44 @@ def test_wrong_requests_say_what_is_wrong(model: Any, monkeypatch: pytest.Monkey
         predict(model, {"path": ["/etc/hostname"]})
 
 
+def test_vectors_of_class_names_are_computed_once(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = load_served(saved), example_image()
+    kind = model.unwrap_python_model().kind
+    asked: list[int] = []
+    real = kind.texts
+    monkeypatch.setattr(kind, "texts", lambda texts: (asked.append(len(texts)), real(texts))[1])
+    first = predict(model, {"image": [data] * 3}, class_names=["car", "tree"])
+    again = predict(model, {"image": [data]}, class_names=["car", "tree"])
+    assert again[0]["scores"] == pytest.approx(first[0]["scores"])
+    predict(model, {"image": [data]}, class_names=["car", "boat", "tree"])
+    predict(model, {"image": [data]})
+    assert asked == [2, 3]
+    monkeypatch.setattr(served_model, "HEADS", 2)
+    for name in ("a", "b", "c"):
+        predict(model, {"image": [data]}, class_names=[name])
+    assert len(kind.heads) == 2
+
+
+def test_a_server_refuses_what_is_too_much(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a server each is a 400 with the reason; in a process of one's own they are answered."""
+    from mlflow.exceptions import MlflowException
+
+    data = coded(Image.new("1", (9000, 9000)), format="PNG")
+    many = {"class_names": ["car"] * 400, "templates": ["a {c}"] * 400}
+    cases = [
+        ({"image": [data]}, {}, "row 0: no readable image .*9000 x 9000 pixels"),
+        ({"image": [b""] * 2000}, {}, "2000 rows, more than the 1024"),
+        ({"image": [example_image()]}, many, "400 x 400 texts"),
+    ]
+    monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
+    for columns, params, message in cases:
+        with pytest.raises(MlflowException, match=message) as refused:
+            predict(model, columns, **params)
+        assert refused.value.get_http_status_code() == 400
+    monkeypatch.delenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT")
+    assert predict(model, {"image": [data]})[0]["label"] in ("cat", "dog", "owl")
+
+
 def test_a_vit_answers_of_its_own_classes_only(saved_vit: Path) -> None:
     model, data = load_served(saved_vit), example_image()
     (row,) = predict(model, {"image": [data]})

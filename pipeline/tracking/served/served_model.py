@@ -19,7 +19,10 @@ import base64
 import io
 import json
 import os
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import torch
+from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
 from mlflow.pyfunc import PythonModel
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
@@ -35,6 +39,12 @@ from torch.nn.functional import normalize
 
 BATCH = 64  # images or texts of one forward
 PLACEHOLDER = "{c}"
+# Of a request to a server; here nobody has to wait for anybody else.
+MAX_ROWS, MAX_TEXTS, MAX_SERVED_PIXELS = 1024, 2**17, 2**26
+# Images from here on are decoded one at a time: a phone's photo is below, and a few hundred MB each add up.
+LARGE = 2**25
+# Vectors of class names that requests have named, kept for the next: how many lists, and numbers in all of them.
+HEADS, HEAD_NUMBERS = 64, 2**25
 # The limits of training and evaluation (pipeline/data/image_files.py): what was not learned from is not answered.
 MAX_PIXELS, MAX_RATIO = 2**28, 400
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
@@ -45,6 +55,13 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError,
 Image.MAX_IMAGE_PIXELS = None
 
 
+class Refused(MlflowException, ValueError):
+    """A request that cannot be answered as it is: a server answers 400 with the reason, and without a traceback."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, error_code=INVALID_PARAMETER_VALUE)
+
+
 class Served(PythonModel):
     """The model in fp32 in eval mode, on the GPU where there is one."""
 
@@ -53,22 +70,27 @@ class Served(PythonModel):
         artifacts = {name: Path(path) for name, path in context.artifacts.items()}
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.kind = Vit(artifacts["vit"], device) if "vit" in artifacts else Clip(**artifacts, device=device)
+        # Requests decode side by side and compute in turn, so that activations are those of one batch.
+        self.turn = threading.Lock()
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: Mapping[str, Any] | None = None) -> Any:  # noqa: ARG002
-        """A row of the answer per row of the table; ValueError says what is wrong with the request."""
+        """A row of the answer per row of the table; Refused, a ValueError, says what is wrong with the request."""
         tasks = {"classify": self._classify, "embed_images": self._embed_images, "embed_texts": self._embed_texts}
         options = {"task": "classify", "class_names": [], "templates": [], "top_k": 5} | dict(params or {})
         if options["task"] not in tasks:
-            raise ValueError(f"task={options['task']!r}: expected one of {', '.join(tasks)}")
+            raise Refused(f"task={options['task']!r}: expected one of {', '.join(tasks)}")
+        if serving() and len(model_input) > MAX_ROWS:
+            raise Refused(f"{len(model_input)} rows, more than the {MAX_ROWS} that one request may have")
         with torch.inference_mode():
             return tasks[options["task"]](model_input, options)
 
     def _classify(self, table: pd.DataFrame, options: Mapping[str, Any]) -> pd.DataFrame:
         wanted = ([str(each) for each in options[name]] for name in ("class_names", "templates"))
-        names, logits = self.kind.classifier(*wanted)
+        with self.turn:
+            names, logits = self.kind.classifier(*wanted)
         top_k = int(options["top_k"])
         if top_k < 1:
-            raise ValueError(f"top_k={top_k}: should be at least 1")
+            raise Refused(f"top_k={top_k}: should be at least 1")
         scores = self._images(table, logits, len(names)).softmax(dim=-1)
         best = scores.topk(min(top_k, len(names)), dim=-1)
         labels = [[names[index] for index in row] for row in best.indices.tolist()]
@@ -87,27 +109,35 @@ class Served(PythonModel):
 
     def _embed_texts(self, table: pd.DataFrame, options: Mapping[str, Any]) -> pd.DataFrame:  # noqa: ARG002
         if isinstance(self.kind, Vit):
-            raise ValueError("task='embed_texts': this model reads no texts")
+            raise Refused("task='embed_texts': this model reads no texts")
         if "text" not in table:
-            raise ValueError(f"embed_texts needs a column text, got {', '.join(map(str, table.columns))}")
-        return pd.DataFrame({"embedding": self.kind.texts([str(text) for text in table["text"]]).tolist()})
+            raise Refused(f"embed_texts needs a column text, got {', '.join(map(str, table.columns))}")
+        with self.turn:
+            vectors = self.kind.texts([str(text) for text in table["text"]])
+        return pd.DataFrame({"embedding": vectors.tolist()})
 
     def _images(self, table: pd.DataFrame, compute: Callable[[Tensor], Tensor], width: int) -> Tensor:
         """What `compute` gives for the table's images, decoded a batch at a time, on the CPU; (0, width) for none."""
         column = next((name for name in ("image", "path") if name in table), None)
         if column is None:
-            raise ValueError(f"images come in a column image or path, got {', '.join(map(str, table.columns))}")
-        if column == "path" and os.environ.get("_MLFLOW_IS_IN_SERVING_ENVIRONMENT") == "true":
+            raise Refused(f"images come in a column image or path, got {', '.join(map(str, table.columns))}")
+        if column == "path" and serving():
             # it would let anybody ask which files the server has
-            raise ValueError("path: a server reads no files; send the image itself in the column image")
+            raise Refused("path: a server reads no files; send the image itself in the column image")
         read = _decode if column == "image" else Path
         values = list(table[column])
         parts = []
         for start in range(0, len(values), BATCH):
             part = enumerate(values[start : start + BATCH], start)
             pixels = torch.stack([self.kind.transform(_rgb(row, read, value)) for row, value in part])
-            parts.append(compute(pixels.to(self.kind.device)).float().cpu())
+            with self.turn:
+                parts.append(compute(pixels.to(self.kind.device)).float().cpu())
         return torch.cat(parts) if parts else torch.zeros(0, width)
+
+
+def serving() -> bool:
+    """Whether this process answers requests of others."""
+    return os.environ.get("_MLFLOW_IS_IN_SERVING_ENVIRONMENT") == "true"
 
 
 class Clip:
@@ -125,6 +155,7 @@ class Clip:
         self.class_names: list[str] = known["class_names"]
         self.templates: list[str] = known["templates"]
         self.head = load_file(labels / "labels.safetensors")["head"].to(device)
+        self.heads: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = OrderedDict()
 
     def images(self, pixels: Tensor) -> Tensor:
         """(N, D) unit vectors."""
@@ -148,12 +179,27 @@ class Clip:
             return self.class_names, self.head
         names, templates = names or self.class_names, templates or self.templates
         if not names:
-            raise ValueError("class_names: the model has none of its own; give a list of names in the params")
+            raise Refused("class_names: the model has none of its own; give a list of names in the params")
         if wrong := [template for template in templates if PLACEHOLDER not in template]:
-            raise ValueError(f"templates: {wrong[0]!r} has no {PLACEHOLDER} for the class name")
-        texts = [template.replace(PLACEHOLDER, name) for name in names for template in templates]
-        means = self.texts(texts).view(len(names), len(templates), -1).mean(dim=1)
-        return names, normalize(means, dim=-1)
+            raise Refused(f"templates: {wrong[0]!r} has no {PLACEHOLDER} for the class name")
+        if serving() and len(names) * len(templates) > MAX_TEXTS:
+            raise Refused(f"class_names, templates: {len(names)} x {len(templates)} texts, more than {MAX_TEXTS}")
+        return names, self._kept_head(tuple(names), tuple(templates))
+
+    def _kept_head(self, names: tuple[str, ...], templates: tuple[str, ...]) -> Tensor:
+        """The (K, D) unit vectors, computed once for a list of names; the lists used last are kept."""
+        key = names, templates
+        if key not in self.heads:
+            texts = [template.replace(PLACEHOLDER, name) for name in names for template in templates]
+            means = self.texts(texts).view(len(names), len(templates), -1).mean(dim=1)
+            self.heads[key] = normalize(means, dim=-1)
+        self.heads.move_to_end(key)
+        while len(self.heads) > 1 and (len(self.heads) > HEADS or self._numbers() > HEAD_NUMBERS):
+            self.heads.popitem(last=False)
+        return self.heads[key]
+
+    def _numbers(self) -> int:
+        return sum(head.numel() for head in self.heads.values())
 
 
 class Vit:
@@ -178,9 +224,7 @@ class Vit:
         for option, given in (("class_names", names), ("templates", templates)):
             if given:
                 known = ", ".join(self.class_names[:5]) + (", .." if len(self.class_names) > 5 else "")
-                raise ValueError(
-                    f"{option}: this model knows the classes that it was trained on and no others: {known}"
-                )
+                raise Refused(f"{option}: this model knows the classes that it was trained on and no others: {known}")
         return self.class_names, self.model
 
 
@@ -189,18 +233,27 @@ def _rgb(row: int, read: Any, value: Any) -> Image.Image:
     try:
         with Image.open(read(value)) as image:
             sides = sorted(image.size)
-            if sides[0] * sides[1] > MAX_PIXELS or sides[1] > MAX_RATIO * sides[0]:
+            most = MAX_SERVED_PIXELS if serving() else MAX_PIXELS
+            if sides[0] * sides[1] > most or sides[1] > MAX_RATIO * sides[0]:
                 raise ValueError(f"{image.width} x {image.height} pixels are too many, or too long a line")
             if image.mode == "F":
                 raise ValueError("floating point pixels have no agreed range; save it with 8 or 16 bit")
-            upright = ImageOps.exif_transpose(image)
-        if upright.mode in DEEP_MODES:  # convert("RGB") would cut these off at 255
-            deep = np.asarray(upright).astype(np.float64)
-            top = 255 if upright.mode == "I" and deep.max(initial=0) <= 255 else 65535
-            upright = Image.fromarray(np.clip(np.rint(deep * (255 / top)), 0, 255).astype(np.uint8))
-        return upright.convert("RGB")
+            with _ONE_LARGE if sides[0] * sides[1] > LARGE else nullcontext():
+                return _upright_rgb(image)
     except UNREADABLE as error:
-        raise ValueError(f"row {row}: no readable image ({type(error).__name__}: {str(error)[:200]})") from error
+        raise Refused(f"row {row}: no readable image ({type(error).__name__}: {str(error)[:200]})") from error
+
+
+_ONE_LARGE = threading.Lock()
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode in DEEP_MODES:  # convert("RGB") would cut these off at 255
+        deep = np.asarray(upright).astype(np.float64)
+        top = 255 if upright.mode == "I" and deep.max(initial=0) <= 255 else 65535
+        upright = Image.fromarray(np.clip(np.rint(deep * (255 / top)), 0, 255).astype(np.uint8))
+    return upright.convert("RGB")
 
 
 def _decode(value: Any) -> io.BytesIO:
