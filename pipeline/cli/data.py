@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ def _add_inspect(commands: Any) -> None:
         run_inspect,
         "show what a folder or table of images holds before packing it: format, counts, classes, captions, faults",
         "selora inspect photos/",
+        "selora inspect photos/ --with runs/my_run --sheet review.html",
         text_only=True,
     )
     _add_source(parser)
@@ -42,28 +44,70 @@ def _add_inspect(commands: Any) -> None:
         type=Path,
         metavar="FILE",
         help="write an HTML page with a few images of each class, or with captions, as the model sees them; of packed "
-        "shards as well",
+        "shards as well; with --with, of what the model finds",
+    )
+    parser.add_argument(
+        "--with",
+        dest="model",
+        metavar="MODEL",
+        help="also look with this model (a run, an export, models:/NAME@ALIAS or a name as in model.name) for "
+        "near-duplicates, labels that the nearest images contradict, and classes that overlap",
+    )
+    parser.add_argument(
+        "--pretrained", metavar="TAG", help="with --with: open_clip tag or weights file of a plain model"
+    )
+    parser.add_argument(
+        "--duplicate",
+        type=share,
+        metavar="COSINE",
+        help="with --with: from which two images are near-duplicates (0.985)",
     )
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:
-    if arguments.sheet is not None and (arguments.source / "index.json").is_file():
+    packed = (arguments.source / "index.json").is_file()
+    if packed and (arguments.sheet is not None or arguments.model is not None):
         from pipeline.data.shards.foreign import read_shards
 
-        return _write_sheet(arguments.sheet, read_shards(arguments.source))
+        return _look(arguments, read_shards(arguments.source))
     from pipeline.data.sources.inspection import inspect
 
     found = inspect(arguments.source, _source_options(arguments))
     print(found)
-    if arguments.report is not None:
+    if arguments.report is not None and arguments.model is None:
         _write_report(arguments.report, found.source, found.source.account())
-    return OK if arguments.sheet is None else _write_sheet(arguments.sheet, found.source)
+    return _look(arguments, found.source)
 
 
-def _write_sheet(file: Path, source: Source) -> int:
-    from pipeline.data.sheet import write_sheet
+def _look(arguments: argparse.Namespace, source: Source) -> int:
+    """The sheet of a source, or what a model finds in it."""
+    if arguments.model is not None:
+        return _look_over(arguments, source)
+    if arguments.sheet is not None:
+        from pipeline.data.sheet import write_sheet
 
-    print(f"{file}: {write_sheet(source, file)} images")
+        print(f"{arguments.sheet}: {write_sheet(source, arguments.sheet)} images")
+    return OK
+
+
+def _look_over(arguments: argparse.Namespace, source: Source) -> int:
+    from pipeline.vectors.embedder import load_embedder
+    from pipeline.vectors.look import look_over
+    from pipeline.vectors.review import DUPLICATE
+
+    embedder = load_embedder(arguments.model, pretrained=arguments.pretrained)
+    found = look_over(
+        source,
+        embedder,
+        DUPLICATE if arguments.duplicate is None else arguments.duplicate,
+        say=lambda line: print(f"inspect: {line}", file=sys.stderr, flush=True),
+    )
+    print(found)
+    if arguments.sheet is not None:
+        found.write_page(arguments.sheet, f"{source.path.name}, looked over with {arguments.model}")
+        print(arguments.sheet)
+    if arguments.report is not None:
+        _write_report(arguments.report, source, source.account(), found.as_json())
     return OK
 
 
@@ -195,8 +239,10 @@ def _end_of_pack(arguments: argparse.Namespace, report: PackReport | PackEvalRep
     return OK
 
 
-def _write_report(file: Path, source: Source, account: Account) -> None:
+def _write_report(file: Path, source: Source, account: Account, review: dict[str, Any] | None = None) -> None:
     content = {"source": str(source.path), "format": source.format, **account.as_json(), "notes": list(source.notes)}
+    if review is not None:
+        content["review"] = review
     if source.classes is not None:
         content["classes"] = [
             {"folder": folder, "name": name}

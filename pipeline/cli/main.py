@@ -15,13 +15,13 @@ import re
 import sys
 from collections.abc import Sequence
 
-from pipeline.cli import cost, data, demo, doctor, handoff, report, runs, sweep
+from pipeline.cli import cost, data, demo, doctor, handoff, report, runs, sweep, vectors
 from pipeline.cli.options import FAILED, INTERRUPTED, OK, USER_MISTAKE
 from pipeline.config import ConfigError, Ended
 from pipeline.faults import one_line
 
 # In the order of `selora --help`.
-FAMILIES = (data, runs, sweep, cost, report, handoff, doctor, demo)
+FAMILIES = (data, runs, sweep, cost, report, handoff, vectors, doctor, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

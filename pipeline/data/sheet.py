@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 
@@ -43,23 +43,35 @@ def write_sheet(source: Source, file: Path) -> int:
     Raises:
         ConfigError: When the file cannot be written.
     """
-    shown = 0
-    parts = []
-    for title, samples in _groups(source):
-        shown += len(samples)
-        figures = "".join(map(_figure, samples))
-        parts.append(f'<h2>{escape(title)}</h2><div class="row">{figures}</div>')
-    name = escape(source.path.name)
-    text = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style>'
-        f"<h1>{name}: {shown} of {len(source.samples)} images</h1>"
-        f"<p>As the model sees them: upright, resized, cut out of the middle.</p>{''.join(parts)}</html>\n"
+    groups = list(_groups(source))
+    shown = sum(len(samples) for _, samples in groups)
+    title = f"{source.path.name}: {shown} of {len(source.samples)} images"
+    sections = [(each, [figure(sample) for sample in samples]) for each, samples in groups]
+    write_page(file, title, "As the model sees them: upright, resized, cut out of the middle.", sections)
+    return shown
+
+
+def write_page(file: Path, title: str, text: str, sections: Iterable[tuple[str, Sequence[str]]]) -> None:
+    """Write a self-contained HTML page of figures below headings.
+
+    Args:
+        file: The page.
+        title: Of the page.
+        text: What is on it, below the title.
+        sections: A heading, and figures as `figure` makes them.
+
+    Raises:
+        ConfigError: When the file cannot be written.
+    """
+    rows = (f'<h2>{escape(name)}</h2><div class="row">{"".join(figures)}</div>' for name, figures in sections)
+    page = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
+        f"<h1>{escape(title)}</h1><p>{escape(text)}</p>{''.join(rows)}</html>\n"
     )
     try:
-        file.write_text(text, encoding="utf-8", errors="backslashreplace")
+        file.write_text(page, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise ConfigError(f"--sheet {file}: {error.strerror}; give a file in a folder that exists") from error
-    return shown
 
 
 def _groups(source: Source) -> Iterator[tuple[str, list[Sample]]]:
@@ -84,7 +96,8 @@ def _spread(items: Sequence, count: int) -> list:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def _figure(sample: Sample) -> str:
+def figure(sample: Sample, note: str = "") -> str:
+    """A sample as the model sees it, with a note or else its captions, and its name."""
     try:
         pixels = eval_resize(decode(sample.image.read_bytes(), form="reference"), {"size": SIZE})
         out = io.BytesIO()
@@ -92,5 +105,5 @@ def _figure(sample: Sample) -> str:
         image = f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}">'
     except (BadImageError, OSError) as error:
         image = f'<div class="bad">left out: {escape(str(error))}</div>'
-    captions = "<br>".join(escape(caption) for caption in sample.captions[:5])
+    captions = escape(note) or "<br>".join(escape(caption) for caption in sample.captions[:5])
     return f"<figure>{image}<figcaption>{captions} <small>{escape(sample.name)}</small></figcaption></figure>"
