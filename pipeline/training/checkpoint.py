@@ -58,7 +58,7 @@ def save_checkpoint(
     final = checkpoint_dir(run_dir, state["step"])
     partial = final.with_name(f".{final.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove_partials(final.parent)
         partial.mkdir(parents=True)
         save_file(parameters, partial / "trainable.safetensors")
         save_file(moments, partial / "optimizer.safetensors")
@@ -80,6 +80,17 @@ def save_checkpoint(
     return final
 
 
+def _remove_partials(folder: Path) -> None:
+    """What attempts that were killed had begun to write, at whatever step."""
+    for left in folder.glob(".*.partial"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
 def _drop_old(run_dir: Path, keep_last: int) -> None:
     for step in kept_steps(run_dir)[:-keep_last]:
-        shutil.rmtree(checkpoint_dir(run_dir, step))
+        old = checkpoint_dir(run_dir, step)
+        # Under the name of what is begun: a half of it that a kill leaves is no checkpoint, and goes with the next one.
+        shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))

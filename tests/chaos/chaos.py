@@ -13,10 +13,12 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,17 @@ from stories import STORIES, Story, base_of
 
 ROOT = Path(__file__).parents[2]
 MARK = "SELORA_CHAOS"  # in the environment of every process that a try starts
-FAULTS = ("kill", "kill one", "stop", "terminate", "interrupt")
+FAULTS = ("kill", "kill one", "kill one", "stop", "terminate", "interrupt", "full disk")
+# Processes of a command by what is in their command lines; a child of the command without any of them loads its data.
+ROLES = (
+    ("shipper", "shipper"),
+    ("raylet", "raylet"),
+    ("gcs_server", "gcs"),
+    ("ray::", "ray worker"),
+    ("default_worker.py", "ray worker"),
+    ("ray/", "ray helper"),
+)
+DISK = "192m"
 _ALONE_S = 90.0  # how long a process may outlive its command: the shipper delivers what is left
 _HUNG_S = 900.0
 _AGAIN = 6  # calls of a disturbed command until it must have ended well
@@ -66,7 +78,9 @@ class Box:
         self.story, self.base, self.folder, self._server = story, base, folder, server
         self.mark, self.log = f"{os.getpid()}-{folder.name}", folder.with_suffix(".log")
         self._sessions: set[int] = set()
+        self._heard = 0
         folder.mkdir(parents=True)
+        self.mounted = _mount(folder)
         for name in story.inputs:
             (shutil.copytree if (base / name).is_dir() else shutil.copy)(base / name, folder / name)
 
@@ -76,6 +90,12 @@ class Box:
         process.start()
         self._sessions.add(process.pid)
         return process
+
+    def said(self) -> str:
+        """What the last call printed."""
+        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+        said, self._heard = text[self._heard :], len(text)
+        return said
 
     def processes(self) -> list[psutil.Process]:
         """All that this try has started and that still run."""
@@ -89,6 +109,32 @@ class Box:
                 continue
         return found
 
+    def role(self, process: psutil.Process, command: Any) -> str:
+        """What a process does for the command."""
+        if process.pid == command.pid:
+            return "command"
+        line = " ".join(process.cmdline())
+        named = next((role for mark, role in ROLES if mark in line), None)
+        return named or ("loader worker" if process.ppid() == command.pid else "other")
+
+    def fill(self, seconds: float) -> None:
+        """No byte is left on the box's disk for a while; only where it has a disk of its own."""
+        filler = self.folder / ".filler"
+        try:
+            with filler.open("wb") as file, suppress(OSError):
+                while True:
+                    file.write(bytes(2**16))
+                    file.flush()
+            time.sleep(seconds)
+        finally:
+            filler.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Forget what the try has left."""
+        if self.mounted:
+            subprocess.run(["umount", "-l", self.folder], check=True)
+        shutil.rmtree(self.folder)
+
     def end(self) -> list[str]:
         """Faults of what is left over; ends it."""
         deadline = time.monotonic() + _ALONE_S
@@ -100,22 +146,46 @@ class Box:
         return [f"still runs: {name}" for name in names]
 
 
-def strike(box: Box, process: Any, fault: str, draw: random.Random) -> None:
-    """One blow; `process` is the command's own."""
+def _mount(folder: Path) -> bool:
+    """Give a box a disk of its own, which can be filled; where that is not allowed, its disk is never full."""
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", folder], capture_output=True)
+    return made.returncode == 0
+
+
+def strike(box: Box, process: Any, fault: str, draw: random.Random) -> str:
+    """One blow; `process` is the command's own. Returns what was done, '' where it had ended before."""
     numbers = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": signal.SIGINT}
     try:
         if fault in numbers:
             os.kill(process.pid, numbers[fault])
-            return
-        victim = draw.choice(box.processes() or [psutil.Process(process.pid)])
+            return fault
+        if fault == "full disk":
+            if not box.mounted:
+                return ""
+            box.fill(draw.uniform(0.5, 4.0))
+            return fault
+        role, victim = _victim(box, process, draw)
         if fault == "kill one":
             victim.kill()
-            return
+            return f"kill {role}" if role != "command" else "kill"
         victim.suspend()
         time.sleep(draw.uniform(0.5, 3.0))
         victim.resume()
+        return f"stop {role}"
     except (psutil.Error, OSError):
-        pass  # it ended before the blow
+        return ""  # it ended before the blow
+
+
+def _victim(box: Box, process: Any, draw: random.Random) -> tuple[str, psutil.Process]:
+    """A role first and then one of its processes, so that a single shipper is hit as often as a crowd of workers."""
+    by_role: dict[str, list[psutil.Process]] = {}
+    for one in box.processes():
+        with suppress(psutil.Error):
+            by_role.setdefault(box.role(one, process), []).append(one)
+    if len(by_role) > 1:
+        by_role.pop("command", None)  # which has faults of its own
+    role = draw.choice(sorted(by_role)) if by_role else "command"
+    return role, draw.choice(sorted(by_role[role], key=lambda one: one.pid)) if by_role else psutil.Process(process.pid)
 
 
 def attempt(box: Box, seconds: float, draw: random.Random, tally: Tally) -> list[str]:
@@ -125,11 +195,13 @@ def attempt(box: Box, seconds: float, draw: random.Random, tally: Tally) -> list
         process, fault = box.start(), draw.choice(FAULTS)
         process.join(draw.uniform(0.0, seconds))
         if process.exitcode is None:
-            strike(box, process, fault, draw)
-            tally.blows[fault] += 1
+            fault = strike(box, process, fault, draw)
+            tally.blows.update([fault] if fault else [])
         process.join(_HUNG_S)
         if process.exitcode is None:
             return [*faults, f"hangs after {fault}"]
+        if _TRACEBACK in box.said():
+            faults.append(f"{fault}: a traceback")
         faults += [f"{fault}: {one}" for one in _safely(box.story.whole, box.folder)]
     for _ in range(_AGAIN):
         process = box.start()
@@ -137,6 +209,9 @@ def attempt(box: Box, seconds: float, draw: random.Random, tally: Tally) -> list
         if process.exitcode == 0:
             return faults + box.end()
     return [*faults, f"does not end well any more: exit code {process.exitcode}"]
+
+
+_TRACEBACK = "Traceback (most recent call last)"
 
 
 def _safely(look: Any, folder: Path) -> list[str]:
@@ -170,7 +245,8 @@ def disturb(story: Story, base: Path, folder: Path, server: Any, until: float, s
         tally.tries += 1
         tally.faults += [f"seed {seed}/{story.name}/{number}: {fault} ({box.log})" for fault in faults]
         if not faults:
-            shutil.rmtree(box.folder)
+            box.remove()
+    calm.remove()
     return tally
 
 
@@ -183,11 +259,12 @@ def _other(expected: dict[str, Any], found: dict[str, Any]) -> str:
 
 def table(tallies: dict[str, Tally], seed: int) -> str:
     """Commands against kinds of blows, as Markdown."""
-    head = f"| command | tries | {' | '.join(FAULTS)} | faults found |"
-    lines = [f"Seed {seed}.", "", head, "|" + "---|" * (len(FAULTS) + 3)]
+    kinds = sorted({fault for tally in tallies.values() for fault in tally.blows})
+    head = f"| command | tries | {' | '.join([*kinds, 'blows'])} | faults found |"
+    lines = [f"Seed {seed}.", "", head, "|" + "---|" * (len(kinds) + 4)]
     for name, tally in tallies.items():
-        blows = " | ".join(str(tally.blows[fault]) for fault in FAULTS)
-        lines.append(f"| {name} | {tally.tries} | {blows} | {len(tally.faults)} |")
+        blows = " | ".join(str(tally.blows[kind]) for kind in kinds)
+        lines.append(f"| {name} | {tally.tries} | {blows} | {tally.blows.total()} | {len(tally.faults)} |")
     lines += ["", *(f"- {fault}" for tally in tallies.values() for fault in tally.faults)]
     return "\n".join(lines).rstrip() + "\n"
 

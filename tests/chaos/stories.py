@@ -55,6 +55,14 @@ def base_of(folder: Path, run: Callable[[list[str]], None]) -> Path:
     }
     lines = [f"base: {asset(FINETUNE)}", *(f"{key}: {json.dumps(value)}" for key, value in _nested(settings).items())]
     (folder / "config.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "sweep.yaml").write_text(
+        f"base: {folder / 'config.yaml'}\ntrain: {{steps: 12, checkpoint_every: 3}}\neval: {{datasets: [{DATASET}]}}\n",
+        encoding="utf-8",
+    )
+    (folder / "grid.yaml").write_text(
+        "grid: {rank: [2, 4]}\nresources: {workers: 1, cpus_per_worker: 0.5, eval_cpus: 0.5, concurrent: 2}\n",
+        encoding="utf-8",
+    )
     run(["train", str(folder / "config.yaml"), f"out={folder}", "name=run", "train.steps=6"])
     run(["evaluate", str(folder / "run"), "--datasets", DATASET])
     shutil.copy(folder / "mlflow.db", folder / "store.db")
@@ -75,8 +83,12 @@ def _address(box: Path) -> str:
     return sqlite_uri(box / "store.db")
 
 
+def _uri(box: Path) -> str:
+    return f"tracking.uri={_address(box)}"
+
+
 def _train(base: Path, box: Path) -> list[str]:
-    return ["train", str(base / "config.yaml"), f"out={box}", "name=new", f"tracking.uri={_address(box)}"]
+    return ["train", str(base / "config.yaml"), f"out={box}", "name=new", _uri(box)]
 
 
 def _train_whole(box: Path) -> list[str]:
@@ -93,25 +105,32 @@ def _train_whole(box: Path) -> list[str]:
 
 
 def _train_result(box: Path) -> Result:
-    from safetensors.torch import load_file
-
     from pipeline.tracking.mlflow.sync import sync
     from pipeline.training.checkpoint import latest_checkpoint
 
     report = sync(box / "new")
     found = latest_checkpoint(box / "new")
     assert found is not None
-    tensors = load_file(found.path / "trainable.safetensors")
-    weights = hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
     rows = _metric_rows(box, report.run_id)
     return {
         "step": found.step,
-        "weights": weights,
+        "weights": _weights(box / "new"),
         "losses": [row for row in rows if row[0] == "train/loss"],
         "twice": len(rows) - len({row[:2] for row in rows}),
         "pending": report.pending,
         "runs": _count(box, "select count(*) from runs where lifecycle_stage = 'active' and name = 'new'"),
     }
+
+
+def _weights(run: Path) -> str:
+    from safetensors.torch import load_file
+
+    from pipeline.training.checkpoint import latest_checkpoint
+
+    found = latest_checkpoint(run)
+    assert found is not None
+    tensors = load_file(found.path / "trainable.safetensors")
+    return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
 
 
 def _sync(_: Path, box: Path) -> list[str]:
@@ -197,6 +216,30 @@ def _count(box: Path, text: str) -> int:
     return int(_query(box, text)[0][0])
 
 
+def _sweep(base: Path, box: Path) -> list[str]:
+    return ["sweep", str(base / "sweep.yaml"), str(base / "grid.yaml"), f"out={box}", "name=new", _uri(box)]
+
+
+def _sweep_result(box: Path) -> Result:
+    """Each trial finished once, with the weights, losses and scores of the undisturbed sweep."""
+    from pipeline.runs.sweep import read_state
+    from pipeline.tracking.mlflow.sync import sync
+
+    found: Result = {}
+    for run in sorted((box / "new" / "trials").iterdir()):
+        report = sync(run)
+        rows = _metric_rows(box, report.run_id)
+        found[run.name] = {
+            "status": read_state(run).status,
+            "weights": _weights(run),
+            "losses": [row for row in rows if row[0] == "train/loss"],
+            "twice": len(rows) - len({row[:2] for row in rows}),
+            "scores": json.loads((run / "eval" / "summary.json").read_text(encoding="utf-8"))["groups"],
+        }
+    found["runs"] = _query(box, "select name, count(*) from runs where lifecycle_stage = 'active' group by name")
+    return found
+
+
 def _nothing(_: Path) -> list[str]:
     return []
 
@@ -208,4 +251,5 @@ STORIES = (
     Story("export", ("run",), _export, _export_whole, lambda box: _digests(box / "model")),
     Story("promote", ("run", "store.db"), _promote, _nothing, _promote_result),
     Story("track sync", ("run", "store.db"), _sync, _nothing, _sync_result),
+    Story("sweep", ("store.db",), _sweep, _nothing, _sweep_result),
 )

@@ -45,6 +45,7 @@ def found(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> chaos.T
     monkeypatch.setattr(chaos, "_AGAIN", 2)
     # Always at once: the command is surely in its sleep.
     monkeypatch.setattr(chaos, "FAULTS", ("kill",))
+    monkeypatch.setattr(chaos, "_mount", lambda folder: False)
     until = time.monotonic() + 0.5
     return chaos.disturb(story(text), tmp_path, tmp_path / "boxes", _Server(), until, 0)
 
@@ -89,9 +90,11 @@ def test_what_is_half_written_is_found_after_the_blow(tmp_path: Path, monkeypatc
 
 def test_the_table_has_a_row_for_each_command() -> None:
     tally = chaos.Tally(tries=3, faults=["seed 1/x/2: half"])
-    tally.blows["kill"] = 2
-    assert "| train | 3 | 2 | 0 | 0 | 0 | 0 | 1 |" in chaos.table({"train": tally}, 1)
-    assert len({one.name for one in STORIES}) == len(STORIES) == 6
+    tally.blows.update({"kill": 2, "stop shipper": 1})
+    text = chaos.table({"train": tally, "pack": chaos.Tally(tries=1)}, 1)
+    assert "| command | tries | kill | stop shipper | blows | faults found |" in text
+    assert "| train | 3 | 2 | 1 | 3 | 1 |" in text and "| pack | 1 | 0 | 0 | 0 | 0 |" in text
+    assert len({one.name for one in STORIES}) == len(STORIES) == 7
 
 
 @pytest.mark.slow

@@ -122,6 +122,10 @@ def read_index(folder: Folder) -> ShardIndex:
         raise ConfigError(f"{file}: damaged ({type(error).__name__}: {error}); pack the source again") from error
     if index.digest != _digest(shards, classes) or index.samples != sum(index.sizes()):
         raise ConfigError(f"{file}: digest and content disagree, so it was edited or is mixed; pack the source again")
+    if outside := next((shard.name for shard in shards if Path(shard.name).name != shard.name), None):
+        raise ConfigError(
+            f"{file}: names the shard {outside!r}, and shards are files next to it; do not use this folder"
+        )
     return index
 
 
@@ -195,7 +199,7 @@ def _write(
     with disk_faults_told(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / INDEX_NAME).unlink(missing_ok=True)
-        for old in folder.glob("shard-*.tar*"):
+        for old in (*folder.glob("shard-*.tar*"), *folder.glob(f"{INDEX_NAME}.*.part")):
             old.unlink()
     shards = tuple(
         write_tar(folder / f"shard-{number:05d}.tar", samples[start : start + per_shard])
