@@ -31,6 +31,10 @@ _CORE_SCHEMA = (
 )
 
 
+# Values in one file, aliases written out.
+MAX_VALUES = 100_000
+
+
 class _Loader(yaml.SafeLoader):
     """Safe loader of the core schema."""
 
@@ -38,13 +42,19 @@ class _Loader(yaml.SafeLoader):
 
     def construct_core_int(self, node: yaml.ScalarNode) -> int:
         text = node.value
-        return int(text, 0) if text[:2] in ("0o", "0x") else int(text)  # "010" is ten in 1.2, not eight
+        try:
+            return int(text, 0) if text[:2] in ("0o", "0x") else int(text)  # "010" is ten in 1.2, not eight
+        except ValueError:  # Python reads no more than a few thousand digits
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a number of {len(text)} digits", node.start_mark
+            ) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        for position, (key, _) in enumerate(node.value):
-            if key.value in names[:position]:
+        names: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in names:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            names.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 
@@ -127,6 +137,10 @@ def _read_file(path: Path, named_by: Path | None) -> dict[str, Raw]:
             return {}
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path}: expected `key: value` lines at the top")
+        if _weight(node, {}) > MAX_VALUES:
+            raise ConfigError(
+                f"{path}: its aliases (*name) stand for more than {MAX_VALUES} values; write fewer of them"
+            )
         values: dict[str, Raw] = {}
         faults: list[str] = []
         _walk(loader, node, "", str(_short(path)), values, faults)
@@ -139,6 +153,18 @@ def _read_file(path: Path, named_by: Path | None) -> dict[str, Raw]:
     if faults:
         raise ConfigError("\n".join(faults))
     return values
+
+
+def _weight(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for once each alias is written out; a few lines can stand for billions."""
+    if id(node) not in known:
+        inner: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            inner = [each for pair in node.value for each in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        known[id(node)] = 1 + sum(_weight(each, known) for each in inner)
+    return known[id(node)]
 
 
 def _walk(

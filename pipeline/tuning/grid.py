@@ -21,6 +21,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, product
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +42,7 @@ ALIASES = {
     "seed": "seed",
 }
 SECTIONS = ("grid", "baselines", "resources", "asha")
+MAX_TRIALS = 10_000
 # A sweep sets these options for its trials.
 RESERVED = ("name", "out", "tracking.uri", "tracking.experiment", "tracking.enabled")
 
@@ -128,6 +130,10 @@ def expand(config: Config, grid: Grid) -> list[Trial]:
 
     Points that differ only in options without an effect (rank without blocks, lambda without gates) are one trial.
     """
+    every = [grid.axes] * bool(grid.axes) + [each.changes for each in grid.baselines]
+    number = sum(prod(len(values) for values in axes.values()) for axes in every)
+    if number > MAX_TRIALS:
+        raise ConfigError(f"grid: {number} trials, at most {MAX_TRIALS}; give fewer values, or make several sweeps")
     seeds = len(grid.axes.get("seed", ())) > 1
     points = [(changes, None) for changes in _product(grid.axes)] if grid.axes else []
     points += [(changes, each) for each in grid.baselines for changes in _product(each.changes)]

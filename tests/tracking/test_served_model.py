@@ -254,3 +254,12 @@ def test_what_pack_leaves_out_is_refused_and_limits_are_the_same() -> None:
             decode(data)
         with pytest.raises(ValueError, match=f"row 3: no readable image .*{message}"):
             served_model._rgb(3, served_model._decode, data)
+
+
+def test_texts_of_megabytes_are_refused_by_a_server(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
+    long = "x" * 2_000_000
+    with pytest.raises(ValueError, match="a text of 2000003 characters, more than 10000: 'a x"):
+        predict(model, {"image": [example_image()]}, class_names=[long, "y"], templates=["a {c}."])
+    with pytest.raises(ValueError, match="a text of 2000000 characters, more than 10000: 'x"):
+        predict(model, {"text": [long]}, task="embed_texts")

@@ -37,6 +37,8 @@ _NOT_A_TAR = {
         rb"\s*<(!doctype html|html|\?xml)", re.IGNORECASE
     ),
 }
+# Bytes of a member's long name, or of its pax header; both are read whole.
+MAX_NAME = 2**20
 # Members that a message names of one sample.
 _NAMED = 6
 
@@ -169,6 +171,8 @@ def _members(fd: int, path: str) -> Iterator[tuple[str, Member]]:
         size, data = _size(pax, info, path, at), at + BLOCK
         if data + size > total:
             raise TarError(f"{path}: cut off inside {info.name!r}: {data + size} bytes needed, {total} there")
+        if size > MAX_NAME and info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
+            raise TarError(f"{path}: damaged header at byte {at}: a name of {size} bytes")
         at = data + -(-size // BLOCK) * BLOCK
         if info.type == tarfile.GNUTYPE_LONGNAME:
             long_name = os.pread(fd, size, data).rstrip(b"\0").decode("utf-8", "surrogateescape")

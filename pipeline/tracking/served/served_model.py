@@ -41,6 +41,8 @@ BATCH = 64  # images or texts of one forward
 PLACEHOLDER = "{c}"
 # Of a request to a server; here nobody has to wait for anybody else.
 MAX_ROWS, MAX_TEXTS, MAX_SERVED_PIXELS = 1024, 2**17, 2**26
+# Characters of one text; a context of 77 tokens holds a few hundred.
+MAX_TEXT = 10_000
 # Images from here on are decoded one at a time: a phone's photo is below, and a few hundred MB each add up.
 LARGE = 2**25
 # Vectors of class names that requests have named, kept for the next: how many lists, and numbers in all of them.
@@ -163,6 +165,8 @@ class Clip:
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """(N, D) unit vectors."""
+        if serving() and (long := next((text for text in texts if len(text) > MAX_TEXT), None)):
+            raise Refused(f"a text of {len(long)} characters, more than {MAX_TEXT}: {long[:40]!r}, …")
         parts = [self.tokenizer(list(texts[i : i + BATCH])).to(self.device) for i in range(0, len(texts), BATCH)]
         parts = [normalize(self.model.encode_text(tokens).float(), dim=-1) for tokens in parts]
         return torch.cat(parts) if parts else self.head.new_zeros(0, self.head.shape[1])

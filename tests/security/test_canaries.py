@@ -1,0 +1,121 @@
+"""Every secret that a user may have in an environment or an address, and a whole run: none of them is found again."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.demo.assets import FINETUNE, MODEL, asset, unpack
+
+STORE_PASSWORD = "canary-store"
+SECRETS = {
+    name: f"canary-{name.lower()}"
+    for name in (
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "HF_TOKEN",
+        "MLFLOW_TRACKING_PASSWORD",
+        "MLFLOW_TRACKING_TOKEN",
+        "PGPASSWORD",
+        "RAY_AUTH_TOKEN",
+        "WANDB_API_KEY",
+        "GITHUB_TOKEN",
+    )
+} | {"SELORA_STORE_PASSWORD": STORE_PASSWORD}
+
+
+class _Guarded(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None: ...
+
+    def do_GET(self) -> None:
+        wanted = "Basic " + base64.b64encode(f"me:{STORE_PASSWORD}".encode()).decode()
+        if self.headers.get("Authorization") == wanted:
+            super().do_GET() if self.command == "GET" else super().do_HEAD()
+        else:
+            self.send_error(401)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[str]:
+    unpack(tmp_path / "data", "clothing_train.tar.gz", "eval.tar.gz")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Guarded, directory=str(tmp_path / "data/clothing_train")))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+class Lines(threading.Thread):
+    """The command lines of all processes, as anybody on the machine can see them."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.seen: set[str] = set()
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(0.05):
+            for process in psutil.process_iter(["cmdline"]):
+                line = " ".join(process.info["cmdline"] or ())
+                if "canary" in line:
+                    self.seen.add(line)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_no_secret_is_found_in_what_a_run_leaves(guarded: str, tmp_path: Path, repository: Path) -> None:
+    config, out = tmp_path / "given.yaml", tmp_path / "out"
+    config.write_text(
+        f"base: {asset(FINETUNE)}\nmodel: {{name: 'local-dir:{asset(MODEL)}'}}\n"
+        f"data: {{train: 'http://me:{STORE_PASSWORD}@{guarded}', streams: 8, workers: 1}}\n"
+        "keep: {weight: 0, images: null, texts: null}\n"
+        f"eval: {{benchmark: {tmp_path}/data/benchmark.yaml, datasets: [clothing]}}\n"
+        "train: {steps: 4, global_batch_size: 8, checkpoint_every: 2, log_every: 1, gates_every: 2, warmup_steps: 1}\n"
+    )
+    environment = {**os.environ, **SECRETS, "SELORA_CACHE": str(out / "cache"), "HOME": str(out / "home")}
+    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    for name in ("out", "out/home"):
+        (tmp_path / name).mkdir()
+    run, said, lines = out / "runs/run", "", Lines()
+    lines.start()
+    for argv in (
+        ["train", config, f"out={out}/runs", "name=run"],
+        ["evaluate", run],
+        ["export", run, out / "model", "--to", "open_clip"],
+        ["promote", run, "--name", "m", "--rule", "min_gain=-1", "max_forgetting=1"],
+        ["track", "sync", run],
+        ["report", run],
+        ["config", config],
+        ["train", config, f"out={out}/runs", "name=run", "data.train=http://me:wrong@127.0.0.1:9/x"],
+    ):
+        command = [sys.executable, "-m", "pipeline", *map(str, argv)]
+        done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == (2 if "wrong" in str(argv[-1]) else 0), (argv, done.stdout + done.stderr)
+        said += done.stdout + done.stderr
+    time.sleep(1)
+    lines.over.set()
+    lines.join()
+    assert "canary" not in said
+    assert not lines.seen
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert len(files) > 20 and any(path.name == "mlflow.db" for path in files)
+    assert [str(path) for path in files if b"canary" in path.read_bytes()] == []
+    assert json.loads((run / "eval/summary.json").read_text())["groups"]
