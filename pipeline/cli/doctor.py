@@ -94,11 +94,12 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     findings = []
     for each in check_rows(benchmark.rows):
         findings.append(each)
-        print(f"checked {each.name}", file=sys.stderr)
+        if each.checked:
+            print(f"checked {each.name}", file=sys.stderr)
     code = _print(findings)
     if arguments.golden is None:
         return code
-    ready = {each.name for each in findings if each.ok}
+    ready = {each.name for each in findings if each.checked and each.ok}
     rows = tuple(row for row in benchmark.rows if row.key in ready)
     if not rows:
         raise ConfigError("--golden: no dataset is ready, so there is nothing to compare")

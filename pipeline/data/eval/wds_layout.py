@@ -274,7 +274,8 @@ def _lines(folder: Folder, file: str) -> tuple[str, ...] | None:
         return None
     lines = tuple(line.strip() for line in lines_of(text.rstrip()))
     if "" in lines:
-        raise ConfigError(f"{folder.location}/{file}:{lines.index('') + 1}: a blank line between the others")
+        line = lines.index("") + 1
+        raise ConfigError(f"{folder.location}/{file}:{line}: a blank line between the others; remove it or fill it in")
     return lines
 
 
