@@ -6,7 +6,7 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
 # The environment is set up again only when pyproject.toml or uv.lock changes, or when the checkout has moved.
 STAMP := .venv/.made-$(shell { pwd; cat pyproject.toml uv.lock; } | cksum | tr -d ' ')
 
-.PHONY: help demo test test-slow bench chaos docs lint format env clean
+.PHONY: help demo test test-slow bench chaos audit docs lint format env clean
 
 help:
 	@echo "make demo       run the whole pipeline on embedded data, from photos to a registered model"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make bench      measure speed and memory against PEFT, open_clip and webdataset, into build/benchmarks"
 	@echo "make chaos      kill and stop commands at random moments and compare what they end with, into build/chaos"
+	@echo "make audit      compare the locked packages with the advisories of PyPI (needs the network)"
 	@echo "make docs       build the documentation site, into build/site"
 	@echo "make lint       the checks alone"
 	@echo "make format     format the code and regenerate docs/options.md"
@@ -37,6 +38,13 @@ bench: env
 # make chaos CHAOS="--minutes 60 --seed 7 --commands train promote"
 chaos: env
 	$(BIN)/python tests/chaos/chaos.py --out build/chaos $(CHAOS)
+
+# Advisories that do not concern selora, each with its reason: AUDIT_EXCEPT = PYSEC-… PYSEC-…
+AUDIT_EXCEPT :=
+audit:
+	@mkdir -p build
+	$(UV) export --quiet --frozen --all-groups --all-extras --no-emit-project --output-file build/requirements.txt
+	$(UV) tool run pip-audit --requirement build/requirements.txt --disable-pip --strict $(AUDIT_EXCEPT:%=--ignore-vuln %)
 
 docs: env
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

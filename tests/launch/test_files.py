@@ -125,6 +125,54 @@ def test_training_pods_have_a_big_shm_a_plain_user_and_stay_behind_the_network_p
         assert template["metadata"]["labels"]["part-of"] == "selora"
 
 
+def test_no_container_runs_as_root_or_writes_its_image() -> None:
+    """Every pod: a plain user, no rights to gain, a root that is read only, behind a network policy, and no token."""
+    templates = [template for path in MANIFESTS for template in _templates(documents(path))]
+    assert len(templates) == 6
+    policies = [one for one in documents(KUBERNETES / "network.yaml") if one["kind"] == "NetworkPolicy"]
+    assert {"matchLabels": {"part-of": "selora"}} in [one["spec"]["podSelector"] for one in policies]
+    for template in templates:
+        pod = template["spec"]
+        assert template["metadata"]["labels"]["part-of"] == "selora"
+        assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] > 0
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert not pod.keys() & {"hostNetwork", "hostPID", "hostIPC"}
+        for container in pod["containers"]:
+            locked = {
+                "readOnlyRootFilesystem": True,
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert container["securityContext"] == locked
+            assert {"name": "tmp", "mountPath": "/tmp"} in container["volumeMounts"]
+
+
+def test_compose_locks_its_services_and_publishes_one_port_here() -> None:
+    services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+    for name, service in services.items():
+        assert service["read_only"] is True and service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert not service.get("privileged") and service.get("network_mode") is None, name
+    published = [port for service in services.values() for port in service.get("ports", [])]
+    assert published == ["127.0.0.1:5000:5000"]
+
+
+def test_no_file_that_ships_holds_a_password() -> None:
+    """A secret comes from a Kubernetes secret or from docker/.env, and there is no default for one."""
+    secret = re.compile("PASSWORD|SECRET|TOKEN|_KEY")
+    for template in [template for path in MANIFESTS for template in _templates(documents(path))]:
+        for container in template["spec"]["containers"]:
+            for variable in container.get("env", []):
+                assert not secret.search(variable["name"]) or "secretKeyRef" in variable["valueFrom"], variable["name"]
+    for document in documents(KUBERNETES / "secrets.example.yaml"):
+        assert set(document["stringData"].values()) == {""}
+    compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+    for service in compose["services"].values():
+        for name, value in service.get("environment", {}).items():
+            assert not secret.search(name) or re.fullmatch(r"\$\{\w+(:\?.*)?\}", value), name
+    assert not re.search(r"^[A-Z_]+=.", (DOCKER / "env.example").read_text(), re.MULTILINE)
+
+
 def _templates(node: Any) -> list[dict[str, Any]]:
     if isinstance(node, dict):
         found = [node["template"]] if "containers" in node.get("template", {}).get("spec", {}) else []
