@@ -5,6 +5,7 @@ The only importer of deepspeed. DeepSpeed's JSON is generated here from the conf
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
@@ -121,6 +122,7 @@ def build_engine(
 
         # The shared-memory op serves inference only; building it takes a minute and leaks files in /dev/shm.
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _import_muon_uncompiled()
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         if whole and config.train.zero_stage == 3:
             from deepspeed.utils import set_z3_leaf_modules
@@ -157,6 +159,21 @@ def _without_mlflow() -> Iterator[None]:
         yield
     finally:
         del sys.modules["mlflow"]
+
+
+def _import_muon_uncompiled() -> None:
+    """Import an optimizer that is not used, so that DeepSpeed does not: it would load torch's compiler for its kernels.
+
+    That is more than half of the CPU time in which a rank starts.
+    """
+    from deepspeed.runtime import compiler
+
+    compiling = compiler.compile
+    compiler.compile = lambda *_, **__: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compiling
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,21 @@ def gradients(folder: str, precision: str, stage: int, way: dict[str, Any]) -> d
         dist.all_reduce(total)
         found[f"{step}/loss"] = total / dist.get_world_size()
     return found | {f"after/{name}": value for name, value in full_parameters(named).items()}
+
+
+def start_alone() -> None:
+    """Build an engine in a world of one, and exit with 1 if that loaded torch's compiler."""
+    from pipeline.config import Config
+    from pipeline.training.cluster.distributed import read_world
+    from pipeline.training.engine import build_engine, start_process_group
+
+    world = read_world({})
+    start_process_group(world)
+    model = torch.nn.Linear(4, 4)
+    groups = [{"params": list(model.parameters()), "names": [], "peak_lr": 0.1, "lr": 0.1, "weight_decay": 0.0}]
+    config = Config.model_validate({"data": {"train": "unused"}, "train": {"zero_stage": 1}})
+    build_engine(model, groups, config, world)
+    os._exit("torch._inductor.compile_fx" in sys.modules)
 
 
 def main(rank: int, world: int, port: int, folder: str, cases: list[tuple[str, int, str]], out: Path) -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+import gradient_rank
 
 from pipeline.config import Config, override
 from pipeline.training.cluster.distributed import read_world
@@ -70,6 +75,14 @@ def test_the_engine_neither_times_nor_norms_nor_hoards(one_rank: Any, stage: int
     if stage == 3:
         assert engine.zero_param_persistence_threshold() == 100_000
     assert engine.skipped_steps == 0
+
+
+def test_a_rank_starts_without_the_compiler(fork_server: Any) -> None:
+    """DeepSpeed would load it for the kernels of an optimizer that is not used: most of the CPU time of a start."""
+    rank = fork_server.Process(target=gradient_rank.start_alone)
+    rank.start()
+    rank.join(200)
+    assert rank.exitcode == 0
 
 
 @pytest.mark.parametrize("stage", [1, 2])
