@@ -1,4 +1,4 @@
-"""What every test stands on: a quiet CPU environment, settled before torch or mlflow is imported anywhere."""
+"""The environment of all tests, set before torch or mlflow is imported, and fixtures that several packages share."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -25,12 +26,23 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 for _inherited in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "MLFLOW_TRACKING_URI"):
     os.environ.pop(_inherited, None)
 
-# What a test decodes must not lie in the user's cache; all processes of a session share one.
+# What a test decodes does not belong in the user's cache; all processes of a session share one.
 _own_cache = "SELORA_CACHE" not in os.environ
 if _own_cache:
     os.environ["SELORA_CACHE"] = tempfile.mkdtemp(prefix="selora-cache-")
 
 REPOSITORY = Path(__file__).parent.parent
+
+
+# What a machine may lack. SELORA_REQUIRE=slurm,hosts names what must be there; .ci/run sets it to all it installs.
+LACKS = ("avif", "docker", "gpu", "hosts", "namespaces", "registry", "slurm", "tmpfs", "wordnet")
+
+
+def pytest_configure() -> None:
+    """Refuse a misspelled requirement, which would require nothing."""
+    unknown = sorted(_required() - set(LACKS))
+    if unknown:
+        raise pytest.UsageError(f"SELORA_REQUIRE={','.join(unknown)}: not one of {', '.join(LACKS)}")
 
 
 def pytest_unconfigure() -> None:
@@ -39,16 +51,43 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(os.environ["SELORA_CACHE"], ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU, with the reason, where there is none."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker("gpu") is None:
         return
     import torch
 
     if not torch.cuda.is_available():
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        _lacking("gpu", "there is no CUDA device")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """End each run with one line of what was skipped and why."""
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple)
+    )
+    listed = "; ".join(f"{count} of {reason}" for reason, count in sorted(reasons.items()))
+    terminalreporter.write_line(f"skipped: {listed or 'nothing'}")
+
+
+def _required() -> set[str]:
+    return set(filter(None, os.environ.get("SELORA_REQUIRE", "").split(",")))
+
+
+def _lacking(what: str, why: str) -> NoReturn:
+    assert what in LACKS, what
+    if what in _required():
+        pytest.fail(f"{what}: {why}, and SELORA_REQUIRE={os.environ['SELORA_REQUIRE']}", pytrace=False)
+    pytest.skip(f"{what}: {why}")
+
+
+@pytest.fixture(scope="session")
+def lacking() -> Callable[[str, str], NoReturn]:
+    """lacking(what, why) skips the test, or fails it where SELORA_REQUIRE names what this machine lacks."""
+    return _lacking
 
 
 @pytest.fixture
@@ -60,7 +99,7 @@ def make_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         folder.mkdir()
         mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
         if mounted.returncode:
-            pytest.skip(f"cannot mount a small tmpfs here: {mounted.stderr.decode().strip()}")
+            _lacking("tmpfs", mounted.stderr.decode().strip())
         return folder
 
     yield make

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # the clusters' modules, which are programs of their own, too
+sys.path.insert(0, str(Path(__file__).parent))  # the clusters' modules, which are also programs
 
 STEPS = 16
 
@@ -26,34 +26,34 @@ def open_folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def slurm_environment(open_folder: Path) -> Iterator[dict[str, str]]:
+def slurm_environment(open_folder: Path, lacking) -> Iterator[dict[str, str]]:
     import slurm_cluster
 
     reason = slurm_cluster.why_not()
     if reason:
-        pytest.skip(f"no Slurm here: {reason}")
+        lacking("slurm", reason)
     with slurm_cluster.slurm(open_folder / "slurm") as environment:
         yield environment
 
 
 @pytest.fixture
-def two_hosts(tmp_path: Path):
-    with _hosts(tmp_path / "net", 2) as found:
+def two_hosts(tmp_path: Path, lacking):
+    with _hosts(tmp_path / "net", 2, lacking) as found:
         yield found
 
 
 @pytest.fixture
-def three_hosts(tmp_path: Path):
-    with _hosts(tmp_path / "net", 3) as found:
+def three_hosts(tmp_path: Path, lacking):
+    with _hosts(tmp_path / "net", 3, lacking) as found:
         yield found
 
 
-def _hosts(folder: Path, number: int):
+def _hosts(folder: Path, number: int, lacking):
     import net_hosts
 
     reason = net_hosts.why_not()
     if reason:
-        pytest.skip(f"no hosts of network namespaces here: {reason}")
+        lacking("hosts", reason)
     return net_hosts.hosts(folder, number)
 
 

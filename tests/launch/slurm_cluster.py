@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
 NODES = ("n1", "n2")
 _SEARCH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -37,8 +38,12 @@ def why_not() -> str | None:
 
 @contextmanager
 def slurm(folder: Path, cpus: int = 2) -> Iterator[dict[str, str]]:
-    """Two idle nodes below `folder`; yields the environment in which sbatch and the rest find them."""
+    """Two idle nodes below `folder`; yields the environment in which sbatch and the rest find them.
+
+    The nodes share the directory of `folder`, this checkout and its Python, wherever these are.
+    """
     conf = _write_configuration(folder, cpus)
+    shared = {folder.parent, ROOT, Path(sys.prefix), Path(sys.base_prefix)}
     environment = os.environ | {"SLURM_CONF": str(conf), "PATH": _SEARCH}
     started: list[subprocess.Popen[bytes]] = []
     try:
@@ -46,7 +51,8 @@ def slurm(folder: Path, cpus: int = 2) -> Iterator[dict[str, str]]:
         _wait(lambda: (folder / "munge/socket").exists(), folder, "munged")
         started.append(_start(folder, "slurmctld", ["slurmctld", "-D"], environment))
         for node in NODES:
-            script = f"{_own_tmp(folder, node)}mount --bind {folder}/hosts /etc/hosts && exec slurmd -D -N {node}"
+            mounts = f"{_own_tmp(folder, node, shared)}mount --bind {folder}/hosts /etc/hosts"
+            script = f"{mounts} && exec slurmd -D -N {node}"
             started.append(_start(folder, f"slurmd-{node}", ["unshare", "-m", "bash", "-c", script], environment))
         _wait(lambda: _idle(environment) == len(NODES), folder, "two idle nodes")
         yield environment
@@ -66,15 +72,17 @@ def node_tmp(folder: Path, node: str) -> Path:
     return folder / f"tmp-{node}"
 
 
-def _own_tmp(folder: Path, node: str) -> str:
-    """Shell lines that give a node a /tmp of its own, in which what lies beside `folder` is shared by all nodes."""
-    own, shared = node_tmp(folder, node), folder.parent
+def _own_tmp(folder: Path, node: str, shared: set[Path]) -> str:
+    """Shell lines that give a node a /tmp of its own, in which it sees only the directories of `shared`."""
+    own = node_tmp(folder, node)
     own.mkdir(mode=0o1777, parents=True)
-    if not shared.is_relative_to("/tmp"):
-        return f"mount --bind {own} /tmp && "
-    inside = own / shared.relative_to("/tmp")
-    inside.mkdir(parents=True)
-    return f"mount --bind {shared} {inside} && mount --rbind {own} /tmp && "
+    script = ""
+    for directory in sorted(shared):
+        if directory.is_relative_to("/tmp"):
+            inside = own / directory.relative_to("/tmp")
+            inside.mkdir(parents=True, exist_ok=True)
+            script += f"mount --bind {directory} {inside} && "
+    return f"{script}mount --rbind {own} /tmp && "
 
 
 def _write_configuration(folder: Path, cpus: int) -> Path:

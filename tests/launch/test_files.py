@@ -39,8 +39,7 @@ GROUP_FIELDS = {
 
 def tool(name: str) -> str:
     found = shutil.which(name, path=f"{Path(sys.executable).parent}:/usr/bin:/usr/local/bin")
-    if found is None:
-        pytest.skip(f"{name} is not installed (it is in the development group)")
+    assert found, f"{name} is in the development group: make env"
     return found
 
 
@@ -215,10 +214,10 @@ def test_compose_is_consistent() -> None:
     assert wanted == given
 
 
-def test_docker_compose_accepts_the_file(tmp_path: Path) -> None:
-    docker = tool("docker")
-    if subprocess.run([docker, "compose", "version"], capture_output=True).returncode:
-        pytest.skip("docker has no compose plugin here")
+def test_docker_compose_accepts_the_file(tmp_path: Path, lacking) -> None:
+    docker = shutil.which("docker")
+    if docker is None or subprocess.run([docker, "compose", "version"], capture_output=True).returncode:
+        lacking("docker", "docker with its compose plugin is not installed")
     filled = tmp_path / "env"
     filled.write_text("".join(f"{line}x\n" for line in (DOCKER / "env.example").read_text().split() if "=" in line))
     check(docker, "compose", "-f", DOCKER / "compose.yaml", "--env-file", filled, "config", "--quiet")

@@ -8,22 +8,44 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 
 
-def wait_for(log: Path, text: str, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not (log.exists() and text in log.read_text()):
-        assert time.monotonic() < deadline, f"no {text!r} in:\n{log.read_text()[-3000:]}"
-        time.sleep(0.1)
+class Started(NamedTuple):
+    """A process on a host and the file that it writes to."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def wait_for(self, text: str, seconds: float) -> None:
+        """Wait until the log has `text`, as long as the process may still write it."""
+        deadline = time.monotonic() + seconds
+        while True:
+            ended = self.process.poll() is not None
+            content = self.log.read_text() if self.log.exists() else ""
+            if text in content:
+                return
+            assert not ended, f"ended with {self.process.returncode} and without {text!r}:\n{content[-3000:]}"
+            assert time.monotonic() < deadline, f"no {text!r} in:\n{content[-3000:]}"
+            time.sleep(0.1)
+
+
+def test_a_process_that_failed_is_not_waited_for(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    with log.open("wb") as out:
+        process = subprocess.Popen(["sh", "-c", "echo no such file; exit 3"], stdout=out)
+    with pytest.raises(AssertionError, match="ended with 3 and without 'step 5':\nno such file"):
+        Started(process, log).wait_for("step 5", 600)
 
 
 @contextmanager
-def two_ranks(two_hosts, tmp_path: Path, timeout: int, sums: int) -> Iterator[list[Path]]:
+def two_ranks(two_hosts, tmp_path: Path, timeout: int, sums: int) -> Iterator[list[Started]]:
     logs = [tmp_path / f"rank{rank}.txt" for rank in range(2)]
+    started = []
     with ExitStack() as stack:
         for rank, name in enumerate(two_hosts.names):
             script = (
@@ -31,32 +53,33 @@ def two_ranks(two_hosts, tmp_path: Path, timeout: int, sums: int) -> Iterator[li
                 f"exec {sys.executable} {ROOT}/tests/launch/meet_rank.py {rank} {timeout} {sums}"
             )
             process = two_hosts.start(name, script, logs[rank])
+            started.append(Started(process, logs[rank]))
             stack.callback(process.wait)
             stack.callback(process.terminate)
-        yield logs
+        yield started
 
 
 def test_a_pulled_cable_is_noticed_and_survived_when_it_comes_back(two_hosts, tmp_path: Path) -> None:
-    with two_ranks(two_hosts, tmp_path, timeout=120, sums=100_000) as logs:
-        wait_for(logs[0], "sum 3", 180)
-        assert "met by eth0" in logs[0].read_text()
+    with two_ranks(two_hosts, tmp_path, timeout=120, sums=100_000) as (first, _):
+        first.wait_for("sum 3", 180)
+        assert "met by eth0" in first.log.read_text()
         two_hosts.pull_cable("n2")
-        wait_for(logs[0], "no sign of life from rank 1 on n2; waiting", 60)
+        first.wait_for("no sign of life from rank 1 on n2; waiting", 60)
         two_hosts.plug_cable("n2")
-        wait_for(logs[0], "rank 1 on n2 is back", 60)
-        count = logs[0].read_text().count("sum")
-        wait_for(logs[0], f"sum {count + 3}", 60)
+        first.wait_for("rank 1 on n2 is back", 60)
+        count = first.log.read_text().count("sum")
+        first.wait_for(f"sum {count + 3}", 60)
 
 
 @pytest.mark.slow
 def test_a_cable_cut_for_good_is_told_on_both_sides_with_the_host(two_hosts, tmp_path: Path) -> None:
-    with two_ranks(two_hosts, tmp_path, timeout=20, sums=100_000) as logs:
-        wait_for(logs[0], "sum 3", 180)
+    with two_ranks(two_hosts, tmp_path, timeout=20, sums=100_000) as (first, second):
+        first.wait_for("sum 3", 180)
         two_hosts.pull_cable("n2")
-        wait_for(logs[0], "lost: rank 0 on n1: a collective failed", 120)
-        assert "rank 1 on n2 has given no sign of life for" in logs[0].read_text()
-        two_hosts.plug_cable("n2")  # its words lie on the other side of the cable
-        wait_for(logs[1], "lost: rank 1 on n2: a collective failed", 120)
+        first.wait_for("lost: rank 0 on n1: a collective failed", 120)
+        assert "rank 1 on n2 has given no sign of life for" in first.log.read_text()
+        two_hosts.plug_cable("n2")  # its log is on the other side of the cable
+        second.wait_for("lost: rank 1 on n2: a collective failed", 120)
 
 
 @pytest.mark.slow
@@ -65,29 +88,29 @@ def test_hosts_sh_trains_waits_for_the_link_and_ends_bit_equal(
 ) -> None:
     (open_folder / "hosts.txt").write_text("n1 slots=1\nn2 slots=1\n")
 
-    def start(name: str) -> tuple[subprocess.Popen[bytes], Path]:
+    def start(name: str) -> Started:
         log = open_folder / f"hosts-{name}.txt"
         script = (
             f"cd {ROOT}; export RESTARTS=1 PDSH_SSH_ARGS_APPEND='{two_hosts.ssh_options}' "
             f"SELORA_BIN={Path(sys.executable).parent}; "
             f"launch/hosts.sh {open_folder}/hosts.txt {' '.join(training)} name={name}"
         )
-        return two_hosts.start("n1", script, log), log
+        return Started(two_hosts.start("n1", script, log), log)
 
-    process, log = start("link20")
-    wait_for(log, "step 5/", 600)
+    whole = start("link20")
+    whole.wait_for("step 5/", 600)
     two_hosts.pull_cable("n2")
     time.sleep(20)
     two_hosts.plug_cable("n2")
-    assert process.wait(900) == 0, log.read_text()[-3000:]
-    assert "attempt 1 ended" not in log.read_text()
+    assert whole.process.wait(900) == 0, whole.log.read_text()[-3000:]
+    assert "attempt 1 ended" not in whole.log.read_text()
 
-    process, log = start("link")
-    wait_for(log, "step 6/", 600)
+    cut = start("link")
+    cut.wait_for("step 6/", 600)
     two_hosts.pull_cable("n2")
-    wait_for(log, "n2 does not answer", 600)
-    assert "rank 1 on n2 has given no sign of life for" in log.read_text()
+    cut.wait_for("n2 does not answer", 600)
+    assert "rank 1 on n2 has given no sign of life for" in cut.log.read_text()
     two_hosts.plug_cable("n2")
-    assert process.wait(900) == 0, log.read_text()[-3000:]
-    assert "continuing at step 4" in log.read_text()
+    assert cut.process.wait(900) == 0, cut.log.read_text()[-3000:]
+    assert "continuing at step 4" in cut.log.read_text()
     assert equal_runs(open_folder / "runs" / "link20", open_folder / "runs" / "link")

@@ -21,10 +21,9 @@ def test_the_dockerfile_runs_the_steps_that_are_tested_here_and_the_one_that_nee
 
 
 @pytest.mark.slow
-def test_the_steps_build_an_environment_in_which_selora_trains_and_mlflow_serves(tmp_path: Path) -> None:
+def test_the_steps_build_an_environment_in_which_selora_trains_and_mlflow_serves(tmp_path: Path, lacking) -> None:
     uv = shutil.which("uv", path=f"{os.environ['PATH']}:{ROOT}/.uv/bin")
-    if uv is None:
-        pytest.skip("uv is not installed")
+    assert uv, "make env finds uv on PATH or installs it into .uv"
     source, venv = tmp_path / "src", tmp_path / "venv"
     source.mkdir()
     copied = re.findall(r"^COPY (?!--)(.+) \S+$", (ROOT / "docker" / "Dockerfile").read_text(), re.MULTILINE)
@@ -47,7 +46,7 @@ def test_the_steps_build_an_environment_in_which_selora_trains_and_mlflow_serves
             timeout=1200,
         )
         if done.returncode and "client error" in done.stderr:
-            pytest.skip(f"no package index here: {done.stderr[-300:]}")
+            lacking("registry", f"no package index here: {done.stderr[-300:]}")
         assert done.returncode == 0, f"{step}: {done.stderr[-3000:]}"
 
     def run(*command: str) -> str:

@@ -24,10 +24,14 @@ ON_A_NODE = (
 )
 
 
-def wait_for(condition: Callable[[], object], seconds: float, *logs: Path) -> None:
+def wait_for(condition: Callable[[], object], seconds: float, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "\n".join(log.read_text()[-3000:] for log in logs if log.exists())
+    while True:
+        ended = process.poll() is not None
+        if condition():
+            return
+        assert not ended, f"ended with {process.returncode}: {log.read_text()[-3000:]}"
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
         time.sleep(0.2)
 
 
@@ -45,7 +49,7 @@ def ray_cluster(hosts, folder: Path, token: str) -> Iterator[str]:
             stack.callback(process.wait)
             stack.callback(process.terminate)  # behind a pulled cable ssh would wait for ever
             stack.callback(hosts.end_processes, name)
-            wait_for(lambda log=log: log.exists() and "Ray runtime started" in log.read_text(), 240, log)
+            wait_for(lambda log=log: log.exists() and "Ray runtime started" in log.read_text(), 240, process, log)
         yield address
 
 
@@ -77,7 +81,7 @@ def test_a_sweep_survives_the_loss_of_a_node_and_ends_with_equal_numbers(
         driver = three_hosts.start(
             "n1", f"{ON_A_NODE}RAY_AUTH_MODE=token RAY_AUTH_TOKEN={token} exec {command}{address}", log
         )
-        wait_for(lambda: any(step >= 6 for step in steps().values()), 900, log)
+        wait_for(lambda: any(step >= 6 for step in steps().values()), 900, driver, log)
         cut = next(run for run, step in steps().items() if step >= 6)
         with_workers = [
             name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,6 +16,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from slurm_cluster import NODES, node_tmp
 
 ROOT = Path(__file__).parents[2]
+# States of Slurm that a job does not leave.
+ENDS = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
+}  # fmt: skip
 FAKE = """#!/usr/bin/env bash
 printf '%s ' "$SLURMD_NODENAME" "$@" >>"$RECORD"; echo "stopped=$SELORA_STOPPED hosts=$SELORA_HOSTS" >>"$RECORD"
 """
@@ -27,16 +32,30 @@ def submit(environment: dict[str, str], log: Path, script: str, *arguments: str,
 
 
 def wait(environment: dict[str, str], job: str, log: Path, until: Callable[[], bool], seconds: float) -> None:
+    """Wait for `until`, and fail with the job's log as soon as the job has ended without it."""
     deadline = time.monotonic() + seconds
     while not until():
-        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        ended = states(environment, job)
+        over = bool(ended) and ended <= ENDS
+        # The job may have ended between the two questions, having done what is waited for.
+        assert until() or not over, f"job {job} is {', '.join(ended)}: {tail(log)}"
+        assert time.monotonic() < deadline, f"job {job} took more than {seconds:g} s: {tail(log)}"
         time.sleep(0.3)
 
 
-def state(environment: dict[str, str], job: str) -> str:
+def wait_until_completed(environment: dict[str, str], job: str, log: Path, seconds: float) -> None:
+    wait(environment, job, log, lambda: states(environment, job) == {"COMPLETED"}, seconds)
+
+
+def states(environment: dict[str, str], job: str) -> set[str]:
+    """The states of a job, or of the tasks of an array."""
     command = ["scontrol", "show", "job", job, "--oneliner"]
-    said = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
-    return said.partition("JobState=")[2].split(" ")[0]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+    return set(re.findall(r"JobState=(\w+)", shown))
+
+
+def tail(log: Path) -> str:
+    return log.read_text()[-3000:] if log.exists() else "no log; do its nodes see the directory it is written to?"
 
 
 def said(log: Path, text: str) -> bool:
@@ -52,7 +71,7 @@ def test_one_torchrun_per_node_is_told_where_the_others_are(
     (bin_folder / "torchrun").chmod(0o755)
     settings = {"SELORA_BIN": str(bin_folder), "RECORD": str(record), "RANKS": "4"}
     job = submit(slurm_environment, log, "train.sbatch", "config.yaml", "train.lr=1e-4", **settings)
-    wait(slurm_environment, job, log, lambda: state(slurm_environment, job) == "COMPLETED", 120)
+    wait_until_completed(slurm_environment, job, log, 120)
     lines = sorted(record.read_text().splitlines())
     assert [line.split()[0] for line in lines] == ["n1", "n2"]
     for number, line in enumerate(lines):
@@ -64,6 +83,20 @@ def test_one_torchrun_per_node_is_told_where_the_others_are(
         assert "selora train config.yaml train.lr=1e-4" in line
 
 
+@pytest.mark.parametrize("state", ["FAILED", "CANCELLED by 0", "NODE_FAIL"])
+def test_a_failed_job_is_noticed_with_its_log(tmp_path: Path, state: str) -> None:
+    """A test that waits for success does not wait for its time limit, and shows what the job wrote."""
+    log = tmp_path / "log.txt"
+    log.write_text("torchrun: No such file or directory")
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\necho JobId=7 JobState={state} Reason=None\n")
+    scontrol.chmod(0o755)
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match=f"job 7 is {state.split()[0]}: torchrun: No such file"):
+        wait_until_completed({"PATH": f"{tmp_path}:/usr/bin:/bin"}, "7", log, 600)
+    assert time.monotonic() - start < 60
+
+
 @pytest.mark.slow
 def test_a_signal_saves_requeues_and_the_run_ends_bit_equal(
     slurm_environment: dict[str, str], open_folder: Path, training: list[str], equal_runs: Callable[[Path, Path], bool]
@@ -71,14 +104,14 @@ def test_a_signal_saves_requeues_and_the_run_ends_bit_equal(
     settings = {"SELORA_BIN": str(Path(sys.executable).parent), "OMP_NUM_THREADS": "1"}
     log = open_folder / "whole.txt"
     whole = submit(slurm_environment, log, "train.sbatch", *training, "name=whole", **settings)
-    wait(slurm_environment, whole, log, lambda: state(slurm_environment, whole) == "COMPLETED", 900)
+    wait_until_completed(slurm_environment, whole, log, 900)
     log = open_folder / "cut.txt"
     cut = submit(slurm_environment, log, "train.sbatch", *training, "name=cut", **settings)
     wait(slurm_environment, cut, log, lambda: said(log, "step 6/"), 900)
     subprocess.run(["scancel", "--signal=TERM", cut], env=slurm_environment, check=True)
     wait(slurm_environment, cut, log, lambda: said(log, "stopped by a signal and saved: requeue"), 300)
     # Slurm itself lets two minutes pass before it starts a requeued job.
-    wait(slurm_environment, cut, log, lambda: state(slurm_environment, cut) == "COMPLETED", 1200)
+    wait_until_completed(slurm_environment, cut, log, 1200)
     assert said(log, "attempt 2") and said(log, "continuing at step")
     assert equal_runs(open_folder / "runs" / "whole", open_folder / "runs" / "cut")
 
@@ -100,12 +133,11 @@ def test_a_sweep_on_ray_inside_the_allocation_is_requeued_finishes_and_leaves_no
     wait(slurm_environment, job, log, lambda: any("train/loss" in text for text in _journals(run_dirs)), 900)
     assert [_left_of_ray(open_folder, node, job) for node in NODES] == [True, True]
     subprocess.run(["scancel", "--batch", "--signal=TERM", job], env=slurm_environment, check=True)
-    wait(slurm_environment, job, log, lambda: state(slurm_environment, job) == "PENDING", 300)
+    wait(slurm_environment, job, log, lambda: states(slurm_environment, job) == {"PENDING"}, 300)
     assert not _processes_of(job)
     assert [_left_of_ray(open_folder, node, job) for node in NODES] == [False, False]
     assert any((path / "checkpoints" / "latest").exists() for path in run_dirs.iterdir()), log.read_text()[-3000:]
-    wait(slurm_environment, job, log, lambda: state(slurm_environment, job) in ("COMPLETED", "FAILED"), 1500)
-    assert state(slurm_environment, job) == "COMPLETED", log.read_text()[-3000:]
+    wait_until_completed(slurm_environment, job, log, 1500)
     trials = sorted(run_dirs.glob("*/checkpoints/latest"))
     assert [path.read_text().strip() for path in trials] == ["step-00000016"] * 2
     for text in _journals(run_dirs):
@@ -157,7 +189,7 @@ def test_the_tasks_of_an_array_pack_one_dataset_and_the_last_writes_the_index(
     job = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout.strip()
     first = open_folder / "pack-1.txt"
     wait(slurm_environment, job, first, lambda: (out / "index.json").exists(), 300)
-    wait(slurm_environment, job, first, lambda: not _queued(slurm_environment, job), 120)
+    wait_until_completed(slurm_environment, job, first, 120)
     index = load_index(out)
     assert (index.samples, len(index.shards)) == (1040, 11)
     assert verify(out).ok
@@ -165,12 +197,6 @@ def test_the_tasks_of_an_array_pack_one_dataset_and_the_last_writes_the_index(
     said = [(open_folder / f"pack-{task}.txt").read_text() for task in (1, 2, 3)]
     assert any("1040 samples, 1000 classes in 11 shards" in text for text in said)
     assert [f"{done} of {done} shards" in text for text, done in zip(said, (4, 4, 3), strict=True)] == [True] * 3
-
-
-def _queued(environment: dict[str, str], job: str) -> str:
-    return subprocess.run(
-        ["squeue", "--noheader", "--jobs", job], env=environment, capture_output=True, text=True
-    ).stdout.strip()
 
 
 def _processes_of(job: str) -> list[str]:
