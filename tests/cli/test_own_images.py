@@ -8,25 +8,42 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import yaml
 
+from pipeline.cli import main
 from pipeline.demo.assets import MODEL, asset
 
 
 def selora(*arguments: object, cwd: Path) -> str:
+    """A command in a process of its own, as training needs one."""
     command = [sys.executable, "-m", "pipeline", *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 
 
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture[str], repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """here("inspect", ..) -> what the command prints, run in this process."""
+    monkeypatch.chdir(repository)
+
+    def run(*arguments: object) -> str:
+        code = main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        assert code == 0, printed.err[-3000:]
+        return printed.out + printed.err
+
+    return run
+
+
 def test_from_a_folder_to_results_and_a_tracked_run(
-    image_folder: Callable[..., Path], tmp_path: Path, repository: Path
+    image_folder: Callable[..., Path], here: Callable[..., str], tmp_path: Path, repository: Path
 ) -> None:
     photos, test_photos = image_folder(classes=3, each=20, size=64), image_folder(classes=3, each=5, size=64, seed=1)
-    assert "3 classes" in selora("inspect", photos, cwd=repository)
-    selora("pack", photos, tmp_path / "shards", cwd=repository)
-    assert "60" in selora("verify", tmp_path / "shards", cwd=repository)
+    assert "3 classes" in here("inspect", photos)
+    here("pack", photos, tmp_path / "shards")
+    assert "60" in here("verify", tmp_path / "shards")
     settings = (
         f"model.name=local-dir:{asset(MODEL)}",
         "model.pretrained=null",
@@ -38,10 +55,10 @@ def test_from_a_folder_to_results_and_a_tracked_run(
         "data.streams=8",
         "data.workers=0",
     )
-    said = selora("train", "configs/own_data.yaml", *settings, cwd=repository)
-    assert "step 3/3" in said
-    assert "no gate can close" in said
-    selora("pack", test_photos, tmp_path / "eval/photos", "--eval", "--templates", "simple", cwd=repository)
+    log = selora("train", "configs/own_data.yaml", *settings, cwd=repository)
+    assert "step 3/3" in log
+    assert "no gate can close" in log
+    here("pack", test_photos, tmp_path / "eval/photos", "--eval", "--templates", "simple")
     benchmark = tmp_path / "benchmark.yaml"
     benchmark.write_text(
         yaml.safe_dump(
@@ -49,10 +66,9 @@ def test_from_a_folder_to_results_and_a_tracked_run(
         )
     )
     run = tmp_path / "runs" / "own_data"
-    text = selora("evaluate", run, "--benchmark", benchmark, cwd=repository)
-    assert "photos" in text
+    assert "photos" in here("evaluate", run, "--benchmark", benchmark)
     assert json.loads((run / "eval" / "photos.json").read_text())["n"] == 15
-    assert "skipped" in selora("evaluate", run, "--benchmark", benchmark, cwd=repository)
+    assert "skipped" in here("evaluate", run, "--benchmark", benchmark)
 
     from mlflow.tracking import MlflowClient
 
@@ -67,10 +83,10 @@ def test_from_a_folder_to_results_and_a_tracked_run(
     assert {"config.yaml", "gate_map.json", "eval"} <= names
 
 
-def test_a_place_that_is_no_folder_is_told_without_a_traceback(
-    image_folder: Callable[..., Path], tmp_path: Path, repository: Path
+def test_a_place_that_is_not_a_folder_is_an_error_message(
+    image_folder: Callable[..., Path], here: Callable[..., str], tmp_path: Path, repository: Path
 ) -> None:
-    selora("pack", image_folder(classes=2, each=4, size=32), tmp_path / "shards", cwd=repository)
+    here("pack", image_folder(classes=2, each=4, size=32), tmp_path / "shards")
     (tmp_path / "file").touch()
     command = [sys.executable, "-m", "pipeline", "train", "configs/own_data.yaml", f"data.train={tmp_path / 'shards'}"]
     command.append(f"out={tmp_path / 'file'}")

@@ -34,8 +34,15 @@ def by_transformers(model: Any, batch: Any) -> Tensor:
     return model.eval()(input_ids=batch.tokens, pixel_values=batch.images).logits_per_image
 
 
-@pytest.mark.parametrize("pruned", [False, True], ids=["full", "pruned"])
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize(
+    ("kind", "pruned"),
+    [
+        pytest.param("lora", False, id="lora-full"),
+        pytest.param("dora", True, id="dora-pruned"),
+        pytest.param("lora", True, id="lora-pruned", marks=pytest.mark.slow),
+        pytest.param("dora", False, id="dora-full", marks=pytest.mark.slow),
+    ],
+)
 def test_three_libraries_read_the_same_model_from_its_exports(
     kind: str, pruned: bool, make_run: Callable[..., Path], batch: Any, tmp_path: Path
 ) -> None:

@@ -69,7 +69,7 @@ def test_logits_are_fp32_for_bf16_features_and_under_autocast() -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_gradients_over_ranks_equal_the_one_rank_gradients(world: int, tmp_path: Path) -> None:
     command = [sys.executable, str(WORKER)]
     ranks = [subprocess.Popen([*command, str(rank), str(world), str(tmp_path)]) for rank in range(world)]

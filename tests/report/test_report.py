@@ -47,6 +47,12 @@ class Page(HTMLParser):
         self.text += " " + data
 
 
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of the time of a report; a test of its tables does without."""
+    monkeypatch.setattr("pipeline.report.run._catalogue", lambda _: ())
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -106,6 +112,7 @@ def test_the_tables_have_the_layout_of_the_papers(sweep_page: Path) -> None:
     assert retrieval[0]["emoji_names IR@1"] == "9.0" and retrieval[-1]["emoji_names TR@5"] == "5.0"
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_group_stands_in_the_page_where_it_was_evaluated(make_run: MakeRun, sweep_page: Path, tmp_path: Path) -> None:
     """The set that the model was pretrained on, for which the demo's benchmark has no row; and no group but that."""
     (tmp_path / "vision.yaml").write_text(
@@ -253,6 +260,7 @@ def test_an_experiment_on_mlflow_gives_the_report_of_its_directories(make_run: M
         report("mlflow:report", uri=f"sqlite:///{tmp_path / 'none.db'}")
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_methods_are_compared_at_what_they_keep(make_run: MakeRun, tmp_path: Path) -> None:
     """Two seeds with a curve of two straight pieces each, and a run without a curve."""
     before = {"clothing": 0.3, "fashion": 0.8}

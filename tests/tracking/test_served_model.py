@@ -222,15 +222,17 @@ def no_network(*_):
     raise OSError("no network")
 socket.socket.connect = no_network
 import mlflow, pandas
-table = pandas.DataFrame({"image": [open(sys.argv[2], "rb").read()]})
-print(mlflow.pyfunc.load_model(sys.argv[1]).predict(table)["label"][0])
+table = pandas.DataFrame({"image": [open(sys.argv[1], "rb").read()]})
+for model in sys.argv[2:]:
+    print("label", mlflow.pyfunc.load_model(model).predict(table)["label"][0])
 """
 
 
-def test_a_fresh_process_loads_it_without_this_package_network_or_pickle(each: Path, tmp_path: Path) -> None:
+def test_a_fresh_process_loads_it_without_this_package(saved: Path, saved_vit: Path, tmp_path: Path) -> None:
+    """It also needs no network and no pickle."""
     (tmp_path / "a.png").write_bytes(example_image())
     done = subprocess.run(
-        [sys.executable, "-c", FRESH, str(each), str(tmp_path / "a.png")],
+        [sys.executable, "-c", FRESH, str(tmp_path / "a.png"), str(saved), str(saved_vit)],
         cwd=tmp_path,
         env=os.environ | {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"},
         capture_output=True,
@@ -239,7 +241,8 @@ def test_a_fresh_process_loads_it_without_this_package_network_or_pickle(each: P
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split()[-1] == predict(load_served(each), {"image": [example_image()]})[0]["label"]
+    expected = [predict(load_served(each), {"image": [example_image()]})[0]["label"] for each in (saved, saved_vit)]
+    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("label ")] == expected
 
 
 def test_what_pack_leaves_out_is_refused_and_limits_are_the_same() -> None:

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -151,10 +152,14 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config_file(tmp_path: Path, shards: Path, tiny_clip: Path) -> Path:
     """Twelve steps of 16: one epoch is six steps, checkpoints come every four."""
+    return _write_config(tmp_path, shards, tiny_clip)
+
+
+def _write_config(folder: Path, shards: Path, tiny_clip: Path) -> Path:
     import yaml
 
     content = {
-        "out": str(tmp_path / "runs"),
+        "out": str(folder / "runs"),
         "model": {"name": f"local-dir:{tiny_clip}"},
         "adapter": {"kind": "lora", "rank": 4},
         "gate": {"lr": 0.002},
@@ -176,34 +181,19 @@ def config_file(tmp_path: Path, shards: Path, tiny_clip: Path) -> Path:
         },
         "tracking": {"enabled": False},
     }
-    path = tmp_path / "config.yaml"
+    path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
 
 
 @pytest.fixture
-def launch(tmp_path: Path, config_file: Path, fork_server: Any) -> Iterator[Launch]:
+def launch(config_file: Path, fork_server: Any) -> Iterator[Launch]:
     """launch("key=value", .., world=2) starts `selora train` on that many ranks and returns at once."""
     started: list[Run] = []
 
     def start(*overrides: str, world: int = 2, config: Path = config_file) -> Run:
-        from pipeline.config import load_config
-
-        settings = load_config(config, list(overrides))
-        said = [tmp_path / f"said-{len(started)}-{rank}.txt" for rank in range(world)]
-        port = free_port()
-        processes = [
-            fork_server.Process(
-                target=_run_rank,
-                args=(rank, world, port, config, list(overrides), said[rank], os.environ.get("SELORA_CACHE")),
-            )
-            for rank in range(world)
-        ]
-        for process in processes:
-            process.start()
-        run = Run(processes, said, Path(settings.out) / settings.name)
-        started.append(run)
-        return run
+        started.append(_start(fork_server, config, list(overrides), world))
+        return started[-1]
 
     yield start
     for run in started:
@@ -211,6 +201,32 @@ def launch(tmp_path: Path, config_file: Path, fork_server: Any) -> Iterator[Laun
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+def _start(fork_server: Any, config: Path, overrides: list[str], world: int) -> Run:
+    from pipeline.config import load_config
+
+    settings, port = load_config(config, overrides), free_port()
+    folder = Path(tempfile.mkdtemp(dir=config.parent, prefix="stderr-"))
+    said = [folder / f"{rank}.txt" for rank in range(world)]
+    processes = [
+        fork_server.Process(
+            target=_run_rank, args=(rank, world, port, config, overrides, said[rank], os.environ.get("SELORA_CACHE"))
+        )
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    return Run(processes, said, Path(settings.out) / settings.name)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, shards: Path, tiny_clip: Path, fork_server: Any) -> Run:
+    """The run of config_file on two ranks, from its first step to its last: what a continued run has to equal."""
+    config = _write_config(tmp_path_factory.mktemp("undisturbed"), shards, tiny_clip)
+    run = _start(fork_server, config, ["name=undisturbed"], world=2)
+    assert run.wait() == [0, 0], run.text()
+    return run
 
 
 def corrupt_jpeg(path: Path) -> None:

@@ -27,12 +27,12 @@ def open_blocks(run_dir: Path) -> set[str]:
     [
         pytest.param(0, "lora", 2, marks=pytest.mark.slow),
         (1, "dora", 5),
-        (2, "lora", 9),
+        pytest.param(2, "lora", 9, marks=pytest.mark.slow),
         pytest.param(3, "dora", 5, marks=pytest.mark.slow),
     ],
 )
 def test_exactly_k_stay_and_a_resume_is_exact(launch, stage: int, kind: str, step: int) -> None:
-    """Killed with everything open, while the number falls, and with the set fixed."""
+    """Killed with everything open, while the number falls, and with the set fixed; one rank chooses the same blocks."""
     options = (*BUDGET, "gate.budget=5", f"train.zero_stage={stage}", f"adapter.kind={kind}")
     straight = launch(*options, "name=straight")
     assert straight.wait() == [0, 0], straight.text()
@@ -44,25 +44,25 @@ def test_exactly_k_stay_and_a_resume_is_exact(launch, stage: int, kind: str, ste
     assert again.losses() == straight.losses()
     assert len(open_blocks(straight.directory)) == 5
     assert open_blocks(again.directory) == open_blocks(straight.directory)
-
-
-def test_one_rank_and_two_choose_the_same_blocks(launch) -> None:
-    options = (*BUDGET, "gate.budget=0.25")
-    runs = [launch(*options, f"name=on{world}", world=world) for world in (1, 2)]
-    for run in runs:
-        assert set(run.wait()) == {0}, run.text()
-    one, two = (open_blocks(run.directory) for run in runs)
-    assert one == two
-
-
-def test_the_number_falls_by_the_schedule_and_the_journal_has_it(launch) -> None:
-    run = launch(*BUDGET, "gate.budget=1", "train.gates_every=1", world=1)
-    assert run.wait() == [0], run.text()
-    records = [json.loads(line) for line in (run.directory / "journal.jsonl").read_text().splitlines()]
-    counts = [r["values"]["adapter/active_blocks"] for r in records if "adapter/active_blocks" in r.get("values", {})]
+    alone = launch(*options, "name=alone", "train.gates_every=1", world=1)
+    assert alone.wait() == [0], alone.text()
+    assert open_blocks(alone.directory) == open_blocks(straight.directory)
+    counts = active_blocks(alone.directory)
     assert counts == sorted(counts, reverse=True)
-    assert counts[0] > 1
-    assert counts[-1] == 1
+    assert counts[0] > counts[-1] == 5
+
+
+def active_blocks(run_dir: Path) -> list[float]:
+    """The number of open blocks as the journal records it."""
+    records = [json.loads(line) for line in (run_dir / "journal.jsonl").read_text().splitlines()]
+    return [r["values"]["adapter/active_blocks"] for r in records if "adapter/active_blocks" in r.get("values", {})]
+
+
+@pytest.mark.slow
+def test_a_share_of_the_blocks_may_stay(launch) -> None:
+    run = launch(*BUDGET, "gate.budget=0.25", world=1)
+    assert run.wait() == [0], run.text()
+    assert len(open_blocks(run.directory)) == 6
 
 
 def test_more_blocks_than_there_are_is_a_mistake(launch) -> None:

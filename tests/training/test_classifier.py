@@ -85,7 +85,8 @@ def plain_run(config_file: Path, tiny_vit: Path, overrides: list[str]) -> tuple[
     return losses, model.state_dict()
 
 
-def test_full_fine_tuning_on_two_ranks_is_the_plain_loop(launch, vit_config: Path, tiny_vit: Path) -> None:
+def test_full_fine_tuning_is_the_plain_loop_and_resumes(launch, vit_config: Path, tiny_vit: Path) -> None:
+    """On two ranks, and on two of which one is killed."""
     from safetensors.torch import save_file
 
     from pipeline.model.vit import load_vit
@@ -105,13 +106,20 @@ def test_full_fine_tuning_on_two_ranks_is_the_plain_loop(launch, vit_config: Pat
 
     for name, value in stock_state(tuned.model.trunk).items():
         torch.testing.assert_close(value, weights[name], atol=2e-5, rtol=1e-3)
+    killed_and_continued(launch, vit_config, run, *overrides[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
-def test_a_killed_rank_costs_nothing_but_time(launch, vit_config: Path, stage: int) -> None:
+def test_a_killed_rank_costs_a_gated_classifier_nothing(launch, vit_config: Path, stage: int) -> None:
     common = (f"train.zero_stage={stage}", "adapter.kind=dora")
     undisturbed = launch("name=undisturbed", *common, config=vit_config)
     assert undisturbed.wait() == [0, 0], undisturbed.text()
+    killed_and_continued(launch, vit_config, undisturbed, *common)
+
+
+def killed_and_continued(launch, vit_config: Path, undisturbed: Any, *common: str) -> None:
+    """Kill a run at its sixth step and start it again: it ends as the undisturbed one, to the bit."""
     killed = launch("name=killed", *common, config=vit_config)
     killed.signal_at(6, signal.SIGKILL, rank=1)
     assert killed.wait()[1] == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""DeepSpeed has a bound on the gradient of its own, which must not be heard of."""
+"""The norm of the gradient is bounded by train.grad_clip alone: DeepSpeed's own bound of 1.0 is off."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def gradient_norm(directory: Path) -> float:
     return sum(float((value / 0.1).square().sum()) for name, value in state.items() if name.endswith("/exp_avg")) ** 0.5
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [2, pytest.param(0, marks=pytest.mark.slow)])
 def test_gradients_are_clipped_where_the_config_says_so_and_nowhere_else(launch, stage: int) -> None:
     common = ("adapter.kind=full", "train.steps=1", "train.warmup_steps=0", f"train.zero_stage={stage}")
     free, bound = launch("name=free", *common, world=1), launch("name=bound", *common, "train.grad_clip=0.5", world=1)

@@ -162,7 +162,14 @@ def test_a_dead_tracking_server_does_not_touch_the_training(launch) -> None:
     assert run.losses() == quiet.losses()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),  # fast: test_resume.py
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_saves_and_ends_with_success(launch, number: signal.Signals) -> None:
     run = launch("train.checkpoint_every=1000000", "train.steps=100000", world=1)
     run.signal_at(3, number, rank=0)

@@ -81,8 +81,15 @@ def test_micro_batches_keep_their_features_and_one_micro_batch(small_clip: str) 
     assert kept[layers] < 0.3 * kept[whole]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [
+        ("lora", "fp32"),
+        ("dora", "bf16"),
+        pytest.param("lora", "bf16", marks=pytest.mark.slow),
+        pytest.param("dora", "fp32", marks=pytest.mark.slow),
+    ],
+)
 def test_the_plan_counts_what_is_kept_and_what_is_computed(small_clip: str, kind: str, precision: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 

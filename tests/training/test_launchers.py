@@ -29,23 +29,22 @@ def launcher(name: str, repository: Path) -> list[str]:
     if name == "torchrun":
         return [str(programs / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "pipeline"]
     starter = [str(programs / "deepspeed"), "--num_gpus", "2", "--master_port", "29417"]
-    return [*starter, "--module", "pipeline"] if name == "deepspeed" else [sys.executable, "-m", "pipeline"]
+    return [*starter, "--module", "pipeline"]
 
 
-@pytest.mark.parametrize("name", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("name", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_a_launcher_of_two_ranks_trains_like_one_process(
-    name: str, config_file: Path, tmp_path: Path, repository: Path
+    name: str, launch, config_file: Path, tmp_path: Path, repository: Path
 ) -> None:
-    common = ["train", str(config_file), "train.steps=3"]
+    plain = launch("name=plain", "train.steps=3", world=1)
+    command = [*launcher(name, repository), "train", str(config_file), f"name={name}", "train.steps=3"]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    found = {}
-    for kind in ("plain", name):
-        command = [*launcher(kind, repository), *common, f"name={kind}"]
-        done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=400)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found[kind] = losses(tmp_path / "runs" / kind)
-    assert len(found[name]) == 3
-    assert found[name] == pytest.approx(found["plain"], abs=2e-5)
+    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert plain.wait() == [0], plain.text()
+    found = losses(tmp_path / "runs" / name)
+    assert len(found) == 3
+    assert found == pytest.approx(list(plain.losses().values()), abs=2e-5)
 
 
 def test_half_a_launcher_is_named() -> None:
@@ -58,7 +57,7 @@ def test_without_a_launcher_there_is_one_rank() -> None:
     assert (world.rank, world.world_size, world.is_main) == (0, 1, True)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_stopped_training_does_not_exit_with_zero(ranks: int, config_file: Path, tmp_path: Path) -> None:
     """So that `train && promote` ends there: 130 from the command, 1 from torchrun, and the journal is closed."""
     mark, log, run_dir = tmp_path / "stopped", tmp_path / "log.txt", tmp_path / "runs" / "run"

@@ -26,7 +26,7 @@ def hot_clip(tmp_path: Path, tiny_clip: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_stored_scale_is_capped_and_can_come_down(launch, hot_clip: Path, stage: int) -> None:
     """Adam moves it by 0.001 a step, so a value that was not clamped would still be far above the bound."""
     run = launch(

@@ -25,7 +25,7 @@ from pipeline.training.loop import Inputs, StopRequest, Training, train_steps
 from pipeline.training.monitor import Monitor
 from pipeline.training.objective import Contrastive, Objective, PenaltySettings
 
-BATCH, STEPS = 4, 3
+BATCH, STEPS = 4, 2
 # What makes the host wait: reading a value, counting what is not zero, and every copy to the CPU.
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal.default", "is_nonzero")
 
@@ -140,8 +140,17 @@ def train(made: Objective, control: dist.ProcessGroup, waits: Waits) -> int:
         return train_steps(training, StopRequest())
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize(("micro", "checkpointing"), [(None, False), (2, False), (None, True)])
+@pytest.mark.parametrize(
+    ("kind", "micro", "checkpointing"),
+    [
+        ("dora", None, False),
+        ("lora", 2, False),
+        ("lora", None, True),
+        pytest.param("lora", None, False, marks=pytest.mark.slow),
+        pytest.param("dora", 2, False, marks=pytest.mark.slow),
+        pytest.param("dora", None, True, marks=pytest.mark.slow),
+    ],
+)
 def test_no_step_waits(
     kind: str, micro: int | None, checkpointing: bool, tiny_clip: Path, control: dist.ProcessGroup
 ) -> None:
