@@ -102,24 +102,6 @@ class Order:
         positions = first + self.streams * np.arange(before, before + size, dtype=np.int64)
         return positions, shards[np.searchsorted(ends, in_order, side="right")]
 
-    def epoch_places(self, epoch: int) -> tuple[Ints, Ints]:
-        """Shard and sample numbers of a whole epoch in the order of positions: two arrays (N,)."""
-        start = epoch * self.samples
-        positions = np.arange(start, start + self.samples, dtype=np.int64)
-        in_order = np.empty(self.samples, dtype=np.int64)
-        run_start = 0
-        for stream in range(self.streams):
-            mine = np.nonzero(positions % self.streams == stream)[0]
-            for number in range(-(-len(mine) // self.window)):
-                part = mine[number * self.window : (number + 1) * self.window]
-                first = run_start + number * self.window
-                in_order[part] = first + self._window(epoch, stream, number, len(part))
-            run_start += len(mine)
-        shards, ends = self._shard_order(epoch)
-        at = np.searchsorted(ends, in_order, side="right")
-        starts = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]])
-        return shards[at], in_order - starts[at]
-
     def _in_run(self, position: int) -> tuple[int, int, int, int]:
         """(epoch, where the stream's run starts in the shard order, the run's length, the offset in the run)."""
         epoch, start = position // self.samples, position // self.samples * self.samples

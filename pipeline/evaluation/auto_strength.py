@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.config import ConfigError
 from pipeline.evaluation.datasets.benchmark import Benchmark
 from pipeline.evaluation.datasets.dataset import Settings
-from pipeline.evaluation.run import Outcome, Say, finish, walk_table
+from pipeline.evaluation.run import Job, Outcome, Say, finish, walk_table
 from pipeline.evaluation.strength import AUTO, STRENGTHS, evaluate_at, job_at
 from pipeline.evaluation.summary import Summary
 from pipeline.model.between import Between
@@ -72,15 +72,17 @@ def choose_strength(
         )
     table = table.part("choosing")
     source, folder = find_run(run_dir), Path(out_dir) / STRENGTHS / AUTO / "choosing"
+
+    def summary(job: Job, untouched: Summary | None, facts: Mapping[str, Any] | None) -> Summary:
+        return finish(walk_table([job], table, settings, say=say), 0, table, untouched, facts).summary
+
     base = load_base(source)
-    walk = walk_table([job_at(base, source, 0, _baselines(baselines, source, "choosing"))], table, settings, say=say)
-    untouched = finish(walk, 0, table, None).summary
+    untouched = summary(job_at(base, source, 0, _baselines(baselines, source, "choosing")), None, None)
     between = Between.of(base, load_run(run_dir))
 
     def margin(alpha: float) -> float:
         job = job_at(between.at(alpha), source, alpha, folder / f"{alpha:g}")
-        walk = walk_table([job], table, settings, say=say)
-        return floor.margin(finish(walk, 0, table, untouched, {"strength": {"alpha": alpha}}).summary)
+        return floor.margin(summary(job, untouched, {"strength": {"alpha": alpha}}))
 
     alpha, margins = strongest(margin, floor.of_untouched)
     return ChosenStrength(alpha, str(floor), _digest(untouched), margins)

@@ -133,11 +133,6 @@ def gate_map(model: nn.Module) -> dict[str, GateState]:
     return states
 
 
-def active_blocks(model: nn.Module) -> list[str]:
-    """Names of the blocks that act: gate open, or no gate."""
-    return [name for name, state in gate_map(model).items() if state["open"]]
-
-
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """State-dict name -> trainable parameter of every block: lora_A, lora_B, magnitude, score."""
     own = {
@@ -147,28 +142,6 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         if not name.startswith("base.")
     }
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in own}
-
-
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """State-dict name -> tensor of all blocks, without the base; detached, sharing memory with the model."""
-    return {name: parameter.detach() for name, parameter in adapter_parameters(model).items()}
-
-
-@torch.no_grad()
-def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy `state` into the blocks. Missing, unknown or misshapen entries are a ValueError; nothing is copied then."""
-    own = adapter_parameters(model)
-    faults = [f"missing {name}" for name in own if name not in state]
-    faults += [f"unknown {name}" for name in state if name not in own]
-    faults += [
-        f"{name} has shape {tuple(state[name].shape)}, expected {tuple(parameter.shape)}"
-        for name, parameter in own.items()
-        if name in state and state[name].shape != parameter.shape
-    ]
-    if faults:
-        raise ValueError(f"adapter state does not fit the model ({len(faults)} faults): " + "; ".join(faults[:8]))
-    for name, parameter in own.items():
-        parameter.copy_(state[name])
 
 
 @torch.no_grad()
@@ -207,24 +180,14 @@ class GradientWatch:
             self._seen[id(parameter)] = grad.detach().ne(0).any()
 
     def check(self) -> None:
-        """Raise ValueError naming the blocks without gradient; removes the hooks."""
+        """Raise ValueError naming the blocks without gradient; removes the hooks.
+
+        At the first step B = 0, so the gradients of A and of the score are exactly zero: a block counts as reached when
+        its score (if trained) and B have a gradient, and when that of B is not all zero in an open block.
+        """
         for handle in self._handles:
             handle.remove()
         _raise_for_missing(self._blocks, self._seen)
-
-
-def check_gradients(model: nn.Module) -> None:
-    """Raise ValueError naming every block that got no gradient; call after the first backward, where `.grad` remains.
-
-    At the first step B = 0, so the gradients of A and of the score are exactly zero: a block counts as reached when its
-    score (if trained) and B have a gradient, and when that of B is not all zero in an open block.
-    """
-    seen = {
-        id(parameter): parameter.grad.ne(0).any()
-        for parameter in adapter_parameters(model).values()
-        if parameter.grad is not None
-    }
-    _raise_for_missing(blocks(model), seen)
 
 
 def _raise_for_missing(found: Mapping[str, Block], seen: Mapping[int, Tensor]) -> None:

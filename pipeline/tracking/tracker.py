@@ -15,7 +15,7 @@ from pipeline.config import ConfigError
 from pipeline.files import sha256_of
 from pipeline.passwords import redact
 from pipeline.tracking.environment import environment_tags
-from pipeline.tracking.identity import read_identity, settle_identity
+from pipeline.tracking.identity import settle_identity
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.mlflow.delivery import load_state, pending
 from pipeline.tracking.mlflow.shipper import LOG_FILE, Shipper
@@ -25,7 +25,6 @@ __all__ = ["NullTracker", "RunTracker", "Status", "Tracker", "environment_tags",
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 SHIPPED_VARIABLE = "SELORA_SHIPPED"  # set where a process of the run above ships this one, too
-PARENT_ID_TAG = "mlflow.parentRunId"
 _WATCH_SECONDS = 15.0
 _SERVER_WAIT_SECONDS = 20.0
 _AWAY_WAIT_SECONDS = 6.0  # one last short attempt at a server that was away
@@ -174,8 +173,6 @@ def open_tracker(
     run_name: str,
     uri: str | None = None,
     experiment: str = "selora",
-    parent_run_id: str | None = None,
-    parent_dir: Path | None = None,
     enabled: bool = True,
     extra_tags: Mapping[str, object] | None = None,
     system_metrics: tuple[str, float] | None = None,
@@ -187,8 +184,6 @@ def open_tracker(
     Args:
         run_name: the name shown in MLflow.
         uri: the store; None: MLFLOW_TRACKING_URI, else sqlite:///<run_dir/..>/mlflow.db.
-        parent_run_id: MLflow id of the run above this one, if it is known to exist.
-        parent_dir: run directory of the run above this one; works while the server is away, too.
         enabled: False: the journal only.
         system_metrics: (node, seconds): sample this machine every so many seconds.
         owns_status: False for a later stage (an evaluation) that adds to a run and must not change how it ended.
@@ -202,17 +197,15 @@ def open_tracker(
     if address is not None and importlib.util.find_spec("mlflow") is None:
         logger.warning("tracking: mlflow is not installed; %s has the journal only", run_dir)
         address = None
-    parent = None if parent_dir is None else _parent_uuid(parent_dir)
     journal = Journal(run_dir)
     try:
-        settle_identity(run_dir, run_name, experiment, None if address is None else redact(address), parent)
+        settle_identity(run_dir, run_name, experiment, None if address is None else redact(address), None)
     except OSError as error:
         journal.close()
         raise ConfigError(f"{run_dir}: cannot write the run directory: {error.strerror}") from None
     if owns_status:
         journal.write("status", status="RUNNING")
-    above = {} if parent_run_id is None else {PARENT_ID_TAG: parent_run_id}
-    tags = _texts({**(extra_tags or {}), **above})
+    tags = _texts(extra_tags or {})
     if tags:
         journal.write("tags", values=tags)
     address = None if address is None or SHIPPED_VARIABLE in os.environ else _to_ship_to(run_dir, address)
@@ -243,13 +236,6 @@ def _start_shipper(
     except OSError as error:
         logger.warning("tracking: %s; this run has its journal only until `selora track sync %s`", error, run_dir)
         return None
-
-
-def _parent_uuid(parent_dir: Path) -> str:
-    identity = read_identity(parent_dir)
-    if identity is None:
-        raise ConfigError(f"{parent_dir}: not the directory of a tracked run, so it cannot be a parent")
-    return identity.run
 
 
 def _texts(values: Mapping[str, object]) -> dict[str, str]:

@@ -22,14 +22,6 @@ from pipeline.training.cluster.distributed import World
 from pipeline.training.objective import Classification, Contrastive, KeepSettings, Objective, PenaltySettings
 
 
-def build_model(config: Config, classes: tuple[str, ...] | None = None) -> Model:
-    """The pretrained model with its blocks attached and only the chosen parameters trainable.
-
-    classes: what the classifier of a ViT tells apart.
-    """
-    return attach_blocks(config, load_untouched(config, classes))
-
-
 def load_untouched(config: Config, classes: tuple[str, ...] | None = None) -> Model:
     """The pretrained model alone. classes: what the classifier of a ViT tells apart."""
     return load_model(config.model.name, config.model.pretrained, seed=config.seed, classes=classes)

@@ -109,14 +109,6 @@ def sweep(
     return outcome
 
 
-def lay_out(config: Config, grid: Grid) -> list[Trial]:
-    """Write the sweep's directory and start nothing: each trial can then be run by hand (pipeline.tuning.trial)."""
-    trials, totals = _prepare(config, grid)
-    _refuse_changes(_directory(config), trials)
-    _write(_directory(config), config, grid, trials, totals, retry_failed=False)
-    return trials
-
-
 def _directory(config: Config) -> Path:
     return Path(config.out).absolute() / config.name
 

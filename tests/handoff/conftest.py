@@ -26,7 +26,7 @@ from pipeline.model.restore import load_run
 from pipeline.runs.sweep import write_sweep
 from pipeline.training.checkpoint import save_checkpoint
 from pipeline.training.cluster.distributed import read_world
-from pipeline.training.model import build_model, checkpoint_state, trainable
+from pipeline.training.model import attach_blocks, checkpoint_state, load_untouched, trainable
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def make_run(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Callable[.
 
 
 def _save(run: Path, config: Config, pruned: bool, seed: int, data: Path) -> None:
-    clip = build_model(config)
+    clip = attach_blocks(config, load_untouched(config))
     parameters = dict(trainable(clip.model))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

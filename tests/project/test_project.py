@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
 import subprocess
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,17 @@ def test_no_source_file_is_longer_than_400_lines(repository):
     assert not long
 
 
+def test_names_of_tests_are_short(repository):
+    """The story belongs in the docstring."""
+    long = {
+        f"{path.relative_to(repository)}: {node.name}"
+        for path in (repository / "tests").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and len(node.name) > 60
+    }
+    assert not long
+
+
 @pytest.fixture
 def checkout(repository: Path, tmp_path: Path) -> Path:
     """Only what `make env` reads, and a uv that writes down how it was called instead of installing."""
@@ -86,7 +99,8 @@ def make(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_environment_is_set_up_once_and_again_when_the_lock_changes(checkout):
+def test_environment_is_set_up_when_the_lock_changes(checkout):
+    """Environment is set up once and again when the lock changes."""
     calls = checkout / "calls"
     assert make(checkout, "env").returncode == 0
     assert make(checkout, "env").returncode == 0
@@ -106,3 +120,22 @@ def test_old_python_is_told_before_anything_is_installed(checkout):
     assert done.returncode != 0
     assert "Python 3.11 or newer is needed, and python3.8 is Python 3.8.1." in done.stderr
     assert not (checkout / "calls").exists()
+
+
+# Methods that a library calls: torch, MLflow, Ray, yaml, torchvision.
+CALLED_BY_LIBRARIES = {"extra_repr", "forward", "ignore_aliases", "load_context", "on_step_end", "raw_folder"}
+
+
+def test_no_function_is_used_by_tests_alone(repository):
+    """A function that only a test calls proves nothing about the product."""
+    sources = [path for suffix in ("py", "jinja") for path in (repository / "pipeline").rglob(f"*.{suffix}")]
+    words = Counter(word for path in sources for word in re.findall(r"\w+", path.read_text(encoding="utf-8")))
+    unused = {
+        f"{path.relative_to(repository)}: {node.name}"
+        for path in sources
+        if path.suffix == ".py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.decorator_list
+        if words[node.name] == 1 and not node.name.startswith("__") and node.name not in CALLED_BY_LIBRARIES
+    }
+    assert not unused

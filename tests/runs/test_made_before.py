@@ -28,8 +28,8 @@ import sys
 from pathlib import Path
 from pipeline.config import load_config
 from pipeline.tuning.grid import load_grid
-from pipeline.tuning.sweep import lay_out
 from pipeline.tuning.trial import run_trial
+from sweep_by_hand import lay_out
 lay_out(load_config("config.yaml", ["name=search", "data.workers=1", "train.log_every=2"]), load_grid("grid.yaml"))
 print(run_trial(Path("runs/search").absolute(), "gated_lora_r2_lam1"))
 """
@@ -44,7 +44,7 @@ def before(tmp_path: Path) -> Path:
 
 def python(before: Path, repository: Path, code: str, *arguments: str) -> str:
     """What a process in that directory prints on both streams."""
-    environment = os.environ | {"PYTHONPATH": str(repository)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(repository), str(repository / "tests")])}
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(
         command, cwd=before, env=environment, capture_output=True, text=True, timeout=500, check=False

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pipeline.config import ConfigError
-from pipeline.tracking.identity import RUN_FILE, settle_identity
+from pipeline.tracking.identity import RUN_FILE, read_identity, settle_identity
 from pipeline.tracking.journal import JOURNAL, Journal
 from pipeline.tracking.mlflow.delivery import STATE_FILE
 from pipeline.tracking.mlflow.sync import SyncReport, sync, sync_all
@@ -35,9 +35,8 @@ def mlflow_run(store: str, report: SyncReport) -> Run:
     return MlflowClient(store).get_run(report.run_id)
 
 
-def test_every_value_arrives_once_under_a_legal_name_with_params_tags_and_status(
-    tmp_path: Path, store: str, metric_rows: Rows
-) -> None:
+def test_every_value_arrives_once_under_a_legal_name(tmp_path: Path, store: str, metric_rows: Rows) -> None:
+    """Every value arrives once under a legal name with params tags and status."""
     with open_tracker(tmp_path / "run", run_name="whole", enabled=False, extra_tags={"kind": "trial"}) as tracker:
         tracker.params({"lr": 1e-5, "none": None, "templates": "x" * 7000, "uri": "http://me:secret@host"})
         tracker.tags({"seed": 1})
@@ -114,7 +113,8 @@ sync(Path(sys.argv[1]), sys.argv[2])
     assert steps == [("loss", step) for step in range(21)] + [("r_at_1", step) for step in range(20)]
 
 
-def test_changed_param_of_a_resumed_run_is_noted_and_does_not_raise(journal_only: Make, store: str) -> None:
+def test_a_changed_param_of_a_resumed_run_is_noted(journal_only: Make, store: str) -> None:
+    """Changed param of a resumed run is noted and does not raise."""
     run_dir = journal_only()
     sync(run_dir, store)
     for workers in ("4", "8"):
@@ -175,9 +175,8 @@ def test_failed_upload_holds_back_neither_numbers_nor_status(
     assert sync(run_dir, store).complete
 
 
-def test_one_value_that_mlflow_refuses_does_not_hold_up_the_others(
-    journal_only: Make, store: str, metric_rows: Rows
-) -> None:
+def test_a_refused_value_does_not_hold_up_the_others(journal_only: Make, store: str, metric_rows: Rows) -> None:
+    """One value that MLflow refuses does not hold up the others."""
     run_dir = journal_only(steps=8)
     lines = (run_dir / JOURNAL).read_text().splitlines()
     broken = [json.loads(line) for line in lines]
@@ -204,11 +203,20 @@ def test_corrupt_line_is_reported_and_the_rest_delivered(journal_only: Make, sto
     assert len(metric_rows(str(report.run_id))) == 8
 
 
+def put_below(parent: Path, child: Path) -> None:
+    """Record the parent of a run before it starts, as a sweep does for its trials."""
+    above = read_identity(parent)
+    assert above is not None
+    child.mkdir()
+    settle_identity(child, child.name, "selora", None, above.run)
+
+
 def test_children_hang_below_their_parent_whichever_comes_first(tmp_path: Path, store: str) -> None:
     with open_tracker(tmp_path / "sweep", run_name="sweep", enabled=False) as sweep:
         for name in ("a_trial", "b_trial"):
             child = tmp_path / "sweep" / name
-            with open_tracker(child, run_name=name, enabled=False, parent_dir=tmp_path / "sweep") as tracker:
+            put_below(tmp_path / "sweep", child)
+            with open_tracker(child, run_name=name, enabled=False) as tracker:
                 tracker.metrics(0, {"loss": 1.0})
         sweep.tags({"kind": "sweep"})
     early = sync(tmp_path / "sweep" / "a_trial", store)
@@ -224,7 +232,8 @@ def test_children_hang_below_their_parent_whichever_comes_first(tmp_path: Path, 
 def test_directory_of_runs_is_synced_whole_parents_first(tmp_path: Path, journal_only: Make, store: str) -> None:
     first, second = journal_only("one"), journal_only("two")
     nested = tmp_path / "aaa"
-    with open_tracker(nested, run_name="child", enabled=False, parent_dir=second):
+    put_below(second, nested)
+    with open_tracker(nested, run_name="child", enabled=False):
         pass
     reports = sync_all([tmp_path], store)
     assert [report.run_dir for report in reports] == [first, second, nested]
@@ -237,9 +246,8 @@ def test_directory_of_runs_is_synced_whole_parents_first(tmp_path: Path, journal
         sync(tmp_path, store)
 
 
-def test_run_without_a_living_writer_is_closed_as_killed_and_a_resumed_one_runs_again(
-    tmp_path: Path, store: str
-) -> None:
+def test_a_run_without_a_writer_is_closed_as_killed(tmp_path: Path, store: str) -> None:
+    """Run without a living writer is closed as killed and a resumed one runs again."""
     tracker = open_tracker(tmp_path / "run", run_name="run", enabled=False)
     tracker.metrics(0, {"loss": 1.0})
     assert mlflow_run(store, sync(tmp_path / "run", store)).info.status == "RUNNING"
@@ -263,7 +271,8 @@ def test_exception_and_interrupt_end_a_run_as_failed_and_killed(tmp_path: Path, 
         assert mlflow_run(store, sync(run_dir, store)).info.status == status
 
 
-def test_deleted_run_is_not_made_again_and_comes_back_when_restored(journal_only: Make, store: str) -> None:
+def test_a_deleted_run_comes_back_only_when_restored(journal_only: Make, store: str) -> None:
+    """Deleted run is not made again and comes back when restored."""
     from mlflow import MlflowClient
 
     run_dir = journal_only()
@@ -306,9 +315,10 @@ def test_store_that_lost_the_run_gets_it_whole_again(
     assert len(metric_rows(str(report.run_id))) == 10
 
 
-def test_position_that_cannot_be_written_only_costs_a_second_delivery(
+def test_an_unwritable_position_costs_a_second_delivery(
     journal_only: Make, store: str, metric_rows: Rows, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Position that cannot be written only costs a second delivery."""
     run_dir = journal_only()
     report = sync(run_dir, store)
     (run_dir / STATE_FILE).unlink()
@@ -319,9 +329,8 @@ def test_position_that_cannot_be_written_only_costs_a_second_delivery(
     assert len(metric_rows(str(report.run_id))) == 10
 
 
-def test_two_runs_that_start_together_make_one_store_and_one_experiment(
-    journal_only: Make, tmp_path: Path, python: Start
-) -> None:
+def test_runs_that_start_together_make_one_experiment(journal_only: Make, tmp_path: Path, python: Start) -> None:
+    """Two runs that start together make one store and one experiment."""
     code = """
 import sys
 from pathlib import Path
@@ -350,7 +359,8 @@ def test_null_tracker_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_password_that_is_kept_nowhere_is_asked_for_and_no_other_store_taken(tmp_path: Path) -> None:
+def test_a_password_kept_nowhere_is_asked_for(tmp_path: Path) -> None:
+    """A password that is kept nowhere is asked for and no other store taken."""
     run_dir = tmp_path / "run"
     with open_tracker(run_dir, run_name="run", enabled=False):
         settle_identity(run_dir, "run", "selora", "http://me:***@host", None)

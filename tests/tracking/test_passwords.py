@@ -46,9 +46,8 @@ def test_every_spelling_of_a_password_is_hidden_and_nothing_else(text: str, show
     assert redact(redact(text)) == redact(text)
 
 
-def test_a_password_that_was_left_out_comes_from_where_the_clients_take_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_left_out_password_comes_from_the_clients_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A password that was left out comes from where the clients take it."""
     server, database = "http://me:***@host", "postgresql://me:***@host/db"
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_PASSWORD", "PGPASSWORD"):
         monkeypatch.delenv(name, raising=False)
@@ -78,7 +77,8 @@ def config_at(tmp_path: Path, uri: str) -> Config:
     return load_config(path)
 
 
-def test_what_is_made_of_a_config_has_no_password_and_the_config_itself_has_it(tmp_path: Path) -> None:
+def test_only_the_config_itself_has_the_password(tmp_path: Path) -> None:
+    """What is made of a config has no password and the config itself has it."""
     uri = f"https://me:{QUOTED}@host"
     config = config_at(tmp_path, uri)
     (tmp_path / "written.yaml").write_text(to_yaml(config))
@@ -173,9 +173,10 @@ def holds_the_password(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and any(one in path.read_bytes() for one in secrets)]
 
 
-def test_a_run_at_a_guarded_server_leaves_its_password_nowhere_and_can_go_on(
+def test_a_run_at_a_guarded_server_keeps_no_password(
     guarded: Guarded, tmp_path: Path, store_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """A run at a guarded server leaves its password nowhere and can go on."""
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_PASSWORD"):
         monkeypatch.delenv(name, raising=False)
     # An experiment of its own: one that other tests have made in the session's store keeps its files elsewhere.
@@ -222,12 +223,13 @@ def test_a_run_at_a_guarded_server_leaves_its_password_nowhere_and_can_go_on(
 def test_a_sweep_leaves_the_password_nowhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image_folder: Callable[..., Path]
 ) -> None:
+    from sweep_by_hand import lay_out
+
     from pipeline.data.shards.index import pack
     from pipeline.runs.sweep import SWEEP_FILE, read_state, trial_dir
     from pipeline.tuning.grid import Resources, load_grid
     from pipeline.tuning.mlflow_runs import Record
     from pipeline.tuning.scheduler import _init_settings
-    from pipeline.tuning.sweep import lay_out
     from pipeline.tuning.trial import trial_config
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

@@ -36,7 +36,7 @@ def prepared(folder: str, precision: str, stage: int, way: dict[str, Any], kind:
     """Config, CLIP and objective with B away from zero and two gates closed."""
     from pipeline.config import Config
     from pipeline.method.adapter import blocks
-    from pipeline.training.model import build_model, objective_of
+    from pipeline.training.model import attach_blocks, load_untouched, objective_of
 
     config = Config.model_validate(
         {
@@ -46,7 +46,7 @@ def prepared(folder: str, precision: str, stage: int, way: dict[str, Any], kind:
             "data": {"train": "unused", "streams": 1},
         }
     )
-    clip = build_model(config)
+    clip = attach_blocks(config, load_untouched(config))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for number, block in enumerate(blocks(clip.model).values()):

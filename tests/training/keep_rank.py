@@ -52,7 +52,7 @@ def gradients(folder: str, kind: str, stage: int, precision: str, way: str) -> d
     from pipeline.model.towers import inside_layers
     from pipeline.training.cluster.distributed import read_world
     from pipeline.training.engine import build_engine, set_learning_rates
-    from pipeline.training.model import build_model, compiled_layers, objective_of, trainable
+    from pipeline.training.model import attach_blocks, compiled_layers, load_untouched, objective_of, trainable
     from pipeline.training.optim import Rates, parameter_groups
 
     config = Config.model_validate(
@@ -64,7 +64,7 @@ def gradients(folder: str, kind: str, stage: int, precision: str, way: str) -> d
             "keep": {"weight": 3.0, "images": "unused", "replay": 0.5},
         }
     )
-    clip = build_model(config)
+    clip = attach_blocks(config, load_untouched(config))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for block in blocks(clip.model).values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,30 +24,18 @@ from pipeline.runs.sweep import read_state, trial_dir
 from pipeline.tuning.grid import Grid, load_grid
 
 PATIENCE = 2400.0  # seconds; a busy machine stretches a trial a hundredfold
-TINY = {
-    "model_cfg": {
-        "embed_dim": 32,
-        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
-        "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
-    },
-    "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
-}
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory, image_folder: Callable[..., Path]) -> Path:
+def tiny(tmp_path_factory: pytest.TempPathFactory, image_folder: Callable[..., Path], tiny_clip: Path) -> Path:
     """A folder with shards/ (96 images of 4 classes), clip/ and bench.yaml (an id and a shift set)."""
     from pipeline.data.eval.wds_layout import write_wds_eval
     from pipeline.data.shards.index import pack
     from pipeline.data.sources.formats import read_source
-    from pipeline.model.clip import load_clip, save_open_clip
 
     root = tmp_path_factory.mktemp("tiny")
     pack(image_folder(classes=4, each=24, size=40), root / "shards", samples_per_shard=16)
-    (root / "clip").mkdir()
-    (root / "clip" / "open_clip_config.json").write_text(json.dumps(TINY))
-    clip = load_clip(f"local-dir:{root / 'clip'}", seed=3)
-    save_open_clip(clip.model, clip.model_cfg, clip.preprocess_cfg, root / "clip")
+    shutil.copytree(tiny_clip, root / "clip")
     rows = []
     for seed, (key, group) in enumerate((("own", "id"), ("other", "shift"))):
         source = read_source(image_folder(classes=4, each=6, size=40, seed=seed))
@@ -101,18 +90,12 @@ def make_grid(tmp_path: Path) -> Callable[[str], Grid]:
     return make
 
 
-@pytest.fixture(scope="session")
-def fork_server() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.training.run", "deepspeed", "open_clip", "webdataset"])
-    return context
-
-
 def _rank(rank: int, world: int, port: int, sweep_dir: Path, name: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     from pipeline.tuning.trial import train_stage
 
+    multiprocessing.set_start_method("fork", force=True)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     train_stage(sweep_dir, name)
     os._exit(0)
@@ -121,6 +104,7 @@ def _rank(rank: int, world: int, port: int, sweep_dir: Path, name: str) -> None:
 def _alone(sweep_dir: Path, name: str) -> None:
     from pipeline.tuning.trial import run_trial
 
+    multiprocessing.set_start_method("fork", force=True)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     run_trial(sweep_dir, name)
     os._exit(0)

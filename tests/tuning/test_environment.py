@@ -70,7 +70,8 @@ def test_what_ray_is_given_holds_no_secret(monkeypatch: pytest.MonkeyPatch, caps
     assert "canary" not in told
 
 
-def test_a_long_tmpdir_gets_short_sockets_for_the_time_of_the_cluster(tmp_path: Path) -> None:
+def test_a_long_tmpdir_gets_short_sockets(tmp_path: Path) -> None:
+    """A long TMPDIR gets short sockets for the time of the cluster."""
     long = tmp_path / ("d" * 60)
     long.mkdir()
     environment = {"TMPDIR": str(long)}

@@ -28,7 +28,8 @@ def test_the_product_of_the_axes_has_readable_names_and_labels(make_config, make
     assert trials[3].id.startswith("0003-")
 
 
-def test_seeds_and_other_options_stand_in_the_name_where_they_vary(make_config, make_grid) -> None:
+def test_options_that_vary_are_in_the_name(make_config, make_grid) -> None:
+    """Seeds and other options are in the name where they vary."""
     grid = make_grid("grid:\n  seed: [0, 1]\n  train.lr: [1e-3]\n  train: {betas: [[0.9, 0.99], [0.8, 0.99]]}\n")
     assert names(make_config(), grid) == [
         "gated_lora_r4_lam1_0.9-0.99_seed0",
@@ -58,7 +59,8 @@ def test_baselines_stand_beside_the_grid_and_may_vary_themselves(make_config, ma
     assert trials[3].label == "LoRA r8"
 
 
-def test_points_that_differ_only_where_it_has_no_effect_are_one_trial(make_config, make_grid) -> None:
+def test_points_without_a_difference_are_one_trial(make_config, make_grid) -> None:
+    """Points that differ only where it has no effect are one trial."""
     grid = make_grid("grid: {kind: [full, lora], gate.enabled: [true, false], rank: [2, 4], lam: [0.3, 1]}")
     assert names(make_config(), grid) == [
         "full",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.config import ConfigError
-from pipeline.training.model import build_model, trainable
+from pipeline.training.model import attach_blocks, load_untouched, trainable
 from pipeline.tuning.disk import checkpoint_bytes, trained_parameters
 from pipeline.tuning.grid import Resources, expand
 from pipeline.tuning.plan import Capacity, Node, Speed, concurrency, describe_plan, make_plan
@@ -61,7 +61,8 @@ def test_a_process_is_not_spread_over_two_machines() -> None:
     assert Capacity((Node("a", 8, 1.5),)).processes(1, 0.4) == 2
 
 
-def test_a_trial_that_cannot_fit_is_refused_with_what_it_needs_and_what_there_is(trials) -> None:
+def test_a_trial_that_cannot_fit_is_refused(trials) -> None:
+    """A trial that cannot fit is refused with what it needs and what there is."""
     resources = Resources(workers=3, cpus_per_worker=2, gpus_per_worker=1, eval_cpus=64)
     with pytest.raises(ConfigError) as caught:
         make_plan(trials, {}, resources, Capacity((Node("here", 2, 0),)))
@@ -78,6 +79,7 @@ def test_what_trains_is_counted_as_it_is_built(make_config, make_grid) -> None:
     trials = expand(make_config("train.train_rest=proj_ln"), make_grid(f"grid: {{kind: [lora, dora]}}\n{baselines}"))
     counted = trained_parameters(trials)
     for trial in trials:
-        built = sum(parameter.numel() for _, parameter in trainable(build_model(trial.config).model))
+        model = attach_blocks(trial.config, load_untouched(trial.config)).model
+        built = sum(parameter.numel() for _, parameter in trainable(model))
         assert counted[trial.name] == built, trial.name
     assert checkpoint_bytes(trials, counted) == sum(counted.values()) * 12 * 3

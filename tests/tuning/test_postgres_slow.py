@@ -104,7 +104,8 @@ def seconds_per_step(times: list[tuple[int, float]], begin: float, end: float) -
     return statistics.median(gaps), len(inside)
 
 
-def test_a_minute_without_the_server_costs_neither_speed_nor_values(command, make_config, server, database) -> None:
+def test_a_minute_without_the_server_costs_nothing(command, make_config, server, database) -> None:
+    """A minute without the server costs neither speed nor values."""
     import sqlalchemy
 
     from pipeline.tracking.mlflow.sync import sync_all

@@ -7,8 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-
-from pipeline.tuning.sweep import lay_out
+from sweep_by_hand import lay_out
 
 GRID = (
     "grid: {rank: [2], lam: [0.3, 1.0]}\nresources: {workers: 2, cpus_per_worker: 0.5, eval_cpus: 0.5, concurrent: 1}\n"

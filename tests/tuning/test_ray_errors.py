@@ -23,8 +23,11 @@ def test_an_address_where_nobody_listens_is_refused() -> None:
 
 
 @pytest.mark.parametrize("address", ["auto", "local", "ray://127.0.0.1:1", "http://127.0.0.1:1"])
-def test_what_is_no_host_and_port_is_left_to_ray(address: str) -> None:
+def test_what_is_no_host_and_port_is_left_to_ray(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[object] = []
+    monkeypatch.setattr(socket, "create_connection", lambda *arguments, **_: called.append(arguments))
     check_reachable(address)
+    assert not called
 
 
 def test_a_client_without_the_token_is_told_about_it(tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-
-from pipeline.tuning.sweep import lay_out
+from sweep_by_hand import lay_out
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -92,9 +91,8 @@ def test_the_same_command_after_a_dead_driver_runs_nothing_twice(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_every_trial_save_and_the_same_command_continues(
-    command, make_config, make_grid, by_hand, store, number: int
-) -> None:
+def test_a_signal_lets_every_trial_save(command, make_config, make_grid, by_hand, store, number: int) -> None:
+    """A signal lets every trial save and the same command continues."""
     common = ("train.steps=3000", "train.checkpoint_every=3000", "train.log_every=5")
     config, grid = make_config(*common, *tracked(store)), THREE + RESOURCES % ", concurrent: 2"
     sweep = command(config, grid).start()
@@ -123,7 +121,8 @@ def test_a_signal_lets_every_trial_save_and_the_same_command_continues(
     assert sorted(sweep.losses(NAMES[1])) == [*range(5, again.step, 5), *([again.step] if again.step % 5 == 0 else [])]
 
 
-def test_hopeless_trials_fail_with_their_reasons_and_the_others_finish(command, make_config, store) -> None:
+def test_hopeless_trials_fail_and_the_others_finish(command, make_config, store) -> None:
+    """Hopeless trials fail with their reasons and the others finish."""
     grid = (
         "grid: {rank: [2], lam: [0.3]}\nbaselines:\n"
         "  - {name: impossible, changes: {adapter.targets: [['image.9.*']]}}\n"
@@ -155,7 +154,8 @@ def test_hopeless_trials_fail_with_their_reasons_and_the_others_finish(command, 
     assert found["sweep"]["status"] == "FINISHED"
 
 
-def test_halving_stops_the_worst_and_frees_their_workers_for_the_next(command, make_config, store) -> None:
+def test_halving_stops_the_worst_and_frees_workers(command, make_config, store) -> None:
+    """Halving stops the worst and frees their workers for the next."""
     grid = (
         "grid: {train.lr: [1.0e-3, 1.0e-9, 1.1e-9, 1.0e-2]}\nasha: {grace_steps: 20, reduction: 2}\n"
         "baselines: [{name: plain, changes: {gate.enabled: false, train.lr: 1.0e-9}}]\n"

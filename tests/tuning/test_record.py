@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from sweep_by_hand import lay_out
+
 from pipeline.runs.sweep import read_state, trial_dir, write_state
 from pipeline.tuning.mlflow_runs import REASON_TAG, Record
-from pipeline.tuning.sweep import lay_out
 
 
-def test_a_trial_that_has_not_begun_is_scheduled_and_one_that_cannot_is_failed(
-    make_config, make_grid, tmp_path
-) -> None:
+def test_trials_in_mlflow_are_scheduled_or_failed(make_config, make_grid, tmp_path) -> None:
+    """A trial that has not begun is scheduled and one that cannot is failed."""
     store = f"sqlite:///{tmp_path / 'mlflow.db'}"
     config = make_config("tracking.enabled=true", f"tracking.uri={store}", "tracking.machine_every_s=null")
     grid = make_grid("grid: {rank: [2, 4]}")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from sweep_by_hand import lay_out
 
 from pipeline.config import ConfigError
 from pipeline.runs.sweep import TrialState, read_state, read_sweep, trial_dir, write_state
 from pipeline.tuning.progress import describe, last_values, line_of, measured_speed, rows
-from pipeline.tuning.sweep import lay_out, plan_sweep
+from pipeline.tuning.sweep import plan_sweep
 from pipeline.tuning.trial import after_training, begin, final_reason, train_stage
 
 ONE = "grid: {rank: [2], lam: [0.3]}"
@@ -38,7 +39,8 @@ def test_by_hand_a_trial_trains_evaluates_and_says_so(make_config, make_grid, by
     assert plan.speed.source == "median of 1 trial of this sweep"
 
 
-def test_a_diverging_trial_is_failed_with_the_step_and_what_to_do(make_config, make_grid, by_hand, tmp_path) -> None:
+def test_a_diverging_trial_fails_with_its_step(make_config, make_grid, by_hand, tmp_path) -> None:
+    """A diverging trial is failed with the step and what to do."""
     trials = lay_out(make_config("train.lr=1e30", "train.warmup_steps=0"), make_grid(ONE))
     sweep_dir = tmp_path / "runs" / "sweep"
     by_hand(sweep_dir, NAME, world=1)
@@ -75,7 +77,8 @@ def test_an_asked_for_stop_ends_no_training_that_has_not_begun(make_config, make
     assert not (trial_dir(sweep_dir, NAME) / "checkpoints").exists()
 
 
-def test_memory_that_runs_out_is_a_reason_and_a_lost_peer_is_none() -> None:
+def test_running_out_of_memory_is_a_reason() -> None:
+    """Memory that runs out is a reason and a lost peer is none."""
     assert final_reason(MemoryError()) == "out of memory: MemoryError"
     error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nmore")
     assert (
@@ -100,7 +103,8 @@ def test_an_old_name_keeps_its_trials_and_takes_new_ones(make_config, make_grid,
     assert [trial["name"] for trial in content["trials"]] == [NAME, "gated_lora_r4_lam0.3"]
 
 
-def test_data_that_is_not_there_is_told_before_anything_is_written(make_config, make_grid, tmp_path) -> None:
+def test_missing_data_is_an_error_before_anything_is_written(make_config, make_grid, tmp_path) -> None:
+    """Data that is not there is reported before anything is written."""
     with pytest.raises(ConfigError, match="nowhere"):
         lay_out(make_config(), make_grid(f"grid: {{data.train: [{tmp_path}/nowhere]}}"))
     assert not (tmp_path / "runs").exists()
