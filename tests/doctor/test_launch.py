@@ -80,7 +80,8 @@ def test_a_sound_cluster_is_found_sound_by_every_rank(folder: Path) -> None:
     assert not list((folder / "runs").iterdir())
 
 
-def test_other_versions_a_path_that_is_not_shared_and_a_dead_server_are_named(folder: Path) -> None:
+def test_differences_between_nodes_are_named(folder: Path) -> None:
+    """Other versions a path that is not shared and a dead server are named."""
     config = _config(folder, uri="http://127.0.0.1:9")
     first, _ = ask(config, torch="0.9", out=str(folder / "elsewhere"))
     assert first["versions"][0] is False
