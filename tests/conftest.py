@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
+
+pytest_plugins = ["requirements", "tiny_benchmark"]
 
 # Two threads per process times several ranks on two cores is slower than one, and changes the order of sums.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -32,17 +34,14 @@ if _own_cache:
     os.environ["SELORA_CACHE"] = tempfile.mkdtemp(prefix="selora-cache-")
 
 REPOSITORY = Path(__file__).parent.parent
-
-
-# What a machine may lack. SELORA_REQUIRE=slurm,hosts names what must be there; .ci/run sets it to all it installs.
-LACKS = ("avif", "docker", "gpu", "hosts", "namespaces", "registry", "slurm", "tmpfs", "wordnet")
-
-
-def pytest_configure() -> None:
-    """Refuse a misspelled requirement, which would require nothing."""
-    unknown = sorted(_required() - set(LACKS))
-    if unknown:
-        raise pytest.UsageError(f"SELORA_REQUIRE={','.join(unknown)}: not one of {', '.join(LACKS)}")
+TINY = {
+    "model_cfg": {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
+        "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+    },
+    "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+}
 
 
 def pytest_unconfigure() -> None:
@@ -51,55 +50,18 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(os.environ["SELORA_CACHE"], ignore_errors=True)
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs a GPU where there is none."""
-    if item.get_closest_marker("gpu") is None:
-        return
-    import torch
-
-    if not torch.cuda.is_available():
-        _lacking("gpu", "there is no CUDA device")
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """End each run with one line of what was skipped and why."""
-    reasons = Counter(
-        report.longrepr[2].removeprefix("Skipped: ")
-        for report in terminalreporter.stats.get("skipped", [])
-        if isinstance(report.longrepr, tuple)
-    )
-    listed = "; ".join(f"{count} of {reason}" for reason, count in sorted(reasons.items()))
-    terminalreporter.write_line(f"skipped: {listed or 'nothing'}")
-
-
-def _required() -> set[str]:
-    return set(filter(None, os.environ.get("SELORA_REQUIRE", "").split(",")))
-
-
-def _lacking(what: str, why: str) -> NoReturn:
-    assert what in LACKS, what
-    if what in _required():
-        pytest.fail(f"{what}: {why}, and SELORA_REQUIRE={os.environ['SELORA_REQUIRE']}", pytrace=False)
-    pytest.skip(f"{what}: {why}")
-
-
-@pytest.fixture(scope="session")
-def lacking() -> Callable[[str, str], NoReturn]:
-    """lacking(what, why) skips the test, or fails it where SELORA_REQUIRE names what this machine lacks."""
-    return _lacking
-
-
 @pytest.fixture
 def make_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """make(size) -> a file system of its own, as in "128k"; skips where none can be mounted."""
+    from requirements import lacking
+
     folder = tmp_path / "small"
 
     def make(size: str) -> Path:
         folder.mkdir()
         mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
         if mounted.returncode:
-            _lacking("tmpfs", mounted.stderr.decode().strip())
+            lacking("tmpfs", mounted.stderr.decode().strip())
         return folder
 
     yield make
@@ -133,6 +95,25 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         return root
 
     return make
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Any:
+    """A multiprocessing context whose processes have imported what training needs, which takes seconds of CPU."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.training.run", "deepspeed", "open_clip", "webdataset"])
+    return context
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that open_clip loads by local-dir:, with random weights in it."""
+    from pipeline.model.clip import load_clip, save_open_clip
+
+    folder = tmp_path_factory.mktemp("tiny_clip")
+    (folder / "open_clip_config.json").write_text(json.dumps(TINY))
+    clip = load_clip(f"local-dir:{folder}", seed=3)
+    return save_open_clip(clip.model, clip.model_cfg, clip.preprocess_cfg, folder)
 
 
 @pytest.fixture(scope="session")
@@ -173,7 +154,7 @@ def make_vit_run(vit_dir: Callable[..., Path]) -> Callable[..., Path]:
         from pipeline.config import Config, override, to_yaml
         from pipeline.training.checkpoint import save_checkpoint
         from pipeline.training.cluster.distributed import read_world
-        from pipeline.training.model import build_model, checkpoint_state, trainable
+        from pipeline.training.model import attach_blocks, checkpoint_state, load_untouched, trainable
 
         changes = {
             "name": run.name,
@@ -186,7 +167,7 @@ def make_vit_run(vit_dir: Callable[..., Path]) -> Callable[..., Path]:
         config = override(Config.model_validate({"data": {"train": "shards"}}), changes)
         run.mkdir(parents=True)
         (run / "config.yaml").write_text(to_yaml(config))
-        model = build_model(config, classes)
+        model = attach_blocks(config, load_untouched(config, classes))
         parameters = dict(trainable(model.model))
         generator = torch.Generator().manual_seed(3)
         for step in steps:

@@ -28,7 +28,8 @@ def selora(*arguments: str, cwd: Path, **environment: str) -> subprocess.Complet
     )
 
 
-def test_mistake_in_a_config_ends_in_2_with_a_message_and_no_traceback(repository):
+def test_config_mistake_ends_in_2_without_traceback(repository):
+    """Mistake in a config ends in 2 with a message and no traceback."""
     done = selora("train", CONFIG, "adapter.rnak=4", "train.lr=abc", cwd=repository)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -56,7 +57,8 @@ def test_wrong_usage_ends_in_2(arguments, capsys):
     assert "usage: selora" in capsys.readouterr().err
 
 
-def test_unknown_option_of_a_command_is_refused_even_if_abbreviated(capsys):
+def test_unknown_or_abbreviated_option_is_refused(capsys):
+    """Unknown option of a command is refused even if abbreviated."""
     with pytest.raises(SystemExit):
         main(["pack", "a", "b", "--forc"])
     assert "--forc" in capsys.readouterr().err
@@ -91,7 +93,8 @@ def test_a_wrong_name_is_told_with_what_to_do(arguments, told, capsys):
     assert told in capsys.readouterr().err
 
 
-def test_a_negative_number_of_workers_is_refused_before_anything_is_looked_up(capsys):
+def test_negative_workers_are_refused_first(capsys):
+    """A negative number of workers is refused before anything is looked up."""
     with pytest.raises(SystemExit):
         main(["evaluate", "runs/nix", "--workers", "-1"])
     assert "--workers: should be a whole number, 0 or more, got '-1'" in capsys.readouterr().err
@@ -108,7 +111,8 @@ def test_other_ranks_say_who_they_are(repository):
     assert done.stderr.startswith("[rank 3] selora train: sede: unknown option, did you mean seed?")
 
 
-def test_config_command_prints_values_with_origins_and_can_be_loaded_again(repository, tmp_path):
+def test_config_command_prints_origins_and_loads_again(repository, tmp_path):
+    """Config command prints values with origins and can be loaded again."""
     done = selora("config", CONFIG, "train.lr=3e-5", "adapter.targets=[image.*.q_proj]", cwd=repository)
     assert done.returncode == 0
     lines = {line.split(":")[0].strip(): line for line in done.stdout.splitlines()}
@@ -124,7 +128,8 @@ def test_config_command_prints_values_with_origins_and_can_be_loaded_again(repos
     ]
 
 
-def test_overrides_may_come_without_any_and_local_rank_is_ignored(capsys, repository):
+def test_no_overrides_are_needed_and_local_rank_is_ignored(capsys, repository):
+    """Overrides may come without any and local rank is ignored."""
     path = str(repository / CONFIG)
     assert main(["--local_rank=1", "config", path]) == 0
     first = capsys.readouterr().out

@@ -43,7 +43,8 @@ def test_every_refusal_has_a_path_and_a_way_out(number, monkeypatch, capsys) -> 
     assert told(refuse, monkeypatch, capsys) == f"/data/out/x.json: {os.strerror(number)}; {WAYS_OUT[number]}"
 
 
-def test_an_error_that_names_no_file_is_said_with_the_one_written(make_disk, monkeypatch, capsys) -> None:
+def test_an_error_without_a_file_names_the_one_written(make_disk, monkeypatch, capsys) -> None:
+    """An error that names no file is reported with the one that was written."""
     disk = make_disk("64k")
     said = told(lambda: (disk / "a.json").write_text("x" * 200_000, encoding="utf-8"), monkeypatch, capsys)
     assert said.startswith(f"{disk}/a.json: No space left on device; free space there")
@@ -130,7 +131,8 @@ def test_output_to_a_full_disk_or_a_closed_pipe_is_one_line(repository: Path) ->
     assert "No space left on device" in done.stderr
 
 
-def test_a_name_that_the_locale_cannot_write_is_refused_with_the_way_out() -> None:
+def test_a_name_the_locale_cannot_write_is_refused() -> None:
+    """A name that the locale cannot write is refused with the way out."""
     error = UnicodeEncodeError("latin-1", "runs/日本", 5, 7, "ordinal not in range(256)")
     assert (
         one_line(error)

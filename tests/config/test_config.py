@@ -67,7 +67,8 @@ def test_name_that_several_sections_have_offers_all_of_them(write):
     assert "did you mean gate.lr or train.lr?" in message
 
 
-def test_unknown_key_in_a_known_section_without_a_near_one_lists_the_section(write):
+def test_unknown_key_lists_the_keys_of_its_section(write):
+    """Unknown key in a known section without a near one lists the section."""
     (message,) = faults(write(MINIMAL), "eval.colour=red")
     assert "eval has benchmark, root, datasets, batch_size, workers, preprocessing" in message
 
@@ -140,7 +141,8 @@ train:
     assert any(message.startswith("data.train: is required") for message in told)
 
 
-def test_rules_between_sound_values_are_told_beside_a_wrong_value(write):
+def test_broken_rules_are_reported_with_wrong_values(write):
+    """Rules between sound values are reported alongside a wrong value."""
     told = faults(write(MINIMAL), "train.global_batch_size=100", "seed=-1")
     assert len(told) == 2
     assert any("100 should be a multiple of data.streams (64)" in message for message in told)
@@ -211,7 +213,8 @@ def test_yaml_and_overrides_round_trip(write):
     assert load_config(write(MINIMAL), [*by_flatten, "name='1e-5'", "model.pretrained='off'"]) == config
 
 
-def test_override_checks_like_load_and_leaves_the_old_config_alone(write):
+def test_override_checks_like_load_and_makes_a_copy(write):
+    """Override checks like load and leaves the old config alone."""
     config = load_config(write(MINIMAL))
     assert override(config, {"adapter.rank": 4, "gate.lam": 0.5}).adapter.rank == 4
     assert config.adapter.rank == 16

@@ -15,7 +15,8 @@ def test_floors_are_read_as_numbers() -> None:
 
 
 @pytest.mark.parametrize("entry", ["pets > 0.85", "pets 0.85", ">= 0.85", "pets >= 85", "pets >= -1"])
-def test_a_floor_of_another_form_is_told_with_the_form_it_should_have(entry: str) -> None:
+def test_a_floor_of_another_form_names_the_right_form(entry: str) -> None:
+    """A floor of another form is reported with the form it should have."""
     with pytest.raises(ConfigError, match=r"promote.min_dataset: .* should be KEY >= SHARE"):
         override(BASE, {"promote.min_dataset": [entry]})
 

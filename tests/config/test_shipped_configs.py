@@ -13,7 +13,8 @@ FILES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_shipped_config_is_valid_and_says_where_it_trains_and_runs(file):
+def test_shipped_config_is_valid_and_describes_its_use(file):
+    """Shipped config is valid and says where it trains and runs."""
     config, origin = load_config_with_origin(CONFIGS / file)
     assert origin["data.train"] != "default"
     assert (origin["name"] != "default") == (file != "base.yaml")

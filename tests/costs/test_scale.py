@@ -43,7 +43,8 @@ def test_the_adapters_are_counted_as_the_method_attaches_them(kind) -> None:
     assert tower.adapter_parameters(4, dora=kind == "dora") == trained
 
 
-def test_stages_below_three_move_only_what_trains_and_stage_three_the_whole_model() -> None:
+def test_only_stage_three_moves_the_whole_model() -> None:
+    """Stages below three move only what trains and stage three the whole model."""
     trained = B16.trained(16)
     low = [scale.gradient_traffic(stage, B16.parameters, trained, 8) for stage in (0, 1, 2)]
     assert low == pytest.approx([times * trained * 4 * 7 / 8 for times in (2, 3, 3)])
@@ -79,7 +80,8 @@ def test_memory_falls_with_the_stage() -> None:
     assert memory[0] > memory[1] > memory[2]
 
 
-def test_what_is_computed_again_lowers_the_memory_and_raises_the_hours() -> None:
+def test_recomputation_lowers_memory_and_raises_hours() -> None:
+    """What is computed again lowers the memory and raises the hours."""
     config = load_config(Path(__file__).parents[2] / "configs" / "imagenet_vit_b16.yaml")
     changes = {"train.micro_batch_size": 16, "train.activation_checkpointing": True}
     ways = [{}, *({key: value} for key, value in changes.items()), changes]

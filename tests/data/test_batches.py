@@ -39,7 +39,8 @@ print(time.time(), *[child.pid for child in psutil.Process().children()])
 """
 
 
-def test_workers_outlive_signals_and_end_with_a_trainer_that_stops_in_the_middle() -> None:
+def test_workers_outlive_signals_but_not_the_trainer() -> None:
+    """Workers outlive signals and end with a trainer that stops in the middle."""
     root = Path(__file__).parent.parent.parent
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], cwd=root, capture_output=True, text=True, timeout=240, check=False
@@ -97,7 +98,8 @@ def double(positions: Sequence[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_batches_come_in_the_order_of_the_plan_and_can_be_read_again(workers: int) -> None:
+def test_batches_follow_the_plan_and_can_be_read_again(workers: int) -> None:
+    """Batches come in the order of the plan and can be read again."""
     made = Batches(double, [[1], [2, 3], [], [4]], workers=workers)
     assert len(made) == 4
     assert list(made) == list(made) == [[2], [4, 6], [], [8]]
@@ -105,7 +107,8 @@ def test_batches_come_in_the_order_of_the_plan_and_can_be_read_again(workers: in
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_faults_of_the_data_are_told_plainly_and_mistakes_of_ours_with_a_traceback(workers: int) -> None:
+def test_only_our_own_mistakes_have_a_traceback(workers: int) -> None:
+    """Faults of the data are reported plainly and mistakes of ours with a traceback."""
     stream = iter(Batches(double, [[1], [7]], workers=workers))
     assert next(stream) == [2]
     with pytest.raises(ConfigError) as caught:

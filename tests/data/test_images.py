@@ -13,6 +13,7 @@ import pytest
 import torch
 from open_clip.transform import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, image_transform
 from PIL import Image, features
+from requirements import lacking
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
@@ -135,7 +136,8 @@ def test_broken_images_are_bad_in_both_forms_with_a_reason(photo: Photo, encode:
         decode(b"")
 
 
-def test_no_damage_to_a_jpeg_crashes_or_goes_unnoticed_by_one_form_alone(photo: Photo, encode: Encode) -> None:
+def test_damaged_jpegs_are_noticed_by_both_forms(photo: Photo, encode: Encode) -> None:
+    """No damage to a JPEG crashes or goes unnoticed by one form alone."""
     data, draw = encode(photo(7), "JPEG", quality=85), np.random.default_rng(0)
     outcomes = {"good": 0, "bad": 0}
     for _ in range(300):
@@ -237,12 +239,13 @@ def test_a_line_instead_of_a_picture_is_refused_by_its_header(encode: Encode) ->
     assert tensor(decode(encode(Image.new("RGB", (800, 2)), "PNG"))).shape == (3, 2, 800)
 
 
-def test_a_long_image_keeps_a_pixel_when_its_longer_side_is_fitted() -> None:
+def test_a_long_image_keeps_a_pixel_on_its_short_side() -> None:
+    """A long image keeps a pixel when its longer side is fitted."""
     cfg = {"size": 64, "resize_mode": "longest"}
     assert eval_resize(torch.zeros(3, 2, 800, dtype=torch.uint8), cfg).shape == (3, 64, 64)
 
 
-def test_avif_is_read_in_both_forms(photo: Photo, encode: Encode, lacking) -> None:
+def test_avif_is_read_in_both_forms(photo: Photo, encode: Encode) -> None:
     if not features.check("avif"):
         lacking("avif", "this Pillow cannot read AVIF")
     data = encode(photo(3), "AVIF")

@@ -47,7 +47,8 @@ def test_a_sample_is_drawn_by_seed_and_carries_an_interval(
     assert f"{100 * ours['interval'][0]:.1f}..{100 * ours['interval'][1]:.1f}" in text
 
 
-def test_the_interval_holds_the_whole_sets_value_as_often_as_it_says() -> None:
+def test_the_interval_covers_as_often_as_it_says() -> None:
+    """The interval holds the whole sets value as often as it says."""
     draw, total, n, misses = np.random.default_rng(0), 5000, 1000, 0
     for truth in (0.02, 0.3, 0.5, 0.97):
         hits = np.arange(total) < truth * total
@@ -118,7 +119,8 @@ datasets:
     assert len(rows["birds"].classnames or ()) == 1000
 
 
-def test_mode_wds_leaves_names_templates_and_rules_to_the_directory() -> None:
+def test_mode_wds_takes_names_and_rules_of_the_directory() -> None:
+    """Mode wds leaves names templates and rules to the directory."""
     paper, shipped = load_benchmark("paper", "/data"), load_benchmark("wds", "/data")
     assert [row.key for row in paper.rows] == [row.key for row in shipped.rows]
     for row in shipped.rows:
@@ -127,7 +129,8 @@ def test_mode_wds_leaves_names_templates_and_rules_to_the_directory() -> None:
     assert load_benchmark("quick", "hf:clip-benchmark").rows[0].path == "hf:clip-benchmark/wds_imagenet1k"
 
 
-def test_every_shipped_benchmark_is_sound_and_wants_to_know_its_root() -> None:
+def test_every_shipped_benchmark_is_sound_and_needs_a_root() -> None:
+    """Every shipped benchmark is sound and wants to know its root."""
     assert {"paper", "quick", "wds", "demo"} <= shipped_benchmarks().keys()
     for name in shipped_benchmarks():
         assert load_benchmark(name, "/data").rows

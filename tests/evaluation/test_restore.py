@@ -122,7 +122,8 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_file(tmp_path: Path, ma
         load_run(run)
 
 
-def test_a_run_without_checkpoint_and_a_directory_that_is_no_run_say_so(tmp_path: Path, make_run: Make) -> None:
+def test_what_is_not_a_run_with_a_checkpoint_is_refused(tmp_path: Path, make_run: Make) -> None:
+    """A run without checkpoint and a directory that is not a run are refused."""
     run = make_run(tmp_path / "run")
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(ConfigError, match="has no checkpoint yet"):

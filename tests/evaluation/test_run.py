@@ -107,9 +107,8 @@ def test_a_second_model_takes_kept_images_and_scores_the_same(tmp_path: Path, cl
     assert all(file.stat().st_mtime_ns > time for file, time in times.items())
 
 
-def test_chosen_datasets_are_run_and_finished_ones_stay_in_the_summary(
-    tmp_path: Path, clip: Clip, benchmark_file: Path
-) -> None:
+def test_finished_datasets_stay_in_the_summary(tmp_path: Path, clip: Clip, benchmark_file: Path) -> None:
+    """Chosen datasets are run and finished ones stay in the summary."""
     table = load_benchmark(benchmark_file)
     first = evaluate(clip, table, tmp_path, SETTINGS, datasets=["few"])
     assert list(first.results) == ["few"]

@@ -37,9 +37,10 @@ def numbers(folder: Path, key: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
-def test_the_ends_are_the_untouched_and_the_fine_tuned_model_bit_for_bit(
+def test_the_ends_of_the_curve_are_exact(
     tmp_path: Path, make_run: Callable[..., Path], benchmark_file: Path, trained_clip_dir: Path, kind: str
 ) -> None:
+    """The ends are the untouched and the fine tuned model bit for bit."""
     run, table = make_run(tmp_path / "run", kind=kind, model=trained_clip_dir), load_benchmark(benchmark_file)
     # Elsewhere, so that nothing can be taken over: the curve computes its ends itself.
     curve = evaluate_strength(
@@ -77,9 +78,10 @@ def test_the_middle_mixes_the_merged_weights(tmp_path: Path, make_run: Callable[
     assert weights_digest(stock_state(base.model)) == base.digest, "the untouched model stays as it is"
 
 
-def test_eleven_strengths_decode_each_image_once_and_a_broken_curve_goes_on(
+def test_a_curve_decodes_once_and_is_continued(
     tmp_path: Path, make_run: Callable[..., Path], benchmark_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Eleven strengths decode each image once and a broken curve goes on."""
     shutil.copytree(benchmark_file.parent, tmp_path / "sets")
     run, table = make_run(tmp_path / "run"), load_benchmark(tmp_path / "sets" / benchmark_file.name)
     plain, decoded = pipeline.data.eval.batches.decode, []

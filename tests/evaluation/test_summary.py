@@ -50,7 +50,8 @@ def test_means_are_over_the_rows_that_count_in_them() -> None:
     assert BEFORE["forgetting"] is None
 
 
-def test_changes_are_against_the_baseline_and_forgetting_is_the_mean_drop_outside_id() -> None:
+def test_forgetting_is_the_mean_drop_outside_id() -> None:
+    """Changes are against the baseline and forgetting is the mean drop outside id."""
     after = summarise(TABLE, AFTER, MODEL, BEFORE)
     changes = {group: each["change"] for group, each in after["groups"].items()}
     assert changes == pytest.approx({"id": 0.2, "shift": -0.1, "zero-shot": -0.3, "retrieval": 0.2})
@@ -58,7 +59,8 @@ def test_changes_are_against_the_baseline_and_forgetting_is_the_mean_drop_outsid
     assert after["datasets"]["stl10"]["change"] == pytest.approx(-0.8)
 
 
-def test_a_missing_row_is_named_and_its_group_compared_over_the_same_rows_only() -> None:
+def test_a_group_is_compared_over_the_same_rows_only() -> None:
+    """A missing row is named and its group compared over the same rows only."""
     partial = {key: value for key, value in AFTER.items() if key != "sketch"}
     after = summarise(TABLE, partial, MODEL, BEFORE)
     assert after["groups"]["shift"]["missing"] == ["sketch"]

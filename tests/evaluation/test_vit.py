@@ -52,7 +52,8 @@ def run(tmp_path: Path, datasets: Path, make_vit_run: Callable[..., Path]) -> Pa
     return make_vit_run(tmp_path / "run", tuple(name.capitalize() for name in names))
 
 
-def test_own_classes_by_the_classifier_and_the_source_set_by_neighbours(run: Path, table: Path, tmp_path: Path) -> None:
+def test_classifier_for_own_classes_knn_for_the_source(run: Path, table: Path, tmp_path: Path) -> None:
+    """Own classes by the classifier and the source set by neighbours."""
     said: list[str] = []
     benchmark = load_benchmark(table)
     found = evaluate_run(run, benchmark, run / "eval", SETTINGS, baselines=tmp_path / "base", say=said.append)

@@ -32,7 +32,8 @@ def sweep(tmp_path: Path, write_sweep_of: Callable[..., None]) -> Path:
     return tmp_path
 
 
-def test_a_trial_that_keeps_its_rule_is_taken_before_a_better_one_that_does_not(sweep: Path) -> None:
+def test_a_trial_that_keeps_the_rule_is_preferred(sweep: Path) -> None:
+    """A trial that keeps its rule is taken before a better one that does not."""
     run_dir, told = chosen_run(sweep)
     assert run_dir.name == "mild"
     assert told.startswith("chosen of 2 trials: mild")

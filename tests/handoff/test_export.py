@@ -63,9 +63,8 @@ def test_three_libraries_read_the_same_model_from_its_exports(
         torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-4, msg=lambda text, of=library: f"{of}: {text}")
 
 
-def test_a_peft_adapter_holds_the_open_blocks_and_a_base_that_is_the_untouched_model(
-    make_run: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_peft_adapter_holds_the_open_blocks(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    """A PEFT adapter holds the open blocks and a base that is the untouched model."""
     run = make_run("dora", True)
     report = export(run, "peft", tmp_path / "adapter", base_name="openai/clip-vit-base-patch16")
     assert report.difference is not None
@@ -85,9 +84,10 @@ def test_a_peft_adapter_holds_the_open_blocks_and_a_base_that_is_the_untouched_m
     assert not [file for file in (tmp_path / "adapter").rglob("*") if file.suffix in (".bin", ".pt", ".pkl")]
 
 
-def test_what_trained_outside_the_blocks_goes_into_the_base_and_is_told(
+def test_what_trained_outside_the_blocks_is_in_the_base(
     make_run: Callable[..., Path], batch: Any, tmp_path: Path
 ) -> None:
+    """What trained outside the blocks goes into the base and is reported."""
     run = make_run("lora", True, "all")
     report = export(run, "peft", tmp_path / "adapter")
     assert any("train_rest=all" in note and "base/" in note for note in report.notes)
@@ -101,9 +101,10 @@ def test_what_trained_outside_the_blocks_goes_into_the_base_and_is_told(
     assert config["base_model_name_or_path"] == "base"
 
 
-def test_the_hf_directory_reads_captions_and_images_as_open_clip_does(
+def test_the_hf_directory_reads_inputs_as_open_clip_does(
     make_run: Callable[..., Path], photo: bytes, pixels_of: Callable[..., Tensor], tmp_path: Path
 ) -> None:
+    """The Hugging Face directory reads captions and images as open clip does."""
     import io
 
     from PIL import Image
@@ -124,9 +125,10 @@ def test_the_hf_directory_reads_captions_and_images_as_open_clip_does(
     assert (theirs - pixels_of(out.getvalue(), clip)).abs().max() < 0.02
 
 
-def test_an_export_that_its_library_reads_differently_leaves_nothing(
+def test_an_export_that_reads_differently_leaves_nothing(
     make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """An export that its library reads differently leaves nothing."""
     from pipeline.model import hf_layout
 
     monkeypatch.setitem(hf_layout.LAYER, "ln_1", "layer_norm2")

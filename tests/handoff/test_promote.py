@@ -38,9 +38,10 @@ def runs(
     return first, second
 
 
-def test_a_run_becomes_challenger_then_champion_then_is_rolled_back(
+def test_a_run_becomes_champion_and_is_rolled_back(
     runs: tuple[Path, Path], store: str, photo: bytes, tmp_path: Path, pixels_of: Callable[..., Any]
 ) -> None:
+    """A run becomes challenger then champion then is rolled back."""
     first, second = runs
     with open_tracker(first, run_name="first", uri=store, experiment="selora") as tracker:
         tracker.tags({"git.commit": "0123abc"})  # as training does
@@ -126,9 +127,8 @@ def test_results_of_other_weights_or_of_a_part_are_refused(runs: tuple[Path, Pat
         results_of(type(source)(stale, source.found, source.model, source.weights_digest))
 
 
-def test_of_a_sweep_the_chosen_trial_is_promoted_and_a_worse_one_does_not_become_champion(
-    runs: tuple[Path, Path], store: str
-) -> None:
+def test_a_worse_trial_does_not_become_champion(runs: tuple[Path, Path], store: str) -> None:
+    """Of a sweep the chosen trial is promoted and a worse one does not become champion."""
     from pipeline.runs.results import read_summary
     from pipeline.selection.ranking import choose, point_of
 

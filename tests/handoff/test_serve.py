@@ -78,9 +78,10 @@ def ask(address: str, **request: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_the_champion_answers_a_png_over_http_with_the_label_it_gives_here(
+def test_the_champion_answers_over_http(
     make_run: Callable[..., Path], evaluated: Callable[[Path], Path], store: str, photo: bytes, tmp_path: Path
 ) -> None:
+    """The champion answers a PNG over HTTP with the label it gives here."""
     run = evaluated(make_run("lora", True, directory=tmp_path / "run", seed=1))
     promote(run, "served", Promote(), champion=True, uri=store)
     (tmp_path / "photo.png").write_bytes(photo)
@@ -113,9 +114,10 @@ print(json.dumps(mlflow.pyfunc.load_model(sys.argv[1]).predict(table).to_dict("r
 
 
 @pytest.mark.slow
-def test_the_champion_answers_in_an_environment_of_nothing_but_its_own_requirements(
+def test_the_champion_needs_only_its_own_requirements(
     make_run: Callable[..., Path], evaluated: Callable[[Path], Path], store: str, photo: bytes, tmp_path: Path
 ) -> None:
+    """The champion answers in an environment of nothing but its own requirements."""
     run = evaluated(make_run("lora", True, directory=tmp_path / "run", seed=1))
     promote(run, "alone", Promote(), champion=True, uri=store)
     (tmp_path / "photo.png").write_bytes(photo)

@@ -62,9 +62,8 @@ def test_timm_reads_the_run_from_its_export(run: Path, tmp_path: Path) -> None:
         export(run, "timm", tmp_path / "out")
 
 
-def test_a_format_of_the_other_kind_is_refused_with_those_that_fit(
-    run: Path, make_run: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_format_of_the_other_kind_is_refused(run: Path, make_run: Callable[..., Path], tmp_path: Path) -> None:
+    """A format of the other kind is refused with those that fit."""
     for to in ("open_clip", "hf", "peft"):
         with pytest.raises(ConfigError, match=rf"to={to}: timm:local-dir.* is a ViT, which is exported to timm"):
             export(run, to, tmp_path / "out")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from requirements import lacking
 
 sys.path.insert(0, str(Path(__file__).parent))  # the clusters' modules, which are also programs
 
@@ -26,7 +27,7 @@ def open_folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def slurm_environment(open_folder: Path, lacking) -> Iterator[dict[str, str]]:
+def slurm_environment(open_folder: Path) -> Iterator[dict[str, str]]:
     import slurm_cluster
 
     reason = slurm_cluster.why_not()
@@ -37,18 +38,18 @@ def slurm_environment(open_folder: Path, lacking) -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture
-def two_hosts(tmp_path: Path, lacking):
-    with _hosts(tmp_path / "net", 2, lacking) as found:
+def two_hosts(tmp_path: Path):
+    with _hosts(tmp_path / "net", 2) as found:
         yield found
 
 
 @pytest.fixture
-def three_hosts(tmp_path: Path, lacking):
-    with _hosts(tmp_path / "net", 3, lacking) as found:
+def three_hosts(tmp_path: Path):
+    with _hosts(tmp_path / "net", 3) as found:
         yield found
 
 
-def _hosts(folder: Path, number: int, lacking):
+def _hosts(folder: Path, number: int):
     import net_hosts
 
     reason = net_hosts.why_not()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from requirements import lacking
 
 ROOT = Path(__file__).parents[2]
 LAUNCH, DOCKER, KUBERNETES = ROOT / "launch", ROOT / "docker", ROOT / "launch" / "kubernetes"
@@ -81,7 +82,8 @@ def test_manifests_are_valid_by_the_schemas_of_kubernetes() -> None:
     check(tool("kubernetes-validate"), "--strict", "--quiet", "--no-warn", *MANIFESTS)
 
 
-def test_the_ray_job_uses_fields_that_kuberay_has_and_pods_that_kubernetes_takes(tmp_path: Path) -> None:
+def test_the_ray_job_is_valid_for_kuberay_and_kubernetes(tmp_path: Path) -> None:
+    """The Ray job uses fields that KubeRay has and pods that Kubernetes takes."""
     (job,) = documents(KUBERNETES / "sweep.yaml")
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     assert "kueue.x-k8s.io/queue-name" in job["metadata"]["labels"]
@@ -112,7 +114,8 @@ def test_the_ray_job_uses_fields_that_kuberay_has_and_pods_that_kubernetes_takes
 
 
 @pytest.mark.parametrize("name", ["train.yaml", "sweep.yaml"])
-def test_training_pods_have_a_big_shm_a_plain_user_and_stay_behind_the_network_policy(name: str) -> None:
+def test_training_pods_are_confined(name: str) -> None:
+    """Training pods have a big /dev/shm a plain user and stay behind the network policy."""
     for template in _templates([document["spec"] for document in documents(KUBERNETES / name)]):
         pod = template["spec"]
         shm = next(volume for volume in pod["volumes"] if volume["name"] == "shm")
@@ -214,7 +217,7 @@ def test_compose_is_consistent() -> None:
     assert wanted == given
 
 
-def test_docker_compose_accepts_the_file(tmp_path: Path, lacking) -> None:
+def test_docker_compose_accepts_the_file(tmp_path: Path) -> None:
     docker = shutil.which("docker")
     if docker is None or subprocess.run([docker, "compose", "version"], capture_output=True).returncode:
         lacking("docker", "docker with its compose plugin is not installed")

@@ -59,7 +59,8 @@ def two_ranks(two_hosts, tmp_path: Path, timeout: int, sums: int) -> Iterator[li
         yield started
 
 
-def test_a_pulled_cable_is_noticed_and_survived_when_it_comes_back(two_hosts, tmp_path: Path) -> None:
+def test_a_pulled_cable_is_noticed_and_survived(two_hosts, tmp_path: Path) -> None:
+    """A pulled cable is noticed and survived when it comes back."""
     with two_ranks(two_hosts, tmp_path, timeout=120, sums=100_000) as (first, _):
         first.wait_for("sum 3", 180)
         assert "met by eth0" in first.log.read_text()
@@ -72,7 +73,8 @@ def test_a_pulled_cable_is_noticed_and_survived_when_it_comes_back(two_hosts, tm
 
 
 @pytest.mark.slow
-def test_a_cable_cut_for_good_is_told_on_both_sides_with_the_host(two_hosts, tmp_path: Path) -> None:
+def test_a_cut_cable_is_reported_on_both_sides(two_hosts, tmp_path: Path) -> None:
+    """A cable cut for good is reported on both sides with the host."""
     with two_ranks(two_hosts, tmp_path, timeout=20, sums=100_000) as (first, second):
         first.wait_for("sum 3", 180)
         two_hosts.pull_cable("n2")

@@ -10,18 +10,21 @@ import sys
 from pathlib import Path
 
 import pytest
+from requirements import lacking
 
 ROOT = Path(__file__).parents[2]
 STEPS = ("packages", "project", "server")
 
 
-def test_the_dockerfile_runs_the_steps_that_are_tested_here_and_the_one_that_needs_nvcc() -> None:
+def test_the_dockerfile_runs_the_tested_steps() -> None:
+    """The dockerfile runs the steps that are tested here and the one that needs nvcc."""
     text = (ROOT / "docker" / "Dockerfile").read_text()
     assert set(re.findall(r"docker/install\.sh (\w+)$", text, re.MULTILINE)) == {*STEPS, "operators"}
 
 
 @pytest.mark.slow
-def test_the_steps_build_an_environment_in_which_selora_trains_and_mlflow_serves(tmp_path: Path, lacking) -> None:
+def test_the_steps_build_a_working_environment(tmp_path: Path) -> None:
+    """The steps build an environment in which selora trains and MLflow serves."""
     uv = shutil.which("uv", path=f"{os.environ['PATH']}:{ROOT}/.uv/bin")
     assert uv, "make env finds uv on PATH or installs it into .uv"
     source, venv = tmp_path / "src", tmp_path / "venv"

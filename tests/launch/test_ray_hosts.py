@@ -53,13 +53,15 @@ def ray_cluster(hosts, folder: Path, token: str) -> Iterator[str]:
         yield address
 
 
-def test_a_sweep_survives_the_loss_of_a_node_and_ends_with_equal_numbers(
+def test_a_sweep_survives_the_loss_of_a_node(
     three_hosts,
     open_folder: Path,
     training: list[str],
     losses_of: Callable[[Path], dict[int, float]],
     equal_runs: Callable[[Path, Path], bool],
 ) -> None:
+    """A sweep survives the loss of a node and ends with equal numbers."""
+
     def steps() -> dict[Path, int]:
         found = {path.parent: losses_of(path.parent) for path in sweep_dir.glob("trials/*/journal.jsonl")}
         return {run_dir: max(losses, default=0) for run_dir, losses in found.items()}

@@ -118,9 +118,10 @@ def test_a_signal_saves_requeues_and_the_run_ends_bit_equal(
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_a_sweep_on_ray_inside_the_allocation_is_requeued_finishes_and_leaves_no_process(
+def test_a_sweep_is_requeued_and_leaves_no_process(
     slurm_environment: dict[str, str], open_folder: Path, training: list[str]
 ) -> None:
+    """A sweep on Ray inside the allocation is requeued finishes and leaves no process."""
     grid, log = open_folder / "grid.yaml", open_folder / "sweep.txt"
     grid.write_text(
         "grid: {gate.lam: [0.3, 1.0]}\nresources: {workers: 1, cpus_per_worker: 1, gpus_per_worker: 0, eval_cpus: 1}\n"
@@ -166,9 +167,8 @@ sys.exit(main())
 
 
 @pytest.mark.slow
-def test_the_tasks_of_an_array_pack_one_dataset_and_the_last_writes_the_index(
-    slurm_environment: dict[str, str], open_folder: Path
-) -> None:
+def test_the_tasks_of_an_array_pack_one_dataset(slurm_environment: dict[str, str], open_folder: Path) -> None:
+    """The tasks of an array pack one dataset and the last writes the index."""
     from PIL import Image
 
     from pipeline.data.originals.imagenet import wnids

@@ -39,7 +39,8 @@ def test_chunks_of_rows_change_neither_loss_nor_gradient(chunk_rows: int) -> Non
         torch.testing.assert_close(b, a, rtol=0, atol=1e-12)
 
 
-def test_what_a_chunked_loss_keeps_for_the_backward_does_not_grow_with_the_square_of_the_batch() -> None:
+def test_a_chunked_loss_keeps_no_square_of_the_batch() -> None:
+    """What a chunked loss keeps for the backward does not grow with the square of the batch."""
     image, text = (F.normalize(torch.randn(256, 8), dim=-1).requires_grad_() for _ in range(2))
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -47,7 +48,8 @@ def test_what_a_chunked_loss_keeps_for_the_backward_does_not_grow_with_the_squar
     assert max(t.numel() for t in kept) == 256 * 8
 
 
-def test_a_loss_of_features_far_apart_stays_finite_at_the_largest_scale() -> None:
+def test_a_loss_stays_finite_at_the_largest_scale() -> None:
+    """A loss of features far apart stays finite at the largest scale."""
     image = F.normalize(torch.eye(6), dim=-1).requires_grad_()
     flyp_loss(image, -image.detach(), torch.tensor(100.0)).backward()
     assert image.grad is not None

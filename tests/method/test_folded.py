@@ -68,9 +68,8 @@ def two_path_step(net: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_gate_state_and_rank_gives_the_gradients_of_two_paths(
-    kind: str, way: Way, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_gate_state_has_the_gradients_of_two_paths(kind: str, way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every gate state and rank gives the gradients of two paths."""
     take(way, monkeypatch)
     for rank, score, host, bias, zero_row in itertools.product(
         (1, 3, 9), (OPEN, CLOSED, None), (False, True), (True, False), (False, True)
@@ -88,9 +87,10 @@ def test_every_gate_state_and_rank_gives_the_gradients_of_two_paths(
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("host", [False, True])
-def test_a_closed_block_is_the_base_bit_for_bit_even_with_an_infinite_pair(
+def test_a_closed_block_is_the_base_bit_for_bit(
     kind: str, way: Way, host: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A closed block is the base bit for bit even with an infinite pair."""
     take(way, monkeypatch)
     net = network(kind, score=CLOSED)
     block = blocks(net)["middle"]
@@ -119,7 +119,8 @@ def test_a_closed_block_whose_score_is_frozen_leaves_the_graph(kind: str) -> Non
     torch.testing.assert_close(x.grad, block.base.weight.sum(0).expand(9, 6))
 
 
-def test_all_gates_are_read_at_once_and_a_new_reading_follows_the_scores() -> None:
+def test_all_gates_are_read_at_once() -> None:
+    """All gates are read at once and a new reading follows the scores."""
     net = network("lora", score=CLOSED)
     gate = blocks(net)["middle"].gate
     assert gate is not None

@@ -23,7 +23,8 @@ def test_gate_is_open_at_exactly_the_threshold() -> None:
     assert Gate().is_open().shape == ()
 
 
-def test_closed_gate_returns_the_base_bit_for_bit_even_beside_an_infinite_delta() -> None:
+def test_a_closed_gate_returns_the_base_bit_for_bit() -> None:
+    """Closed gate returns the base bit for bit even next to an infinite delta."""
     base, delta, _ = tensors(dtype=torch.float32)
     base[0, 0] = -0.0
     delta[1, 1], delta[2, 2] = float("inf"), float("nan")

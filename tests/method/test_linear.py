@@ -76,7 +76,7 @@ def test_block_starts_as_the_base(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("score", [OPEN, CLOSED])
-def test_score_gradient_is_the_inner_product_of_weight_gradient_and_delta(kind: str, score: float) -> None:
+def test_score_gradient_is_an_inner_product_with_the_delta(kind: str, score: float) -> None:
     """dL/ds == <dL/dW, W_open - W0>, W the weight in effect; fp64, 1e-10."""
     net, x = network(kind, score).double(), inputs(torch.float64)
     block = middle(net)
@@ -93,7 +93,8 @@ def test_score_gradient_is_the_inner_product_of_weight_gradient_and_delta(kind: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_adapter_gradients_of_an_open_block_equal_those_of_the_formula(kind: str) -> None:
+def test_open_block_gradients_equal_those_of_the_formula(kind: str) -> None:
+    """Adapter gradients of an open block equal those of the formula."""
     net, x = network(kind).double(), inputs(torch.float64)
     block = middle(net)
     names = ["lowrank.lora_A", "lowrank.lora_B"] + (["magnitude"] if kind == "dora" else [])
@@ -112,7 +113,8 @@ def test_adapter_gradients_of_an_open_block_equal_those_of_the_formula(kind: str
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_closed_block_gives_zero_gradients_to_its_adapter_and_keeps_them_defined(kind: str) -> None:
+def test_closed_block_gradients_are_zero_and_defined(kind: str) -> None:
+    """Closed block gives zero gradients to its adapter and keeps them defined."""
     net = network(kind, CLOSED)
     net(inputs()).sum().backward()
     for name, parameter in middle(net).named_parameters():
@@ -124,16 +126,16 @@ def test_closed_block_gives_zero_gradients_to_its_adapter_and_keeps_them_defined
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_forward_of_a_closed_block_does_not_read_the_indicator_on_the_host(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_forward_reads_no_indicator_on_the_host(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training forward of a closed block does not read the indicator on the host."""
     net = network(kind, CLOSED)
     monkeypatch.setattr(Tensor, "__bool__", lambda _: pytest.fail("host synchronisation"))
     monkeypatch.setattr(Tensor, "item", lambda _: pytest.fail("host synchronisation"))
     net(inputs()).sum().backward()
 
 
-def test_dora_norm_without_the_delta_matrix_equals_the_norm_of_the_sum() -> None:
+def test_dora_norm_equals_the_norm_of_the_sum() -> None:
+    """DoRA norm without the delta matrix equals the norm of the sum."""
     block = middle(network("dora").double())
     assert isinstance(block, DoRALinear)
     v = block.base.weight + block.lowrank.delta()

@@ -25,7 +25,8 @@ def put(net: nn.Module, **scores: float) -> None:
             gate.score.fill_(score)
 
 
-def test_only_a_gate_far_below_the_threshold_for_steps_in_a_row_settles() -> None:
+def test_only_a_gate_long_below_the_threshold_settles() -> None:
+    """Only a gate far below the threshold for steps in a row settles."""
     net = network()
     settling = Settling(net, steps=3, margin=0.02)
     put(net, b0=0.07, b2=0.09, b4=0.07)  # threshold 0.1: 2 is closed, but not by the margin
@@ -40,7 +41,8 @@ def test_only_a_gate_far_below_the_threshold_for_steps_in_a_row_settles() -> Non
     assert settling.observe() == []
 
 
-def test_a_settled_block_is_the_base_alone_and_nothing_of_it_trains() -> None:
+def test_a_settled_block_is_the_base_and_does_not_train() -> None:
+    """A settled block is the base alone and nothing of it trains."""
     net = network()
     settling = Settling(net, steps=1, margin=0.02)
     put(net, b2=0.0)

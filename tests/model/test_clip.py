@@ -19,7 +19,8 @@ MakeDir = Callable[..., Path]
 Batch = tuple[Tensor, Tensor]
 
 
-def test_directory_without_weights_starts_from_the_seed_and_leaves_the_global_generator(config_dir: MakeDir) -> None:
+def test_directory_without_weights_starts_from_the_seed(config_dir: MakeDir) -> None:
+    """Directory without weights starts from the seed and leaves the global generator."""
     name = f"local-dir:{config_dir()}"
     state = torch.get_rng_state()
     one, same, other = (load_clip(name, seed=seed) for seed in (3, 3, 4))
@@ -36,7 +37,8 @@ def test_architecture_name_without_weights_starts_from_the_seed() -> None:
     assert clip.preprocess_cfg["interpolation"] == "bicubic"
 
 
-def test_preprocessing_activation_and_tokenizer_come_with_the_directory(clip_dir: MakeDir) -> None:
+def test_preprocessing_comes_with_the_directory(clip_dir: MakeDir) -> None:
+    """Preprocessing activation and tokenizer come with the directory."""
     clip = load_clip(f"local-dir:{clip_dir()}")
     expected = {"size": (16, 16), "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25], "resize_mode": "shortest"}
     assert expected.items() <= clip.preprocess_cfg.items()
@@ -57,9 +59,8 @@ def test_half_precision_weights_are_cast_to_fp32(clip_dir: MakeDir, tmp_path: Pa
 
 
 @pytest.mark.parametrize("architecture", ["flat", "nested", "custom"])
-def test_saved_directory_is_stock_open_clip_layout_with_the_same_digest(
-    architecture: str, clip_dir: MakeDir, tmp_path: Path
-) -> None:
+def test_saved_directory_has_the_stock_open_clip_layout(architecture: str, clip_dir: MakeDir, tmp_path: Path) -> None:
+    """Saved directory is stock open clip layout with the same digest."""
     source = clip_dir(architecture)
     clip = load_clip(f"local-dir:{source}")
     save_open_clip(clip.model, clip.model_cfg, clip.preprocess_cfg, tmp_path)
@@ -76,9 +77,8 @@ def test_saved_directory_is_stock_open_clip_layout_with_the_same_digest(
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_merged_model_loads_in_stock_open_clip_with_equal_outputs(
-    kind: str, clip_dir: MakeDir, batch: Batch, tmp_path: Path
-) -> None:
+def test_merged_model_loads_in_stock_open_clip(kind: str, clip_dir: MakeDir, batch: Batch, tmp_path: Path) -> None:
+    """Merged model loads in stock open clip with equal outputs."""
     clip = load_clip(f"local-dir:{clip_dir()}")
     attach_adapter(adapter_targets(clip.model), rank=2, kind=kind)  # pyright: ignore[reportArgumentType]
     with torch.no_grad():
@@ -188,7 +188,8 @@ def test_wrong_weight_files_are_config_errors(clip_dir: MakeDir, config_dir: Mak
         load_clip(f"local-dir:{directory}")
 
 
-def test_weights_trained_with_quick_gelu_force_it_on_a_plain_architecture() -> None:
+def test_quick_gelu_weights_force_quick_gelu() -> None:
+    """Weights trained with quick gelu force it on a plain architecture."""
     assert _quick_gelu("ViT-B-16", "openai", {"quick_gelu": False}) is True
     assert _quick_gelu("ViT-B-16-quickgelu", "openai", {"quick_gelu": True}) is False
     assert _quick_gelu("ViT-B-16", "laion2b_s34b_b88k", {}) is False

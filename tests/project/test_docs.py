@@ -148,7 +148,7 @@ def test_readme_fits_a_screen_and_a_reader() -> None:
     assert "![" in first
 
 
-def test_messages_under_troubleshooting_are_messages_of_the_product() -> None:
+def test_troubleshooting_lists_real_messages() -> None:
     """Each heading quotes a part of a message; the words around `…` must be in the source, or be the system's own."""
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     source = " ".join(path.read_text(encoding="utf-8") for path in (ROOT / "pipeline").rglob("*.py"))

@@ -13,7 +13,7 @@ def test_the_checks_find_exactly_the_errata() -> None:
     assert {erratum.finding for erratum in KNOWN} == set(findings())
 
 
-def test_the_mean_columns_are_wrong_in_two_tables_and_nowhere_else() -> None:
+def test_the_mean_columns_are_wrong_in_two_tables_only() -> None:
     """Table 4's linear probe, and Table 15's seven rows of DoRA, whose IN-1K was copied from Table 14."""
     wrong = {(found.table, found.row) for found in findings() if found.check == "mean"}
     assert wrong == {(4, "Linear")} | {(15, f"DoRA {rank}") for rank in (4, 8, 16, 32, 64, 128, 256)}
@@ -52,7 +52,8 @@ def test_a_changed_cell_would_be_found(column: str) -> None:
     assert float(recompute(changed)[column]) != pytest.approx(float(row.cells[column]), abs=0.06)
 
 
-def test_errata_are_numbered_without_a_gap_and_point_into_the_tables() -> None:
+def test_errata_are_numbered_and_point_into_the_tables() -> None:
+    """Errata are numbered without a gap and point into the tables."""
     numbers = [erratum.number for erratum in errata()]
     assert numbers == sorted(numbers) and set(numbers) == set(range(1, 17))
     for erratum in KNOWN:

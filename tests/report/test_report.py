@@ -187,9 +187,8 @@ def paper_table(runs: Path, key: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(found.csv())))
 
 
-def test_the_papers_numbers_stand_beside_ours_only_where_the_configuration_is_the_papers(
-    make_run: MakeRun, tmp_path: Path
-) -> None:
+def test_the_papers_numbers_need_the_papers_configuration(make_run: MakeRun, tmp_path: Path) -> None:
+    """The paper's numbers are next to ours only where the configuration is the paper's."""
     paper = load_benchmark("paper", root=tmp_path)
     values = {row.key: 0.5 for row in paper.rows}
     common = {"values": values, "untouched": values, "table": paper, "steps": 0}
@@ -236,7 +235,8 @@ def test_what_is_no_run_is_the_users_mistake(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_experiment_on_mlflow_gives_the_report_of_its_directories(make_run: MakeRun, tmp_path: Path) -> None:
+def test_an_experiment_gives_the_report_of_its_directories(make_run: MakeRun, tmp_path: Path) -> None:
+    """An experiment on MLflow gives the report of its directories."""
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     values = {"clothing": 0.5, "fashion": 0.6, "emoji_names": 0.05}
     make_run("gated", {"adapter.rank": 8, "gate.lam": 0.3}, values=values, active=["image.11.fc1"], uri=uri)

@@ -61,7 +61,8 @@ def test_the_papers_rows_of_its_vits_stand_beside_ours(vision_page: Path) -> Non
     assert "* Table 1, Ours 22.2, blocks: 22.2, should be 13.9 (10 of 72)" in page
 
 
-def test_a_page_of_vits_has_all_figures_with_the_measures_that_they_show(vision_page: Path) -> None:
+def test_a_page_of_vits_has_all_figures(vision_page: Path) -> None:
+    """A page of ViTs has all figures with the measures that they show."""
     figures = {path.stem for path in (vision_page.parent / "figures").glob("*.svg")}
     assert figures == {"pareto", "rank", "lambda", "active", "cost", "map", "training"}
     page = vision_page.read_text()

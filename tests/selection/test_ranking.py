@@ -26,7 +26,8 @@ def test_the_point_of_a_summary_needs_no_second_file() -> None:
     assert point.worst == "shift" and point.worst_kept == pytest.approx(0.5)
 
 
-def test_a_summary_without_the_untouched_model_or_with_a_missing_dataset_has_no_point() -> None:
+def test_an_incomplete_summary_has_no_point() -> None:
+    """A summary without the untouched model or with a missing dataset has no point."""
     assert point_of(_summary(id=(0.9, 0.5), shift=(0.3, None))) is None
     partial = _summary(id=(0.9, 0.5), shift=(0.3, -0.3))
     partial["groups"]["shift"]["missing"] = ["imagenet-a"]
@@ -43,7 +44,8 @@ def test_the_chosen_model_learned_and_kept() -> None:
     assert choose(points) == "balanced"
 
 
-def test_a_model_that_may_not_be_promoted_is_chosen_only_where_none_may() -> None:
+def test_an_unfit_model_is_chosen_only_where_none_is_fit() -> None:
+    """A model that may not be promoted is chosen only where none may."""
     points = {"forgot": FORGOT_ALL, "balanced": BALANCED, "nothing": LEARNED_NOTHING}
     assert choose(points, ["forgot", "nothing"]) == "forgot"
     assert choose(points, []) == choose(points) == "balanced"
@@ -57,6 +59,7 @@ def test_when_no_model_gained_the_one_that_kept_most_is_chosen() -> None:
     assert choose({"a": Point(0.4, 0.8, -0.1), "b": Point(0.3, 0.9, -0.2)}) == "b"
 
 
-def test_nothing_to_choose_from_is_an_error_that_says_what_is_missing() -> None:
+def test_nothing_to_choose_from_is_an_error() -> None:
+    """Nothing to choose from is an error that says what is missing."""
     with pytest.raises(ValueError, match="none has results"):
         choose({})

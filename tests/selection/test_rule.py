@@ -59,7 +59,7 @@ def test_a_failed_clause_says_what_was_found_and_what_was_asked() -> None:
     assert str(clause) == "FAILS  promote.max_drop: largest drop 0.0500, at most 0.04 required (cars)"
 
 
-def test_the_classifier_that_a_vit_was_trained_is_held_against_guessing() -> None:
+def test_a_vits_classifier_is_compared_with_guessing() -> None:
     """The untouched ViT has none, so neither the id group nor its sets have a change."""
     found = results(classifier=True)
     found["groups"]["id"] = {"mean": 0.80, "change": None, "missing": []}

@@ -47,9 +47,10 @@ def losses(metric_rows: Rows, run_id: str | None) -> list[int]:
 
 
 @pytest.mark.timeout(600)
-def test_trials_are_shipped_and_a_run_that_the_store_refuses_holds_up_nobody(
+def test_a_refused_run_does_not_hold_up_the_trials(
     tmp_path: Path, store: str, metric_rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Trials are shipped and a run that the store refuses holds up nothing."""
     parent = tmp_path / "sweep"
     tracker = open_tracker(parent, run_name="sweep", uri=store, below=parent / "trials")
     monkeypatch.setenv(SHIPPED_VARIABLE, "1")
@@ -98,9 +99,10 @@ for step in range(1000):
 
 
 @pytest.mark.timeout(600)
-def test_killed_sweep_and_then_its_trial_leave_every_value_and_no_open_run(
+def test_a_killed_sweep_and_trial_lose_no_value(
     tmp_path: Path, store: str, metric_rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Killed sweep and then its trial leave every value and no open run."""
     parent = tmp_path / "sweep"
     sweep = subprocess.Popen([sys.executable, "-c", SWEEP, str(parent), store], stdout=subprocess.PIPE)
     assert sweep.stdout is not None

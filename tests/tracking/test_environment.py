@@ -34,7 +34,8 @@ def git(where: Path, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_tags_name_commit_dirt_libraries_and_command_without_passwords(tmp_path: Path) -> None:
+def test_tags_describe_the_environment_without_passwords(tmp_path: Path) -> None:
+    """Tags name commit dirt libraries and command without passwords."""
     work = tmp_path / "work"
     work.mkdir()
     assert "git.commit" not in tags_of_a_copy(tmp_path)

@@ -140,9 +140,10 @@ for step in range(10**9):
     assert steps == list(range(last + 2))
 
 
-def test_second_writer_in_the_same_process_is_refused_and_looking_keeps_the_lock(
+def test_a_second_writer_in_a_process_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, python: Start
 ) -> None:
+    """Second writer in the same process is refused and looking keeps the lock."""
     journal = Journal(tmp_path)
     with pytest.raises(ConfigError, match="being written by this same process"):
         Journal(tmp_path)
@@ -153,8 +154,9 @@ def test_second_writer_in_the_same_process_is_refused_and_looking_keeps_the_lock
     assert not is_held(lock_path(journal.path))
 
 
-def test_full_disk_is_said_once_and_the_records_follow_when_there_is_room(tmp_path: Path, python: Start) -> None:
+def test_records_follow_once_a_full_disk_has_room(tmp_path: Path, python: Start) -> None:
     # A file size limit is a full disk that needs no mount: the same partial write, then the same kind of OSError.
+    """Full disk is reported once and the records follow when there is room."""
     code = """
 import resource, signal, sys
 from pathlib import Path

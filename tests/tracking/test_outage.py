@@ -112,9 +112,10 @@ def expected(steps: int) -> list[tuple[str, int]]:
 
 
 @pytest.mark.timeout(600)  # seconds of work, minutes when the machine is shared
-def test_server_away_from_the_start_then_killed_and_restarted_then_hanging(
+def test_a_server_that_is_away_dies_and_hangs(
     tmp_path: Path, server: Server, metric_rows: Rows, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Server away from the start then killed and restarted then hanging."""
     caplog.set_level(logging.WARNING)
     monkeypatch.setattr("pipeline.tracking.tracker._WATCH_SECONDS", 0.5)
     calls: list[float] = []
@@ -195,9 +196,10 @@ tracker.finish()
 
 
 @pytest.mark.timeout(600)
-def test_killed_trainer_loses_nothing_and_resumes_into_the_same_run(
+def test_a_killed_trainer_resumes_into_the_same_run(
     tmp_path: Path, store: str, metric_rows: Rows, python: Start
 ) -> None:
+    """Killed trainer loses nothing and resumes into the same run."""
     from mlflow import MlflowClient
 
     run_dir = tmp_path / "crash"

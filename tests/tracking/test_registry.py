@@ -56,9 +56,8 @@ def test_aliases_move_from_version_to_version_and_back(store: str, model: Callab
     assert os.environ.get("MLFLOW_TRACKING_URI") == before
 
 
-def test_a_promotion_that_died_before_its_alias_moved_does_not_mislead_the_rollback(
-    store: str, model: Callable[[], Path]
-) -> None:
+def test_a_half_done_promotion_does_not_mislead_rollback(store: str, model: Callable[[], Path]) -> None:
+    """A promotion that died before its alias moved does not mislead the rollback."""
     from mlflow import MlflowClient
 
     registry = Registry(store, "interrupted")
@@ -76,7 +75,8 @@ def test_a_promotion_that_died_before_its_alias_moved_does_not_mislead_the_rollb
         registry.roll_back()
 
 
-def test_a_registration_that_fails_leaves_no_model_and_no_version(store: str, tmp_path: Path) -> None:
+def test_a_failed_registration_leaves_no_model(store: str, tmp_path: Path) -> None:
+    """A registration that fails leaves no model and no version."""
     from mlflow import MlflowClient
 
     registry = Registry(store, "broken", "broken_experiment")

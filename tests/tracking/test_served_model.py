@@ -97,7 +97,8 @@ def test_class_names_of_the_request_are_scored_by_their_texts(model: Any) -> Non
     assert dict(zip(row["labels"], row["scores"], strict=True)) == pytest.approx(wanted, abs=1e-5)
 
 
-def test_it_sees_images_upright_and_of_any_depth_as_the_evaluation_does() -> None:
+def test_it_reads_images_as_the_evaluation_does() -> None:
+    """It sees images upright and of any depth as the evaluation does."""
     image = Image.linear_gradient("L").resize((40, 20)).convert("RGB")
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -186,7 +187,8 @@ def test_a_vit_answers_of_its_own_classes_only(saved_vit: Path) -> None:
     assert "text" not in model.metadata.get_input_schema().input_names()
 
 
-def test_the_model_has_no_pickle_no_path_of_this_machine_and_short_requirements(each: Path) -> None:
+def test_the_model_has_no_pickle_and_no_local_path(each: Path) -> None:
+    """The model has no pickle no path of this machine and short requirements."""
     files = [file for file in each.rglob("*") if file.is_file()]
     assert not [file for file in files if file.suffix in FORBIDDEN]
     assert str(each.parent) not in (each / "MLmodel").read_text()

@@ -32,9 +32,10 @@ def other_schema(store: str, store_dir: Path, tmp_path: Path) -> Callable[[str],
     return make
 
 
-def test_tables_of_another_mlflow_are_told_with_the_command_for_them(
+def test_tables_of_another_mlflow_name_the_command(
     other_schema: Callable[[str], str], journal_only: Callable[..., Path]
 ) -> None:
+    """Tables of another MLflow come with the command for them."""
     uri = other_schema("acf3f17fdcc7")
     advice = f"its tables are of another MLflow: back it up, then run `mlflow db upgrade '{uri}'`"
     with pytest.raises(ConfigError) as caught:

@@ -24,7 +24,8 @@ def test_gpu_lines_become_values_and_unknown_fields_are_left_out() -> None:
     assert parse_gpus("") == {}
 
 
-def test_samples_go_to_the_node_s_own_journal_and_steps_go_on_after_a_restart(tmp_path: Path) -> None:
+def test_samples_go_to_the_journal_of_their_node(tmp_path: Path) -> None:
+    """Samples go to the node's own journal and steps go on after a restart."""
     for _ in range(2):
         sampler = SystemSampler(tmp_path, "node:1", 0.05, os.getppid())
         time.sleep(0.4)

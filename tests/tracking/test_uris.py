@@ -46,9 +46,8 @@ def test_server_that_does_not_answer_is_no_config_error(tmp_path: Path) -> None:
     assert resolve_uri("http://127.0.0.1:9/", tmp_path) == "http://127.0.0.1:9"
 
 
-def test_default_store_lies_beside_the_runs_and_the_environment_goes_before_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_environment_precedes_the_default_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Default store is next to the runs and the environment goes before it."""
     monkeypatch.chdir(tmp_path)
     uri = resolve_uri(None, Path("runs"))
     assert uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
@@ -87,7 +86,8 @@ def test_mlflow_keeps_everything_below_out_whatever_its_name(tmp_path: Path) -> 
     assert (out / "mlflow.db").stat().st_size > 0
 
 
-def test_bare_database_gets_the_driver_that_is_there_and_a_place_for_files(tmp_path: Path) -> None:
+def test_a_bare_database_gets_a_driver_and_a_file_store(tmp_path: Path) -> None:
+    """Bare database gets the driver that is there and a place for files."""
     uri = resolve_uri("postgresql://me:secret@host/db", tmp_path)
     assert uri == "postgresql+psycopg2://me:secret@host/db"
     assert artifact_root(uri, tmp_path) == f"{tmp_path}/mlartifacts"

@@ -138,7 +138,8 @@ def killed_and_continued(launch, vit_config: Path, undisturbed: Any, *common: st
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_gates_close_the_head_trains_and_micro_batches_change_nothing(launch, vit_config: Path) -> None:
+def test_gates_close_the_head_trains_micro_batches_agree(launch, vit_config: Path) -> None:
+    """Gates close the head trains and micro batches change nothing."""
     common = ("gate.lam=30", "train.momentum=0.5")
     whole = launch("name=whole", *common, world=1, config=vit_config)
     assert whole.wait() == [0], whole.text()

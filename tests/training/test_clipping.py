@@ -15,7 +15,8 @@ def gradient_norm(directory: Path) -> float:
 
 
 @pytest.mark.parametrize("stage", [2, pytest.param(0, marks=pytest.mark.slow)])
-def test_gradients_are_clipped_where_the_config_says_so_and_nowhere_else(launch, stage: int) -> None:
+def test_gradients_are_clipped_only_by_the_config(launch, stage: int) -> None:
+    """Gradients are clipped where the config says so and nowhere else."""
     common = ("adapter.kind=full", "train.steps=1", "train.warmup_steps=0", f"train.zero_stage={stage}")
     free, bound = launch("name=free", *common, world=1), launch("name=bound", *common, "train.grad_clip=0.5", world=1)
     assert free.wait() == [0], free.text()

@@ -62,13 +62,15 @@ def test_a_missing_adapter_tensor_in_a_checkpoint_is_named(launch, tmp_path: Pat
     assert f"missing {lost}" in refused(launch("train.steps=4", world=1))
 
 
-def test_changed_settings_under_an_old_name_are_refused_with_the_difference(launch) -> None:
+def test_changed_settings_of_a_run_are_refused(launch) -> None:
+    """Changed settings under an old name are refused with the difference."""
     assert launch("train.steps=2", world=1).wait() == [0]
     text = refused(launch("train.steps=2", "adapter.rank=8", world=1))
     assert "adapter.rank: 4 -> 8" in text
 
 
-def test_settings_corrected_before_the_first_checkpoint_are_a_new_attempt(launch, tmp_path: Path) -> None:
+def test_settings_corrected_early_are_a_new_attempt(launch, tmp_path: Path) -> None:
+    """Settings corrected before the first checkpoint are a new attempt."""
     refused(launch("adapter.targets=['nowhere.*']", world=1))
     again = launch("train.steps=2", world=1)
     assert again.wait() == [0], again.text()
@@ -119,7 +121,8 @@ def three_percent_corrupt(tmp_path: Path, image_folder: Callable[..., Path]) -> 
     return tmp_path / "packed"
 
 
-def test_corrupt_images_stop_the_run_above_the_share_and_are_named(launch, three_percent_corrupt: Path) -> None:
+def test_corrupt_images_above_the_share_stop_the_run(launch, three_percent_corrupt: Path) -> None:
+    """Corrupt images stop the run above the share and are named."""
     run = launch(f"data.train={three_percent_corrupt}", world=2)
     codes = run.wait()
     assert 2 in codes
@@ -186,7 +189,8 @@ def small_disk(make_disk: Callable[[str], Path]) -> Path:
     return make_disk("5m")
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_so(launch, small_disk: Path) -> None:
+def test_a_full_disk_leaves_the_last_checkpoint_whole(launch, small_disk: Path) -> None:
+    """A full disk leaves the last checkpoint whole and the run says so."""
     common = (f"out={small_disk}", "adapter.rank=64", "train.train_rest=none", "train.keep_last=2")
     run = launch(*common, world=1)
     text = refused(run)

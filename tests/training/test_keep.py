@@ -91,7 +91,8 @@ def test_reference_images_are_read_as_for_evaluation(config_file, reference_shar
     assert all(each.numpy().tobytes() in known for each in reference.batch(0, 0, 1).tensors.images)
 
 
-def test_ranks_share_the_samples_of_a_step_and_leave_out_the_held(config_file, reference_shards) -> None:
+def test_ranks_share_reference_samples_but_not_the_held(config_file, reference_shards) -> None:
+    """Ranks share the samples of a step and leave out the held."""
     _, reference = built(config_file, f"keep.images={reference_shards}")
 
     def seen(part: Any) -> set[bytes]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from itertools import product
 from pathlib import Path
@@ -16,23 +15,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 import keep_rank
 from conftest import free_port
 from keep_rank import WAYS
-
-SMALL = {
-    "model_cfg": {
-        "embed_dim": 32,
-        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
-        "text_cfg": {"context_length": 8, "vocab_size": 60, "width": 64, "heads": 2, "layers": 2},
-    },
-    "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
-}
-
-
-@pytest.fixture(scope="module")
-def small_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random CLIP whose tokens are given as numbers, so that few of them are enough."""
-    folder = tmp_path_factory.mktemp("small_clip")
-    (folder / "open_clip_config.json").write_text(json.dumps(SMALL))
-    return str(folder)
 
 
 def results(fork_server: Any, world: int, folder: str, cases: list[tuple[Any, ...]], out: Path) -> list[dict]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from itertools import product
 from pathlib import Path
@@ -19,23 +18,6 @@ from gradient_rank import WAYS, inputs, prepared
 
 from pipeline.method.adapter import blocks
 from pipeline.model.towers import compile_layers
-
-SMALL = {
-    "model_cfg": {
-        "embed_dim": 32,
-        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
-        "text_cfg": {"context_length": 8, "vocab_size": 60, "width": 64, "heads": 2, "layers": 2},
-    },
-    "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
-}
-
-
-@pytest.fixture(scope="session")
-def small_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random CLIP whose tokens are given as numbers, so that few of them are enough."""
-    folder = tmp_path_factory.mktemp("small_clip")
-    (folder / "open_clip_config.json").write_text(json.dumps(SMALL))
-    return str(folder)
 
 
 def exact_gradients(objective: torch.nn.Module) -> dict[str, Tensor]:
@@ -189,9 +171,8 @@ def check(found: dict[tuple[str, int, str], dict[str, Tensor]]) -> None:
             )
 
 
-def test_deepspeed_hands_the_optimizer_the_gradient_of_the_whole_batch(
-    fork_server: Any, small_clip: str, tmp_path: Path
-) -> None:
+def test_deepspeed_gives_the_gradient_of_the_whole_batch(fork_server: Any, small_clip: str, tmp_path: Path) -> None:
+    """DeepSpeed hands the optimizer the gradient of the whole batch."""
     cases = [("whole", 0, "fp32"), ("micro", 2, "fp32"), ("both", 3, "fp32")]
     check(deepspeed_gradients(fork_server, 2, small_clip, cases, tmp_path))
 
@@ -222,7 +203,8 @@ def test_a_run_in_micro_batches_has_the_losses_of_a_run_without(launch, stage: i
         assert losses == pytest.approx(whole, abs=2e-5)
 
 
-def test_what_only_changes_how_a_step_is_computed_may_change_between_two_calls() -> None:
+def test_how_a_step_is_computed_may_change() -> None:
+    """What only changes how a step is computed may change between two calls."""
     from pipeline.config import Config, override
     from pipeline.training.settings import changed_settings
 

@@ -22,7 +22,8 @@ def test_the_schedule_is_linear_then_half_a_cosine() -> None:
     assert sum(1e-5 * lr_factor(step, warmup, total) for step in range(total)) == pytest.approx(0.1252, abs=2e-4)
 
 
-def test_every_parameter_falls_into_one_group_with_its_rate_and_decay() -> None:
+def test_every_parameter_is_in_one_group() -> None:
+    """Every parameter falls into one group with its rate and decay."""
     names = {
         "visual.transformer.resblocks.0.attn.q_proj.lowrank.lora_A": (1.0, 0.1),
         "visual.transformer.resblocks.0.attn.q_proj.magnitude": (1.0, 0.0),

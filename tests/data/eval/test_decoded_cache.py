@@ -236,7 +236,8 @@ def test_a_full_disk_changes_nothing_but_a_line(
         }
 
 
-def test_a_place_that_cannot_be_written_changes_nothing_but_a_line(clothes: EvalSet, tmp_path: Path) -> None:
+def test_an_unwritable_cache_only_costs_a_line(clothes: EvalSet, tmp_path: Path) -> None:
+    """A place that cannot be written changes nothing but a line."""
     (tmp_path / "file").write_text("")
     made = batches(clothes, Cache(tmp_path / "file", 10**9))
     assert torch.equal(torch.cat([batch.images for batch in made]), pixels(clothes, None))

@@ -63,9 +63,8 @@ def all_batches(chosen: EvalSet, **options: Any) -> list[EvalBatch]:
     return list(eval_loader(chosen, CFG, **({"batch_size": 7, "workers": 0} | options)))
 
 
-def test_clip_benchmark_reads_what_is_written_with_the_same_pixels_and_labels(
-    odd_files: list[Sample], tmp_path: Path
-) -> None:
+def test_clip_benchmark_reads_equal_pixels_and_labels(odd_files: list[Sample], tmp_path: Path) -> None:
+    """Clip_benchmark reads what is written with the same pixels and labels."""
     ours = write_wds_eval(
         odd_files, tmp_path / "odd", classnames=["hat", "ankle boot"], templates=TEMPLATES, samples_per_shard=4
     )
@@ -79,9 +78,8 @@ def test_clip_benchmark_reads_what_is_written_with_the_same_pixels_and_labels(
     assert (ours.classnames, ours.templates) == (("hat", "ankle boot"), tuple(TEMPLATES))
 
 
-def test_what_other_readers_would_see_turned_or_clipped_is_stored_as_training_sees_it(
-    odd_files: list[Sample], tmp_path: Path
-) -> None:
+def test_turned_or_clipped_images_are_stored_as_trained_on(odd_files: list[Sample], tmp_path: Path) -> None:
+    """What other readers would see turned or clipped is stored as training sees it."""
     write_wds_eval(odd_files, tmp_path / "odd", classnames=["a", "b"], templates=TEMPLATES)
     with tarfile.open(tmp_path / "odd/test/0.tar") as tar:
         names = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
@@ -94,9 +92,8 @@ def test_what_other_readers_would_see_turned_or_clipped_is_stored_as_training_se
     assert images[4].getextrema()[0][1] < 255
 
 
-def test_a_retrieval_set_keeps_all_captions_as_clip_benchmark_reads_them(
-    odd_files: list[Sample], tmp_path: Path
-) -> None:
+def test_a_retrieval_set_keeps_all_captions(odd_files: list[Sample], tmp_path: Path) -> None:
+    """A retrieval set keeps all captions as clip_benchmark reads them."""
     ours = write_wds_eval(odd_files, tmp_path / "pairs", kind="retrieval", samples_per_shard=4)
     reader = theirs(tmp_path / "pairs", lambda image: image.size)
     assert [tuple(texts) for _, texts in reader] == list(ours.captions)
@@ -151,7 +148,7 @@ def test_the_digest_is_the_contents_and_not_the_folders(eval_set: EvalSet, tmp_p
     assert len(digests) == 4
 
 
-def test_other_images_of_equal_names_sizes_and_dates_are_another_set(eval_set: EvalSet, tmp_path: Path) -> None:
+def test_other_images_of_equal_size_are_another_set(eval_set: EvalSet, tmp_path: Path) -> None:
     """A result of the set before is out of date, whatever the dates of its files say."""
     tar = eval_set.tars[1]
     assert open_eval_set(tmp_path / "clothes").digest == eval_set.digest
@@ -206,7 +203,8 @@ def test_opening_a_damaged_set_is_an_error_that_names_the_file(
         open_eval_set(tmp_path / "clothes")
 
 
-def test_an_image_that_cannot_be_read_stops_the_evaluation_by_name(eval_set: EvalSet) -> None:
+def test_an_unreadable_image_stops_the_evaluation_by_name(eval_set: EvalSet) -> None:
+    """An image that cannot be read stops the evaluation by name."""
     tar = eval_set.tars[1]
     member = tar.samples[3].members["jpg"]
     with tar.path.open("r+b") as file:
@@ -217,9 +215,10 @@ def test_an_image_that_cannot_be_read_stops_the_evaluation_by_name(eval_set: Eva
             all_batches(eval_set, workers=workers)
 
 
-def test_own_test_images_become_a_set_with_their_classes_or_their_captions(
+def test_own_test_images_become_an_evaluation_set(
     class_folders: Path, photo: Callable[..., Image.Image], tmp_path: Path
 ) -> None:
+    """Own test images become a set with their classes or their captions."""
     report = pack_eval(class_folders, tmp_path / "classes", templates="simple")
     made = report.eval_set
     assert (made.kind, len(made), report.left_out) == ("classification", 53, [])

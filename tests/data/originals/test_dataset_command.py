@@ -43,9 +43,10 @@ def test_the_labels_of_a_and_r_are_the_benchmarks_subsets() -> None:
             assert row.subset == tuple((wnids().index(wnid),) for wnid in wnids(flag))
 
 
-def test_a_dataset_of_the_right_counts_becomes_the_benchmarks_set(
+def test_a_dataset_of_the_right_counts_is_packed(
     photo: Callable[..., Image.Image], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A dataset of the right counts becomes the set of the benchmark."""
     (tmp_path / "flickr30k-images").mkdir()
     photo(0, 16, 12).save(tmp_path / "one.jpg")
     images = []

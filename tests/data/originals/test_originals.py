@@ -129,7 +129,8 @@ def test_the_bank_is_the_training_images_of_the_same_classes(tmp_path: Path) -> 
         convert(replace(row, known={199: "these are the training images"}), root / "train", tmp_path / "again")
 
 
-def test_imagenet_100_comes_from_flat_validation_images_and_from_its_classes_alone(tmp_path: Path) -> None:
+def test_imagenet_100_comes_from_its_own_classes_alone(tmp_path: Path) -> None:
+    """ImageNet 100 comes from flat validation images and from its classes alone."""
     flat, chosen = make_imagenet(tmp_path / "flat"), wnids("C")
     row = replace(small("imagenet100", Made(list(range(100)))), bank=None)
     found = read_original(row, tmp_path / "flat")
@@ -259,9 +260,10 @@ BREAKS: list[tuple[str, Callable[[Path], Made], Callable[[Path], Any], str]] = [
 @pytest.mark.parametrize(
     ("name", "make", "damage", "message"), BREAKS, ids=[f"{n}-{entry[0]}" for n, entry in enumerate(BREAKS)]
 )
-def test_a_broken_tree_is_refused_with_its_cause_and_nothing_is_written(
+def test_a_broken_tree_is_refused_with_its_cause(
     name: str, make: Callable[[Path], Made], damage: Callable[[Path], Any], message: str, tmp_path: Path
 ) -> None:
+    """A broken tree is refused with its cause and nothing is written."""
     root = tmp_path / "root"
     root.mkdir()
     made = make(root)
@@ -278,7 +280,8 @@ def test_counts_that_tell_name_what_they_are(tmp_path: Path) -> None:
         convert(row, tmp_path, tmp_path / "out")
 
 
-def test_files_that_are_not_the_authors_are_refused_before_they_are_unpickled(tmp_path: Path) -> None:
+def test_foreign_files_are_refused_before_unpickling(tmp_path: Path) -> None:
+    """Files that are not the authors' are refused before they are unpickled."""
     make_cifar10(tmp_path)
     (tmp_path / "cifar-10-batches-py/test_batch").write_bytes(b"cos\nsystem\n(S'touch " + bytes(tmp_path) + b"/x'\ntR.")
     with pytest.raises(ConfigError, match=r"test_batch: damaged or not the authors' file \(md5 .*not 40351d58"):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from open_clip import get_tokenizer
+from requirements import lacking
 
 from pipeline.data.reference.general import sentences
 
@@ -32,7 +33,7 @@ def test_every_sentence_fits_into_a_short_context(shipped: list[str]) -> None:
     assert float((lengths > 18).float().mean()) < 0.05
 
 
-def test_the_file_is_what_the_program_writes(shipped: list[str], lacking) -> None:
+def test_the_file_is_what_the_program_writes(shipped: list[str]) -> None:
     if not (WORDNET / "cntlist.rev").exists():
         lacking("wordnet", "not installed (Debian: wordnet-base)")
     assert sentences(WORDNET) == shipped

@@ -50,9 +50,10 @@ def captioned(jpeg: Callable[[int], bytes], numbers: range) -> dict[str, Members
     }
 
 
-def test_img2datasets_tars_are_indexed_as_they_are_and_trained_on(
+def test_img2dataset_tars_are_indexed_and_trained_on(
     tmp_path: Path, jpeg: Callable[[int], bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Img2dataset's tars are indexed as they are and trained on."""
     for shard in range(2):
         write(tmp_path / f"laion/{shard:05d}.tar", captioned(jpeg, range(10 * shard, 10 * shard + 10)))
         (tmp_path / f"laion/{shard:05d}_stats.json").write_text("{}")
@@ -73,9 +74,8 @@ def test_img2datasets_tars_are_indexed_as_they_are_and_trained_on(
     assert main(["index", str(tmp_path / "laion"), "--force"]) == 0
 
 
-def test_a_pattern_of_braces_takes_those_tars_and_names_a_missing_one(
-    tmp_path: Path, jpeg: Callable[[int], bytes]
-) -> None:
+def test_a_brace_pattern_names_a_missing_tar(tmp_path: Path, jpeg: Callable[[int], bytes]) -> None:
+    """A pattern of braces takes those tars and names a missing one."""
     for shard in range(12):
         write(tmp_path / f"{shard:03d}.tar", captioned(jpeg, range(shard, shard + 1)))
     with pytest.raises(ConfigError, match=r"1 of 13 tars are not there: .*012.tar"):

@@ -70,9 +70,8 @@ def assert_same(one: Path, other: Path) -> None:
     assert filecmp.cmpfiles(one, other, names, shallow=False) == (names, [], [])
 
 
-def test_shards_hold_every_image_once_with_its_label_and_its_bytes(
-    imagenet: Path, packing: Callable[..., Packing]
-) -> None:
+def test_parallel_shards_hold_every_image_once(imagenet: Path, packing: Callable[..., Packing]) -> None:
+    """Shards hold every image once with its label and its bytes."""
     seen = []
     index = pack(packing(), told=lambda done, total: seen.append((done, total)))
     assert seen == [(n, 6) for n in range(1, 7)]
@@ -96,7 +95,8 @@ def test_shards_hold_every_image_once_with_its_label_and_its_bytes(
     ]
 
 
-def test_parts_of_a_cluster_job_give_the_same_bytes_as_one_process(packing: Callable[..., Packing]) -> None:
+def test_parts_of_a_job_give_the_bytes_of_one_process(packing: Callable[..., Packing]) -> None:
+    """Parts of a cluster job give the same bytes as one process."""
     whole = pack(packing("whole"), workers=1)
     assert pack_in_parallel(packing(), part=(2, 3), workers=1) is None
     with pytest.raises(ConfigError, match="--force: would remove what the other parts have written"):
@@ -111,7 +111,8 @@ def test_parts_of_a_cluster_job_give_the_same_bytes_as_one_process(packing: Call
     assert pack_in_parallel(packing(), part=(2, 3)) == index
 
 
-def test_parts_that_begin_and_end_at_the_same_moment_make_one_folder(packing: Callable[..., Packing]) -> None:
+def test_simultaneous_parts_make_one_folder(packing: Callable[..., Packing]) -> None:
+    """Parts that begin and end at the same moment make one folder."""
     whole = pack(packing("whole"), workers=1)
     context = multiprocessing.get_context("fork")
     for out in ("first", "second"):
@@ -169,9 +170,10 @@ def wait_for(file: Path) -> None:
     assert file.exists()
 
 
-def test_two_jobs_that_write_the_same_shard_at_the_same_moment_make_one_folder(
+def test_two_jobs_writing_one_shard_make_one_folder(
     packing: Callable[..., Packing], packing_that_stops: Callable[..., BaseProcess], tmp_path: Path
 ) -> None:
+    """Two jobs that write the same shard at the same moment make one folder."""
     whole = pack(packing("whole"), workers=1)
     both = [packing_that_stops(name) for name in ("one", "two")]  # both are in the middle of the first shard
     assert len(list(packing().out.glob("shard-00000.tar.*.part"))) == 2
@@ -183,9 +185,10 @@ def test_two_jobs_that_write_the_same_shard_at_the_same_moment_make_one_folder(
     assert_same(whole.directory, packing().out)
 
 
-def test_a_job_that_others_have_overtaken_ends_well_and_one_that_was_killed_leaves_nothing(
+def test_overtaken_and_killed_jobs_leave_nothing(
     packing: Callable[..., Packing], packing_that_stops: Callable[..., BaseProcess], tmp_path: Path
 ) -> None:
+    """A job that others have overtaken ends well and one that was killed leaves nothing."""
     whole = pack(packing("whole"), workers=1)
     slow, victim = packing_that_stops("slow", 3), packing_that_stops("victim", 4)
     victim.kill()
@@ -199,7 +202,7 @@ def test_a_job_that_others_have_overtaken_ends_well_and_one_that_was_killed_leav
     assert_same(whole.directory, packing().out)
 
 
-def test_parts_that_claim_the_folder_at_the_same_moment_all_get_it(packing: Callable[..., Packing]) -> None:
+def test_parts_that_claim_the_folder_at_once_all_get_it(packing: Callable[..., Packing]) -> None:
     """Six threads that change places at nearly every instruction: without care a third of the rounds fail."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -217,9 +220,8 @@ def test_parts_that_claim_the_folder_at_the_same_moment_all_get_it(packing: Call
         sys.setswitchinterval(interval)
 
 
-def test_after_kill_9_finished_shards_are_kept_and_the_rest_is_packed(
-    imagenet: Path, packing: Callable[..., Packing]
-) -> None:
+def test_finished_shards_survive_kill_9(imagenet: Path, packing: Callable[..., Packing]) -> None:
+    """After kill -9 finished shards are kept and the rest is packed."""
     whole = pack(packing("whole"))
     cut = packing()
     # The packing stands still at an image in the fifth shard, for reading a pipe waits for a writer.
@@ -264,7 +266,8 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_the_same_command_again_does_nothing_and_another_is_refused(packing: Callable[..., Packing]) -> None:
+def test_packing_twice_does_nothing_unless_options_differ(packing: Callable[..., Packing]) -> None:
+    """The same command again does nothing and another is refused."""
     index = pack(packing())
     before = {path.name: path.stat().st_mtime_ns for path in index.directory.iterdir()}
     assert pack(packing()) == index

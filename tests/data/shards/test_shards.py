@@ -37,7 +37,8 @@ def stored(index: ShardIndex) -> dict[str, dict[str, bytes]]:
     return found
 
 
-def test_shards_hold_the_original_bytes_and_labels_of_every_image(shards: ShardIndex, class_folders: Path) -> None:
+def test_shards_hold_original_bytes_and_labels(shards: ShardIndex, class_folders: Path) -> None:
+    """Shards hold the original bytes and labels of every image."""
     source = read_source(class_folders)
     assert stored(shards) == {
         sample.key: {"jpg": sample.image.read_bytes(), "cls": str(sample.cls).encode()} for sample in source.samples
@@ -56,7 +57,8 @@ def test_webdataset_reads_the_shards(shards: ShardIndex) -> None:
     assert all(sample["jpg"].size == (48, 40) for sample in samples)
 
 
-def test_packing_again_gives_the_same_bytes_and_another_seed_another_order(class_folders: Path, tmp_path: Path) -> None:
+def test_packing_is_deterministic_for_a_seed(class_folders: Path, tmp_path: Path) -> None:
+    """Packing again gives the same bytes and another seed another order."""
     first, second = (pack(class_folders, tmp_path / name, samples_per_shard=20).index for name in ("a", "b"))
     names = ["index.json", *(shard.name for shard in first.shards)]
     assert filecmp.cmpfiles(first.directory, second.directory, names, shallow=False) == (names, [], [])
@@ -102,9 +104,8 @@ def test_no_trace_of_the_machine_is_written(shards: ShardIndex, class_folders: P
         assert {(member.uname, member.gname, member.uid, member.mtime) for member in tar} == {("", "", 0, 0)}
 
 
-def test_unreadable_and_missing_images_are_named_and_refused_above_a_share(
-    tmp_path: Path, photo: Callable[..., Image.Image]
-) -> None:
+def test_bad_images_are_named_and_refused_above_a_share(tmp_path: Path, photo: Callable[..., Image.Image]) -> None:
+    """Unreadable and missing images are named and refused above a share."""
     rows = ["path,caption"]
     for number in range(40):
         photo(number).save(tmp_path / f"{number}.jpg")
@@ -135,9 +136,8 @@ def test_a_sample_without_caption_and_class_is_left_out_by_name(
     assert report.left_out == ["b.jpg: no caption"]
 
 
-def test_files_without_a_telling_name_are_packed_by_their_content(
-    tmp_path: Path, photo: Callable[..., Image.Image]
-) -> None:
+def test_files_without_extension_are_packed_by_content(tmp_path: Path, photo: Callable[..., Image.Image]) -> None:
+    """Files without a telling name are packed by their content."""
     photo(1).save(tmp_path / "cached", "WEBP")
     (tmp_path / "t.csv").write_text("path,caption\ncached,hat\n")
     assert stored(pack(tmp_path / "t.csv", tmp_path / "out").index)["cached"].keys() == {"webp", "txt"}

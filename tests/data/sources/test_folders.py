@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, features
+from requirements import lacking
 
 from pipeline.cli import main
 from pipeline.config import ConfigError
@@ -138,7 +139,7 @@ def test_files_that_are_not_looked_at_are_counted_by_kind(shop: Path, photo: Pho
         assert "  2 ignored: .heic files" in text
 
 
-def test_avif_is_packed_like_any_other_image(shop: Path, photo: Photo, tmp_path: Path, lacking) -> None:
+def test_avif_is_packed_like_any_other_image(shop: Path, photo: Photo, tmp_path: Path) -> None:
     if not features.check("avif"):
         lacking("avif", "this Pillow cannot read AVIF")
     photo(9).save(shop / "mug/new.avif")
@@ -212,7 +213,8 @@ def test_names_that_are_not_utf8_are_packed_under_escaped_keys(
     assert main(["pack", str(shop), str(tmp_path / "eval"), "--eval"]) == 0
 
 
-def test_a_class_folder_that_is_not_utf8_is_refused_with_the_way_out(shop: Path) -> None:
+def test_a_class_folder_that_is_not_utf8_is_refused(shop: Path) -> None:
+    """A class folder that is not UTF-8 is refused with the way out."""
     os.rename(os.fsencode(shop / "mug"), os.fsencode(shop) + b"/th\xe9")
     with pytest.raises(ConfigError, match=r"shop/th\\xe9: the folder's name is not UTF-8.* rename it"):
         read_source(shop)

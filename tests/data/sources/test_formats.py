@@ -56,16 +56,16 @@ def test_class_folders_may_be_deep_and_hold_other_files(tmp_path: Path, photo: C
 @pytest.mark.parametrize(
     "name", ["dog/a.b.jpg", "Hund/ä ö.jpg", "__x__/y.jpg", "__y__.jpg", "a/" + "n" * 200 + ".jpg", "./../p.jpg"]
 )
-def test_any_name_gives_a_key_that_a_tar_can_hold_and_readers_do_not_split(name: str) -> None:
+def test_any_name_gives_a_key_that_readers_do_not_split(name: str) -> None:
+    """Any name gives a key that a tar can hold and readers do not split."""
     key = sample_key(name)
     assert split_name(key + ".jpg") == (key, "jpg")
     assert len(key.encode()) <= 80
     assert key != sample_key(name.replace(".jpg", "2.jpg"))
 
 
-def test_a_classnames_file_overrides_folder_names_and_two_equal_names_are_refused(
-    class_folders: Path, tmp_path: Path
-) -> None:
+def test_a_classnames_file_overrides_folder_names(class_folders: Path, tmp_path: Path) -> None:
+    """A classnames file overrides folder names and two equal names are refused."""
     names = tmp_path / "names.txt"
     names.write_text("t-shirt\tT-shirt\nhat\tsun hat\nankle_boot\tboot\n")
     assert read_source(class_folders, SourceOptions(classnames=names)).classes == ["boot", "sun hat", "T-shirt"]
@@ -74,7 +74,8 @@ def test_a_classnames_file_overrides_folder_names_and_two_equal_names_are_refuse
         read_source(class_folders, SourceOptions(classnames=names))
 
 
-def test_flyps_table_is_read_as_it_is_and_rows_of_one_image_are_its_captions(pictures: Path) -> None:
+def test_flyps_table_is_read_as_it_is(pictures: Path) -> None:
+    """FLYP's table is read as it is and rows of one image are its captions."""
     table = pictures / "train.csv"
     table.write_text(
         "title\tfilepath\na photo of a hat.\timages/a.jpg\na cap, really\timages/b.png\nthe hat\timages/a.jpg\n"
@@ -98,7 +99,8 @@ def test_csv_with_quotes_bom_and_absolute_paths(pictures: Path) -> None:
     assert samples[1].image == absolute
 
 
-def test_a_class_column_makes_classes_and_numbers_are_sorted_as_numbers(pictures: Path) -> None:
+def test_a_class_column_makes_sorted_classes(pictures: Path) -> None:
+    """A class column makes classes and numbers are sorted as numbers."""
     table = pictures / "train.tsv"
     table.write_text("image\tclass\nimages/a.jpg\tsun_hat\nimages/b.png\tcap\n")
     source = read_source(table)
@@ -184,7 +186,8 @@ def test_other_json_is_an_error(tmp_path: Path, content: str, message: str) -> N
         read_source(tmp_path / "x.json")
 
 
-def test_sources_of_no_known_look_are_errors_that_say_what_was_seen(tmp_path: Path) -> None:
+def test_unknown_sources_are_errors_with_what_was_seen(tmp_path: Path) -> None:
+    """Sources of no known look are errors that say what was seen."""
     with pytest.raises(ConfigError, match="no such file or folder"):
         read_source(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="no class folders"):

@@ -48,7 +48,8 @@ def test_a_store_that_failed_long_ago_has_all_attempts(monkeypatch: pytest.Monke
     assert remote._retried("https://h/a", 3, third) == b"x"
 
 
-def test_what_a_broken_connection_leaves_in_the_loop_is_not_printed(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broken_connection_leaves_no_loop_messages(caplog: pytest.LogCaptureFixture) -> None:
+    """What a broken connection leaves in the loop is not printed."""
     fsspec.filesystem("memory").pipe("/loop", b"x")
     assert remote.read_bytes("memory://loop", 1) == b"x"
 

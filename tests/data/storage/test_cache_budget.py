@@ -149,9 +149,8 @@ def writers(tmp_path: Path) -> Iterator[Callable[[int], Writers]]:
             process.join()
 
 
-def test_five_fetches_at_once_of_which_two_fit_stay_under_the_bound(
-    files: dict[str, bytes], writers: Callable[[int], Writers]
-) -> None:
+def test_five_fetches_at_once_stay_under_the_bound(files: dict[str, bytes], writers: Callable[[int], Writers]) -> None:
+    """Five fetches at once of which two fit stay under the bound."""
     five = writers(int(2.5 * PROMISED))
     with watched(five.cache) as seen:
         for url in files:
@@ -181,9 +180,10 @@ def test_kill_9_gives_the_room_of_a_fetch_back(files: dict[str, bytes], writers:
     assert SIZE <= disk_use(two.cache) <= two.cache.max_bytes
 
 
-def test_a_fetch_that_has_waited_long_goes_over_the_bound_by_its_one_file_and_says_so(
+def test_a_long_waiting_fetch_exceeds_the_bound_by_one_file(
     files: dict[str, bytes], writers: Callable[[int], Writers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A fetch that has waited long goes over the bound by its one file and the run says so."""
     monkeypatch.setattr(room, "WAIT_S", 0.5)
     two = writers(int(1.5 * PROMISED))
     first, second = list(files)[:2]
@@ -208,9 +208,8 @@ def takes(found: EvalSet, cache: Cache) -> int:
     return open_pixels(cache, "any", "any", (32, 32), []).takes(range(len(found)))
 
 
-def test_a_set_is_not_kept_while_another_process_decodes_into_the_room_and_is_after_kill_9(
-    clothes: EvalSet, tmp_path: Path
-) -> None:
+def test_a_set_is_kept_once_another_decoder_is_gone(clothes: EvalSet, tmp_path: Path) -> None:
+    """A set is not kept while another process decodes into the room and is after kill -9."""
     cache = Cache(tmp_path / "cache", 10**9)
     cache = replace(cache, max_bytes=int(1.5 * takes(clothes, cache)))
     begun = tmp_path / "begun"
@@ -246,9 +245,10 @@ def test_a_set_is_not_kept_while_another_process_decodes_into_the_room_and_is_af
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_fetch_takes_the_room_of_images_that_are_just_being_decoded(
+def test_a_fetch_counts_images_that_are_being_decoded(
     clothes: EvalSet, files: dict[str, bytes], tmp_path: Path, workers: int
 ) -> None:
+    """A fetch takes the room of images that are just being decoded."""
     cache = Cache(tmp_path / "cache", PROMISED + room.PAGE)
     plain = pixels_of(batches(clothes, None))
     decoding = batches(clothes, cache, workers=workers)

@@ -131,9 +131,10 @@ def files_of(cache: Cache) -> list[str]:
     return sorted(path.name for path in (cache.directory / "files").glob("*/*"))
 
 
-def test_a_set_is_the_same_from_a_folder_from_urls_and_from_the_hub(
+def test_a_set_is_equal_from_a_folder_urls_and_the_hub(
     local_set: EvalSet, server: Server, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A set is the same from a folder from urls and from the hub."""
     folder = local_set.tars[0].path.parent.parent
     base = server.root / "datasets/clip-benchmark/wds_clothes"
     for kind, other in (("raw/main", "*.tar"), ("resolve/main", "*.txt")):
@@ -177,7 +178,8 @@ def test_the_public_hub_is_where_its_datasets_lie() -> None:
     assert other.texts == other.files == "https://elsewhere.org/datasets/a/b"
 
 
-def test_a_twentieth_of_errors_and_broken_answers_changes_nothing(server: Server, cache: Cache) -> None:
+def test_five_percent_of_broken_answers_change_nothing(server: Server, cache: Cache) -> None:
+    """A twentieth of errors and broken answers changes nothing."""
     server.errors = 0.05
     for number in range(12):
         data = put(server, f"{number}.tar", 300_000)
@@ -239,7 +241,8 @@ def test_processes_and_threads_that_want_one_file_fetch_it_once(server: Server, 
     assert len(server.gets("/a.tar")) == 1
 
 
-def test_the_oldest_used_leave_first_and_what_is_open_stays_readable(server: Server, tmp_path: Path) -> None:
+def test_the_least_recently_used_leave_first(server: Server, tmp_path: Path) -> None:
+    """The oldest used leave first and what is open stays readable."""
     cache = Cache(tmp_path / "cache", 350_000)
     for name in "abc":
         put(server, name, 100_000)
@@ -270,7 +273,8 @@ def _read_at_random(cache: Cache, files: dict[str, bytes], seed: int, reads: int
             os._exit(2)
 
 
-def test_a_tight_cache_holds_its_bound_under_many_readers_of_whom_some_are_killed(tmp_path: Path) -> None:
+def test_a_tight_cache_holds_its_bound_under_killed_readers(tmp_path: Path) -> None:
+    """A tight cache holds its bound under many readers of whom some are killed."""
     files = {}
     for number in range(8):
         path = tmp_path / f"file-{number}"
@@ -336,9 +340,10 @@ def test_wrong_content_and_refusals_name_the_url_and_the_way_out(
         open_eval_set(f"{server.url}/x")
 
 
-def test_training_batches_are_the_same_from_a_url_with_errors_and_a_tight_cache(
+def test_batches_are_equal_from_a_faulty_url_and_tight_cache(
     shards: ShardIndex, server: Server, tmp_path: Path
 ) -> None:
+    """Training batches are the same from a url with errors and a tight cache."""
     shutil.copytree(shards.directory, server.root / "train")
     server.errors = 0.05
     # Room for two of the five shards: most reads find theirs pushed out.
@@ -358,9 +363,8 @@ def test_training_batches_are_the_same_from_a_url_with_errors_and_a_tight_cache(
     assert held <= tight.max_bytes
 
 
-def test_a_copy_that_was_pushed_out_is_fetched_again_when_it_is_read(
-    shards: ShardIndex, server: Server, cache: Cache
-) -> None:
+def test_an_evicted_copy_is_fetched_again_when_read(shards: ShardIndex, server: Server, cache: Cache) -> None:
+    """A copy that was pushed out is fetched again when it is read."""
     shutil.copytree(shards.directory, server.root / "train")
     tar = open_shard(load_index(f"{server.url}/train", cache), 0)
     tar.close()

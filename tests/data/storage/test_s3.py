@@ -31,9 +31,10 @@ def index(shards_of: Callable[..., ShardIndex], photo: Callable, encode: Callabl
     return shards_of(members, per_shard=PER_SHARD)
 
 
-def test_an_epoch_from_a_store_with_errors_has_each_sample_once_and_counts_the_retries(
+def test_an_epoch_from_a_faulty_store_is_complete(
     store: faulty_s3.FaultyStore, index: ShardIndex, tmp_path: Path
 ) -> None:
+    """An epoch from a store with errors has each sample once and counts the retries."""
     shutil.copytree(index.directory, store.root / "bucket" / "train")
     far = load_index("s3://bucket/train", Cache(tmp_path / "cache", 10**9))
     assert far.digest == index.digest
@@ -56,9 +57,10 @@ def test_an_epoch_from_a_store_with_errors_has_each_sample_once_and_counts_the_r
     assert sum(store.served.values()) == SAMPLES // PER_SHARD
 
 
-def test_a_store_that_stays_away_is_told_with_its_url_and_a_wrong_key_at_once(
+def test_an_absent_store_and_a_wrong_key_are_named(
     store: faulty_s3.FaultyStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """A store that stays away is reported with its url and a wrong key at once."""
     (store.root / "bucket").mkdir()
     (store.root / "bucket" / "file").write_bytes(b"12345")
     cache = Cache(tmp_path / "cache", 10**9, attempts=4)
@@ -80,9 +82,8 @@ def test_a_store_that_stays_away_is_told_with_its_url_and_a_wrong_key_at_once(
 
 
 @pytest.mark.slow
-def test_a_training_from_a_store_with_errors_ends_like_one_from_the_disk(
-    store: faulty_s3.FaultyStore, tmp_path: Path
-) -> None:
+def test_training_from_a_faulty_store_equals_the_disk(store: faulty_s3.FaultyStore, tmp_path: Path) -> None:
+    """A training from a store with errors ends like one from the disk."""
     from pipeline.demo.assets import FINETUNE, MODEL, asset, unpack
 
     unpack(tmp_path, "clothing_train.tar.gz")

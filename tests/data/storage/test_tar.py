@@ -134,7 +134,8 @@ def test_indices_nobody_holds_give_their_files_back(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_tars_joined_by_cat_are_an_error_and_not_the_first_of_them(tmp_path: Path) -> None:
+def test_concatenated_tars_are_an_error(tmp_path: Path) -> None:
+    """Tars joined by cat are an error and not the first of them."""
     one, two = write(tmp_path / "1.tar", MEMBERS[:8]), write(tmp_path / "2.tar", MEMBERS[8:])
     (tmp_path / "a.tar").write_bytes(one.read_bytes() + two.read_bytes())
     at = one.stat().st_size

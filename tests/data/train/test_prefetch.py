@@ -79,9 +79,10 @@ def readers() -> list[threading.Thread]:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_next_shards_are_asked_for_while_the_first_is_used_and_never_more_than_allowed(
+def test_the_allowed_number_of_shards_is_prefetched(
     far: ShardIndex, store: faulty_s3.FaultyStore, workers: int
 ) -> None:
+    """The next shards are asked for while the first is used and never more than allowed."""
     expected = shards_in_order(far)
     asked: list[str] = []
     begun, most = 1, 0
@@ -110,9 +111,8 @@ def test_the_next_shards_are_asked_for_while_the_first_is_used_and_never_more_th
     wait_for(lambda: not readers())
 
 
-def test_without_read_ahead_a_shard_is_asked_for_when_it_is_needed(
-    far: ShardIndex, store: faulty_s3.FaultyStore
-) -> None:
+def test_without_prefetch_a_shard_is_fetched_when_needed(far: ShardIndex, store: faulty_s3.FaultyStore) -> None:
+    """Without read ahead a shard is asked for when it is needed."""
     for step, _ in enumerate(loader(far, ahead=0, stop_step=SAMPLES // BATCH)):
         assert len(store.served) == step // 2 + 1
         assert not readers()
@@ -122,9 +122,8 @@ def rows(batch: Batch) -> tuple[list[str], list[str], int]:
     return batch.keys, batch.captions, int(batch.images.sum())
 
 
-def test_ranks_and_workers_of_a_node_fetch_each_shard_once_and_see_what_they_would_see_from_the_disk(
-    near: ShardIndex, far: ShardIndex, store: faulty_s3.FaultyStore
-) -> None:
+def test_a_node_fetches_each_shard_once(near: ShardIndex, far: ShardIndex, store: faulty_s3.FaultyStore) -> None:
+    """Ranks and workers of a node fetch each shard once and see what they would see from the disk."""
     store.slow = 0.3
 
     def ranks(index: ShardIndex, ahead: int, workers: int) -> list[tuple[Batch, Batch]]:
@@ -146,9 +145,10 @@ def test_ranks_and_workers_of_a_node_fetch_each_shard_once_and_see_what_they_wou
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("ahead", [0, 2])
-def test_a_shard_that_cannot_be_fetched_ends_the_run_where_it_is_needed_and_in_the_same_words(
+def test_a_missing_shard_ends_the_run_where_it_is_needed(
     far: ShardIndex, store: faulty_s3.FaultyStore, ahead: int, workers: int
 ) -> None:
+    """A shard that cannot be fetched ends the run where it is needed and in the same words."""
     lost = shards_in_order(far)[3]
     store.asked = lambda path: "503" if path == lost else None
     steps: list[int] = []
@@ -159,9 +159,10 @@ def test_a_shard_that_cannot_be_fetched_ends_the_run_where_it_is_needed_and_in_t
     assert steps == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_store_that_fails_ahead_of_the_need_and_comes_back_costs_a_counted_retry_and_nothing_else(
+def test_a_store_that_comes_back_costs_only_a_retry(
     near: ShardIndex, far: ShardIndex, store: faulty_s3.FaultyStore
 ) -> None:
+    """A store that fails ahead of the need and comes back costs a counted retry and nothing else."""
     away = shards_in_order(far)[1]
     asked = Counter[str]()
 
@@ -293,7 +294,8 @@ def test_needs_are_where_a_process_first_comes_to_each_shard() -> None:
         assert first == {shard: min(steps) for shard, steps in touched.items()}
 
 
-def test_a_rank_has_half_of_what_its_shards_in_use_leave_of_the_cache() -> None:
+def test_a_rank_prefetches_into_half_of_the_free_cache() -> None:
+    """A rank may use half of what its shards in use leave of the cache."""
     sizes = [100] * 50
     options = {"streams": 2, "window": 10}
     # Two streams use windows of ten samples, a shard's worth, which lie in two shards.

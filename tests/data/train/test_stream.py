@@ -81,7 +81,8 @@ def test_global_batches_do_not_depend_on_ranks_and_workers(shards: ShardIndex, w
         assert rows([part[step] for part in per_rank]) == rows([one[step]])
 
 
-def test_a_resume_continues_exactly_and_so_does_a_second_one_on_other_ranks_and_workers(shards: ShardIndex) -> None:
+def test_resumes_on_other_ranks_and_workers_are_exact(shards: ShardIndex) -> None:
+    """A resume continues exactly and so does a second one on other ranks and workers."""
     whole = batches(shards, 0, 20)
     for start, stop, workers in ((4, 20, 0), (4, 11, 2), (11, 20, 1), (19, 20, 0), (20, 20, 2)):
         resumed = batches(shards, start, stop, workers=workers)
@@ -93,14 +94,16 @@ def test_a_resume_continues_exactly_and_so_does_a_second_one_on_other_ranks_and_
             assert rows([part[step] for part in per_rank]) == rows([whole[7 + step]])
 
 
-def test_every_epoch_has_each_sample_once_though_batches_straddle_its_end(shards: ShardIndex) -> None:
+def test_every_epoch_has_each_sample_once(shards: ShardIndex) -> None:
+    """Every epoch has each sample once though batches straddle its end."""
     keys = [key for batch in batches(shards, 0, 20) for key in batch.keys]
     for epoch in range(3):
         part = keys[epoch * 53 : (epoch + 1) * 53]
         assert len(set(part)) == len(part) == min(53, 160 - epoch * 53)
 
 
-def test_templates_come_once_each_over_the_epochs_and_crops_change(shards: ShardIndex) -> None:
+def test_templates_rotate_over_epochs_and_crops_change(shards: ShardIndex) -> None:
+    """Templates come once each over the epochs and crops change."""
     three = {"templates": ["a {c}", "the {c}", "{c}!"]}
     texts, crops = defaultdict(list), defaultdict(set)
     for batch in batches(shards, 0, -(-6 * 53 // 8), dataset=three):
@@ -128,7 +131,8 @@ def test_the_seed_changes_order_templates_and_crops(shards: ShardIndex) -> None:
     assert sum(one[key] != other[key] for key in common) > 0.9 * len(common)
 
 
-def test_reference_preprocessing_is_the_same_stream_with_other_pixels(shards: ShardIndex) -> None:
+def test_reference_preprocessing_keeps_the_stream(shards: ShardIndex) -> None:
+    """Reference preprocessing is the same stream with other pixels."""
     for fast, reference in zip(
         batches(shards, 0, 4), batches(shards, 0, 4, dataset={"preprocessing": "reference"}), strict=True
     ):
@@ -237,9 +241,8 @@ def test_an_odd_image_is_trained_on_or_replaced_and_named(
     assert sorted(line for part in two for batch in part for line in batch.bad) == bad
 
 
-def test_three_percent_of_corrupt_images_are_all_named_and_every_batch_is_full(
-    shards_of: ShardsOf, photo: Photo, encode: Encode
-) -> None:
+def test_corrupt_images_are_named_and_batches_are_full(shards_of: ShardsOf, photo: Photo, encode: Encode) -> None:
+    """Three percent of corrupt images are all named and every batch is full."""
     images = [encode(photo(number, 24, 24), "JPEG") for number in range(10)]
     members = [{"jpg": images[number % 10], "cls": b"0"} for number in range(200)]
     broken = [13, 14, 77, 120, 121, 199]
@@ -251,7 +254,8 @@ def test_three_percent_of_corrupt_images_are_all_named_and_every_batch_is_full(
     assert all(len(batch.keys) == 8 for batch in found)
 
 
-def test_shards_of_nothing_but_bad_images_stop_with_the_first_one(shards_of: ShardsOf) -> None:
+def test_shards_of_bad_images_stop_with_the_first(shards_of: ShardsOf) -> None:
+    """Shards of nothing but bad images stop with the first one."""
     index = shards_of([{"jpg": b"x", "cls": b"0"}] * 16)
     with pytest.raises(ConfigError, match=r"64 samples in a row are bad, first shard-0000\d.tar/k0\d\d: not an image"):
         batches(index, 0, 1)
@@ -302,7 +306,8 @@ def test_a_shard_that_is_cut_while_training_is_an_error(shards_of: ShardsOf, pho
         next(loader)
 
 
-def test_streams_that_do_not_fit_are_refused_before_anything_is_read(shards: ShardIndex) -> None:
+def test_streams_that_do_not_fit_are_refused_first(shards: ShardIndex) -> None:
+    """Streams that do not fit are refused before anything is read."""
     for options, message in (
         ({"global_batch": 12}, "global_batch_size: 12"),
         ({"world": 3}, "cannot be shared by 3 ranks"),

@@ -67,7 +67,8 @@ def test_a_row_may_be_like_one_of_another_benchmark(tmp_path: Path) -> None:
             load_benchmark(write(tmp_path, f"datasets: [{entry}]"))
 
 
-def test_the_vision_benchmark_has_the_targets_as_the_paper_reads_them() -> None:
+def test_the_vision_benchmark_has_the_papers_targets() -> None:
+    """The vision benchmark has the targets as the paper reads them."""
     rows = {row.key: row for row in load_benchmark("vision", "/sets").rows}
     known = rows.pop("imagenet100")
     assert (known.group, known.images, known.classes) == ("source", 5000, 100)

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pipeline.config import Config, ConfigError, override
 from pipeline.data.eval.wds_layout import pack_eval
+from pipeline.data.reference.features import content_hash
 from pipeline.data.shards.index import pack
 from pipeline.evaluation.datasets.overlap import check_overlap
 
@@ -43,12 +45,39 @@ def test_overlapping_images_are_counted_and_named(config: Config) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"keep.allow_overlap": True}, {"keep.weight": 0.0}, {"keep.images": None}, {"eval.benchmark": None}]
+    "change",
+    [
+        {"keep.allow_overlap": True},
+        {"keep.weight": 0.0},
+        {"keep.images": None},
+        {"keep.images": "s3://bucket/reference"},
+        {"eval.benchmark": None},
+    ],
 )
-def test_overlap_that_cannot_matter_or_is_allowed_passes(config: Config, change: dict[str, object]) -> None:
+def test_overlap_that_cannot_matter_or_is_allowed_passes(
+    config: Config, change: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The overlap is there, and no image is read to look for it."""
+    opened: list[object] = []
+    monkeypatch.setattr("pipeline.evaluation.datasets.overlap.load_index", opened.append)
     check_overlap(override(config, change))
+    assert not opened
 
 
-def test_other_images_pass(config: Config, tmp_path: Path, image_folder: Callable[..., Path]) -> None:
-    pack(image_folder(classes=2, each=6, seed=3), tmp_path / "others")
-    check_overlap(override(config, {"keep.images": str(tmp_path / "others")}))
+def test_another_image_of_the_same_size_passes(
+    config: Config, tmp_path: Path, image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only files of equal size are read, and these two differ in one byte."""
+    evaluated, reference = image_folder(classes=2, each=2, seed=3), image_folder(classes=2, each=2, seed=4)
+    image = Image.open(evaluated / "class_0" / "000.jpg").copy()
+    for folder, comment in ((evaluated, b"a"), (reference, b"b")):
+        image.save(folder / "class_0" / "000.jpg", comment=comment)
+    pack_eval(evaluated, tmp_path / "evaluated", force=True)
+    pack(reference, tmp_path / "reference", force=True)
+    read: list[bytes] = []
+    monkeypatch.setattr(
+        "pipeline.evaluation.datasets.overlap.content_hash", lambda data: read.append(data) or content_hash(data)
+    )
+    check_overlap(config)
+    assert len(read) >= 2
+    assert sum(one != other for one, other in zip(*read[:2], strict=True)) == 1

@@ -236,7 +236,7 @@ def test_the_killed_run_goes_on_in_the_ninth_set(stand_ins: StandIns) -> None:
     assert set(ROWS) <= {file.stem for file in stand_ins.out.glob("*.json")}
 
 
-def test_every_classification_set_has_the_numbers_of_clip_benchmark(stand_ins: StandIns) -> None:
+def test_classification_sets_agree_with_clip_benchmark(stand_ins: StandIns) -> None:
     """One test for all, as each process that runs one of them would pay for the fixture."""
     for key in CLASSIFIED:
         result, logits, labels = stand_ins.result(key), stand_ins.logits[key], stand_ins.labels[key]
@@ -252,7 +252,8 @@ def test_every_classification_set_has_the_numbers_of_clip_benchmark(stand_ins: S
         assert len(set(predicted.tolist())) > 3, "a model that says one thing would agree with any rule"
 
 
-def test_every_retrieval_set_has_the_numbers_of_clip_benchmark_and_the_papers_names(stand_ins: StandIns) -> None:
+def test_retrieval_sets_agree_with_clip_benchmark(stand_ins: StandIns) -> None:
+    """Every retrieval set has the numbers of clip_benchmark and the paper's names."""
     clip = stand_ins.clip
     for key in PAIRED:
         folder = stand_ins.root / ROWS[key].path.name

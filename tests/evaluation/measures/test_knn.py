@@ -97,7 +97,7 @@ def test_votes_and_metrics_are_scikit_learns(k: int) -> None:
         assert metrics["acc5"] == pytest.approx(top_k_accuracy_score(truth, shares, k=5, labels=range(7)))
 
 
-def test_the_cut_of_a_bank_changes_nothing_and_the_first_of_equal_images_counts() -> None:
+def test_chunks_of_a_bank_change_nothing() -> None:
     """Six in seven images of the bank stand in it several times, so most queries have ties at their k-th neighbour."""
     some = unit(30, 8, seed=4)
     bank = some[torch.randint(30, (200,), generator=torch.Generator().manual_seed(5))]
@@ -128,7 +128,8 @@ def test_keys_keep_every_order() -> None:
     assert from_keys(to_keys(values.double(), torch.full((8,), 2**32 - 1)))[1].tolist() == [[2**32 - 1] * 8]
 
 
-def test_equal_votes_go_to_the_lower_label_and_no_vote_is_no_answer() -> None:
+def test_equal_votes_go_to_the_lower_label() -> None:
+    """Equal votes go to the lower label and no vote is no answer."""
     similarities = torch.tensor([[0.9, 0.9, 0.5, 0.5], [0.3, 0.3, 0.3, 0.3]])
     labels = torch.tensor([[6, 2, 2, 6], [5, 5, 1, 0]])
     logits = as_logits(class_votes(similarities, labels, 8, T))
@@ -232,9 +233,8 @@ def test_other_rows_keep_their_digests(tmp_path: Path, datasets: Path) -> None:
     assert dataset.digest == hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def test_a_limit_thins_queries_and_bank_alike_and_a_sample_the_queries(
-    tmp_path: Path, clip: Clip, known_set: Path
-) -> None:
+def test_a_limit_thins_queries_and_bank_alike(tmp_path: Path, clip: Clip, known_set: Path) -> None:
+    """A limit thins queries and bank alike and a sample the queries."""
     table = load_benchmark(bench(tmp_path, f"key: known, group: source, path: {known_set}"))
     outcome = evaluate(clip, table, tmp_path / "a", replace(SETTINGS, limit=9))
     assert (outcome.results["known"]["n"], outcome.results["known"]["bank"]) == (9, 14)

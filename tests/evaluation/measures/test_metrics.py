@@ -47,7 +47,8 @@ def test_classification_metrics_are_those_of_clip_benchmark(n: int, classes: int
     assert 0 < acc1 <= acc5 <= 1
 
 
-def test_a_class_without_a_sample_stays_out_of_the_mean_and_is_marked() -> None:
+def test_a_class_without_a_sample_is_not_in_the_mean() -> None:
+    """A class without a sample stays out of the mean and is marked."""
     logits, labels = random_logits(60, 9)
     labels = labels.where(labels != 4, torch.tensor(5))
     counts = counted(logits, labels)
@@ -130,7 +131,8 @@ def test_joined_batches_keep_the_owner_of_each_text() -> None:
     assert (len(both.images), len(both.texts)) == (9, len(a.texts) + len(b.texts))
 
 
-def test_mean_recall_is_that_of_the_papers_tables_and_chance_fits_it() -> None:
+def test_mean_recall_is_that_of_the_papers_tables() -> None:
+    """Mean recall is that of the paper's tables and chance fits it."""
     metrics = {f"{side}_retrieval_recall@{k}": v for side, v in (("image", 0.2), ("text", 0.6)) for k in (1, 5)}
     metrics |= {"image_retrieval_recall@10": 1.0, "text_retrieval_recall@10": 1.0}
     assert mean_recall(metrics) == pytest.approx(0.4)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from requirements import lacking
 
 from pipeline.config import ConfigError
 from pipeline.training.cluster.lease import Lease, LeaseLost, _place
@@ -44,7 +45,8 @@ def test_a_dead_process_of_this_host_is_not_waited_for(tmp_path: Path) -> None:
     assert time.monotonic() - start < 30
 
 
-def test_a_silent_job_of_another_host_is_overtaken_and_may_not_write_when_it_wakes(tmp_path: Path) -> None:
+def test_a_silent_job_is_overtaken_and_writes_no_more(tmp_path: Path) -> None:
+    """A silent job of another host is overtaken and may not write when it wakes."""
     frozen = Lease(tmp_path / "run", renew_s=600.0, stale_s=1.0)
     path = tmp_path / ".run.lease"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"host": "elsewhere"}))
@@ -113,7 +115,7 @@ lease.check()
 """
 
 
-def test_two_containers_with_one_host_name(tmp_path: Path, repository: Path, lacking) -> None:
+def test_two_containers_with_one_host_name(tmp_path: Path, repository: Path) -> None:
     """Each has a PID namespace of its own, so the first holder's PID is not found, or is another's, in the second."""
     command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable, "-c", HOLDER]
     if subprocess.run([*command[:5], "true"], capture_output=True, check=False).returncode:

@@ -38,7 +38,8 @@ def meeting(**more: str) -> dict[str, str]:
         return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), **more}
 
 
-def test_a_rank_that_never_comes_is_named_with_the_host_it_was_expected_on() -> None:
+def test_a_missing_rank_is_named_with_its_host() -> None:
+    """A rank that never comes is named with the host it was expected on."""
     with pytest.raises(PeerLost) as caught:
         meet(world(0, 2, "n1"), timedelta(seconds=1), meeting(SELORA_HOSTS="n1,n2"))
     text = str(caught.value)
@@ -72,7 +73,8 @@ def _fail_like_gloo() -> None:
     raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [10.0.0.2]:4242")
 
 
-def test_a_rank_that_died_is_named_with_its_host_when_a_collective_fails() -> None:
+def test_a_dead_rank_is_named_with_its_host() -> None:
+    """A rank that died is named with its host when a collective fails."""
     context, env = multiprocessing.get_context("fork"), meeting()
     ends = [context.Pipe() for _ in range(2)]
     processes = [

@@ -125,7 +125,8 @@ def test_pruned_counts_the_named_blocks_only_and_merged_is_plain(tiny_clip_dir: 
     assert model_cost(tiny_clip).counted == cost.base
 
 
-def test_the_papers_claims_are_told_with_the_rule_that_gives_them(vit_cost: Cost) -> None:
+def test_the_papers_claims_come_with_the_rule_that_fits(vit_cost: Cost) -> None:
+    """The paper's claims come with the rule that gives them."""
     fits = {(row["kind"], row["rule"]) for row in paper_claims(vit_cost) if row["fits"]}
     assert fits == {("lora", "dense_delta"), ("dora", "dora_peft_0_13")}
 
