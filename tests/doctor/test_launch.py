@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ports import free_port
 
 from pipeline.config import Config, load_config
 
@@ -40,9 +40,7 @@ def _rank(rank: int, port: int, config: Config, change: dict[str, Any], talk: Co
 
 
 def ask(config: Config, **change: Any) -> list[dict[str, tuple[bool, str]]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("fork")
     pipes = [context.Pipe(duplex=False) for _ in range(2)]
     processes = [context.Process(target=_rank, args=(rank, port, config, change, pipes[rank][1])) for rank in range(2)]

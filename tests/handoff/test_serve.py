@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,18 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ports import free_port
 
 from pipeline.config import Promote
 from pipeline.handoff.predict import predict_files
 from pipeline.handoff.promote import promote
 
 START_SECONDS = 540
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ports import free_port
 
 from pipeline.tracking.journal import JOURNAL, Journal
 from pipeline.tracking.locks import is_held
@@ -32,9 +32,7 @@ class Server:
     """A real `mlflow server` on one port, in a process group of its own so that all of it can be killed at once."""
 
     def __init__(self, directory: Path, backend: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self._directory, self._backend = directory, backend
         self._process: subprocess.Popen[bytes] | None = None

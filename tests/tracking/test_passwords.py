@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 from pipeline.config import Config, ConfigError, digest, flatten, load_config, override, to_yaml
 from pipeline.doctor.machine import check_tracking
@@ -96,9 +96,7 @@ class Guarded:
     """A real `mlflow server`, and before it a door that asks for name and password, as nginx or MLflow's own would."""
 
     def __init__(self, folder: Path, backend: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.log = folder / "server.log"
         self._inner = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from ports import free_port
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 import keep_rank
-from conftest import free_port
 from keep_rank import WAYS
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from ports import free_port
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 import gradient_rank
-from conftest import free_port
 from gradient_rank import WAYS, inputs, prepared
 
 from pipeline.method.adapter import blocks

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from ports import free_port
 
 from pipeline.config import Config, load_config, to_yaml
 from pipeline.runs.sweep import read_state, trial_dir
@@ -115,9 +115,7 @@ def by_hand(fork_server: Any) -> Callable[..., None]:
     """run(sweep_dir, name, world=2): a trial's two stages without Ray, the first on so many ranks."""
 
     def run(sweep_dir: Path, name: str, world: int = 2) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         ranks = [
             fork_server.Process(target=_rank, args=(rank, world, port, sweep_dir, name))
             for rank in range(world if world > 1 else 0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 from pipeline.tracking.mlflow.uris import resolve_uri
 
@@ -30,9 +30,7 @@ class Server:
     """`mlflow server` in a process group of its own, so that all of it can be killed at once."""
 
     def __init__(self, folder: Path, backend: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
+        self._port = free_port()
         self.uri = f"http://127.0.0.1:{self._port}"
         self._folder, self._backend = folder, backend
         self._process: subprocess.Popen[bytes] | None = None

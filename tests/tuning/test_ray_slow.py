@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ports import free_port
 from sweep_by_hand import lay_out
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -180,9 +180,7 @@ def test_halving_stops_the_worst_and_frees_workers(command, make_config, store) 
 @pytest.fixture
 def two_nodes(tmp_path: Path) -> Iterator[tuple[str, dict[str, str], list[psutil.Process]]]:
     """Two raylets with one CPU each: (address, environment of a driver, their processes)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     ray = [str(Path(sys.executable).parent / "ray"), "start", "--num-cpus", "1", "--block"]
     ray += ["--object-store-memory", str(100 * 2**20)]

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -24,6 +23,7 @@ import torch
 from clip_benchmark.datasets.builder import build_dataset
 from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 from PIL import Image
+from ports import free_port
 from sklearn.metrics import balanced_accuracy_score
 
 from pipeline.config.templates import TEMPLATES
@@ -183,9 +183,7 @@ def write_paired(found: StandIns, key: str, number: int, heads: dict[Any, torch.
 
 
 def start(found: StandIns, model: Path) -> list[subprocess.Popen[str]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "pipeline", "evaluate", str(model), "--benchmark", str(found.root / "small.yaml")]
     command += ["--out", str(found.out), "--batch-size", str(BATCH), "--workers", "0"]
     ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

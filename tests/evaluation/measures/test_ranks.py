@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ports import free_port
 
 from pipeline.evaluation.datasets.benchmark import load_benchmark
 from pipeline.evaluation.datasets.dataset import Settings
@@ -96,9 +96,7 @@ def two_ranks(
     )
     (root / "knn.yaml").write_text(f"datasets: [{{key: known, group: source, path: {known_set}, neighbours: 5}}]")
     (root / "broken.yaml").write_text("datasets: [{key: c, group: id, path: wds_c}]")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ranks = [start(rank, port, str(trained_clip_dir), str(root)) for rank in range(WORLD)]
     try:
         outputs = [process.communicate(timeout=500)[0] for process in ranks]
