@@ -31,9 +31,6 @@ from pipeline.evaluation.datasets.benchmark import load_benchmark, shipped_bench
 from pipeline.evaluation.datasets.rows import Row
 from pipeline.model.clip import Clip, load_clip, save_open_clip
 
-# clip_benchmark 1.6 calls float() on an array of one element, which NumPy has refused since 2.4. Its arithmetic stays.
-zeroshot_classification.float = lambda value: float(value if isinstance(value, str) else value.item())  # pyright: ignore
-
 pytestmark = pytest.mark.timeout(1500)  # the fixture starts four processes, and CI machines are shared
 
 ROWS = {row.key: row for row in load_benchmark("paper", "/nowhere").rows}
