@@ -101,7 +101,13 @@ def write_graph_export(model: Model, to: str, directory: Path, options: GraphOpt
 def graph_facts(model: Model, to: str, options: GraphOptions) -> dict[str, Any]:
     """What selora itself needs to run the graphs again, for selora.json."""
     cfg = {name: list(value) if isinstance(value, tuple) else value for name, value in model.preprocess_cfg.items()}
-    return {"precision": options.precision, "pixels": options.pixels, "files": FILES[to], "preprocess_cfg": cfg}
+    facts = {"precision": options.precision, "pixels": options.pixels, "files": FILES[to], "preprocess_cfg": cfg}
+    return facts | {"hf_tokenizer": hf_tokenizer(model)}
+
+
+def hf_tokenizer(model: Model) -> str | None:
+    """The Hugging Face tokenizer of a CLIP, whose texts open_clip cleans and pads by itself; None: CLIP's own."""
+    return None if isinstance(model, Vit) else model.model_cfg["text_cfg"].get("hf_tokenizer_name")
 
 
 def open_graphs(model: Model, to: str, directory: Path) -> OnnxModel:
@@ -128,8 +134,10 @@ def compare_graphs(model: Model, to: str, directory: Path, options: GraphOptions
             pairs = [(scale * image @ text.T + add, scale * image_ @ text_.T + add)]
             if HEAD in graphs.sessions and options.labels is not None:
                 pairs.append((scale * image @ options.labels.head.T + add, graphs(images)))
-            if (file := directory / "tokenizer.json").is_file():
-                _check_tokenizer(file, model)
+            if hf_tokenizer(model) is None:
+                _check_tokenizer(directory / "tokenizer.json", model)
+            else:
+                notes.append(f"texts are tokenized as open_clip's HFTokenizer of {hf_tokenizer(model)} does")
     cosine = min(float((own * other).sum(-1).min()) for own, other in vectors.values())
     difference = max(float((own - other).abs().max()) for own, other in pairs)
     tolerance = limit.logit * (scale if limit.scaled else 1.0)

@@ -29,11 +29,13 @@ class Reader:
         packages: distribution name -> module that it needs.
         read: logits of a directory; None where handoff.graphs compares more than logits.
         extra: of selora's distribution, which brings the packages.
+        shown: those of the packages that read it, where the others only write; empty: all.
     """
 
     packages: dict[str, str]
     read: Read | None
     extra: str = "export"
+    shown: tuple[str, ...] = ()
 
     @property
     def missing(self) -> list[str]:
@@ -51,7 +53,7 @@ class Reader:
 
     @property
     def name(self) -> str:
-        return " + ".join(f"{name} {version(name)}" for name in self.packages)
+        return " + ".join(f"{name} {version(name)}" for name in self.shown or self.packages)
 
 
 @torch.no_grad()
@@ -107,7 +109,8 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-_GRAPHS = Reader({name: name for name in ("onnx", "onnxruntime", "onnxscript", "tokenizers")}, None, "onnx")
+_GRAPH_PACKAGES = ("onnx", "onnxruntime", "onnxscript", "tokenizers")
+_GRAPHS = Reader({name: name for name in _GRAPH_PACKAGES}, None, "onnx", ("onnxruntime",))
 READERS = {
     "open_clip": Reader({"open_clip_torch": "open_clip"}, logits_by_open_clip),
     "hf": Reader({"transformers": "transformers"}, _read_hf),

@@ -102,7 +102,7 @@ def _prepare(folder: Path, out: Path, plan: dict[str, object]) -> set[int]:
         raise ConfigError(f"{out} exists: choose another file, or remove it")
     if (folder / PLAN).is_file():
         if read_json(folder / PLAN) != plan:
-            raise ConfigError(f"{folder} is of other items, another model or --batch-size: remove it to begin anew")
+            raise ConfigError(f"{folder} is of other items, another model or --batch-size: remove it to start again")
     else:
         folder.mkdir(parents=True, exist_ok=True)
         replace_json(folder / PLAN, plan)

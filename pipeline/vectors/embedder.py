@@ -126,7 +126,9 @@ def _of_graphs(name: str, folder: Path, facts: dict[str, Any]) -> Embedder:
     cfg = facts["graphs"]["preprocess_cfg"]
     files = {key: folder / file for key, file in facts["graphs"]["files"].items()}
     model = OnnxModel(files, cfg["mean"], cfg["std"])
-    tokenizer = _graph_tokenizer(folder, model) if model.context is not None else None
+    # of a Hugging Face tokenizer the file does not say how open_clip cleans and pads
+    ours = model.context is not None and facts["graphs"].get("hf_tokenizer") is None
+    tokenizer = _graph_tokenizer(folder, model) if ours else None
     digest = f"{facts['weights_digest']}-{facts['graphs']['precision']}"
     return Embedder(name, digest, Encoder(cast(Any, model), tokenizer, torch.device("cpu")), cfg)
 

@@ -43,7 +43,7 @@ def images_of(source: str, options: SourceOptions) -> list[Item]:
     elif (path / "index.json").is_file():
         items = [Item(sample.name, sample.image) for sample in read_shards(path).samples]
     elif path.is_dir() and options.format == "auto" and not any(path.glob("*.tar")):
-        # whatever the folders mean, so that a folder without classes and captions is one, too
+        # every image below it, so a folder without classes and captions is a source as well
         items = [Item(printable(name), path / name) for name in walk(path).images]
     else:
         items = [Item(sample.name, sample.image) for sample in read_source(source, options).samples]

@@ -39,7 +39,7 @@ def search(found: Vectors, embedder: Embedder, question: str, top: int = 10) -> 
     if embedder.digest != found.digest:
         raise ConfigError(
             f"{embedder.name} has the weights {embedder.digest[:12]}, and the vectors were computed with "
-            f"{found.digest[:12]}: embed anew, or name the model with --with"
+            f"{found.digest[:12]}: embed again, or name the model with --with"
         )
     values, places = nearest(found.vectors, _vector(embedder, question), min(top, len(found.keys)))
     return [Hit(found.keys[int(place)], float(value)) for value, place in zip(values, places, strict=True)]

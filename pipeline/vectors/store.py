@@ -76,7 +76,7 @@ def read_vectors(file: Path) -> Vectors:
     except FileNotFoundError as error:
         raise ConfigError(f"{error.filename or file}: there is no such file; `selora embed` writes it") from error
     except (ValueError, KeyError, OSError, TypeError) as error:
-        raise ConfigError(f"{file}: is no file of vectors by `selora embed` ({error})") from error
+        raise ConfigError(f"{file}: is not a file of vectors by `selora embed` ({error})") from error
     return Vectors(keys, torch.from_numpy(values), facts["model"], facts["digest"], facts["kind"])
 
 

@@ -55,6 +55,7 @@ def test_results_of_other_weights_are_not_in_a_card(make_run: Callable[..., Path
     assert not (tmp_path / "out/results.png").exists()
 
 
+@pytest.mark.slow
 def test_a_version_carries_its_card(
     make_run: Callable[..., Path], evaluated: Callable[[Path], Path], store: str, tmp_path: Path
 ) -> None:

@@ -48,7 +48,7 @@ def test_differences_are_those_of_the_page(
     """Another machine rounds in another way, so ten times the page's figure is still the same."""
     to, precision = ROWS[row]
     vit = row in ("timm", "onnx of a ViT")
-    run = make_vit_run(tmp_path / "run", ("a", "b", "c"), steps=(5,)) if vit else make_run("lora")
+    run = make_vit_run(tmp_path / "run", ("a", "b", "c"), steps=(5,)) if vit else make_run("lora", True)
     report = export(run, to, tmp_path / "out", graph=lambda _: GraphOptions(precision=precision))  # pyright: ignore[reportArgumentType]
     assert report.difference is not None
     with capsys.disabled():

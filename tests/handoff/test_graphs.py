@@ -66,7 +66,7 @@ def labels_for(clip: Any) -> Labels:
 
 
 def test_onnxruntime_reads_both_towers_and_the_head(toy_run: Path, tmp_path: Path) -> None:
-    """One Triton repository is the same graphs in other places, so it stands for both."""
+    """One Triton repository is the same graphs in other places, so it covers both."""
     from tokenizers import Tokenizer
 
     clip = load_run(toy_run)

@@ -96,7 +96,7 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         return read_summary(file)
     except ConfigError:
-        return {}  # a damaged file is no result; `selora report` names it
+        return {}  # `selora report` names a damaged file
 
 
 def _curve(source: Source) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """The model that the registry holds: a fine-tuned CLIP or ViT behind MLflow's `predict`.
 
-MLflow copies this file beside the weights and runs it wherever the model is loaded, so it imports nothing of this
+MLflow copies this file next to the weights and runs it wherever the model is loaded, so it imports nothing of this
 package. The artifacts of a CLIP are `clip`, an open_clip directory, and `labels`, a directory with labels.json (class
 names and templates) and labels.safetensors (their unit vectors); of a ViT `vit`, a timm directory, which names the
 classes of its classifier.
@@ -39,13 +39,13 @@ from torch.nn.functional import normalize
 
 BATCH = 64  # images or texts of one forward
 PLACEHOLDER = "{c}"
-# Of a request to a server; here nobody has to wait for anybody else.
+# Limits of one request to a server, which other requests wait behind.
 MAX_ROWS, MAX_TEXTS, MAX_SERVED_PIXELS = 1024, 2**17, 2**26
 # Characters of one text; a context of 77 tokens holds a few hundred.
 MAX_TEXT = 10_000
-# Images from here on are decoded one at a time: a phone's photo is below, and a few hundred MB each add up.
+# Images of more pixels are decoded one at a time, so that their memory does not add up.
 LARGE = 2**25
-# Vectors of class names that requests have named, kept for the next: how many lists, and numbers in all of them.
+# Vectors of class names are kept for later requests: at most so many lists, and numbers in all lists together.
 HEADS, HEAD_NUMBERS = 64, 2**25
 # The limits of training and evaluation (pipeline/data/image_files.py): what was not learned from is not answered.
 MAX_PIXELS, MAX_RATIO = 2**28, 400
@@ -53,7 +53,7 @@ DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 # What Pillow's plugins and base64 raise for damaged input.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, OverflowError)
 
-# Pillow's own limit lies below ours, which is looked at before a pixel is decoded.
+# Pillow's own limit is below ours, which is checked before a pixel is decoded.
 Image.MAX_IMAGE_PIXELS = None
 
 
@@ -72,7 +72,7 @@ class Served(PythonModel):
         artifacts = {name: Path(path) for name, path in context.artifacts.items()}
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.kind = Vit(artifacts["vit"], device) if "vit" in artifacts else Clip(**artifacts, device=device)
-        # Requests decode side by side and compute in turn, so that activations are those of one batch.
+        # Requests are decoded in parallel and computed in turn: there are activations of one batch at a time.
         self.turn = threading.Lock()
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: Mapping[str, Any] | None = None) -> Any:  # noqa: ARG002
@@ -124,7 +124,7 @@ class Served(PythonModel):
         if column is None:
             raise Refused(f"images come in a column image or path, got {', '.join(map(str, table.columns))}")
         if column == "path" and serving():
-            # it would let anybody ask which files the server has
+            # it would tell clients which files the server has
             raise Refused("path: a server reads no files; send the image itself in the column image")
         read = _decode if column == "image" else Path
         values = list(table[column])
