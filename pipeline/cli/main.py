@@ -31,9 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code. 0: done; 1: it failed or found something wrong; 2: a mistake of the user or a full disk, which is
         printed; 130: a signal stopped it, and what it had done is saved where the command can be continued.
     """
-    if argv is None:
-        _use_utf8()
-    arguments = _parse(_without_local_rank(sys.argv[1:] if argv is None else argv))
+    try:
+        if argv is None:
+            _use_utf8()
+        return _run(_parse(_without_local_rank(sys.argv[1:] if argv is None else argv)))
+    except KeyboardInterrupt:
+        print(f"{_rank()}interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """The exit code of a command; what the user can do something about is printed in a line."""
     try:
         code = arguments.run(arguments)
         sys.stdout.flush()
@@ -50,9 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Ended as error:
         print(f"{_rank()}selora {arguments.command}: {error}", file=sys.stderr)
         return FAILED
-    except KeyboardInterrupt:
-        print(f"{_rank()}interrupted", file=sys.stderr)
-        return INTERRUPTED
     except Exception as error:
         line = one_line(error)
         if line is None:

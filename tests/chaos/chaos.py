@@ -279,7 +279,9 @@ def main(argv: list[str] | None = None) -> int:
     os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "TOKENIZERS_PARALLELISM": "false"}
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["pipeline.training.run", "deepspeed", "open_clip", "pipeline.handoff.promote"])
+    server.set_forkserver_preload(
+        ["pipeline.cli", "pipeline.training.run", "deepspeed", "open_clip", "pipeline.handoff.promote"]
+    )
     folder = Path(tempfile.mkdtemp(prefix="selora-chaos-"))
     os.environ["SELORA_CACHE"] = str(folder / "cache")
 

@@ -170,6 +170,15 @@ def test_interrupt_ends_in_130_without_a_traceback(repository, tmp_path):
     assert stderr.strip() == "interrupted"
 
 
+def test_an_interrupt_while_options_are_read_is_one_line(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["pipeline.cli.main"], "build_parser", interrupted)
+    assert main(["config", "x.yaml"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_every_command_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as caught:

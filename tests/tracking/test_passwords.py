@@ -20,6 +20,7 @@ from ports import free_port
 from pipeline.config import Config, ConfigError, digest, flatten, load_config, override, to_yaml
 from pipeline.doctor.machine import check_tracking
 from pipeline.passwords import redact
+from pipeline.tracking.mlflow.delivery import load_state, pending
 from pipeline.tracking.mlflow.sync import sync
 from pipeline.tracking.mlflow.uris import PasswordMissing, resolve_uri, without_user
 from pipeline.tracking.tracker import open_tracker
@@ -171,6 +172,13 @@ def holds_the_password(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and any(one in path.read_bytes() for one in secrets)]
 
 
+def wait_for_delivery(run_dir: Path, uri: str) -> None:
+    """On a busy machine the shipper outlives the tracker that started it."""
+    deadline = time.monotonic() + 90
+    while pending(run_dir, load_state(run_dir, uri)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
 def test_a_run_at_a_guarded_server_keeps_no_password(
     guarded: Guarded, tmp_path: Path, store_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -187,6 +195,7 @@ def test_a_run_at_a_guarded_server_keeps_no_password(
             tracker.metrics(step, {"loss": 0.5})
     assert f"uri: http://me:***@{guarded.host}" in (run_dir / "config.yaml").read_text()
     # All of it came to the store, and what came has no password either.
+    wait_for_delivery(run_dir, guarded.uri)
     with pytest.raises(PasswordMissing, match="is kept nowhere"):
         sync(run_dir)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
@@ -202,6 +211,7 @@ def test_a_run_at_a_guarded_server_keeps_no_password(
     written = load_config(run_dir / "config.yaml").tracking.uri
     with open_tracker(run_dir, run_name="run", uri=written, owns_status=False) as tracker:
         tracker.metrics(2, {"eval/id": 0.25})
+    wait_for_delivery(run_dir, guarded.uri)
     assert sync(run_dir).sent == 0
     monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
     with open_tracker(run_dir, run_name="run", uri=written, owns_status=False) as tracker:
