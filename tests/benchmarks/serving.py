@@ -68,6 +68,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--model", help="models:/NAME@ALIAS or a directory (default: the demo's CLIP)")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a stopped test leaves no server behind
     with tempfile.TemporaryDirectory(prefix="selora-serving-") as folder:
         root = Path(folder)
         photos = demo_photos(root)
