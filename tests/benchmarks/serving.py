@@ -19,13 +19,16 @@ import os
 import random
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +129,7 @@ def start(model: str, log: Path) -> tuple[subprocess.Popen[bytes], int]:
 def load(clients: int, seconds: float, photos: list[str], server: Any, port: int, log: Path) -> int:
     seen, stop = Seen(), threading.Event()
     before = workers(server.pid)
+    bad()
     ask(port, seen, random.Random(0), photos, stop, once=True)  # the first request warms up
     threads = [
         threading.Thread(target=ask, args=(port, seen, random.Random(number), photos, stop))
@@ -176,26 +180,30 @@ def question(draw: random.Random, photos: list[str]) -> tuple[bool, int, bytes]:
     return True, images, json.dumps({"dataframe_records": rows, "params": params}).encode()
 
 
+@cache
 def bad() -> list[bytes]:
     """Requests that a server must refuse: no JSON, no image, half an image, too many pixels, rows or texts."""
-    if not _BAD:
-        bomb = io.BytesIO()
-        Image.new("1", (60_000, 60_000)).save(bomb, "PNG")
-        noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
-        half = io.BytesIO()
-        noise.save(half, "PNG")
-        images = [bomb.getvalue(), half.getvalue()[:3000], b"GIF89a", b""]
-        rows = [[{"image": base64.b64encode(image).decode()}] for image in images]
-        rows += [[{"image": "no base64!"}], [{"path": "/etc/hostname"}], [{"image": ""}] * 2000]
-        _BAD.extend(json.dumps({"dataframe_records": each}).encode() for each in rows)
-        row = [{"image": base64.b64encode(half.getvalue()).decode()}]
-        names = {"class_names": [f"thing {i}" for i in range(200_000)]}
-        _BAD.append(json.dumps({"dataframe_records": row, "params": names}).encode())
-        _BAD.extend([b"", b"{", b"[1, 2]", b'{"dataframe_records": 5}', b"\xff\xfe"])
-    return _BAD
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    whole = io.BytesIO()
+    noise.save(whole, "PNG")
+    images = [huge_png(60_000), whole.getvalue()[:3000], b"GIF89a", b""]
+    rows = [[{"image": base64.b64encode(image).decode()}] for image in images]
+    rows += [[{"image": "no base64!"}], [{"path": "/etc/hostname"}], [{"image": ""}] * 2000]
+    bodies = [json.dumps({"dataframe_records": each}).encode() for each in rows]
+    row = [{"image": base64.b64encode(whole.getvalue()).decode()}]
+    names = {"class_names": [f"thing {i}" for i in range(200_000)]}
+    bodies.append(json.dumps({"dataframe_records": row, "params": names}).encode())
+    return [*bodies, b"", b"{", b"[1, 2]", b'{"dataframe_records": 5}', b"\xff\xfe"]
 
 
-_BAD: list[bytes] = []
+def huge_png(side: int) -> bytes:
+    """The head of a PNG of side x side pixels: a decoder that believes it would need gigabytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(3 * side + 1))) + chunk(b"IEND", b"")
 
 
 def rss(pid: int) -> int:
