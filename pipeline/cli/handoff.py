@@ -14,7 +14,7 @@ from pipeline.config import ConfigError
 
 if TYPE_CHECKING:
     from pipeline.handoff.graphs import GraphOptions
-    from pipeline.handoff.source import Source
+    from pipeline.handoff.source import TrainedModel
 
 
 def add(commands: Any) -> None:
@@ -159,7 +159,7 @@ def run_export(arguments: argparse.Namespace) -> int:
 GRAPH_OPTIONS = ("precision", "pixels", "classnames", "templates", "benchmark", "limit")
 
 
-def _graph_options(arguments: argparse.Namespace, run_dir: Path) -> Callable[[Source], GraphOptions] | None:
+def _graph_options(arguments: argparse.Namespace, run_dir: Path) -> Callable[[TrainedModel], GraphOptions] | None:
     """What makes the options of an ONNX or Triton export of its model; ConfigError where another format gets them."""
     given = {name: value for name in GRAPH_OPTIONS if (value := getattr(arguments, name)) is not None}
     if arguments.to not in ("onnx", "triton"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,12 @@ def _add_evaluate(commands: Any) -> None:
         "selora evaluate runs/my_run --strength",
         "selora evaluate runs/my_run --strength auto --floor 0.95",
     )
+    _add_model_arguments(parser)
+    _add_work_arguments(parser)
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which models are evaluated on which datasets."""
     parser.add_argument("model", metavar="RUN_OR_MODEL", help="directory of a run, or a name as in model.name")
     parser.add_argument("--pretrained", metavar="TAG", help="open_clip tag or weights file of a plain model")
     parser.add_argument(
@@ -98,6 +105,10 @@ def _add_evaluate(commands: Any) -> None:
         metavar="N",
         help="use only N images of each dataset, evenly spaced, and the same share of a K-NN bank",
     )
+
+
+def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the work is done."""
     parser.add_argument(
         "--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: this rank's GPU if there is one)"
     )
@@ -120,13 +131,13 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
-    from pipeline.evaluation.command import evaluate_command
+    from pipeline.evaluation.command import EvalRequest, evaluate_command
     from pipeline.evaluation.strength import ALPHAS
 
-    asked = {key: value for key, value in vars(arguments).items() if key not in ("command", "run", "text_only")}
+    options = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(EvalRequest)}
     if arguments.strength == []:
-        asked["strength"] = ALPHAS
-    return evaluate_command(asked.pop("model"), **asked)
+        options["strength"] = ALPHAS
+    return evaluate_command(arguments.model, EvalRequest(**options))
 
 
 def _add_track(commands: Any) -> None:

@@ -222,7 +222,7 @@ def rank_memory(
 
 
 @dataclass(frozen=True)
-class Machine:
+class Hardware:
     """A node: `flops` is what one card reaches in these products, `link_gbit` what the node's network gives."""
 
     cards: int = 8
@@ -237,13 +237,13 @@ def step_flops(shape: ClipShape, images: int, recompute: Recompute = PLAIN) -> i
     return 2 * shape.macs * images * recompute.passes(images)
 
 
-def step_seconds(shape: ClipShape, images: int, machine: Machine) -> float:
+def step_seconds(shape: ClipShape, images: int, machine: Hardware) -> float:
     """Computing time of a step."""
     return step_flops(shape, images) / machine.flops
 
 
 def communication_seconds(
-    shape: ClipShape, stage: int, ranks: int, *, trained: int, images: int, machine: Machine
+    shape: ClipShape, stage: int, ranks: int, *, trained: int, images: int, machine: Hardware
 ) -> float:
     """Time of a step's collectives when nothing overlaps: a ring passes each node's link once, plus its hops."""
     traffic = gradient_traffic(stage, shape.parameters, trained, ranks)
@@ -255,7 +255,7 @@ def communication_seconds(
     return traffic / rate + rounds * (machine.cards + nodes) * machine.latency_s
 
 
-def efficiency(shape: ClipShape, stage: int, nodes: int, *, trained: int, images: int, machine: Machine) -> float:
+def efficiency(shape: ClipShape, stage: int, nodes: int, *, trained: int, images: int, machine: Hardware) -> float:
     """Share of the time that computes, without any overlap: the lower bound."""
     compute = step_seconds(shape, images, machine)
     waits = communication_seconds(shape, stage, nodes * machine.cards, trained=trained, images=images, machine=machine)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from pipeline.costs import scale
-from pipeline.costs.scale import SHAPES, Machine, Recompute
+from pipeline.costs.scale import SHAPES, Hardware, Recompute
 
 RANK, BATCH, MICRO = 16, 512, 64
 RANKS = (4, 8, 16, 64, 256)
@@ -131,7 +131,7 @@ def _strong() -> str:
 def _data() -> str:
     rows = []
     for shape in SHAPES.values():
-        rate = MICRO / scale.step_seconds(shape, MICRO, Machine())
+        rate = MICRO / scale.step_seconds(shape, MICRO, Hardware())
         cores = [f"{scale.loader_cores(rate, ms):.1f}" for _, ms in DECODE_MS]
         rows.append([shape.name, f"{rate:,.0f}", *cores, f"{8 * scale.store_gbit(rate, IMAGE_BYTES):.1f}"])
     return (
@@ -145,7 +145,7 @@ def _data() -> str:
 
 def _share(name: str, stage: int, nodes: int, micro: int, link: float) -> float:
     shape = SHAPES[name]
-    machine = Machine(link_gbit=link)
+    machine = Hardware(link_gbit=link)
     return scale.efficiency(shape, stage, nodes, trained=shape.trained(RANK), images=micro, machine=machine)
 
 

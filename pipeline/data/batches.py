@@ -28,7 +28,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _running: weakref.WeakSet[Generator[Any]] = weakref.WeakSet()
 
 
-class Plan(Protocol):
+class BatchPlan(Protocol):
     """What each batch is made of, in order."""
 
     def __len__(self) -> int: ...
@@ -42,7 +42,7 @@ class Batches(Generic[Made]):
     def __init__(
         self,
         make: Callable[[Sequence[int]], Made],
-        plan: Plan,
+        plan: BatchPlan,
         *,
         workers: int,
         prefetch: int = 4,

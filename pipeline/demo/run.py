@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from pipeline.config import Config, ConfigError, load_config
 from pipeline.demo.assets import BENCHMARK, FINETUNE, GRID, MODEL, asset, unpack
-from pipeline.demo.show import Row, table
+from pipeline.demo.show import MethodResult, table
 from pipeline.runs.results import EVAL, has_summary, read_summary
 from pipeline.selection.ranking import point_of
 from pipeline.tracking.mlflow.uris import sqlite_uri
@@ -78,14 +78,14 @@ def demo_config(out: Path, seed: int) -> Config:
     return load_config(asset(FINETUNE), [f"{key}={value}" for key, value in changes.items()])
 
 
-def read_rows(sweep_dir: Path) -> list[Row]:
+def read_rows(sweep_dir: Path) -> list[MethodResult]:
     """The untouched model, then every trial that has results, in the order of the grid."""
     from pipeline.handoff.choice import chosen_run
     from pipeline.runs.sweep import read_sweep, trial_dir
 
     found = read_sweep(sweep_dir)
     chosen = chosen_run(sweep_dir)[0].name
-    rows: list[Row] = []
+    rows: list[MethodResult] = []
     for trial in found["trials"]:
         folder = trial_dir(sweep_dir, trial["name"])
         if not has_summary(folder / EVAL):
@@ -97,16 +97,18 @@ def read_rows(sweep_dir: Path) -> list[Row]:
     return rows
 
 
-def _untouched(summary: Mapping[str, Any]) -> Row:
+def _untouched(summary: Mapping[str, Any]) -> MethodResult:
     means = {name: found["mean"] - found["change"] for name, found in summary["groups"].items()}
-    return Row("untouched", means["id"], means["shift"], means["zero-shot"], means["retrieval"], 1.0, None, None)
+    return MethodResult(
+        "untouched", means["id"], means["shift"], means["zero-shot"], means["retrieval"], 1.0, None, None
+    )
 
 
-def _row(label: str, summary: Mapping[str, Any], gates: Mapping[str, Any], *, chosen: bool) -> Row:
+def _row(label: str, summary: Mapping[str, Any], gates: Mapping[str, Any], *, chosen: bool) -> MethodResult:
     means = {name: found["mean"] for name, found in summary["groups"].items()}
     point = point_of(summary)
     assert point is not None
-    return Row(
+    return MethodResult(
         label=f"{label} *" if chosen else label,
         id=means["id"],
         shift=means["shift"],

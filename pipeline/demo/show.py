@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodResult:
     """The result of one method. Accuracies and shares in [0, 1].
 
     `kept` and `worst` are relative to the untouched model; `worst` is (dataset, share), None of the untouched one.
@@ -23,12 +23,12 @@ class Row:
     active: tuple[int, int] | None
 
 
-def active_text(row: Row) -> str:
+def active_text(row: MethodResult) -> str:
     """ "12/144 (8 %)", or "-" without blocks."""
     return f"{row.active[0]}/{row.active[1]} ({row.active[0] / row.active[1]:.0%})" if row.active else "-"
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[MethodResult]) -> str:
     """Accuracies and shares kept in percent, gain in points; the last column names the dataset that kept least."""
     head = ("method", "active blocks", "id", "gained", "shift", "zero-shot", "retrieval", "kept", "worst")
     lines: list[tuple[str, ...]] = [head]

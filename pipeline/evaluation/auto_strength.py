@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.config import ConfigError
 from pipeline.evaluation.datasets.benchmark import Benchmark
 from pipeline.evaluation.datasets.dataset import Settings
-from pipeline.evaluation.run import Job, Outcome, Say, finish, walk_table
+from pipeline.evaluation.run import EvalJob, Outcome, Say, evaluate_jobs
 from pipeline.evaluation.strength import AUTO, STRENGTHS, evaluate_at, job_at
 from pipeline.evaluation.summary import Summary
 from pipeline.model.between import Between
@@ -73,8 +73,9 @@ def choose_strength(
     table = table.part("choosing")
     source, folder = find_run(run_dir), Path(out_dir) / STRENGTHS / AUTO / "choosing"
 
-    def summary(job: Job, untouched: Summary | None, facts: Mapping[str, Any] | None) -> Summary:
-        return finish(walk_table([job], table, settings, say=say), 0, table, untouched, facts).summary
+    def summary(job: EvalJob, untouched: Summary | None, facts: Mapping[str, Any] | None) -> Summary:
+        [own] = evaluate_jobs([job], table, settings, say=say)
+        return own.outcome(table, untouched, facts).summary
 
     base = load_base(source)
     untouched = summary(job_at(base, source, 0, _baselines(baselines, source, "choosing")), None, None)

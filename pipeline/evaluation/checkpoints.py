@@ -11,7 +11,7 @@ from pipeline.config import ConfigError
 from pipeline.evaluation.datasets.benchmark import Benchmark
 from pipeline.evaluation.datasets.dataset import Settings
 from pipeline.evaluation.measures.ranks import Ranks
-from pipeline.evaluation.run import Job, Outcome, Say, evaluate_run, finish, walk_table
+from pipeline.evaluation.run import EvalJob, Outcome, Say, evaluate_jobs, evaluate_run
 from pipeline.files import replace_json
 from pipeline.model.restore import RunSource, find_run, load_run
 from pipeline.runs.results import CHECKPOINTS_FILE
@@ -48,8 +48,8 @@ def evaluate_checkpoints(
     found: list[dict[str, Any]] = []
     for some in _in_turns(sources):
         jobs = [_job(run_dir, source, out) for source in some]
-        walk = walk_table(jobs, own, settings, say=say)
-        found += [_line(source, finish(walk, i, own, None)) for i, source in enumerate(some)]
+        evaluations = evaluate_jobs(jobs, own, settings, say=say)
+        found += [_line(source, each.outcome(own, None)) for source, each in zip(some, evaluations, strict=True)]
     best = max(found, key=lambda line: (line["id"], -line["step"]))
     folder = out / "checkpoints" / str(best["step"])
     outcome = evaluate_run(
@@ -65,9 +65,9 @@ def _in_turns(sources: Sequence[RunSource]) -> Iterator[Sequence[RunSource]]:
     return (sources[start : start + AT_ONCE] for start in range(0, len(sources), AT_ONCE))
 
 
-def _job(run_dir: str | Path, source: RunSource, out: Path) -> Job:
+def _job(run_dir: str | Path, source: RunSource, out: Path) -> EvalJob:
     model = dataclasses.replace(load_run(run_dir, source.step), pretrained=source.label)
-    return Job(model, out / "checkpoints" / str(source.step), f"step {source.step}")
+    return EvalJob(model, out / "checkpoints" / str(source.step), f"step {source.step}")
 
 
 def _line(source: RunSource, outcome: Outcome) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`selora evaluate`: from what the user typed to models, settings and a printed table."""
+"""The command evaluate: from its options to models, settings and a printed table."""
 
 from __future__ import annotations
 
@@ -41,8 +41,12 @@ from pipeline.selection.floor import Floor
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the user typed; None: the run's config or a default decides."""
+class EvalRequest:
+    """Options of an evaluation; None: the run's config or a default decides.
+
+    Attributes:
+        strength: several are a curve; one of them, or "auto", is a model.
+    """
 
     benchmark: str | Path | None = None
     root: str | Path | None = None
@@ -56,7 +60,6 @@ class Asked:
     precision: Precision = "fp32"
     preprocessing: Preprocessing = "reference"
     cache: str | None = None
-    # Several strengths are a curve, one of them or "auto" is a model.
     strength: Sequence[Strength] | None = None
     floor: float | None = None
     checkpoints: bool = False
@@ -86,22 +89,21 @@ class Asked:
         return table.choose(config.eval.datasets) if config is not None and own else table
 
 
-def evaluate_command(run_or_model: str | Path, **asked: object) -> int:
-    """A run directory, or a plain model by name or directory, on a benchmark; prints the table. Options as in `Asked`.
+def evaluate_command(run_or_model: str | Path, options: EvalRequest) -> int:
+    """Evaluate a run, or a plain model by name or directory, on a benchmark and print the table.
 
     A run takes benchmark, batch size and workers from its config where they are not given, writes to RUN/eval, and is
-    compared with its untouched base, whose own results are kept in OUT/baselines/<digest> for all runs beside it.
+    compared with its untouched base, whose own results are kept in OUT/baselines/<digest> for all runs next to it.
 
     Returns:
         The exit code: 1 where no strength above 0 keeps the floor.
     """
     check_exists(run_or_model)
-    options = Asked(**asked)  # pyright: ignore[reportArgumentType]
     if not is_run(run_or_model):
         if options.strength is not None:
-            raise ConfigError(f"strength: {run_or_model} is no run, and the curve needs one and its untouched base")
+            raise ConfigError(f"strength: {run_or_model} is not a run, and strengths need a run and its untouched base")
         if options.checkpoints:
-            raise ConfigError(f"checkpoints: {run_or_model} is no run, so it has none")
+            raise ConfigError(f"checkpoints: {run_or_model} is not a run, so it has none")
         table = options.table(None)
         with launched_ranks() as ranks:
             _plain_model(str(run_or_model), table, options, ranks)
@@ -151,7 +153,7 @@ def evaluate_model(
     Raises:
         ConfigError: a wrong argument, or faults of the data; the message names all of them.
     """
-    asked = Asked(
+    options = EvalRequest(
         benchmark=benchmark,
         root=root,
         out=out,
@@ -165,41 +167,43 @@ def evaluate_model(
     )
     check_exists(run_or_model)
     if not is_run(run_or_model):
-        table = asked.table(None)
+        table = options.table(None)
         with launched_ranks():
-            return _plain_results(str(run_or_model), table, asked)[0].summary
-    config = _config_of(Path(run_or_model), asked)
-    table = asked.table(config)
+            return _plain_results(str(run_or_model), table, options)[0].summary
+    config = _config_of(Path(run_or_model), options)
+    table = options.table(config)
     with launched_ranks() as ranks:
-        return _run_results(Path(run_or_model), config, table, asked, ranks)[0].summary
+        return _run_results(Path(run_or_model), config, table, options, ranks)[0].summary
 
 
-def _config_of(run: Path, options: Asked) -> Config:
+def _config_of(run: Path, options: EvalRequest) -> Config:
     if options.pretrained is not None:
         raise ConfigError("pretrained: a run brings its own weights; give it for a plain model only")
     return load_config(run / "config.yaml", [])
 
 
-def _plain_model(name: str, table: Benchmark, options: Asked, ranks: Ranks) -> None:
+def _plain_model(name: str, table: Benchmark, options: EvalRequest, ranks: Ranks) -> None:
     outcome, folder = _plain_results(name, table, options)
     if ranks.rank == 0:
         sys.stdout.write(format_summary(outcome.summary) + f"\nresults in {folder}\n")
 
 
-def _plain_results(name: str, table: Benchmark, options: Asked) -> tuple[Outcome, Path]:
-    clip = load_plain(name, options.pretrained)
-    folder = Path(options.out) if options.out is not None else Path("eval") / _slug(clip)
-    return evaluate(clip, table, folder, options.settings(None), datasets=options.datasets, say=progress), folder
+def _plain_results(name: str, table: Benchmark, options: EvalRequest) -> tuple[Outcome, Path]:
+    model = load_plain(name, options.pretrained)
+    folder = Path(options.out) if options.out is not None else Path("eval") / _slug(model)
+    return evaluate(model, table, folder, options.settings(None), datasets=options.datasets, say=progress), folder
 
 
-def _run(run: Path, config: Config, table: Benchmark, options: Asked, ranks: Ranks) -> int:
+def _run(run: Path, config: Config, table: Benchmark, options: EvalRequest, ranks: Ranks) -> int:
     outcome, folder = _run_results(run, config, table, options, ranks)
     if ranks.rank == 0:
         sys.stdout.write(format_summary(outcome.summary) + f"\nresults in {folder}\n")
     return 0
 
 
-def _run_results(run: Path, config: Config, table: Benchmark, options: Asked, ranks: Ranks) -> tuple[Outcome, Path]:
+def _run_results(
+    run: Path, config: Config, table: Benchmark, options: EvalRequest, ranks: Ranks
+) -> tuple[Outcome, Path]:
     """The results of a run and their folder; whole ones in the run's own folder are also tracked."""
     folder, baselines = places(run, options)
     settings = options.settings(config)
@@ -209,48 +213,49 @@ def _run_results(run: Path, config: Config, table: Benchmark, options: Asked, ra
     return outcome, folder
 
 
-def _strength(run: Path, config: Config, table: Benchmark, options: Asked, ranks: Ranks) -> int:
-    asked = tuple(options.strength or ())
-    if len(asked) != 1:
+def _strength(run: Path, config: Config, table: Benchmark, options: EvalRequest, ranks: Ranks) -> int:
+    strengths = tuple(options.strength or ())
+    if len(strengths) != 1:
         return _curve(run, config, table, options, ranks)
+    [strength] = strengths
     rule = config.promote if options.floor is None else Promote(min_kept=options.floor)
-    chosen, outcome = at_strength(run, asked[0], rule, config, table, options)
+    chosen, outcome = at_strength(run, strength, rule, config, table, options)
     if ranks.rank == 0:
-        told = [] if outcome is None else [format_summary(outcome.summary)]
-        told += [] if chosen is None else [str(chosen)]
-        told += [f"results in {places(run, options)[0] / STRENGTHS / strength_name(asked[0])}"]
-        sys.stdout.write("\n".join(told) + "\n")
+        lines = [] if outcome is None else [format_summary(outcome.summary)]
+        lines += [] if chosen is None else [str(chosen)]
+        lines += [f"results in {places(run, options)[0] / STRENGTHS / strength_name(strength)}"]
+        sys.stdout.write("\n".join(lines) + "\n")
         if outcome is not None and options.out is None and options.limit is None:
-            track_strength(run, config, strength_name(asked[0]))
+            track_strength(run, config, strength_name(strength))
     return 0 if outcome is not None else 1
 
 
 def at_strength(
-    run: Path, asked: Strength, rule: Promote, config: Config, table: Benchmark, options: Asked
+    run: Path, strength: Strength, rule: Promote, config: Config, table: Benchmark, options: EvalRequest
 ) -> tuple[ChosenStrength | None, Outcome | None]:
     """Evaluate a run's model at a strength; what is finished is read.
 
     Args:
-        asked: in (0, 1], or "auto": the largest that keeps the floor in `rule`.
+        strength: in (0, 1], or "auto": the largest that keeps the floor in `rule`.
 
     Returns:
-        How the strength was chosen, None of one that was given; and the results, None where "auto" found 0.
+        How the strength was chosen, None for one that was given; and the results, None where "auto" found 0.
     """
     folder, baselines = places(run, options)
     settings = options.settings(config)
-    if asked == AUTO:
+    if strength == AUTO:
         floor = Floor.of(rule)
         chosen_table = table.choose(options.datasets)
         return evaluate_auto(run, chosen_table, folder, settings, floor, baselines=baselines, say=progress)
-    if isinstance(asked, str) or not 0 < asked <= 1:
+    if isinstance(strength, str) or not 0 < strength <= 1:
         raise ConfigError(
-            f"strength: {asked!r} should be a number above 0 (untouched), 1 (fine-tuned) at most, or auto"
+            f"strength: {strength!r} should be a number above 0 (untouched), 1 (fine-tuned) at most, or auto"
         )
     outcome = evaluate_at(
         run,
-        asked,
+        strength,
         table,
-        folder / STRENGTHS / strength_name(asked),
+        folder / STRENGTHS / strength_name(strength),
         settings,
         baselines=baselines / find_run(run).base_digest[:16],
         also=(folder,),
@@ -260,9 +265,9 @@ def at_strength(
     return None, outcome
 
 
-def _curve(run: Path, config: Config, table: Benchmark, options: Asked, ranks: Ranks) -> int:
+def _curve(run: Path, config: Config, table: Benchmark, options: EvalRequest, ranks: Ranks) -> int:
     if AUTO in (options.strength or ()):
-        raise ConfigError("strength: auto is one strength and stands alone; a curve has numbers")
+        raise ConfigError("strength: auto is a single strength; a curve consists of numbers")
     folder, baselines = places(run, options)
     curve = evaluate_strength(
         run,
@@ -281,19 +286,19 @@ def _curve(run: Path, config: Config, table: Benchmark, options: Asked, ranks: R
     return 0
 
 
-def _checkpoints(run: Path, config: Config, table: Benchmark, options: Asked, ranks: Ranks) -> int:
+def _checkpoints(run: Path, config: Config, table: Benchmark, options: EvalRequest, ranks: Ranks) -> int:
     folder, baselines = places(run, options)
     settings = options.settings(config)
     comparison, best = evaluate_checkpoints(
         run, table, folder, settings, baselines=baselines, datasets=options.datasets, say=progress
     )
     if ranks.rank == 0:
-        told = [format_checkpoints(comparison), format_summary(best.summary), f"results in {folder}"]
-        sys.stdout.write("\n\n".join(told) + "\n")
+        lines = [format_checkpoints(comparison), format_summary(best.summary), f"results in {folder}"]
+        sys.stdout.write("\n\n".join(lines) + "\n")
     return 0
 
 
-def places(run: Path, options: Asked) -> tuple[Path, Path]:
+def places(run: Path, options: EvalRequest) -> tuple[Path, Path]:
     """Where the results of the run and of its untouched base go."""
     if options.out is not None:
         return Path(options.out), Path(options.out) / "baselines"
@@ -310,9 +315,9 @@ def load_plain(name: str, pretrained: str | None) -> Model:
     return load_model(name, pretrained)
 
 
-def _slug(clip: Model) -> str:
-    name = clip.name.removeprefix("timm:").removeprefix("local-dir:").removeprefix("hf-hub:")
-    parts = [Path(name).name if Path(name).is_absolute() else name, clip.pretrained and Path(clip.pretrained).name]
+def _slug(model: Model) -> str:
+    name = model.name.removeprefix("timm:").removeprefix("local-dir:").removeprefix("hf-hub:")
+    parts = [Path(name).name if Path(name).is_absolute() else name, model.pretrained and Path(model.pretrained).name]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(part for part in parts if part)).strip("-")
 
 

@@ -45,30 +45,30 @@ Head = tuple[tuple[str, ...], tuple[str, ...]]
 class Subject:
     """A model under evaluation. Classifier heads are kept: many sets share class names and templates."""
 
-    clip: Model
+    model: Model
     encoder: Encoder
     digest: str
     heads: dict[Head, Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def of(clip: Model, settings: Settings) -> Subject:
+    def of(model: Model, settings: Settings) -> Subject:
         """Move the model to the device, in eval mode."""
-        digest = weights_digest(stock_state(clip.model))
-        model = clip.model.to(settings.device).eval()
-        tokenizer = None if isinstance(clip, Vit) else batch_tokenizer(model, clip.tokenizer)
-        return Subject(clip, Encoder(model, tokenizer, settings.device, settings.precision), digest)
+        digest = weights_digest(stock_state(model.model))
+        module = model.model.to(settings.device).eval()
+        tokenizer = None if isinstance(model, Vit) else batch_tokenizer(module, model.tokenizer)
+        return Subject(model, Encoder(module, tokenizer, settings.device, settings.precision), digest)
 
     def unable(self, dataset: Dataset) -> str | None:
         """Why this model cannot answer a row; None where it can."""
-        if not isinstance(self.clip, Vit):
+        if not isinstance(self.model, Vit):
             return None
         if dataset.row.task == "knn_classification":
             return None
         if dataset.row.is_retrieval:
             return "the model reads no texts"
-        if self.clip.classes is None:
+        if self.model.classes is None:
             return "the untouched model has no classifier"
-        known = by_plain_name(self.clip.classes, "the model")
+        known = by_plain_name(self.model.classes, "the model")
         asked = by_plain_name(dataset.classnames, dataset.row.key)
         # A set of the own task may lack classes. Another set that happens to share some is not one of its target sets.
         if asked.keys() != known.keys() and (dataset.row.group != "id" or not asked.keys() <= known.keys()):
@@ -78,9 +78,9 @@ class Subject:
     def scorer(self, dataset: Dataset, ranks: Ranks) -> Callable[[Tensor], Tensor]:
         """Images (B, 3, H, W) -> logits (B, classes of the dataset): zero-shot, or of the model's own classifier."""
         subset = dataset.row.subset
-        if isinstance(self.clip, Vit):
+        if isinstance(self.model, Vit):
             # The outputs for the classes of the dataset, which may lack some of the model's or have another order.
-            known = {plain_name(name): column for column, name in enumerate(self.clip.classes or ())}
+            known = {plain_name(name): column for column, name in enumerate(self.model.classes or ())}
             columns = [known[plain_name(name)] for name in dataset.classnames]
             return lambda images: apply_subset(self.encoder.scores(images)[:, columns], subset)
         head = self.head(dataset, ranks)
@@ -101,7 +101,7 @@ def evaluate_dataset(subjects: Sequence[Subject], dataset: Dataset, ranks: Ranks
 
     `seconds` is the time of the whole pass. A sample that cannot be read is a ConfigError that names it.
     """
-    if any(subject.clip.preprocess_cfg != subjects[0].clip.preprocess_cfg for subject in subjects):
+    if any(subject.model.preprocess_cfg != subjects[0].model.preprocess_cfg for subject in subjects):
         raise ValueError("models that share a pass must share their preprocessing")
     started = time.perf_counter()
     with torch.inference_mode():
@@ -110,8 +110,8 @@ def evaluate_dataset(subjects: Sequence[Subject], dataset: Dataset, ranks: Ranks
     return [
         {
             "dataset": dataset.row.key,
-            "model": subject.clip.name,
-            "pretrained": subject.clip.pretrained,
+            "model": subject.model.name,
+            "pretrained": subject.model.pretrained,
             "task": dataset.row.task,
             "language": "en",
             "metrics": outcome.pop("metrics"),
@@ -132,7 +132,7 @@ def _classification(
 
     def count_share() -> list[ClassCounts]:
         counts = [ClassCounts.empty(dataset.classes) for _ in subjects]
-        for batch, pixels in _queries(subjects[0].clip, dataset, ranks, settings):
+        for batch, pixels in _queries(subjects[0].model, dataset, ranks, settings):
             for scorer, own in zip(scorers, counts, strict=True):
                 own.add(scorer(pixels), batch.labels)
         return counts
@@ -161,7 +161,7 @@ def _retrieval(subjects: Sequence[Subject], dataset: Dataset, ranks: Ranks, sett
     def embed_share() -> list[list[Embeddings]]:
         return [
             [embed_batch(subject.encoder, pixels, batch.captions) for subject in subjects]
-            for batch, pixels in _queries(subjects[0].clip, dataset, ranks, settings)
+            for batch, pixels in _queries(subjects[0].model, dataset, ranks, settings)
         ]
 
     batches = [batch for share in ranks.gather(embed_share) for batch in share]
@@ -199,14 +199,14 @@ def _neighbours(
     def embed_share() -> list[tuple[Tensor, list[Tensor]]]:
         return [
             (batch.labels, [subject.encoder.images(pixels).cpu() for subject in subjects])
-            for batch, pixels in _queries(subjects[0].clip, dataset, ranks, settings)
+            for batch, pixels in _queries(subjects[0].model, dataset, ranks, settings)
         ]
 
     def search_share() -> list[Tensor]:
         found = [
             Nearest.of(torch.cat([own[i] for _, own in queries]), k, settings.device) for i in range(len(subjects))
         ]
-        for batch, pixels in _batches(subjects[0].clip, bank, row, ranks, settings, limit=limit):
+        for batch, pixels in _batches(subjects[0].model, bank, row, ranks, settings, limit=limit):
             for subject, nearest in zip(subjects, found, strict=True):
                 nearest.add(subject.encoder.images(pixels), batch.indices)
         return [nearest.keys.cpu() for nearest in found]
@@ -244,14 +244,14 @@ _PASSES: dict[Task, Callable[[Sequence[Subject], Dataset, Ranks, Settings], list
 }
 
 
-def _queries(clip: Model, dataset: Dataset, ranks: Ranks, settings: Settings) -> Iterable[tuple[EvalBatch, Tensor]]:
+def _queries(model: Model, dataset: Dataset, ranks: Ranks, settings: Settings) -> Iterable[tuple[EvalBatch, Tensor]]:
     """The images that the row asks about."""
     chosen = dataset.chosen
-    return _batches(clip, dataset.data, dataset.row, ranks, settings, limit=settings.limit, only=chosen)
+    return _batches(model, dataset.data, dataset.row, ranks, settings, limit=settings.limit, only=chosen)
 
 
 def _batches(
-    clip: Model,
+    model: Model,
     data: EvalSet,
     row: Row,
     ranks: Ranks,
@@ -261,7 +261,7 @@ def _batches(
     only: Sequence[int] | None = None,
 ) -> Iterable[tuple[EvalBatch, Tensor]]:
     """This rank's contiguous part of the samples with their pixels: nothing padded, nothing dropped."""
-    config = clip.preprocess_cfg
+    config = model.preprocess_cfg
     loader = eval_loader(
         data,
         config,

@@ -1,4 +1,4 @@
-"""Walk a benchmark's table over all ranks: one result file per dataset, finished ones skipped, then the summary."""
+"""Evaluate models on a benchmark over all ranks: a result file per dataset, finished ones skipped, then a summary."""
 
 from __future__ import annotations
 
@@ -36,33 +36,72 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A merged model and where its results go. `also` are folders where they may already be, `name` is for messages."""
+class EvalJob:
+    """A merged model and the folder for its results.
 
-    clip: Model
+    Attributes:
+        name: prefix of its messages.
+        also: folders that may have results of the same model already.
+    """
+
+    model: Model
     folder: Path
     name: str = ""
     also: tuple[Path, ...] = ()
 
 
 @dataclass
-class Walk:
-    """The models that go over the table together, and what they have by now."""
+class Evaluation:
+    """The state of one job while the table is evaluated.
 
-    jobs: Sequence[Job]
+    Attributes:
+        results: by dataset key.
+        skipped: keys of the datasets that were already finished.
+        left_out: {dataset key: why this model cannot be evaluated on it}.
+    """
+
+    job: EvalJob
+    subject: Subject
     settings: Settings
-    ranks: Ranks
-    say: Say
-    skip_done: bool = True
-    subjects: list[Subject] = field(default_factory=list)
-    results: list[dict[str, Result]] = field(default_factory=list)
-    skipped: list[list[str]] = field(default_factory=list)
-    # Of the rows that a model was asked for and cannot answer, by key.
-    left_out: list[dict[str, str]] = field(default_factory=list)
+    results: dict[str, Result] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def of(job: EvalJob, settings: Settings) -> Evaluation:
+        if left := list(blocks(job.model.model)):
+            raise ValueError(f"{len(left)} blocks are not merged ({left[0]}, ..): call merge_adapter first")
+        return Evaluation(job, Subject.of(job.model, settings), settings)
+
+    def finished(self, dataset: Dataset) -> Result | None:
+        """A result of the same model and data in one of the job's folders; it is copied into the job's own folder."""
+        known = self.subject.identity(dataset, self.settings)
+        own, *others = [folder / f"{dataset.row.key}.json" for folder in (self.job.folder, *self.job.also)]
+        if (result := finished_result(own, known)) is not None:
+            return result
+        result = next((each for file in others if (each := finished_result(file, known)) is not None), None)
+        if result is not None:
+            replace_json(own, result)
+        return result
+
+    def outcome(
+        self, benchmark: Benchmark, baseline: Summary | None, facts: Mapping[str, Any] | None = None
+    ) -> Outcome:
+        """Write the summary of the job on rank 0 and return the job's results.
+
+        Args:
+            baseline: summary of the untouched model, to compare with.
+            facts: more about the model, for the summary.
+        """
+        known = _model_facts(self.subject, self.settings) | dict(facts or {})
+        summary = summarise(benchmark.without(self.left_out), self.results, known, baseline)
+        if Ranks.current().rank == 0:
+            write_summary(self.job.folder, summary)
+        return Outcome(self.results, summary, self.skipped)
 
 
 def evaluate(
-    clip: Model,
+    model: Model,
     benchmark: Benchmark,
     out_dir: str | Path,
     settings: Settings,
@@ -76,12 +115,12 @@ def evaluate(
 
     All ranks call it and get the same outcome; rank 0 writes OUT_DIR/<key>.json after each dataset and summary.json at
     the end, and calls `say` with a line per dataset. A dataset with a file of the same model, images and settings is
-    not read again. The summary covers all finished rows, also those that `datasets` leaves out now. `clip.model` is
+    not read again. The summary covers all finished rows, also those that `datasets` leaves out now. `model.model` is
     moved to the device and stays in eval mode. Faults of the data raise ConfigError on every rank.
     """
-    job = Job(clip, Path(out_dir))
-    walk = walk_table([job], benchmark, settings, datasets=datasets, skip_done=skip_done, say=say)
-    return finish(walk, 0, benchmark, baseline)
+    job = EvalJob(model, Path(out_dir))
+    [own] = evaluate_jobs([job], benchmark, settings, datasets=datasets, skip_done=skip_done, say=say)
+    return own.outcome(benchmark, baseline)
 
 
 def evaluate_run(
@@ -97,106 +136,95 @@ def evaluate_run(
 ) -> Outcome:
     """Evaluate a run's merged model and, in the same pass over the images, its untouched base.
 
-    The base's results are kept in BASELINES/<digest> for all runs beside it; where they are there, it is not run again.
+    The base's results are kept in BASELINES/<digest> for all runs next to it and are not computed again.
     """
     source = find_run(run_dir, step)
-    untouched = Job(load_base(source), Path(baselines) / source.base_digest[:16], "untouched model")
-    tuned = Job(dataclasses.replace(load_run(run_dir, step), pretrained=source.label), Path(out_dir))
-    walk = walk_table([untouched, tuned], benchmark, settings, datasets=datasets, say=say)
-    base = finish(walk, 0, benchmark, None)
-    return finish(walk, 1, benchmark, base.summary)
+    untouched = EvalJob(load_base(source), Path(baselines) / source.base_digest[:16], "untouched model")
+    tuned = EvalJob(dataclasses.replace(load_run(run_dir, step), pretrained=source.label), Path(out_dir))
+    base, own = evaluate_jobs([untouched, tuned], benchmark, settings, datasets=datasets, say=say)
+    return own.outcome(benchmark, base.outcome(benchmark, None).summary)
 
 
-def walk_table(
-    jobs: Sequence[Job],
+def evaluate_jobs(
+    jobs: Sequence[EvalJob],
     benchmark: Benchmark,
     settings: Settings,
     *,
     datasets: Sequence[str] | None = None,
     skip_done: bool = True,
     say: Say | None = None,
-) -> Walk:
-    """Take all models over the rows together: an image is read and decoded once for those that have no result yet."""
-    for job in jobs:
-        if left := list(blocks(job.clip.model)):
-            raise ValueError(f"{len(left)} blocks are not merged ({left[0]}, ..): call merge_adapter first")
+) -> list[Evaluation]:
+    """Evaluate models together: each image is read and decoded once for all that have no result yet. Collective.
+
+    Raises:
+        ConfigError: faults of the data, or the last model can be evaluated on none of the rows.
+    """
+    evaluations = [Evaluation.of(job, settings) for job in jobs]
     chosen = benchmark.choose(datasets)
     chosen.check_paths()
     ranks = Ranks.current()
-    walk = Walk(jobs, settings, ranks, say if say is not None and ranks.rank == 0 else _silent, skip_done)
-    walk.subjects = [Subject.of(job.clip, settings) for job in jobs]
-    walk.results, walk.skipped, walk.left_out = [{} for _ in jobs], [[] for _ in jobs], [{} for _ in jobs]
+    say = say if say is not None and ranks.rank == 0 else _silent
     for row in benchmark.rows:
-        wanted = row in chosen.rows
+        if row in chosen.rows:
+            _evaluate_row(evaluations, row, ranks, say, skip_done=skip_done)
         # Rank 0 decides: ranks that see a shared disk at different times would part ways and wait for each other.
-        if wanted or ranks.from_first(lambda row=row: is_there(row) and _has_files(jobs, row)):
-            _visit(walk, row, wanted)
-    if walk.left_out[-1].keys() == {row.key for row in chosen.rows}:
-        asked, reasons = jobs[-1].clip.pretrained or jobs[-1].clip.name, walk.left_out[-1].values()
+        elif ranks.from_first(lambda row=row: is_there(row) and _has_files(jobs, row)):
+            _read_row(evaluations, row, ranks)
+    last = evaluations[-1]
+    if last.left_out.keys() == {row.key for row in chosen.rows}:
+        name, reasons = last.job.model.pretrained or last.job.model.name, dict.fromkeys(last.left_out.values())
         raise ConfigError(
-            f"benchmark {benchmark.name}: {asked} can answer none of its rows: {', '.join(dict.fromkeys(reasons))}"
+            f"benchmark {benchmark.name}: {name} can be evaluated on none of its rows: {', '.join(reasons)}"
         )
-    return walk
+    return evaluations
 
 
-def _has_files(jobs: Sequence[Job], row: Row) -> bool:
+def _has_files(jobs: Sequence[EvalJob], row: Row) -> bool:
     return any((job.folder / f"{row.key}.json").is_file() for job in jobs)
 
 
-def _visit(walk: Walk, row: Row, wanted: bool) -> None:
-    """One row: what is finished is taken, the rest is evaluated if it is wanted."""
-    dataset = walk.ranks.together(lambda: open_dataset(row))
-    found = walk.ranks.from_first(lambda: [_finished(walk, i, dataset) for i in range(len(walk.jobs))])
-    unable = [subject.unable(dataset) for subject in walk.subjects]
-    todo = [
-        i for i, result in enumerate(found) if wanted and unable[i] is None and (result is None or not walk.skip_done)
-    ]
-    if todo:
-        new = evaluate_dataset([walk.subjects[i] for i in todo], dataset, walk.ranks, walk.settings)
-        for i, result in zip(todo, new, strict=True):
-            found[i] = result
-            if walk.ranks.rank == 0:
-                replace_json(walk.jobs[i].folder / f"{row.key}.json", result)
-    for i, (job, result) in enumerate(zip(walk.jobs, found, strict=True)):
-        name = f"{job.name}: " if job.name else ""
-        if result is None:
-            if wanted and (reason := unable[i]) is not None:
-                walk.left_out[i][row.key] = reason
-                walk.say(f"{name}{row.key}: left out, for {reason}")
-            continue
-        walk.results[i][row.key] = result
-        if wanted:
-            how = f"in {result['seconds']:.1f} s" if i in todo else "(finished before, skipped)"
-            walk.say(f"{name}{row.key}: {_shown(result)} {how}")
-            walk.skipped[i] += [] if i in todo else [row.key]
+def _read_row(evaluations: Sequence[Evaluation], row: Row, ranks: Ranks) -> Dataset:
+    """Open the row's dataset and take over the results that are finished."""
+    dataset = ranks.together(lambda: open_dataset(row))
+    found = ranks.from_first(lambda: [each.finished(dataset) for each in evaluations])
+    for each, result in zip(evaluations, found, strict=True):
+        if result is not None:
+            each.results[row.key] = result
+    return dataset
 
 
-def _finished(walk: Walk, i: int, dataset: Dataset) -> Result | None:
-    """The result of model i that lies in one of its folders, if it still holds; taken over into its own folder."""
-    job, known = walk.jobs[i], walk.subjects[i].identity(dataset, walk.settings)
-    own, *others = [folder / f"{dataset.row.key}.json" for folder in (job.folder, *job.also)]
-    if (result := finished_result(own, known)) is not None:
-        return result
-    result = next((each for file in others if (each := finished_result(file, known)) is not None), None)
-    if result is not None:
-        replace_json(own, result)
-    return result
+def _evaluate_row(evaluations: Sequence[Evaluation], row: Row, ranks: Ranks, say: Say, *, skip_done: bool) -> None:
+    """Evaluate the models that have no result for a row yet."""
+    dataset = _read_row(evaluations, row, ranks)
+    todo = []
+    for each in evaluations:
+        reason = each.subject.unable(dataset)
+        if row.key in each.results and (skip_done or reason is not None):
+            each.skipped.append(row.key)
+            say(_line(each, row, "(finished before, skipped)"))
+        elif reason is None:
+            todo.append(each)
+        else:
+            each.left_out[row.key] = reason
+            say(f"{_prefix(each)}{row.key}: left out, for {reason}")
+    if not todo:
+        return
+    new = evaluate_dataset([each.subject for each in todo], dataset, ranks, todo[0].settings)
+    for each, result in zip(todo, new, strict=True):
+        each.results[row.key] = result
+        if ranks.rank == 0:
+            replace_json(each.job.folder / f"{row.key}.json", result)
+        say(_line(each, row, f"in {result['seconds']:.1f} s"))
 
 
-def finish(
-    walk: Walk, i: int, benchmark: Benchmark, baseline: Summary | None, facts: Mapping[str, Any] | None = None
-) -> Outcome:
-    """Write the summary of model i, with what else is known of the model, and give its outcome."""
-    answered = benchmark.without(walk.left_out[i])
-    known = _model_facts(walk.subjects[i], walk.settings) | dict(facts or {})
-    summary = summarise(answered, walk.results[i], known, baseline)
-    if walk.ranks.rank == 0:
-        write_summary(walk.jobs[i].folder, summary)
-    return Outcome(walk.results[i], summary, walk.skipped[i])
+def _line(evaluation: Evaluation, row: Row, how: str) -> str:
+    result = evaluation.results[row.key]
+    shown = f"{result['metric']} {100 * result['value']:.2f} of {result['n']} images"
+    return f"{_prefix(evaluation)}{row.key}: {shown} {how}"
 
 
-def _shown(result: Result) -> str:
-    return f"{result['metric']} {100 * result['value']:.2f} of {result['n']} images"
+def _prefix(evaluation: Evaluation) -> str:
+    return f"{evaluation.job.name}: " if evaluation.job.name else ""
 
 
 def _silent(_: str) -> None:
@@ -205,11 +233,11 @@ def _silent(_: str) -> None:
 
 def _model_facts(subject: Subject, settings: Settings) -> dict[str, Any]:
     return {
-        "model": subject.clip.name,
-        "pretrained": subject.clip.pretrained,
-        "classifier": isinstance(subject.clip, Vit) and subject.clip.classes is not None,
+        "model": subject.model.name,
+        "pretrained": subject.model.pretrained,
+        "classifier": isinstance(subject.model, Vit) and subject.model.classes is not None,
         "model_digest": subject.digest,
-        "base_digest": subject.clip.digest,
+        "base_digest": subject.model.digest,
         "precision": settings.precision,
         "preprocessing": settings.preprocessing,
         "limit": settings.limit,

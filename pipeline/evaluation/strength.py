@@ -15,7 +15,7 @@ from pipeline.config import ConfigError
 from pipeline.evaluation.datasets.benchmark import Benchmark
 from pipeline.evaluation.datasets.dataset import Settings
 from pipeline.evaluation.measures.ranks import Ranks
-from pipeline.evaluation.run import Job, Outcome, Say, finish, walk_table
+from pipeline.evaluation.run import EvalJob, Outcome, Say, evaluate_jobs
 from pipeline.evaluation.summary import Summary
 from pipeline.files import replace_json
 from pipeline.model.between import Between
@@ -62,9 +62,9 @@ def evaluate_strength(
     summaries: list[Summary] = []
     for alpha in levels:
         job = job_at(between.at(alpha), source, alpha, out / STRENGTHS / strength_name(alpha), also)
-        walk = walk_table([job], benchmark, settings, datasets=datasets, say=say)
+        [own] = evaluate_jobs([job], benchmark, settings, datasets=datasets, say=say)
         untouched = summaries[0] if summaries and levels[0] == 0 else None
-        summaries.append(finish(walk, 0, benchmark, untouched, {"strength": {"alpha": alpha}}).summary)
+        summaries.append(own.outcome(benchmark, untouched, {"strength": {"alpha": alpha}}).summary)
     curve: Curve = {
         "benchmark": benchmark.name,
         "model": source.label,
@@ -113,17 +113,19 @@ def evaluate_at(
     """
     source = find_run(run_dir)
     base = load_base(source)
-    walk = walk_table([Job(base, baselines, "untouched model")], benchmark, settings, datasets=datasets, say=say)
-    untouched = finish(walk, 0, benchmark, None).summary
+    [own] = evaluate_jobs(
+        [EvalJob(base, baselines, "untouched model")], benchmark, settings, datasets=datasets, say=say
+    )
+    untouched = own.outcome(benchmark, None).summary
     job = job_at(Between.of(base, load_run(run_dir)).at(alpha), source, alpha, folder, also)
-    walk = walk_table([job], benchmark, settings, datasets=datasets, say=say)
-    return finish(walk, 0, benchmark, untouched, {"strength": {"alpha": alpha, **(facts or {})}})
+    [own] = evaluate_jobs([job], benchmark, settings, datasets=datasets, say=say)
+    return own.outcome(benchmark, untouched, {"strength": {"alpha": alpha, **(facts or {})}})
 
 
-def job_at(model: Model, source: RunSource, alpha: float, folder: Path, also: Sequence[Path] = ()) -> Job:
+def job_at(model: Model, source: RunSource, alpha: float, folder: Path, also: Sequence[Path] = ()) -> EvalJob:
     """The model of a run at a strength, named as such in results and messages."""
     named = replace(model, pretrained=f"{source.label} at {alpha:g}")
-    return Job(named, folder, f"strength {alpha:g}", tuple(also))
+    return EvalJob(named, folder, f"strength {alpha:g}", tuple(also))
 
 
 def format_curve(curve: Curve) -> str:

@@ -21,7 +21,7 @@ from pipeline.handoff.graphs import (
     write_graph_export,
 )
 from pipeline.handoff.readback import READERS
-from pipeline.handoff.source import Mismatch, Source, read_source
+from pipeline.handoff.source import Mismatch, read_source
 from pipeline.model.between import weaken
 from pipeline.model.export import BASE, fixed_batch, own_logits, write_hf, write_open_clip, write_peft, write_timm
 from pipeline.model.load import as_clip

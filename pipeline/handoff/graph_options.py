@@ -9,13 +9,13 @@ from pipeline.config import ConfigError, load_config
 from pipeline.evaluation.command import Asked, progress
 from pipeline.handoff.graphs import GraphOptions
 from pipeline.handoff.served_run import check_labels, labels_of
-from pipeline.handoff.source import Source
+from pipeline.handoff.source import TrainedModel
 from pipeline.model.onnx.write import Pixels, Precision
 from pipeline.runs.run import CONFIG_FILE
 
 
 def graph_options(
-    source: Source,
+    source: TrainedModel,
     run_dir: Path,
     *,
     precision: Precision = "fp32",

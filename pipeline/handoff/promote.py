@@ -17,7 +17,7 @@ from pipeline.handoff.card.facts import CardFacts
 from pipeline.handoff.card.text import summary_line, write_card
 from pipeline.handoff.choice import chosen_run
 from pipeline.handoff.served_run import build_served, check_labels, labels_of
-from pipeline.handoff.source import Source, read_source
+from pipeline.handoff.source import TrainedModel, read_source
 from pipeline.handoff.strength import run_at_strength
 from pipeline.passwords import redact
 from pipeline.runs.results import read_summary
@@ -124,7 +124,7 @@ def rollback(name: str, uri: str | None = None) -> tuple[str, str]:
     return Registry(resolve_uri(uri, Path("runs")), name).roll_back()
 
 
-def results_of(source: Source) -> Summary:
+def results_of(source: TrainedModel) -> Summary:
     """The run's eval/summary.json; a ConfigError unless it is of exactly these weights and of whole datasets."""
     folder = source.run_dir / "eval"
     again = f"run `selora evaluate {source.run_dir}`"
@@ -143,7 +143,7 @@ def results_of(source: Source) -> Summary:
     return summary
 
 
-def version_tags(source: Source, summary: Summary) -> dict[str, str]:
+def version_tags(source: TrainedModel, summary: Summary) -> dict[str, str]:
     """Tags of the version: digests, code, gates and a summary of the results, all under selora."""
     groups = summary["groups"]
     results = [
@@ -179,7 +179,7 @@ def benchmark_digest(summary: Summary) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
-def linked_run(registry: Registry, source: Source, uri: str) -> tuple[str | None, list[str]]:
+def linked_run(registry: Registry, source: TrainedModel, uri: str) -> tuple[str | None, list[str]]:
     """The MLflow run of the training, brought to the store if it is not there yet; and a note where there is none."""
     run = source.facts().get("run")
     if run is None:

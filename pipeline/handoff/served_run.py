@@ -15,7 +15,7 @@ from pipeline.data.shards.index import load_index
 from pipeline.evaluation.measures.encode import Encoder
 from pipeline.evaluation.measures.ranks import Ranks
 from pipeline.evaluation.measures.zeroshot import classifier_head
-from pipeline.handoff.source import Mismatch, Source
+from pipeline.handoff.source import Mismatch, TrainedModel
 from pipeline.model.clip import save_open_clip
 from pipeline.model.load import Model
 from pipeline.model.vit import Vit, save_timm
@@ -25,7 +25,9 @@ from pipeline.tracking.served.served import Labels, example_image, load_served, 
 TOLERANCE = 1e-4  # largest difference of an embedding or a score between the run's model and the registered one
 
 
-def check_labels(source: Source, class_names: Sequence[str] | None, templates: str | Sequence[str] | None) -> None:
+def check_labels(
+    source: TrainedModel, class_names: Sequence[str] | None, templates: str | Sequence[str] | None
+) -> None:
     """ConfigError where a caller names classes or templates for a ViT, which has the classes of its classifier."""
     if not isinstance(source.model, Vit):
         return
@@ -37,7 +39,7 @@ def check_labels(source: Source, class_names: Sequence[str] | None, templates: s
 
 
 def labels_of(
-    source: Source, config: Config, class_names: Sequence[str] | None, templates: str | Sequence[str] | None
+    source: TrainedModel, config: Config, class_names: Sequence[str] | None, templates: str | Sequence[str] | None
 ) -> tuple[Labels | None, list[str]]:
     """The classes that a CLIP answers with by itself, None for a ViT; and what to tell the user about them."""
     if isinstance(source.model, Vit):
@@ -57,7 +59,7 @@ def labels_of(
     return Labels(class_names, texts, head.clone()), notes
 
 
-def _trained_classes(source: Source, config: Config) -> tuple[Sequence[str], str]:
+def _trained_classes(source: TrainedModel, config: Config) -> tuple[Sequence[str], str]:
     try:
         index = load_index(config.data.train)
     except ConfigError as error:
@@ -67,7 +69,7 @@ def _trained_classes(source: Source, config: Config) -> tuple[Sequence[str], str
     return index.classes or (), "it was trained on captions"
 
 
-def build_served(source: Source, labels: Labels | None, tags: Mapping[str, str], stage: Path) -> Path:
+def build_served(source: TrainedModel, labels: Labels | None, tags: Mapping[str, str], stage: Path) -> Path:
     """The MLflow model in the temporary directory `stage`; Mismatch unless it answers as the run's model does."""
     model = source.model
     if isinstance(model, Vit):

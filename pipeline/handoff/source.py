@@ -24,7 +24,7 @@ class Mismatch(Exception):
 
 
 @dataclass(frozen=True)
-class Source:
+class TrainedModel:
     """One checkpoint of one run.
 
     Attributes:
@@ -77,11 +77,11 @@ class Source:
         return {name: value for name, value in facts.items() if value is not None}
 
 
-def read_source(run_dir: str | Path, step: int | None = None, strength: float = 1.0) -> Source:
+def read_source(run_dir: str | Path, step: int | None = None, strength: float = 1.0) -> TrainedModel:
     """Load and merge the newest (or the chosen) checkpoint, at a strength; a damaged one is a ConfigError."""
     found = find_run(run_dir, step)
     model = load_at(run_dir, strength, found.step)
-    return Source(Path(run_dir), found, model, weights_digest(stock_state(model.model)), strength)
+    return TrainedModel(Path(run_dir), found, model, weights_digest(stock_state(model.model)), strength)
 
 
 def adapter_digest(found: RunSource) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.config import Config, ConfigError, Promote
 from pipeline.evaluation.auto_strength import ChosenStrength, choose_strength
-from pipeline.evaluation.command import Asked, at_strength, places, progress
+from pipeline.evaluation.command import EvalRequest, at_strength, places, progress
 from pipeline.evaluation.measures.ranks import launched_ranks
 from pipeline.evaluation.run import Outcome
 from pipeline.evaluation.strength import AUTO, Strength
@@ -19,7 +19,7 @@ def run_at_strength(
     """The results of a run at a strength, as `selora evaluate RUN --strength` writes them; what is there is read."""
     if strength == AUTO:
         Floor.of(rule)  # a rule without a floor is told before anything is loaded
-    options = Asked()
+    options = EvalRequest()
     with launched_ranks():
         return at_strength(run_dir, strength, rule, config, options.table(config), options)
 
@@ -30,7 +30,7 @@ def strength_of_export(run_dir: Path, strength: Strength, rule: Promote, config:
         if not 0 < strength <= 1:
             raise ConfigError(f"strength: {strength:g} should be above 0 (untouched), and 1 (fine-tuned) at most")
         return strength, []
-    floor, options = Floor.of(rule), Asked()
+    floor, options = Floor.of(rule), EvalRequest()
     out, baselines = places(run_dir, options)
     with launched_ranks():
         table, settings = options.table(config), options.settings(config)

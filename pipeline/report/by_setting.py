@@ -7,7 +7,7 @@ from functools import partial
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from pipeline.report.costs import Cost
+from pipeline.report.costs import RunCost
 from pipeline.report.records import Collection, Run
 from pipeline.report.series import Family, Spread, families
 from pipeline.report.style import (
@@ -120,7 +120,7 @@ def _look(number: int) -> tuple[str, bool, str]:
     return CYCLE[number % len(CYCLE)], True, MARKERS[number % len(MARKERS)]
 
 
-def cost_and_gain(collection: Collection, costs: Mapping[str, Cost], *, narrow: bool) -> Figure:
+def cost_and_gain(collection: Collection, costs: Mapping[str, RunCost], *, narrow: bool) -> Figure:
     """Draw what unmerged blocks add to a forward pass over rank, and the mean accuracy against that cost (Figure 9).
 
     costs: by run name, of those that have one.
@@ -142,7 +142,7 @@ def cost_and_gain(collection: Collection, costs: Mapping[str, Cost], *, narrow: 
 
 
 def _cost_by_rank(
-    axes: Axes, lines: Sequence[Family], costs: Mapping[str, Cost], gmac: str, *, ranks: Sequence[int]
+    axes: Axes, lines: Sequence[Family], costs: Mapping[str, RunCost], gmac: str, *, ranks: Sequence[int]
 ) -> None:
     for family, colour, marker in _looks(lines):
         # _line draws shares as percent
@@ -157,7 +157,7 @@ def _cost_by_rank(
 
 
 def _gain_by_cost(
-    axes: Axes, lines: Sequence[Family], costs: Mapping[str, Cost], gmac: str, *, classifies: bool
+    axes: Axes, lines: Sequence[Family], costs: Mapping[str, RunCost], gmac: str, *, classifies: bool
 ) -> None:
     for family, colour, marker in _looks(lines):
         members = [run for each in family.points.values() for run in each]

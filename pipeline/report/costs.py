@@ -13,19 +13,19 @@ from pipeline.report.records import Collection, Run
 _GIGA = 1e9
 
 
-class Cost(NamedTuple):
+class RunCost(NamedTuple):
     """GMAC of a forward pass over one image, and for a CLIP one text: with the active blocks unmerged, and merged."""
 
     unmerged: float
     merged: float
 
 
-def run_costs(collection: Collection) -> dict[str, Cost]:
+def run_costs(collection: Collection) -> dict[str, RunCost]:
     """The cost of each evaluated adapter; runs whose model cannot be built here are left out.
 
     Only the architecture counts, so no weights are loaded and no hub is contacted.
     """
-    costs: dict[str, Cost] = {}
+    costs: dict[str, RunCost] = {}
     if sum(_counts(run) for run in collection.runs) < 2:
         return costs  # a single cost has nothing to compare with, and building a model takes seconds
     by_model: dict[str, list[Run]] = {}
@@ -42,7 +42,7 @@ def _counts(run: Run) -> bool:
     return run.settings.rank is not None and bool(run.gates) and run.summary is not None
 
 
-def _of_model(model: str, runs: list[Run]) -> dict[str, Cost]:
+def _of_model(model: str, runs: list[Run]) -> dict[str, RunCost]:
     from pipeline.costs.cost import OWN_RULE, model_cost
     from pipeline.model.load import load_model
     from pipeline.model.vit import untagged
@@ -59,7 +59,7 @@ def _of_model(model: str, runs: list[Run]) -> dict[str, Cost]:
         assert rank is not None
         active = [target for target, is_open in run.gates.items() if is_open]
         unmerged = base + sum(cost.overhead(rank, rule, active).values())
-        found[run.name] = Cost(unmerged / _GIGA, base / _GIGA)
+        found[run.name] = RunCost(unmerged / _GIGA, base / _GIGA)
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.config import ConfigError, flatten, load_config
 from pipeline.evaluation.summary import Summary
 from pipeline.files import read_json
-from pipeline.report.records import Best, Collection, Flat, Run, Series, Settings, Status
+from pipeline.report.records import Best, Collection, Flat, Run, RunSettings, Series, Status
 from pipeline.runs.results import CHECKPOINTS_FILE, EVAL, STRENGTH_FILE, has_summary, read_summary
 from pipeline.runs.run import CONFIG_FILE, is_run, read_gates
 from pipeline.runs.sweep import (
@@ -77,7 +77,7 @@ def _run(
     journal = _Journal(directory)
     return Run(
         name=directory.name,
-        label=label or _label(directory.name, Settings.of(config)),
+        label=label or _label(directory.name, RunSettings.of(config)),
         config=config,
         status=state.status if state else _status(directory, journal.status, summary),
         baseline=baseline,
@@ -99,7 +99,7 @@ def _planned(config: Flat) -> int | None:
     return config.get("train.steps")
 
 
-def _label(name: str, settings: Settings) -> str:
+def _label(name: str, settings: RunSettings) -> str:
     parts = [settings.method]
     parts += [f"r{settings.rank}"] if settings.rank is not None else []
     parts += [f"λ{settings.lam:g}"] if settings.lam is not None else []

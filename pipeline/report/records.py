@@ -23,7 +23,7 @@ Series = list[tuple[int, float]]  # step, value; steps rise
 
 
 @dataclass(frozen=True)
-class Settings:
+class RunSettings:
     """The settings that distinguish runs in tables and figures. `rank` is None without blocks, `lam` without gates."""
 
     kind: str
@@ -40,12 +40,12 @@ class Settings:
     keeps: bool = False  # held near the untouched model on reference data
 
     @staticmethod
-    def of(flat: Flat) -> Settings:
+    def of(flat: Flat) -> RunSettings:
         """From a flat config; a missing key counts as None, as MLflow shows it."""
         kind, random_k = str(flat["adapter.kind"]), flat.get("adapter.random_k")
         has_blocks = kind in ("lora", "dora")
         gated = has_blocks and random_k is None and bool(flat["gate.enabled"])
-        return Settings(
+        return RunSettings(
             kind,
             int(flat["adapter.rank"]) if has_blocks else None,
             gated,
@@ -128,8 +128,8 @@ class Run:
     best: Best | None = None
 
     @cached_property
-    def settings(self) -> Settings:
-        return Settings.of(self.config)
+    def settings(self) -> RunSettings:
+        return RunSettings.of(self.config)
 
     @cached_property
     def point(self) -> Point | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.config import Config, ConfigError, flatten
 from pipeline.evaluation.summary import Summary
-from pipeline.report.records import Collection, Run, Settings, Status, scalar
+from pipeline.report.records import Collection, Run, RunSettings, Status, scalar
 from pipeline.runs.results import EVAL, STRENGTH_FILE, SUMMARY, SUMMARY_FILE
 from pipeline.runs.run import GATES_FILE, open_gates
 from pipeline.tracking.mlflow.reader import StoredRun, read_experiment
@@ -49,7 +49,7 @@ def _run(one: StoredRun, name: str) -> Run:
     summary: Summary | None = (
         SUMMARY.parse(one.files[_SUMMARY], f"{one.name}: {_SUMMARY}") if _SUMMARY in one.files else None
     )
-    settings = Settings.of(config)
+    settings = RunSettings.of(config)
     steps = [step for series in one.histories.values() for step, _ in series]
     return Run(
         name=name,
@@ -90,7 +90,7 @@ def _metrics(values: Mapping[str, float], summary: Summary | None) -> dict[str, 
     return found
 
 
-def _gates(one: StoredRun, settings: Settings, threshold: float) -> dict[str, bool]:
+def _gates(one: StoredRun, settings: RunSettings, threshold: float) -> dict[str, bool]:
     """Open blocks, from the file if the store has it, else from the last recorded scores."""
     if _GATES in one.files:
         return open_gates(json.loads(one.files[_GATES]))

@@ -66,47 +66,43 @@ def overview(collection: Collection) -> Table:
         ("", tuple(last)),
     )
     starred = {part.chosen.name for part in collection.parts if part.chosen is not None}
-    rows, kinds = [], []
+    rows: list[list[str]] = []
+    kinds: list[Kind] = []
     named = labels(collection.runs)
     if collection.untouched:
         means = [percent(collection.untouched.get(name)) for name in groups]
-        rows.append(
-            [
-                "untouched model",
-                "",
-                "",
-                "",
-                "",
-                "",
-                "",
-                *means,
-                "100.0",
-                "100.0",
-                "",
-                "0.00",
-                *([""] if compared else []),
-            ]
-        )
+        rows.append(["untouched model", *[""] * 6, *means, "100.0", "100.0", "", "0.00", *[""] * compared])
         kinds.append("reference")
     for run in collection.runs:
-        settings, chosen = run.settings, run.name in starred
-        forgetting = None if run.summary is None else run.summary["forgetting"]
-        rows.append(
-            [
-                ("★ " if chosen else "") + run.name,
-                named[run.name],
-                "" if settings.rank is None else str(settings.rank),
-                "" if settings.lam is None else f"{settings.lam:g}",
-                str(settings.seed),
-                state(run),
-                f"{sum(run.gates.values())} of {len(run.gates)}" if run.gates else "",
-                *(percent(run.group(name)) for name in groups),
-                *_kept(run),
-                "" if forgetting is None else f"{100 * forgetting:.2f}",
-                *([_best_and_last(run)] if compared else []),
-            ]
-        )
+        chosen = run.name in starred
+        rows.append([
+            ("★ " if chosen else "") + run.name,
+            named[run.name],
+            *_facts(run),
+            *(percent(run.group(name)) for name in groups),
+            *_kept(run),
+            *([_best_and_last(run)] if compared else []),
+        ])  # fmt: skip
         kinds.append("chosen" if chosen else "failed" if run.status == "failed" else "run")
+    return Table(
+        "runs", "All runs", head, rows, kinds, _overview_notes(collection, starred=bool(starred), compared=compared)
+    )
+
+
+def _facts(run: Run) -> list[str]:
+    """Rank, λ, seed, state and active blocks."""
+    settings = run.settings
+    return [
+        "" if settings.rank is None else str(settings.rank),
+        "" if settings.lam is None else f"{settings.lam:g}",
+        str(settings.seed),
+        state(run),
+        f"{sum(run.gates.values())} of {len(run.gates)}" if run.gates else "",
+    ]
+
+
+def _overview_notes(collection: Collection, *, starred: bool, compared: bool) -> list[str]:
+    """How to read the table of all runs."""
     notes = [
         "Kept: result / result of the untouched model, as mean over the data sets of the groups other than "
         "in-distribution, each counted as 100 % at most, and of the worst of them; a set on which the untouched model "
@@ -124,13 +120,14 @@ def overview(collection: Collection) -> Table:
             "Best checkpoint: the highest in-distribution accuracy of those kept; it was chosen by this number, which "
             "is too good by that much. A run that was evaluated at no other shows it in all its columns."
         )
-    return Table("runs", "All runs", head, rows, kinds, notes)
+    return notes
 
 
 def _kept(run: Run) -> list[str]:
-    """The mean share, that of the worst dataset, and its name."""
-    one = run.point
-    return ["", "", ""] if one is None else [percent(one.kept), percent(one.worst_kept), one.worst]
+    """The mean share kept, the worst dataset's share, its name, and the forgetting in points."""
+    one, forgetting = run.point, None if run.summary is None else run.summary["forgetting"]
+    shares = ["", "", ""] if one is None else [percent(one.kept), percent(one.worst_kept), one.worst]
+    return [*shares, "" if forgetting is None else f"{100 * forgetting:.2f}"]
 
 
 def _best_and_last(run: Run) -> str:

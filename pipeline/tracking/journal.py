@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
-from pipeline.tracking.locks import Busy, FileLock
+from pipeline.tracking.locks import Busy, ProcessLock
 
 JOURNAL = "journal.jsonl"
 JOURNAL_GLOB = "journal*.jsonl"  # the run's own, and one per node for what the machine does
@@ -74,7 +74,7 @@ class Journal:
         self._disk_error: str | None = None
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(lock_path(self.path), _LOCK_WAIT_SECONDS)
+            self._lock = ProcessLock(lock_path(self.path), _LOCK_WAIT_SECONDS)
         except Busy as busy:
             raise ConfigError(
                 f"{run_dir}: this run is being written by {busy}; wait for it or choose another name"

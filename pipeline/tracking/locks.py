@@ -22,7 +22,7 @@ class Busy(Exception):
     """Somebody else holds the lock; the message says who."""
 
 
-class FileLock:
+class ProcessLock:
     """An exclusive lock on `path`, waited for at most `wait_s` seconds.
 
     Raises:
@@ -53,7 +53,7 @@ class FileLock:
             os.close(self._fd)
         self._fd = None
 
-    def __enter__(self) -> FileLock:
+    def __enter__(self) -> ProcessLock:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -67,7 +67,7 @@ def is_held(path: Path) -> bool:
     if not path.exists():
         return False
     try:
-        FileLock(path).release()
+        ProcessLock(path).release()
     except (Busy, OSError):
         return True
     return False

@@ -54,7 +54,7 @@ from pipeline.training.optim import Rates, lr_factor, parameter_groups
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """What is settled before anything is built.
 
     Attributes:
@@ -73,7 +73,7 @@ class Job:
 
 
 def build_training(
-    job: Job, model: Model, reference: ReferenceData | None, checkpoint: Checkpoint | None, sink: Sink
+    job: TrainingJob, model: Model, reference: ReferenceData | None, checkpoint: Checkpoint | None, sink: Sink
 ) -> tuple[Training, Monitor]:
     """Put a run together, at the step of `checkpoint` where there is one.
 
@@ -111,17 +111,6 @@ def build_training(
         lambda: engine.skipped_steps,
     )
 
-    def save(done: int) -> None:
-        monitor.check_finite()
-        parameters, moments = full_parameters(named), optimizer_state(engine, named)
-        _refuse_what_is_not_finite(parameters, done)
-        if job.world.is_main:
-            if job.lease is not None:
-                job.lease.check()
-            state = checkpoint_state(config, model, job.index.digest, done, job.world, settling, budget)
-            save_checkpoint(job.run_dir, parameters, moments, state, keep_last=settings.keep_last)
-        dist.barrier(job.control)
-
     training = Training(
         engine=engine,
         batches=_batches(job, model, reference, 0 if checkpoint is None else checkpoint.step),
@@ -134,13 +123,35 @@ def build_training(
             _spend(engine, config, budget),
             monitor.after_step,
         ],
-        save=save,
+        save=partial(_save, job, model, engine, monitor, settling, budget),
         checkpoint_every=settings.checkpoint_every,
         total_steps=job.total,
         seed=config.seed,
         control=job.control,
     )
     return training, monitor
+
+
+def _save(
+    job: TrainingJob,
+    model: Model,
+    engine: Any,
+    monitor: Monitor,
+    settling: Settling | None,
+    budget: BlockBudget | None,
+    done: int,
+) -> None:
+    """Write the checkpoint after `done` steps. Collective."""
+    monitor.check_finite()
+    named = trainable(model.model)
+    parameters, moments = full_parameters(named), optimizer_state(engine, named)
+    _refuse_what_is_not_finite(parameters, done)
+    if job.world.is_main:
+        if job.lease is not None:
+            job.lease.check()
+        state = checkpoint_state(job.config, model, job.index.digest, done, job.world, settling, budget)
+        save_checkpoint(job.run_dir, parameters, moments, state, keep_last=job.config.train.keep_last)
+    dist.barrier(job.control)
 
 
 def _refuse_what_is_not_finite(parameters: Mapping[str, Tensor], done: int) -> None:
@@ -235,7 +246,7 @@ def _mean_over_ranks(values: Tensor) -> Tensor:
 
 
 def _monitor(
-    job: Job,
+    job: TrainingJob,
     sink: Sink,
     reference: ReferenceData | None,
     gates: Callable[[], dict[str, float]],
@@ -261,7 +272,7 @@ def _monitor(
     )
 
 
-def _batches(job: Job, model: Model, reference: ReferenceData | None, start: int) -> Batches[Batch]:
+def _batches(job: TrainingJob, model: Model, reference: ReferenceData | None, start: int) -> Batches[Batch]:
     config, data = job.config, job.config.data
     dataset = TrainDataset(
         job.index,

@@ -16,7 +16,7 @@ from pipeline.data.reference.samples import ReferenceData
 from pipeline.data.shards.index import ShardIndex, load_index
 from pipeline.model.load import Model
 from pipeline.tracking.tracker import Tracker
-from pipeline.training.build import Job, build_training
+from pipeline.training.build import TrainingJob, build_training
 from pipeline.training.checkpoint import Checkpoint, latest_checkpoint
 from pipeline.training.cluster.distributed import World, keep_heap, label_logs, read_world, share_threads
 from pipeline.training.cluster.lease import Lease, held
@@ -43,7 +43,7 @@ class Watch(Protocol):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainResult:
     """What `train` did: the run's directory, steps done in all and whether the schedule is complete."""
 
     run_dir: Path
@@ -67,7 +67,7 @@ class _Watched:
         self.watch.recorded(step, values)
 
 
-def train(config: Config, watch: Watch | None = None, label: str | None = None) -> Outcome:
+def train(config: Config, watch: Watch | None = None, label: str | None = None) -> TrainResult:
     """Train until the schedule ends or a signal asks to stop; the same call again continues from the last checkpoint.
 
     Args:
@@ -98,7 +98,7 @@ def train(config: Config, watch: Watch | None = None, label: str | None = None) 
 
 def _train_held(
     config: Config, run_dir: Path, world: World, lease: Lease | None, watch: Watch | None
-) -> tuple[Outcome, dist.ProcessGroup]:
+) -> tuple[TrainResult, dist.ProcessGroup]:
     index = load_index(config.data.train)
     total = total_steps(config, index.samples)
     claim(run_dir, config, world)
@@ -109,7 +109,7 @@ def _train_held(
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is not None and checkpoint.step >= total:
         say(world, f"{run_dir}: already trained for {total} steps")
-        return Outcome(run_dir, checkpoint.step, total), control
+        return TrainResult(run_dir, checkpoint.step, total), control
     for warning in warnings_of(config, total, index.samples):
         say(world, f"warning: {warning}")
     with watched_peers(store, world):
@@ -123,9 +123,9 @@ def _train_held(
         digests = {"selora.base_digest": model.digest, "selora.data_digest": index.digest}
         with tracked(config, run_dir, world, digests, total) as tracker:
             sink = tracker if watch is None else _Watched(tracker, watch)
-            job = Job(config, run_dir, world, index, total, control, lease)
+            job = TrainingJob(config, run_dir, world, index, total, control, lease)
             step = _train(job, model, reference, checkpoint, sink, watch)
-    return Outcome(run_dir, step, total), control
+    return TrainResult(run_dir, step, total), control
 
 
 def _check_data(checkpoint: Checkpoint, index: ShardIndex) -> None:
@@ -161,7 +161,7 @@ def warnings_of(config: Config, total: int, samples: int) -> list[str]:
 
 
 def _train(
-    job: Job,
+    job: TrainingJob,
     model: Model,
     reference: ReferenceData | None,
     checkpoint: Checkpoint | None,

@@ -34,7 +34,7 @@ _ENDS: dict[str, Literal["FINISHED", "FAILED", "KILLED"]] = {
 logger = logging.getLogger("selora.tracking")
 
 
-class Record:
+class SweepRuns:
     """The parent run while the sweep runs. Its locked journal also keeps a second command from running."""
 
     def __init__(self, sweep_dir: Path, config: Config, grid: Grid, trials: Sequence[Trial]) -> None:

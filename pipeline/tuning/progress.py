@@ -27,7 +27,7 @@ _TABLE_SECONDS, _LINE_SECONDS = 1.0, 5.0
 
 
 @dataclass(frozen=True)
-class Row:
+class TrialProgress:
     """One trial. Accuracies in [0, 1], `forgot` in points of accuracy / 100, seconds left of training."""
 
     name: str
@@ -100,12 +100,12 @@ class Progress:
                 return
 
 
-def rows(sweep_dir: Path, trials: Sequence[Trial]) -> list[Row]:
+def rows(sweep_dir: Path, trials: Sequence[Trial]) -> list[TrialProgress]:
     """The progress of every trial, whether it is running or has died."""
     return [_row(trial_dir(sweep_dir, trial.name), trial) for trial in trials]
 
 
-def line_of(row: Row) -> str:
+def line_of(row: TrialProgress) -> str:
     """ "lora_r16: training 40/100, loss 3.21, active 12/144, 0:35 left"."""
     cells = dict(zip(HEAD, row.cells(), strict=True))
     parts = [f"{row.name}: {cells['state']} {cells['step']}"]
@@ -115,7 +115,7 @@ def line_of(row: Row) -> str:
     return ", ".join(parts)
 
 
-def rich_table(found: Sequence[Row]) -> Table:
+def rich_table(found: Sequence[TrialProgress]) -> Table:
     """The live table."""
     from rich.table import Table
 
@@ -181,7 +181,7 @@ def _tail(path: Path) -> Iterator[dict]:
         yield json.loads(line)
 
 
-def _row(run_dir: Path, trial: Trial) -> Row:
+def _row(run_dir: Path, trial: Trial) -> TrialProgress:
     state = read_state(run_dir)
     step, values = last_values(run_dir)
     groups, forgot = _results(run_dir / EVAL)
@@ -189,7 +189,7 @@ def _row(run_dir: Path, trial: Trial) -> Row:
     left = None
     if state.status == "training" and speed:
         left = (state.total_steps - step) * trial.config.train.global_batch_size / speed
-    return Row(
+    return TrialProgress(
         name=trial.name,
         state=state,
         step=max(step, state.step),

@@ -65,7 +65,7 @@ _QUIET = {
 
 
 @dataclass(frozen=True)
-class Job:
+class TrialJob:
     """What every trial needs to know; travels to each of them."""
 
     sweep_dir: Path
@@ -211,7 +211,7 @@ class _Machine:
 
 
 def run_trials(
-    job: Job, names: Sequence[str], *, concurrent: int, asha: Asha | None, steps: int, tick: Callable[[], None]
+    job: TrialJob, names: Sequence[str], *, concurrent: int, asha: Asha | None, steps: int, tick: Callable[[], None]
 ) -> dict[str, str]:
     """Run the named trials to their ends, `concurrent` at a time; how each ended stands in its trial.json.
 
@@ -268,7 +268,7 @@ def _ticking(tick: Callable[[], None]) -> Any:
     return Tick()
 
 
-def _trial(config: Mapping[str, Any], job: Job) -> dict[str, Any]:
+def _trial(config: Mapping[str, Any], job: TrialJob) -> dict[str, Any]:
     """One trial, in a Tune actor: the training on its workers, then the evaluation as a step of its own."""
     name = config["trial"]
     run_dir = trial_dir(job.sweep_dir, name)
@@ -287,7 +287,7 @@ def _trial(config: Mapping[str, Any], job: Job) -> dict[str, Any]:
     return {"status": state.status}
 
 
-def _note_failure(run_dir: Path, job: Job, error: BaseException) -> TrialState:
+def _note_failure(run_dir: Path, job: TrialJob, error: BaseException) -> TrialState:
     """Whether a failure is the trial's own, and not the end of the whole cluster, which would also end this process."""
     if failure_of(run_dir) is None:
         time.sleep(_TEARDOWN_SECONDS)
@@ -297,7 +297,7 @@ def _note_failure(run_dir: Path, job: Job, error: BaseException) -> TrialState:
     return write_state(run_dir, status="failed", step=step, error=_reason(run_dir, error))
 
 
-def _fit(name: str, job: Job) -> None:
+def _fit(name: str, job: TrialJob) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -325,7 +325,7 @@ def _fit(name: str, job: Job) -> None:
     ).fit()
 
 
-def _work(name: str, job: Job) -> None:
+def _work(name: str, job: TrialJob) -> None:
     """A training worker. Ray has set the launcher's variables and created the process group."""
     _stand_in(job.workdir)
     watch = _Reporting(job.sweep_dir) if name in job.watched else StopWatch(job.sweep_dir)
@@ -341,7 +341,7 @@ class _Reporting(StopWatch):
         ray.train.report({"step": step, "loss": values["train/loss"]})
 
 
-def _evaluate(name: str, job: Job) -> None:
+def _evaluate(name: str, job: TrialJob) -> None:
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -355,7 +355,7 @@ def _evaluate(name: str, job: Job) -> None:
     ray.get(remote(_evaluate_here).remote(name, job))
 
 
-def _evaluate_here(name: str, job: Job) -> None:
+def _evaluate_here(name: str, job: TrialJob) -> None:
     _stand_in(job.workdir)
     evaluation_stage(job.sweep_dir, name)
 

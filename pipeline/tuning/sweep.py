@@ -92,13 +92,13 @@ def sweep(
         ConfigError: every mistake that can be known before the first trial starts. A trial that fails later is told in
             its trial.json, in the table and in MLflow, and the others go on.
     """
-    from pipeline.tuning.mlflow_runs import Record
+    from pipeline.tuning.mlflow_runs import SweepRuns
     from pipeline.tuning.progress import describe
 
     trials, totals = _prepare(config, grid)
     sweep_dir = _directory(config)
     _refuse_changes(sweep_dir, trials)
-    with Record(sweep_dir, config, grid, trials) as record:
+    with SweepRuns(sweep_dir, config, grid, trials) as record:
         _write(sweep_dir, config, grid, trials, totals, retry_failed=retry_failed)
         left = [trial for trial in trials if read_state(trial_dir(sweep_dir, trial.name)).status not in OVER]
         if left:
@@ -224,7 +224,7 @@ def _run(
 ) -> None:
     from pipeline.tuning.mlflow_runs import MACHINE_SECONDS
     from pipeline.tuning.progress import Progress
-    from pipeline.tuning.scheduler import Interrupted, Job, cluster, run_trials, watch_nodes
+    from pipeline.tuning.scheduler import Interrupted, TrialJob, cluster, run_trials, watch_nodes
 
     stop = _Stop(sweep_dir, [trial.name for trial in left])
     with stop, cluster(address, grid.resources) as capacity:
@@ -232,7 +232,7 @@ def _run(
         plan = _plan(sweep_dir, trials, totals, grid.resources, capacity, seconds_per_step)
         sys.stderr.write(describe_plan(plan) + "\n")
         watched = tuple(trial.name for trial in left if grid.asha is not None and not trial.baseline)
-        job = Job(sweep_dir, Path.cwd(), grid.resources, bool(grid.resources.gpus_per_worker), watched)
+        job = TrialJob(sweep_dir, Path.cwd(), grid.resources, bool(grid.resources.gpus_per_worker), watched)
         machines = watch_nodes(sweep_dir, MACHINE_SECONDS)
         with Progress(sweep_dir, trials):
             try:

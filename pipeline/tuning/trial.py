@@ -86,7 +86,7 @@ def evaluation_stage(sweep_dir: Path, name: str) -> Mapping[str, Any] | None:
     from pipeline.evaluation.record import track_results
     from pipeline.evaluation.run import evaluate_run
     from pipeline.model.restore import find_run
-    from pipeline.tracking.locks import Busy, FileLock
+    from pipeline.tracking.locks import Busy, ProcessLock
 
     config, run_dir = trial_config(sweep_dir, name), trial_dir(sweep_dir, name)
     if config.eval.benchmark is None:
@@ -102,7 +102,7 @@ def evaluation_stage(sweep_dir: Path, name: str) -> Mapping[str, Any] | None:
     baselines = sweep_dir / BASELINES
     with _log(run_dir):
         baselines.mkdir(parents=True, exist_ok=True)
-        with suppress(Busy), FileLock(baselines / ".lock", _BASELINE_WAIT_SECONDS):
+        with suppress(Busy), ProcessLock(baselines / ".lock", _BASELINE_WAIT_SECONDS):
             _evaluate_base(run_dir, benchmark, settings, baselines)
         found = evaluate_run(run_dir, benchmark, run_dir / EVAL, settings, baselines=baselines, say=_say)
         track_results(run_dir, config, find_run(run_dir).step, found.results, found.summary)

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config import load_config, override
 from pipeline.costs import scale
-from pipeline.costs.scale import SHAPES, Machine
+from pipeline.costs.scale import SHAPES, Hardware
 from pipeline.costs.scale_page import page
 
 B16 = SHAPES["ViT-B-16"]
@@ -99,7 +99,7 @@ def test_recomputation_lowers_memory_and_raises_hours() -> None:
 
 def test_efficiency_falls_with_nodes_and_rises_with_the_link() -> None:
     def at(nodes: int, gbit: float) -> float:
-        return scale.efficiency(B16, 1, nodes, trained=B16.trained(16), images=64, machine=Machine(link_gbit=gbit))
+        return scale.efficiency(B16, 1, nodes, trained=B16.trained(16), images=64, machine=Hardware(link_gbit=gbit))
 
     for gbit in (25.0, 400.0):
         found = [at(nodes, gbit) for nodes in (1, 2, 8, 64)]

@@ -15,7 +15,7 @@ from pipeline.data.shards.verify import verify
 from pipeline.demo.assets import ARCHIVES, BENCHMARK, GRID, MODEL, asset, unpack
 from pipeline.demo.recipe import CLOTHING, Picture, archive, captions
 from pipeline.demo.run import demo_config
-from pipeline.demo.show import Row, table
+from pipeline.demo.show import MethodResult, table
 from pipeline.evaluation.datasets.benchmark import load_benchmark
 from pipeline.model.clip import load_clip
 from pipeline.model.towers import adapter_targets
@@ -111,8 +111,8 @@ def test_the_sweep_compares_methods_with_and_without_keep(tmp_path: Path) -> Non
 
 def test_the_table_shows_every_trial_with_its_gain() -> None:
     rows = [
-        Row("untouched", 0.3, 0.7, 0.3, 0.1, 1.0, None, None),
-        Row("gated LoRA r16 *", 0.4, 0.6, 0.2, 0.05, 0.7, ("emoji", 0.5), (12, 144)),
+        MethodResult("untouched", 0.3, 0.7, 0.3, 0.1, 1.0, None, None),
+        MethodResult("gated LoRA r16 *", 0.4, 0.6, 0.2, 0.05, 0.7, ("emoji", 0.5), (12, 144)),
     ]
     text = table(rows)
     assert all(row.label in text for row in rows)

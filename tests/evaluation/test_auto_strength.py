@@ -11,7 +11,7 @@ import pytest
 from pipeline.config import ConfigError, Promote
 from pipeline.data.eval.wds_layout import open_eval_set
 from pipeline.evaluation.auto_strength import evaluate_auto
-from pipeline.evaluation.command import evaluate_command
+from pipeline.evaluation.command import EvalRequest, evaluate_command
 from pipeline.evaluation.datasets.benchmark import load_benchmark
 from pipeline.evaluation.datasets.dataset import Settings, open_dataset
 from pipeline.evaluation.datasets.parts import CHOOSING_MOST, of_part
@@ -89,9 +89,9 @@ def test_what_is_there_is_not_evaluated_again(run: Path, tmp_path: Path, benchma
 
 
 def test_the_command_takes_one_strength_for_a_model(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate_command(run, strength=(0.5,)) == 0
+    assert evaluate_command(run, EvalRequest(strength=(0.5,))) == 0
     assert json.loads((run / "eval" / "strength" / "0.5" / "summary.json").read_text())["strength"] == {"alpha": 0.5}
-    assert evaluate_command(run, strength=("auto",), floor=0.5) == 0
+    assert evaluate_command(run, EvalRequest(strength=("auto",), floor=0.5)) == 0
     printed = capsys.readouterr().out
     assert "keeps promote.min_kept >= 0.5, chosen on images of their own" in printed
     assert '"eval/strength/auto/summary.json"' in (run / "journal.jsonl").read_text()
@@ -99,19 +99,19 @@ def test_the_command_takes_one_strength_for_a_model(run: Path, capsys: pytest.Ca
 
 def test_mistakes_with_auto_are_told_in_a_line(run: Path) -> None:
     with pytest.raises(ConfigError, match=r"none is set: give promote\.min_kept .* or promote\.max_forgetting"):
-        evaluate_command(run, strength=("auto",))
+        evaluate_command(run, EvalRequest(strength=("auto",)))
     with pytest.raises(ConfigError, match="no dataset of a group other than id"):
-        evaluate_command(run, strength=("auto",), floor=0.5, datasets=["ours"])
+        evaluate_command(run, EvalRequest(strength=("auto",), floor=0.5, datasets=["ours"]))
     with pytest.raises(ConfigError, match="auto is one strength"):
-        evaluate_command(run, strength=("auto", 0.5), floor=0.5)
+        evaluate_command(run, EvalRequest(strength=("auto", 0.5), floor=0.5))
     with pytest.raises(ConfigError, match="above 0"):
-        evaluate_command(run, strength=(0.0,))
+        evaluate_command(run, EvalRequest(strength=(0.0,)))
 
 
 def test_a_floor_that_nothing_keeps_names_the_untouched_model(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.evaluation.auto_strength.strongest", lambda margin, untouched: (0.0, {1.0: -0.2}))
-    assert evaluate_command(run, strength=("auto",), floor=1.0) == 1
+    assert evaluate_command(run, EvalRequest(strength=("auto",), floor=1.0)) == 1
     printed = capsys.readouterr().out
     assert "α = 0, the untouched model: no strength above 0 keeps promote.min_kept >= 1" in printed

@@ -18,7 +18,7 @@ from pipeline.data.eval.batches import eval_loader
 from pipeline.data.eval.wds_layout import open_eval_set
 from pipeline.data.images import normalize
 from pipeline.data.storage.cache import Cache
-from pipeline.evaluation.command import evaluate_command
+from pipeline.evaluation.command import EvalRequest, evaluate_command
 from pipeline.evaluation.datasets.benchmark import load_benchmark
 from pipeline.evaluation.datasets.dataset import Settings
 from pipeline.evaluation.run import evaluate
@@ -227,7 +227,7 @@ def test_a_run_is_compared_with_its_untouched_base(
     tmp_path: Path, make_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(tmp_path / "runs" / "mine", kind="full")
-    assert evaluate_command(run, cache=str(tmp_path / "kept")) == 0
+    assert evaluate_command(run, EvalRequest(cache=str(tmp_path / "kept"))) == 0
     assert len(list((tmp_path / "kept" / "files").glob("*/*.pixels"))) == len(FOUR)
     printed = capsys.readouterr()
     assert "untouched model: ours" in printed.err
@@ -249,19 +249,19 @@ def test_a_run_is_compared_with_its_untouched_base(
     for name in ("eval/ours/acc1", "eval/pairs/text_retrieval_recall_at_5", "eval/mean/shift", "eval/forgetting"):
         assert f'"{name}"' in journal
     assert "eval/few/acc5" not in journal, "three classes have no acc5"
-    evaluate_command(run)
+    evaluate_command(run, EvalRequest())
     assert capsys.readouterr().err.count("skipped") == 8
 
 
 def test_a_run_without_its_base_or_benchmark_says_so(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     run = make_run(tmp_path / "run")
     with pytest.raises(ConfigError, match="brings its own weights"):
-        evaluate_command(run, pretrained="openai")
+        evaluate_command(run, EvalRequest(pretrained="openai"))
     config = run / "config.yaml"
     lines = [line for line in config.read_text().splitlines() if "benchmark" not in line]
     config.write_text("\n".join(lines))
     with pytest.raises(ConfigError, match="name a benchmark"):
-        evaluate_command(run)
+        evaluate_command(run, EvalRequest())
 
 
 def test_a_plain_directory_and_a_plain_name_are_evaluated(
@@ -269,15 +269,15 @@ def test_a_plain_directory_and_a_plain_name_are_evaluated(
 ) -> None:
     for name in (str(trained_clip_dir), f"local-dir:{trained_clip_dir}"):
         out = tmp_path / name.partition(":")[0].strip("/").replace("/", "_")
-        assert evaluate_command(name, benchmark=benchmark_file, out=out, workers=0, datasets=["few"]) == 0
+        assert evaluate_command(name, EvalRequest(benchmark=benchmark_file, out=out, workers=0, datasets=["few"])) == 0
         assert json.loads((out / "few.json").read_text())["metric"] == "acc1"
     assert "few" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="neither a run"):
-        evaluate_command(str(tmp_path), benchmark=benchmark_file)
+        evaluate_command(str(tmp_path), EvalRequest(benchmark=benchmark_file))
     with pytest.raises(ConfigError, match="near: ViT-B-32"):
-        evaluate_command("ViT-B-33", benchmark=benchmark_file)
+        evaluate_command("ViT-B-33", EvalRequest(benchmark=benchmark_file))
     with pytest.raises(ConfigError, match="device='tpu9'"):
-        evaluate_command(str(trained_clip_dir), benchmark=benchmark_file, device="tpu9")
+        evaluate_command(str(trained_clip_dir), EvalRequest(benchmark=benchmark_file, device="tpu9"))
 
 
 def test_the_table_for_the_terminal_shows_every_number(tmp_path: Path, clip: Clip, benchmark_file: Path) -> None:

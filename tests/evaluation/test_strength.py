@@ -16,7 +16,7 @@ import torch
 import pipeline.data.eval.batches
 from pipeline.config import ConfigError
 from pipeline.data.storage.cache import Cache
-from pipeline.evaluation.command import evaluate_command
+from pipeline.evaluation.command import EvalRequest, evaluate_command
 from pipeline.evaluation.datasets.benchmark import load_benchmark
 from pipeline.evaluation.datasets.dataset import Settings
 from pipeline.evaluation.run import evaluate, evaluate_run
@@ -119,7 +119,7 @@ def test_the_command_prints_the_curve(
     tmp_path: Path, make_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(tmp_path / "run")
-    evaluate_command(run, strength=(0.0, 0.5))
+    evaluate_command(run, EvalRequest(strength=(0.0, 0.5)))
     printed = capsys.readouterr().out
     assert "0.5" in printed
     assert "zero-shot" in printed
@@ -127,6 +127,6 @@ def test_the_command_prints_the_curve(
     assert '"strength/zero-shot"' in journal
     assert '"eval/strength.json"' in journal
     with pytest.raises(ConfigError, match="above 0"):
-        evaluate_command(run, strength=(1.5,))
-    with pytest.raises(ConfigError, match="is no run"):
-        evaluate_command("ViT-B-32", strength=(0.5,))
+        evaluate_command(run, EvalRequest(strength=(1.5,)))
+    with pytest.raises(ConfigError, match="is not a run"):
+        evaluate_command("ViT-B-32", EvalRequest(strength=(0.5,)))

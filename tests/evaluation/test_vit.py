@@ -15,7 +15,7 @@ import pipeline.evaluation.checkpoints
 from pipeline.config import ConfigError, load_config, to_yaml
 from pipeline.data.eval.wds_layout import open_eval_set
 from pipeline.evaluation.checkpoints import evaluate_checkpoints
-from pipeline.evaluation.command import evaluate_command
+from pipeline.evaluation.command import EvalRequest, evaluate_command
 from pipeline.evaluation.datasets.benchmark import load_benchmark
 from pipeline.evaluation.datasets.dataset import Settings, open_dataset
 from pipeline.evaluation.measures.ranks import Ranks
@@ -108,13 +108,13 @@ def test_the_best_checkpoint_stands_beside_the_last(
     assert best.results["known"]["value"] == alone[comparison["best"]].results["known"]["value"]
     assert [line["active_blocks"] for line in comparison["checkpoints"]] == [12, 12, 0, 0]
     assert json.loads((run / "eval" / "checkpoints.json").read_text()) == comparison
-    evaluate_command(run, checkpoints=True, benchmark=table, workers=0, cache="off")
+    evaluate_command(run, EvalRequest(checkpoints=True, benchmark=table, workers=0, cache="off"))
     said = capsys.readouterr()
     assert said.err.count("(finished before, skipped)") >= 4
     assert f"{100 * found[20]:6.2f}" in said.out
     assert " last" in said.out
     with pytest.raises(ConfigError, match="checkpoints and strength: one at a time"):
-        evaluate_command(run, checkpoints=True, strength=(0.0,), benchmark=table)
+        evaluate_command(run, EvalRequest(checkpoints=True, strength=(0.0,), benchmark=table))
 
 
 def test_the_config_names_rows_of_its_benchmark(
@@ -122,9 +122,9 @@ def test_the_config_names_rows_of_its_benchmark(
 ) -> None:
     config = load_config(run / "config.yaml", [f"eval.benchmark={table}", "eval.datasets=[ours]", "eval.workers=0"])
     (run / "config.yaml").write_text(to_yaml(config))
-    evaluate_command(run, out=tmp_path / "results", cache="off")
+    evaluate_command(run, EvalRequest(out=tmp_path / "results", cache="off"))
     assert "known" not in capsys.readouterr().out
-    evaluate_command(run, out=tmp_path / "results", datasets=["known"], cache="off")
+    evaluate_command(run, EvalRequest(out=tmp_path / "results", datasets=["known"], cache="off"))
     assert "known" in capsys.readouterr().out
 
 
@@ -170,5 +170,7 @@ def test_the_strength_curve_keeps_the_classifier(run: Path, table: Path, tmp_pat
 def test_a_benchmark_without_an_answerable_row_is_refused(run: Path, datasets: Path, tmp_path: Path) -> None:
     file = tmp_path / "texts.yaml"
     file.write_text(f"root: {datasets}\ndatasets:\n  - {{key: pairs, group: retrieval, path: wds_pairs}}\n")
-    with pytest.raises(ConfigError, match=r"benchmark texts: run/step-00000020 can answer none of its rows: .*texts"):
+    with pytest.raises(
+        ConfigError, match=r"benchmark texts: run/step-00000020 can be evaluated on none of its rows: .*texts"
+    ):
         evaluate_run(run, load_benchmark(file), run / "eval", SETTINGS, baselines=tmp_path / "base")

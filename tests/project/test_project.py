@@ -49,16 +49,6 @@ def test_every_package_says_what_it_is_for(repository):
         assert path.read_text().startswith('"""'), f"{path.relative_to(repository)} has no docstring"
 
 
-def test_no_source_file_is_longer_than_400_lines(repository):
-    long = {
-        str(path.relative_to(repository)): lines
-        for folder in ("pipeline", "tests")
-        for path in (repository / folder).rglob("*.py")
-        if (lines := len(path.read_text().splitlines())) > 400
-    }
-    assert not long
-
-
 def test_names_of_tests_are_short(repository):
     """The story belongs in the docstring."""
     long = {

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from pipeline.report.paper.tables import GATES, MEANS, TABLES, Row, errata, findings, recompute, table
+from pipeline.report.paper.tables import GATES, MEANS, TABLES, PaperRow, errata, findings, recompute, table
 
 KNOWN = [erratum for erratum in errata() if erratum.finding is not None]
 
@@ -33,14 +33,14 @@ def test_corrected_table_15_means_hold() -> None:
     """The printed means belong to Table 13's IN-1K: with it, all seven come out."""
     exact = {row.name: row.cells["IN-1K"] for row in table(11)}
     for row in table(15):
-        corrected = Row(15, row.cells | {"IN-1K": exact.get(row.name, row.cells["IN-1K"])})
+        corrected = PaperRow(15, row.cells | {"IN-1K": exact.get(row.name, row.cells["IN-1K"])})
         assert abs(recompute(corrected)["mean"] - Fraction(row.cells["mean"])) <= Fraction("0.06")
 
 
 def test_table_14_mean_was_computed_with_the_copied_recall() -> None:
     row = next(row for row in table(14) if row.name == "Ours 4")
     assert abs(recompute(row)["mean"] - Fraction("72.5")) <= Fraction("0.06")
-    likely = Row(14, row.cells | {"Flickr30k IR@5": "94.5"})
+    likely = PaperRow(14, row.cells | {"Flickr30k IR@5": "94.5"})
     assert abs(recompute(likely)["mean"] - Fraction("73.4")) <= Fraction("0.06")
 
 
@@ -48,7 +48,7 @@ def test_table_14_mean_was_computed_with_the_copied_recall() -> None:
 def test_a_changed_cell_would_be_found(column: str) -> None:
     row = next(row for row in table(12) if row.name == "LoRA 64")
     assert float(recompute(row)[column]) == pytest.approx(float(row.cells[column]), abs=0.06)
-    changed = Row(12, row.cells | {"FLW": "45.1"})  # two digits swapped
+    changed = PaperRow(12, row.cells | {"FLW": "45.1"})  # two digits swapped
     assert float(recompute(changed)[column]) != pytest.approx(float(row.cells[column]), abs=0.06)
 
 

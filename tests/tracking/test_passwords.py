@@ -236,7 +236,7 @@ def test_a_sweep_leaves_the_password_nowhere(
     from pipeline.data.shards.index import pack
     from pipeline.runs.sweep import SWEEP_FILE, read_state, trial_dir
     from pipeline.tuning.grid import Resources, load_grid
-    from pipeline.tuning.mlflow_runs import Record
+    from pipeline.tuning.mlflow_runs import SweepRuns
     from pipeline.tuning.scheduler import _init_settings
     from pipeline.tuning.trial import trial_config
 
@@ -248,7 +248,7 @@ def test_a_sweep_leaves_the_password_nowhere(
     grid, sweep_dir = load_grid(tmp_path / "grid.yaml"), tmp_path / "runs" / "run"
     for _ in range(2):  # the second time it continues
         trials = lay_out(config, grid)
-        with Record(sweep_dir, config, grid, trials) as record:
+        with SweepRuns(sweep_dir, config, grid, trials) as record:
             states = {trial.name: read_state(trial_dir(sweep_dir, trial.name)) for trial in trials}
             record.close(states, "the table", complete=False)
     assert trial_config(sweep_dir, trials[0].name).tracking.uri == "http://me:***@127.0.0.1:9"

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.config import ConfigError
 from pipeline.config.text_file import read_json
-from pipeline.handoff.source import Source
+from pipeline.handoff.source import TrainedModel
 from pipeline.model.clip import hub_entry
 from pipeline.model.vit import Vit
 from pipeline.runs.results import EVAL, STRENGTH_FILE, SUMMARY_FILE, read_summary
@@ -47,7 +47,7 @@ class CardFacts:
     """
 
     title: str
-    source: Source
+    source: TrainedModel
     to: str
     results: dict[str, Any] | None = None
     curve: dict[str, Any] | None = None
@@ -56,7 +56,7 @@ class CardFacts:
 
     @staticmethod
     def of(
-        source: Source, to: str, title: str, checked: list[str], loss: list[dict[str, Any]] | None = None
+        source: TrainedModel, to: str, title: str, checked: list[str], loss: list[dict[str, Any]] | None = None
     ) -> CardFacts:
         """The facts of a run's model."""
         return CardFacts(title, source, to, _results(source), _curve(source), checked, loss or [])
@@ -82,7 +82,7 @@ class CardFacts:
         return next((licence for part, licence in LICENCES.items() if part in named), None)
 
 
-def _results(source: Source) -> dict[str, Any] | None:
+def _results(source: TrainedModel) -> dict[str, Any] | None:
     """The summary whose digest is that of the weights: of the run, or of one of its strengths."""
     folder = source.run_dir / EVAL
     files = [folder / SUMMARY_FILE, *sorted((folder / "strength").glob(f"*/{SUMMARY_FILE}"), reverse=True)]
@@ -99,7 +99,7 @@ def _read(file: Path) -> dict[str, Any]:
         return {}  # `selora report` names a damaged file
 
 
-def _curve(source: Source) -> dict[str, Any] | None:
+def _curve(source: TrainedModel) -> dict[str, Any] | None:
     file = source.run_dir / EVAL / STRENGTH_FILE
     if not file.is_file():
         return None

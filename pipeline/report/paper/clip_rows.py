@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.report.paper.tables import Row, table, wrong_cells
+from pipeline.report.paper.tables import PaperRow, table, wrong_cells
 from pipeline.report.records import Collection, Run
 
 CLIP_ROW = "CLIP"  # the untouched model, in the place of a run
@@ -45,7 +45,7 @@ class Published:
         front = ["paper", rank, f"{_PAPER_LAM:g}" if gated else "", self._cell(found, "blocks"), ""]
         return front + [self._cell(found, column) if column is not None else "" for column in self.columns]
 
-    def _cell(self, row: Row, column: str) -> str:
+    def _cell(self, row: PaperRow, column: str) -> str:
         printed = row.cells.get(column, "")
         return f"{printed}*" if (row.name, column) in self.wrong else printed
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from importlib.resources import files
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -31,7 +31,7 @@ _TOLERANCE = {1: Fraction("0.06"), 2: Fraction("0.011")}
 
 
 @dataclass(frozen=True)
-class Row:
+class PaperRow:
     """One row of one table, cells as printed ("" where the paper has a dash)."""
 
     table: int
@@ -50,7 +50,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Contradiction:
     """A printed number that others contradict. `expected` is None if the correct value is not known."""
 
     check: Check
@@ -69,14 +69,14 @@ class Erratum:
     where: str
     printed: str
     correct: str
-    finding: Finding | None
+    finding: Contradiction | None
 
 
 @cache
-def table(number: int) -> tuple[Row, ...]:
+def table(number: int) -> tuple[PaperRow, ...]:
     """The rows of one table, from top to bottom."""
     text = files("pipeline.report.paper").joinpath("published", f"table-{number:02d}.csv").read_text(encoding="utf-8")
-    return tuple(Row(number, cells) for cells in csv.DictReader(text.splitlines()))
+    return tuple(PaperRow(number, cells) for cells in csv.DictReader(text.splitlines()))
 
 
 @cache
@@ -86,10 +86,11 @@ def errata() -> tuple[Erratum, ...]:
     return tuple(_erratum(entry) for entry in yaml.safe_load(text))
 
 
-def _erratum(entry: dict[str, object]) -> Erratum:
+def _erratum(entry: dict[str, Any]) -> Erratum:
     finding = None
     if "check" in entry:
-        finding = Finding(**{key: entry[key] for key in ("check", "table", "row", "column", "printed", "expected")})  # pyright: ignore[reportArgumentType]
+        names = ("check", "table", "row", "column", "printed", "expected")
+        finding = Contradiction(**{name: entry[name] for name in names})
         where = f"Table {finding.table}, {finding.row}, {finding.column}"
     else:
         where = str(entry["where"])
@@ -105,14 +106,14 @@ def wrong_cells(number: int) -> dict[tuple[str, str], str]:
     }
 
 
-def recompute(row: Row) -> dict[str, Fraction]:
+def recompute(row: PaperRow) -> dict[str, Fraction]:
     """The mean columns of a row: the inner one over all datasets but the target, the outer one over both halves."""
     _, *others = row.values.values()
     inner = sum(others, Fraction()) / len(others)
     return {"inner mean": inner, "mean": (_target(row) + inner) / 2}
 
 
-def _target(row: Row) -> Fraction:
+def _target(row: PaperRow) -> Fraction:
     """The first measured column, with its second decimal where another table has it."""
     printed = next(iter(row.values.values()))
     for source in table(_SOURCE[row.table]) if row.table in _SOURCE else ():
@@ -122,45 +123,45 @@ def _target(row: Row) -> Fraction:
     return printed
 
 
-def findings() -> list[Finding]:
+def findings() -> list[Contradiction]:
     """All numbers in the tables that contradict others."""
     rows = [row for number in TABLES for row in table(number)]
     found = [finding for row in rows for check in (_means, _blocks, _recalls) for finding in check(row)]
     return found + [finding for copy, source in _pairs() for finding in _copies(copy, source)]
 
 
-def _means(row: Row) -> Iterator[Finding]:
+def _means(row: PaperRow) -> Iterator[Contradiction]:
     for column, value in recompute(row).items():
         printed = row.cells.get(column)
         if printed is not None and abs(Fraction(printed) - value) > _TOLERANCE[_decimals(row, printed)]:
-            yield Finding("mean", row.table, row.name, column, printed, _shown(value, printed))
+            yield Contradiction("mean", row.table, row.name, column, printed, _shown(value, printed))
 
 
-def _decimals(row: Row, printed: str) -> int:
+def _decimals(row: PaperRow, printed: str) -> int:
     # A row whose numbers all end in 0 has one decimal, whatever is printed: the paper's row of CLIP.
     padded = all(cell.endswith("0") for key, cell in row.cells.items() if cell and key not in KEYS)
     return 1 if padded else max(1, min(2, len(printed.partition(".")[2])))
 
 
-def _blocks(row: Row) -> Iterator[Finding]:
+def _blocks(row: PaperRow) -> Iterator[Contradiction]:
     printed = row.cells["blocks"]
     if printed in ("", "100"):
         return
     gates = GATES[row.table]
     exact = Fraction(round(Fraction(printed) / 100 * gates), gates) * 100
     if _shown(exact, printed) != printed:
-        yield Finding("blocks", row.table, row.name, "blocks", printed, _shown(exact, printed))
+        yield Contradiction("blocks", row.table, row.name, "blocks", printed, _shown(exact, printed))
 
 
-def _recalls(row: Row) -> Iterator[Finding]:
+def _recalls(row: PaperRow) -> Iterator[Contradiction]:
     """R@5 that does not exceed R@1: the first five include the first."""
     for column, cell in row.cells.items():
         first = row.cells.get(column.replace("@5", "@1"))
         if column.endswith("@5") and first is not None and Fraction(cell) <= Fraction(first):
-            yield Finding("recall", row.table, row.name, column, cell, None)
+            yield Contradiction("recall", row.table, row.name, column, cell, None)
 
 
-def _pairs() -> Iterator[tuple[tuple[Row, tuple[str, ...]], Row]]:
+def _pairs() -> Iterator[tuple[tuple[PaperRow, tuple[str, ...]], PaperRow]]:
     for copy, source in _SOURCE.items():
         for one, other in zip(table(copy), table(source), strict=True):
             yield (one, _REPEATED), other
@@ -173,7 +174,7 @@ def _pairs() -> Iterator[tuple[tuple[Row, tuple[str, ...]], Row]]:
     yield (table(2)[0], columns), by_name["Ours 128 1"]
 
 
-def _copies(copy: tuple[Row, tuple[str, ...]], source: Row) -> Iterator[Finding]:
+def _copies(copy: tuple[PaperRow, tuple[str, ...]], source: PaperRow) -> Iterator[Contradiction]:
     row, columns = copy
     for column in columns:
         printed, original = row.cells[column], source.cells[column]
@@ -182,7 +183,7 @@ def _copies(copy: tuple[Row, tuple[str, ...]], source: Row) -> Iterator[Finding]
         unit = Fraction(1, 10 ** min(_places(printed), _places(original)))
         # The source may itself be rounded, so its last digit is accepted either way.
         if abs(Fraction(printed) - Fraction(original)) > unit * Fraction("0.501"):
-            yield Finding("copied", row.table, row.name, column, printed, _shown(Fraction(original), printed))
+            yield Contradiction("copied", row.table, row.name, column, printed, _shown(Fraction(original), printed))
 
 
 def _places(printed: str) -> int:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.config import VIT_SCHEMA
-from pipeline.report.paper.tables import Row, table, wrong_cells
-from pipeline.report.records import Run, Settings
+from pipeline.report.paper.tables import PaperRow, table, wrong_cells
+from pipeline.report.records import Run, RunSettings
 
 _SMALL, _BASE = "vit_small_patch16_224.dino", "vit_base_patch16_224.dino"
 _TABLE = {
@@ -51,7 +51,7 @@ def published_target(runs: Sequence[Run], target: str, sources: Sequence[str]) -
     return PublishedTarget(target, list(_notes(found)))
 
 
-def _notes(found: Sequence[Row]) -> Iterable[str]:
+def _notes(found: Sequence[PaperRow]) -> Iterable[str]:
     *others, last = sorted({str(row.table) for row in found})
     which = f"Tables {', '.join(others)} and {last}" if others else f"Table {last}"
     yield (
@@ -64,7 +64,7 @@ def _notes(found: Sequence[Row]) -> Iterable[str]:
                 yield f"* {text}"
 
 
-def _cell(row: Row, column: str) -> str:
+def _cell(row: PaperRow, column: str) -> str:
     printed = row.cells[column]
     return f"{printed}*" if (_wrong_name(row.name), column) in wrong_cells(row.table) else printed
 
@@ -74,7 +74,7 @@ def _wrong_name(name: str) -> str:
     return name.replace("Random", "Ours")
 
 
-def _find(settings: Settings, target: str) -> Row | None:
+def _find(settings: RunSettings, target: str) -> PaperRow | None:
     """The row of Tables 1 to 9 with this configuration. The model is recognised by its tag, as in `selora doctor`."""
     number = _TABLE.get((settings.model.removeprefix(VIT_SCHEMA), target))
     if number is None:
@@ -84,7 +84,7 @@ def _find(settings: Settings, target: str) -> Row | None:
     return next((row for each in numbers for row in table(each) if row.name == name), None)
 
 
-def _name(settings: Settings) -> str | None:
+def _name(settings: RunSettings) -> str | None:
     """Name of a configuration in the nine tables of the paper."""
     if settings.kind == "full":
         return "FT"

@@ -23,7 +23,7 @@ from typing import Self
 from pipeline.passwords import redact
 from pipeline.tracking.identity import read_identity
 from pipeline.tracking.journal import JOURNAL, lock_path
-from pipeline.tracking.locks import Busy, FileLock, is_held
+from pipeline.tracking.locks import Busy, ProcessLock, is_held
 from pipeline.tracking.mlflow.delivery import SHIPPING_LOCK, Delivery
 from pipeline.tracking.mlflow.store import CLIENT_ENVIRONMENT, Away
 from pipeline.tracking.system import SystemSampler
@@ -170,7 +170,7 @@ class _Fleet:
         identity = read_identity(run_dir)
         assert identity is not None, "the tracker writes run.json before it starts this process"
         self._uri, self._below = uri, below
-        self._locks: list[FileLock] = []
+        self._locks: list[ProcessLock] = []
         self._deliveries = {run_dir: Delivery(run_dir, uri, identity)}
 
     def deliver(self, *, last: bool = False) -> None:
@@ -201,7 +201,7 @@ class _Fleet:
             if identity is None:
                 continue
             with suppress(Busy):  # `selora track sync` is there, or an earlier attempt's process
-                self._locks.append(FileLock(run_dir / SHIPPING_LOCK))
+                self._locks.append(ProcessLock(run_dir / SHIPPING_LOCK))
                 self._deliveries[run_dir] = Delivery(run_dir, self._uri, identity)
 
     def __enter__(self) -> Self:
@@ -212,12 +212,12 @@ class _Fleet:
             lock.release()
 
 
-def _take_lock(run_dir: Path, trainer: _Trainer) -> FileLock | None:
+def _take_lock(run_dir: Path, trainer: _Trainer) -> ProcessLock | None:
     """The right to deliver; an earlier attempt's process may still be delivering its rest."""
     while True:
         ended = trainer.ended(0.0)
         try:
-            return FileLock(run_dir / SHIPPING_LOCK, wait_s=_ORPHAN_SECONDS if ended else 1.0)
+            return ProcessLock(run_dir / SHIPPING_LOCK, wait_s=_ORPHAN_SECONDS if ended else 1.0)
         except Busy as busy:
             logger.warning("%s is delivering this run", busy)
             if ended:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import ConfigError
 from pipeline.passwords import redact
-from pipeline.tracking.locks import Busy, FileLock
+from pipeline.tracking.locks import Busy, ProcessLock
 from pipeline.tracking.mlflow.moved import relocate
 from pipeline.tracking.mlflow.uris import artifact_root, sqlite_path
 
@@ -170,7 +170,7 @@ class MlflowStore:
             self._experiment_id = self._settle_experiment(client)
         else:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(file.with_name(file.name + ".lock"), _CREATE_WAIT_SECONDS):
+            with ProcessLock(file.with_name(file.name + ".lock"), _CREATE_WAIT_SECONDS):
                 relocate(self.uri)
                 client = MlflowClient(self.uri, registry_uri=self.uri)
                 self._experiment_id = self._settle_experiment(client)

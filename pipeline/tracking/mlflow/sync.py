@@ -10,7 +10,7 @@ from pipeline.config import ConfigError
 from pipeline.passwords import redact
 from pipeline.tracking.identity import RunIdentity, read_identity
 from pipeline.tracking.journal import JOURNAL
-from pipeline.tracking.locks import Busy, FileLock
+from pipeline.tracking.locks import Busy, ProcessLock
 from pipeline.tracking.mlflow.delivery import SHIPPING_LOCK, Delivery, load_state, pending
 from pipeline.tracking.mlflow.moved import found_again
 from pipeline.tracking.mlflow.store import Away, client_environment
@@ -60,7 +60,7 @@ def sync(run_dir: Path, uri: str | None = None, *, full: bool = False) -> SyncRe
         raise ConfigError(f"{run_dir}: not the directory of a tracked run, it has no {JOURNAL}")
     uri = resolve_uri(uri or found_again(identity.uri, run_dir), run_dir.absolute().parent)
     try:
-        with FileLock(run_dir / SHIPPING_LOCK, _LOCK_SECONDS), client_environment():
+        with ProcessLock(run_dir / SHIPPING_LOCK, _LOCK_SECONDS), client_environment():
             return _sync_locked(run_dir, uri, identity, full)
     except Busy as busy:
         state = load_state(run_dir, uri)

@@ -71,7 +71,8 @@ class Served(PythonModel):
         """Read the artifacts; nothing is fetched and nothing is unpickled."""
         artifacts = {name: Path(path) for name, path in context.artifacts.items()}
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.kind = Vit(artifacts["vit"], device) if "vit" in artifacts else Clip(**artifacts, device=device)
+        vit = artifacts.get("vit")
+        self.kind = ServedClip(**artifacts, device=device) if vit is None else ServedVit(vit, device)
         # Requests are decoded in parallel and computed in turn: there are activations of one batch at a time.
         self.turn = threading.Lock()
 
@@ -110,7 +111,7 @@ class Served(PythonModel):
         return pd.DataFrame({"embedding": self._images(table, self.kind.images, 0).tolist()})
 
     def _embed_texts(self, table: pd.DataFrame, options: Mapping[str, Any]) -> pd.DataFrame:  # noqa: ARG002
-        if isinstance(self.kind, Vit):
+        if isinstance(self.kind, ServedVit):
             raise Refused("task='embed_texts': this model reads no texts")
         if "text" not in table:
             raise Refused(f"embed_texts needs a column text, got {', '.join(map(str, table.columns))}")
@@ -142,7 +143,7 @@ def serving() -> bool:
     return os.environ.get("_MLFLOW_IS_IN_SERVING_ENVIRONMENT") == "true"
 
 
-class Clip:
+class ServedClip:
     """Classes are compared with images by their texts: the model's own classes, or any that a request names."""
 
     def __init__(self, clip: Path, labels: Path, device: torch.device) -> None:
@@ -206,7 +207,7 @@ class Clip:
         return sum(head.numel() for head in self.heads.values())
 
 
-class Vit:
+class ServedVit:
     """A model with the classes of its own classifier, and no others."""
 
     def __init__(self, vit: Path, device: torch.device) -> None:

@@ -25,7 +25,7 @@ from pipeline.data.eval.wds_layout import EvalSet, open_eval_set
 from pipeline.data.images import normalize
 from pipeline.data.storage.cache import Cache
 from pipeline.doctor.benchmark import compare_with_published
-from pipeline.evaluation.command import evaluate_command
+from pipeline.evaluation.command import EvalRequest, evaluate_command
 from pipeline.evaluation.datasets.benchmark import load_benchmark
 from pipeline.evaluation.datasets.dataset import Settings, open_dataset
 from pipeline.evaluation.measures.knn import Nearest, as_logits, class_votes, count_votes, from_keys, merged, to_keys
@@ -259,7 +259,7 @@ def test_what_the_model_knew_counts_as_forgotten(
         f"root: {known_set.parent}\ninclude: {benchmark_file}\n"
         f"datasets: [{{key: known, group: source, path: {known_set.name}, neighbours: 5}}]\n"
     )
-    assert evaluate_command(run, benchmark=file, datasets=["ours", "known"], workers=0) == 0
+    assert evaluate_command(run, EvalRequest(benchmark=file, datasets=["ours", "known"], workers=0)) == 0
     printed = capsys.readouterr()
     assert [line.split()[:3] for line in printed.out.splitlines() if line.startswith("source")] == [
         ["source", "known", "acc1"],

@@ -25,12 +25,13 @@ import os
 import sys
 import torch.distributed as dist
 from pipeline.config import ConfigError
-from pipeline.evaluation.command import evaluate_command
+from pipeline.evaluation.command import EvalRequest, evaluate_command
 model, root = sys.argv[1:]
 def scene(name):
     print(f"== {name}", flush=True)
     try:
-        evaluate_command(model, benchmark=f"{root}/{name}.yaml", out=f"{root}/{name}", batch_size=8, workers=0)
+        request = EvalRequest(benchmark=f"{root}/{name}.yaml", out=f"{root}/{name}", batch_size=8, workers=0)
+        evaluate_command(model, request)
     except ConfigError as error:
         print(f"ConfigError: {error}", flush=True)
 scene("all")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sweep_by_hand import lay_out
 
 from pipeline.runs.sweep import read_state, trial_dir, write_state
-from pipeline.tuning.mlflow_runs import REASON_TAG, Record
+from pipeline.tuning.mlflow_runs import REASON_TAG, SweepRuns
 
 
 def test_trials_in_mlflow_are_scheduled_or_failed(make_config, make_grid, tmp_path) -> None:
@@ -16,7 +16,7 @@ def test_trials_in_mlflow_are_scheduled_or_failed(make_config, make_grid, tmp_pa
     trials = lay_out(config, grid)
     sweep_dir = tmp_path / "runs" / "sweep"
     write_state(trial_dir(sweep_dir, trials[1].name), status="failed", error="out of memory")
-    with Record(sweep_dir, config, grid, trials) as record:
+    with SweepRuns(sweep_dir, config, grid, trials) as record:
         states = {trial.name: read_state(trial_dir(sweep_dir, trial.name)) for trial in trials}
         record.close(states, "the table", complete=False)
     statuses, reasons = _children(store)
