@@ -21,7 +21,7 @@ from pipeline.handoff.graphs import (
     write_graph_export,
 )
 from pipeline.handoff.readback import READERS
-from pipeline.handoff.source import Mismatch, read_source
+from pipeline.handoff.source import Mismatch, TrainedModel, read_source
 from pipeline.model.between import weaken
 from pipeline.model.export import BASE, fixed_batch, own_logits, write_hf, write_open_clip, write_peft, write_timm
 from pipeline.model.load import as_clip
@@ -83,7 +83,7 @@ def export(
     base_name: str | None = None,
     force: bool = False,
     strength: float = 1.0,
-    graph: Callable[[Source], GraphOptions] | None = None,
+    graph: Callable[[TrainedModel], GraphOptions] | None = None,
 ) -> ExportReport:
     """Write a run's model for another library. Nothing is at `out` before that library has given the run's logits.
 
@@ -121,9 +121,8 @@ def export(
     try:
         partial.mkdir(parents=True)
         notes = WRITERS[to](source, partial, request)
-        report = ExportReport(out, to, None, None, 0.0, notes)
-        if verify:
-            report = _read_back(source, request, partial, out, notes)
+        plain = ExportReport(out, to, None, None, 0.0, notes)
+        report = _read_back(source, request, partial, out, notes) if verify else plain
         facts = json.dumps(_facts(source, request, report), indent=1) + "\n"
         (partial / FACTS_FILE).write_text(facts, encoding="utf-8")
         _write_card(source, request, report, partial)
@@ -135,27 +134,27 @@ def export(
     return report
 
 
-def _write_open_clip(source: Source, directory: Path, request: Request) -> list[str]:  # noqa: ARG001
+def _write_open_clip(source: TrainedModel, directory: Path, request: Request) -> list[str]:  # noqa: ARG001
     write_open_clip(source.clip, directory)
     return []
 
 
-def _write_hf(source: Source, directory: Path, request: Request) -> list[str]:  # noqa: ARG001
+def _write_hf(source: TrainedModel, directory: Path, request: Request) -> list[str]:  # noqa: ARG001
     write_hf(source.clip, directory)
     return []
 
 
-def _write_timm(source: Source, directory: Path, request: Request) -> list[str]:  # noqa: ARG001
+def _write_timm(source: TrainedModel, directory: Path, request: Request) -> list[str]:  # noqa: ARG001
     assert isinstance(source.model, Vit)  # _check_fits
     write_timm(source.model, directory)
     return []
 
 
-def _write_graphs(source: Source, directory: Path, request: Request) -> list[str]:
+def _write_graphs(source: TrainedModel, directory: Path, request: Request) -> list[str]:
     return write_graph_export(source.model, request.to, directory, request.graph)
 
 
-def _write_peft(source: Source, directory: Path, request: Request) -> list[str]:
+def _write_peft(source: TrainedModel, directory: Path, request: Request) -> list[str]:
     kind = source.found.state["adapter"]["kind"]
     if kind not in ("lora", "dora"):
         raise ConfigError(f"to=peft: the run trained adapter.kind={kind}, which has no adapters; export it to hf")
@@ -177,7 +176,7 @@ def _write_peft(source: Source, directory: Path, request: Request) -> list[str]:
     return notes
 
 
-Writer = Callable[[Source, Path, Request], list[str]]
+Writer = Callable[[TrainedModel, Path, Request], list[str]]
 GRAPH_WRITERS: dict[str, Writer] = dict.fromkeys(FILES, _write_graphs)
 CLIP_WRITERS: dict[str, Writer] = {"open_clip": _write_open_clip, "hf": _write_hf, "peft": _write_peft, **GRAPH_WRITERS}
 VIT_WRITERS: dict[str, Writer] = {"timm": _write_timm, **GRAPH_WRITERS}
@@ -212,7 +211,7 @@ def _check_free(out: Path, force: bool) -> None:
         raise ConfigError(f"{out} holds an export: choose another directory, or replace it with --force")
 
 
-def _read_back(source: Source, request: Request, partial: Path, out: Path, notes: list[str]) -> ExportReport:
+def _read_back(source: TrainedModel, request: Request, partial: Path, out: Path, notes: list[str]) -> ExportReport:
     """Compare; Mismatch when the library sees another model."""
     reader, to = READERS[request.to], request.to
     if to in FILES:
@@ -235,13 +234,13 @@ def _read_back(source: Source, request: Request, partial: Path, out: Path, notes
     return ExportReport(out, to, reader.name, difference, tolerance, notes)
 
 
-def _write_card(source: Source, request: Request, report: ExportReport, directory: Path) -> None:
+def _write_card(source: TrainedModel, request: Request, report: ExportReport, directory: Path) -> None:
     checked = [report.checked, *report.notes]
     facts = CardFacts.of(source, request.to, source.run_dir.absolute().name, checked, report.loss)
     write_card(directory, facts, base_name=request.base_name, pixels=request.graph.pixels)
 
 
-def _facts(source: Source, request: Request, report: ExportReport) -> dict[str, Any]:
+def _facts(source: TrainedModel, request: Request, report: ExportReport) -> dict[str, Any]:
     return {
         "format": "selora-export",
         "version": 1,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config import ConfigError, load_config
-from pipeline.evaluation.command import Asked, progress
+from pipeline.evaluation.command import EvalRequest, progress
 from pipeline.handoff.graphs import GraphOptions
 from pipeline.handoff.served_run import check_labels, labels_of
 from pipeline.handoff.source import TrainedModel
@@ -47,7 +47,7 @@ def graph_options(
         if benchmark is not None or limit is not None:
             raise ConfigError("--benchmark and --limit go with --int8, whose loss is measured")
         return GraphOptions(precision, pixels, labels)
-    asked = Asked(benchmark=benchmark, limit=limit)
+    asked = EvalRequest(benchmark=benchmark, limit=limit)
     try:
         table = asked.table(config)
     except ConfigError as error:

@@ -193,7 +193,7 @@ def linked_run(registry: Registry, source: TrainedModel, uri: str) -> tuple[str 
 
 def _register(
     registry: Registry,
-    source: Source,
+    source: TrainedModel,
     labels: Labels | None,
     tags: Mapping[str, str],
     run_id: str | None,

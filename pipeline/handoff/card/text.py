@@ -14,7 +14,7 @@ CARD, FIGURE = "README.md", "results.png"
 
 LIBRARIES = {"open_clip": "open_clip", "hf": "transformers", "peft": "peft", "timm": "timm", "onnx": "onnx"}
 LIBRARIES |= {"triton": "onnx", "mlflow": "mlflow"}
-# What the digests and settings of `Source.facts` are called in the card.
+# What the digests and settings of `TrainedModel.facts` are called in the card.
 ORIGIN = {
     "base_model": "base",
     "base_digest": "base weights, sha256",
