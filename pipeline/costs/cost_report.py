@@ -21,6 +21,7 @@ from pipeline.costs.cost import (
     model_cost,
     trained_parameters,
 )
+from pipeline.display import text_table
 from pipeline.method.adapter import AdapterKind
 from pipeline.model.clip import CONFIG_FILE, Clip, load_clip
 from pipeline.model.load import as_clip
@@ -230,32 +231,45 @@ def format_report(report: dict[str, Any]) -> str:
         f"plain or merged: {_gmac(plain['image'])} an image + {_gmac(plain['text'])} a text "
         f"= {_gmac(sum(plain.values()))} GMAC; torch's counter: {_gmac(sum(counted.values()))}",
         "",
-        "kind  rank  blocks M  trainable M  unmerged: image   text    sum  counted  x plain  pruned to    sum  "
-        "unmerged/pruned",
+        text_table(_HEAD, [_shown_row(row, sum(plain.values())) for row in report["rows"]]),
     ]
-    lines += [_shown_row(row, sum(plain.values())) for row in report["rows"]]
     rules = report["rules"]
     lines += ["", f"rank {rules[0]['rank']} by counting rule, one image and one text:"]
-    lines += [
-        f"  {row['kind']} {row['rule']:<18} +{_gmac(row['overhead']):>7} GMAC  {row['to_plain']:.2f} x plain  "
-        f"{row['to_pruned']:.2f} x pruned  ({row['meaning']})"
+    cells = [
+        (row["kind"], row["rule"], f"+{_gmac(row['overhead'])} GMAC", f"{row['to_plain']:.2f} x plain",
+         f"{row['to_pruned']:.2f} x pruned", f"({row['meaning']})")
         for row in rules
-    ]
+    ]  # fmt: skip
+    lines.append(text_table((), cells, left=6))
     if report["paper"]:
         lines += ["", *_shown_claims(report["paper"])]
     lines += [line for each in report["latency"] for line in ("", *_shown_latency(each))]
     return "\n".join(lines)
 
 
-def _shown_row(row: dict[str, Any], plain: int) -> str:
+# MAC are in GMAC, of one image and one text.
+_HEAD = (
+    "kind", "rank", "blocks M", "trainable M", "unmerged: image", "text", "sum", "counted", "x plain", "pruned to",
+    "sum", "unmerged/pruned",
+)  # fmt: skip
+
+
+def _shown_row(row: dict[str, Any], plain: int) -> tuple[str, ...]:
     macs = row["unmerged"]["macs"]
     total, pruned = sum(macs.values()), sum(row["pruned"]["macs"].values())
-    counted = sum(row["unmerged"]["counted"].values())
     return (
-        f"{row['kind']}  {row['rank']:>4}  {row['adapter_parameters'] / 1e6:>8.2f}  "
-        f"{row['trainable_parameters'] / 1e6:>11.2f}  {_gmac(macs['image']):>15}  {_gmac(macs['text']):>5}  "
-        f"{_gmac(total):>5}  {_gmac(counted):>7}  {total / plain:>7.2f}  {row['active']:>9}  {_gmac(pruned):>5}  "
-        f"{row['unmerged_to_pruned']:>15.2f}"
+        row["kind"],
+        str(row["rank"]),
+        f"{row['adapter_parameters'] / 1e6:.2f}",
+        f"{row['trainable_parameters'] / 1e6:.2f}",
+        _gmac(macs["image"]),
+        _gmac(macs["text"]),
+        _gmac(total),
+        _gmac(sum(row["unmerged"]["counted"].values())),
+        f"{total / plain:.2f}",
+        str(row["active"]),
+        _gmac(pruned),
+        f"{row['unmerged_to_pruned']:.2f}",
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.display import text_table
+
 
 @dataclass(frozen=True)
 class MethodResult:
@@ -31,17 +33,11 @@ def active_text(row: MethodResult) -> str:
 def table(rows: Sequence[MethodResult]) -> str:
     """Accuracies and shares kept in percent, gain in points; the last column names the dataset that kept least."""
     head = ("method", "active blocks", "id", "gained", "shift", "zero-shot", "retrieval", "kept", "worst")
-    lines: list[tuple[str, ...]] = [head]
+    lines: list[tuple[str, ...]] = []
     for row in rows:
         gained = "" if row is rows[0] else f"{100 * (row.id - rows[0].id):+.1f}"
         numbers = [f"{100 * value:.1f}" for value in (row.shift, row.zero_shot, row.retrieval)]
         worst = "" if row.worst is None else f"{row.worst[0]} {100 * row.worst[1]:.1f}"
         shares = f"{100 * row.kept:.1f}", worst
         lines.append((row.label, active_text(row), f"{100 * row.id:.1f}", gained, *numbers, *shares))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    texts = [
-        "  ".join(cell.ljust(width) if column < 2 else cell.rjust(width)
-                  for column, (cell, width) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    ]  # fmt: skip
-    return "\n".join([texts[0], "-" * len(texts[0]), *texts[1:]])
+    return text_table(head, lines, left=2)

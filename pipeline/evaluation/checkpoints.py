@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
+from pipeline.display import text_table
 from pipeline.evaluation.datasets.benchmark import Benchmark
 from pipeline.evaluation.datasets.dataset import Settings
 from pipeline.evaluation.measures.ranks import Ranks
@@ -82,11 +83,11 @@ def _line(source: RunSource, outcome: Outcome) -> dict[str, Any]:
 
 def format_checkpoints(comparison: Comparison) -> str:
     """A line for each checkpoint, in percent, the best and the last marked."""
-    marks = {comparison["last"]: " last", comparison["best"]: " best"}
+    marks = {comparison["last"]: "last", comparison["best"]: "best"}
     if comparison["best"] == comparison["last"]:
-        marks = {comparison["best"]: " best and last"}
-    lines = [f"{'step':>8}  {'id':>6}  active blocks"]
+        marks = {comparison["best"]: "best and last"}
+    lines = []
     for line in comparison["checkpoints"]:
         blocks = f"{line['active_blocks']} of {line['blocks']}" if line["blocks"] else "no blocks"
-        lines.append(f"{line['step']:8}  {100 * line['id']:6.2f}  {blocks}{marks.get(line['step'], '')}")
-    return "\n".join(lines)
+        lines.append((str(line["step"]), f"{100 * line['id']:.2f}", blocks, marks.get(line["step"], "")))
+    return text_table(("step", "id", "active blocks", ""), lines, left=0)

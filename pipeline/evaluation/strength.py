@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config import ConfigError
+from pipeline.display import text_table
 from pipeline.evaluation.datasets.benchmark import Benchmark
 from pipeline.evaluation.datasets.dataset import Settings
 from pipeline.evaluation.measures.ranks import Ranks
@@ -131,10 +132,11 @@ def job_at(model: Model, source: RunSource, alpha: float, folder: Path, also: Se
 def format_curve(curve: Curve) -> str:
     """The group means by strength for the terminal, and what was kept, in percent."""
     groups = list(next(iter(curve["groups"].values())))
-    lines = ["  ".join(["strength", *(group.rjust(9) for group in groups), "kept".rjust(9) if curve["kept"] else ""])]
+    head = ["strength", *groups, *(["kept"] if curve["kept"] else [])]
+    lines = []
     for alpha in curve["alphas"]:
         means, kept = curve["groups"][str(alpha)], curve["kept"].get(str(alpha))
-        cells = [f"{100 * means[group]:9.2f}" for group in groups]
-        cells += [] if kept is None else [f"{100 * kept:9.2f}"]
-        lines.append("  ".join([f"{alpha:g}".rjust(8), *cells]))
-    return "\n".join(line.rstrip() for line in lines)
+        cells = [f"{100 * means[group]:.2f}" for group in groups]
+        cells += [] if not curve["kept"] else ["" if kept is None else f"{100 * kept:.2f}"]
+        lines.append([f"{alpha:g}", *cells])
+    return text_table(head, lines, left=0)

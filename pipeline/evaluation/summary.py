@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.display import text_table
 from pipeline.evaluation.datasets.benchmark import GROUPS, Benchmark
 from pipeline.evaluation.results import Result
 from pipeline.selection.kept import kept_of
@@ -88,7 +89,8 @@ def _mean(values: list[float]) -> float:
 
 def format_summary(summary: Summary) -> str:
     """A plain table for the terminal: every dataset by group, then the groups' means; percent and points."""
-    lines = [("group", "dataset", "metric", "value", "change", "chance", "n", "95 %")]
+    head = ("group", "dataset", "metric", "value", "change", "chance", "n", "95 %")
+    lines: list[tuple[str, ...]] = []
     for group in GROUPS:
         members = {key: each for key, each in summary["datasets"].items() if each["group"] == group}
         for key, each in members.items():
@@ -102,12 +104,8 @@ def format_summary(summary: Summary) -> str:
             lines.append(
                 (group, "mean with id", "", f"{100 * summary['groups'][group]['with_id']:.2f}", "", "", "", "")
             )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    table = ["  ".join(_pad(cell, width, i) for i, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
-             for line in lines]  # fmt: skip
-    table.insert(1, "  ".join("-" * width for width in widths))
     title = f"{summary['model']} · {summary['pretrained'] or 'no pretrained tag'} · benchmark {summary['benchmark']}"
-    return "\n".join([title, *table, *_closing_lines(summary)])
+    return "\n".join([title, text_table(head, lines, left=3), *_closing_lines(summary)])
 
 
 def _closing_lines(summary: Summary) -> list[str]:
@@ -134,7 +132,3 @@ def _numbers(value: float, change: float | None) -> tuple[str, str]:
 def _interval(ends: list[float] | None) -> str:
     """Only of a dataset that was seen in part: of a whole one there is nothing to estimate."""
     return "" if ends is None or ends[0] == ends[1] else f"{100 * ends[0]:.1f}..{100 * ends[1]:.1f}"
-
-
-def _pad(cell: str, width: int, column: int) -> str:
-    return cell.ljust(width) if column < 3 else cell.rjust(width)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.config import ConfigError
+from pipeline.display import duration
 from pipeline.training.cluster.distributed import World, gather_numbers
 from pipeline.training.loop import Step
 
@@ -217,17 +217,9 @@ class Monitor:
         else:
             rate = values["train/images_per_s"]
             left = (self.total_steps - done) * self.global_batch_size / rate
-            sys.stderr.write(f"step {done}/{self.total_steps} {text} {rate:.0f} img/s {_duration(left)} left\n")
+            sys.stderr.write(f"step {done}/{self.total_steps} {text} {rate:.0f} img/s {duration(left)} left\n")
 
 
 def hash_text(text: str) -> int:
     """A 63-bit number for a caption, equal on every rank (Python's own hash is salted per process)."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def _duration(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

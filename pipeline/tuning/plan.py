@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.config import ConfigError
+from pipeline.display import size, text_table
 from pipeline.tuning.grid import Resources, Trial
 
 _EPSILON = 1e-9
@@ -159,8 +160,8 @@ def describe_plan(plan: Plan) -> str:
         ("time", _time_text(plan)),
     ]
     if plan.disk_bytes is not None:
-        lines.append(("disk", f"about {_bytes(plan.disk_bytes)} for checkpoints"))
-    return "\n".join(f"{name:<8} {text}" for name, text in lines)
+        lines.append(("disk", f"about {size(plan.disk_bytes)} for checkpoints"))
+    return text_table((), lines, left=2)
 
 
 def _time_text(plan: Plan) -> str:
@@ -184,10 +185,3 @@ def _fit(node: Node, cpus: float, gpus: float) -> int:
 def _size(resources: Resources) -> str:
     gpus = f" and {resources.gpus_per_worker:g} GPUs" if resources.gpus_per_worker else ""
     return f"{resources.cpus_per_worker:g} CPU{'s' if resources.cpus_per_worker != 1 else ''}{gpus}"
-
-
-def _bytes(number: int) -> str:
-    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number / 1000:.3g} kB"

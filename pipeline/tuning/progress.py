@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from pipeline.display import duration, rich_table, text_table
 from pipeline.runs.results import EVAL, has_summary, read_summary
 from pipeline.runs.sweep import OVER, TrialState, read_state, trial_dir
 from pipeline.tracking.journal import JOURNAL
@@ -49,7 +50,7 @@ class TrialProgress:
             self.active,
             "" if self.id is None else f"{100 * self.id:.1f}",
             "" if self.forgot is None else f"{100 * self.forgot:.1f}",
-            "" if self.seconds_left is None else _clock(self.seconds_left),
+            "" if self.seconds_left is None else duration(self.seconds_left),
         )
 
 
@@ -81,7 +82,7 @@ class Progress:
 
         with Live(console=Console(stderr=True), auto_refresh=False, transient=True) as live:
             while True:
-                live.update(rich_table(rows(self._dir, self._trials)), refresh=True)
+                live.update(live_table(rows(self._dir, self._trials)), refresh=True)
                 if self._over.wait(_TABLE_SECONDS):
                     return
 
@@ -115,35 +116,25 @@ def line_of(row: TrialProgress) -> str:
     return ", ".join(parts)
 
 
-def rich_table(found: Sequence[TrialProgress]) -> Table:
-    """The live table."""
-    from rich.table import Table
-
+def live_table(found: Sequence[TrialProgress]) -> Table:
+    """The table that a terminal shows while the sweep runs."""
     over = sum(row.state.status in OVER for row in found)
-    table = Table(title=f"{over} of {len(found)} trials over", title_justify="left")
-    for number, name in enumerate(HEAD):
-        table.add_column(name, justify="left" if number < 2 else "right", no_wrap=number > 0)
     styles = {"training": "bold", "evaluating": "bold", "failed": "red", "stopped": "dim", "finished": "green"}
-    for row in found:
-        table.add_row(*row.cells(), style=styles.get(row.state.status, ""))
-    return table
+    return rich_table(
+        HEAD,
+        [row.cells() for row in found],
+        left=2,
+        styles=[styles.get(row.state.status, "") for row in found],
+        title=f"{over} of {len(found)} trials over",
+    )
 
 
 def describe(sweep_dir: Path, trials: Sequence[Trial]) -> str:
     """The final table as plain text, with the reason below every trial that did not finish."""
     found = rows(sweep_dir, trials)
-    lines = [HEAD[:-1], *(row.cells()[:-1] for row in found)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEAD) - 1)]
-    texts = [
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    texts.insert(1, "-" * len(texts[0]))
+    table = text_table(HEAD[:-1], [row.cells()[:-1] for row in found], left=2)
     reasons = [f"{row.name} {row.state.status}: {row.state.error}" for row in found if row.state.error]
-    return "\n".join([*texts, *reasons])
+    return "\n".join([table, *reasons])
 
 
 def measured_speed(sweep_dir: Path, trials: Sequence[Trial]) -> Speed | None:
@@ -214,9 +205,3 @@ def _results(folder: Path) -> tuple[float | None, float | None]:
         return None, None
     summary = read_summary(folder)
     return summary["groups"].get("id", {}).get("mean"), summary["forgetting"]
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

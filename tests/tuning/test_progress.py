@@ -10,7 +10,7 @@ from rich.console import Console
 
 from pipeline.runs.sweep import trial_dir, write_state
 from pipeline.tuning.grid import Trial, expand
-from pipeline.tuning.progress import describe, line_of, rich_table, rows
+from pipeline.tuning.progress import describe, line_of, live_table, rows
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_plain_lines_say_step_loss_blocks_and_time_left(sweep) -> None:
 
 def test_the_live_table_holds_every_trial_and_fits_a_terminal(sweep) -> None:
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(rich_table(rows(*sweep)))
+    console.print(live_table(rows(*sweep)))
     text = console.export_text()
     assert "2 of 4 trials over" in text
     for trial in sweep[1]:
