@@ -39,16 +39,16 @@ LOOKED_AT = {
 
 
 def settings_of(folder: Path, trials: int) -> tuple[Path, Path]:
-    """A config and a grid of so many trials, each of three steps."""
+    """A config and a grid of so many trials, each of three steps and without an evaluation."""
     from pipeline.demo.assets import FINETUNE, MODEL, asset, unpack
 
-    unpack(folder / "data", "clothing_train.tar.gz", "eval.tar.gz")
+    unpack(folder / "data", "clothing_train.tar.gz")
     config, grid = folder / "config.yaml", folder / "grid.yaml"
     config.write_text(
         f"base: {asset(FINETUNE)}\n"
         f"model: {{name: 'local-dir:{asset(MODEL)}'}}\n"
         f"data: {{train: {folder}/data/clothing_train, streams: 8, workers: 0}}\n"
-        f"eval: {{benchmark: {folder}/data/benchmark.yaml, datasets: [clothing]}}\n"
+        "eval: {benchmark: null}\n"
         "keep: {weight: 0, images: null, texts: null}\n"
         "train: {steps: 3, global_batch_size: 8, checkpoint_every: 3, log_every: 1, gates_every: 3, warmup_steps: 1}\n",
         encoding="utf-8",
@@ -172,12 +172,13 @@ def main(argv: list[str] | None = None) -> int:
             child.send_signal(signal.SIGINT)
             child.wait(300)
         time.sleep(options.every)
-    samples = [one for one in samples if one[1]]
+    times = ended(sweep)
+    samples = [one for one in samples if times and times[0] <= one[0] <= times[-1]]
     if not samples:
         print(f"no trial came to its end; {options.out / 'sweep.log'}")
         return 1
     (options.out / "samples.json").write_text(json.dumps(samples), encoding="utf-8")
-    text = summary(samples, ended(sweep))
+    text = summary(samples, times)
     (options.out / "soak.md").write_text(text, encoding="utf-8")
     draw(samples, options.out / "soak.png")
     print(text)
