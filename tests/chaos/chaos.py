@@ -1,4 +1,4 @@
-"""python tests/chaos/chaos.py [--minutes M] [--seed S] [--commands NAME ..]: commands disturbed at random moments.
+"""python tests/chaos/chaos.py [--minutes M] [--blows N] [--seed S] [--commands NAME ..]: commands disturbed.
 
 Each try runs one command in a box of its own, strikes it one to three times at moments drawn from the seed, gives the
 command again until it ends well, and compares what came out with an undisturbed run, bit by bit. The last line says how
@@ -8,6 +8,7 @@ many tries found a fault; a table goes to --out, with the seed of every try that
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 import random
@@ -129,8 +130,10 @@ class Box:
         finally:
             filler.unlink(missing_ok=True)
 
-    def remove(self) -> None:
-        """Forget what the try has left."""
+    def close(self, keep: bool) -> None:
+        """Give its disk back; what is on it is kept in NAME.left where there is something to look at."""
+        if keep:
+            shutil.copytree(self.folder, self.folder.with_suffix(".left"), symlinks=True)
         if self.mounted:
             subprocess.run(["umount", "-l", self.folder], check=True)
         shutil.rmtree(self.folder)
@@ -221,8 +224,10 @@ def _safely(look: Any, folder: Path) -> list[str]:
         return [f"{type(error).__name__}: {error}"]
 
 
-def disturb(story: Story, base: Path, folder: Path, server: Any, until: float, seed: int) -> Tally:
-    """Tries until the time is over, the first of them undisturbed."""
+def disturb(
+    story: Story, base: Path, folder: Path, server: Any, until: float, seed: int, most: float = math.inf
+) -> Tally:
+    """Tries until the time is over or so many blows are struck, after an undisturbed one."""
     calm = Box(story, base, folder / f"{story.name.replace(' ', '_')}-calm", server)
     began = time.monotonic()
     process = calm.start()
@@ -231,7 +236,7 @@ def disturb(story: Story, base: Path, folder: Path, server: Any, until: float, s
     assert process.exitcode == 0, calm.log.read_text()
     calm.end()
     expected, tally = story.result(calm.folder), Tally()
-    while time.monotonic() < until or not tally.tries:
+    while (time.monotonic() < until and tally.blows.total() < most) or not tally.tries:
         number = tally.tries
         draw = random.Random(f"{seed}/{story.name}/{number}")
         box = Box(story, base, folder / f"{story.name.replace(' ', '_')}-{number}", server)
@@ -244,9 +249,8 @@ def disturb(story: Story, base: Path, folder: Path, server: Any, until: float, s
         box.end()
         tally.tries += 1
         tally.faults += [f"seed {seed}/{story.name}/{number}: {fault} ({box.log})" for fault in faults]
-        if not faults:
-            box.remove()
-    calm.remove()
+        box.close(keep=bool(faults))
+    calm.close(keep=False)
     return tally
 
 
@@ -272,6 +276,7 @@ def table(tallies: dict[str, Tally], seed: int) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0, help="for all commands together")
+    parser.add_argument("--blows", type=float, default=math.inf, help="for a command; its time then goes to the next")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commands", nargs="+", choices=[story.name for story in STORIES], metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("build/chaos"))
@@ -296,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
     begin, tallies = time.monotonic(), {}
     for number, story in enumerate(chosen, 1):
         until = begin + options.minutes * 60 * number / len(chosen)
-        tallies[story.name] = disturb(story, base, folder / "boxes", server, until, options.seed)
+        tallies[story.name] = disturb(story, base, folder / "boxes", server, until, options.seed, options.blows)
         text = table(tallies, options.seed)
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "chaos.md").write_text(text, encoding="utf-8")
