@@ -222,7 +222,7 @@ def run_pack(arguments: argparse.Namespace) -> int:
 
 
 def _end_of_pack(arguments: argparse.Namespace, report: PackReport | PackEvalReport, index: ShardIndex | None) -> int:
-    """What was written, what the user should know about the source, and the sum over it."""
+    """What was written, notes on the source, and totals."""
     from pipeline.data.sources.classes import shown_mapping
 
     if index is not None:

@@ -226,7 +226,7 @@ def run_promote(arguments: argparse.Namespace) -> int:
 
     if arguments.rollback:
         if arguments.target is not None or arguments.champion:
-            raise ConfigError("--rollback takes a name and no run: the registry knows the previous champion")
+            raise ConfigError("--rollback takes a name and no run: the previous champion is in the registry")
         old, new = rollback(arguments.name, arguments.uri)
         print(f"{arguments.name}: champion is version {new} again, was version {old}")
         return OK

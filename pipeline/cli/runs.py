@@ -45,7 +45,7 @@ def _add_train(commands: Any) -> None:
 def run_train(arguments: argparse.Namespace) -> int:
     from pipeline.config import load_config
 
-    config = load_config(arguments.config, arguments.overrides)  # before torch: a typo is told at once
+    config = load_config(arguments.config, arguments.overrides)  # before torch, so that a typo is reported at once
     from pipeline.evaluation.datasets.overlap import check_overlap
 
     check_overlap(config)

@@ -13,7 +13,7 @@ from pipeline.passwords import redact
 
 
 class ConfigError(Exception):
-    """A mistake of the user, told in the user's words; the command line prints it and exits with 2.
+    """A mistake of the user, described in the user's terms; the command line prints it and exits with 2.
 
     Its message is printed, logged and kept with the run, so it holds no password of an address that it names.
     """

@@ -233,7 +233,7 @@ def effects() -> Mapping[str, Effect]:
 
 
 def affects_result(key: str) -> bool:
-    """Whether an option affects the trained weights; an option that this version does not know may."""
+    """Whether an option affects the trained weights; an option that is unknown to this version may."""
     return effects().get(key, Effect.RESULT) is Effect.RESULT
 
 

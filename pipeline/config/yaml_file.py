@@ -139,7 +139,7 @@ def _read_file(path: Path, named_by: Path | None) -> dict[str, Raw]:
             raise ConfigError(f"{path}: expected `key: value` lines at the top")
         if _weight(node, {}) > MAX_VALUES:
             raise ConfigError(
-                f"{path}: its aliases (*name) stand for more than {MAX_VALUES} values; write fewer of them"
+                f"{path}: its aliases (*name) expand to more than {MAX_VALUES} values; write fewer of them"
             )
         values: dict[str, Raw] = {}
         faults: list[str] = []
@@ -156,7 +156,7 @@ def _read_file(path: Path, named_by: Path | None) -> dict[str, Raw]:
 
 
 def _weight(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node stands for once each alias is written out; a few lines can stand for billions."""
+    """How many values a node has once each alias is expanded; a few lines can expand to billions."""
     if id(node) not in known:
         inner: list[yaml.Node] = []
         if isinstance(node, yaml.MappingNode):

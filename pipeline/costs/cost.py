@@ -72,7 +72,7 @@ RULES: dict[str, Rule] = {
     "merged": Rule(("lora", "dora"), "delta folded into the weight once", lambda *_: 0),
     "two_path": Rule(_LORA, "x W0 + (x A) B", _factors),
     "folded": Rule(_LORA, "BA formed, added to W0, one product", _dense_delta),
-    "dense_delta": Rule(_LORA, "BA formed, and x (BA) beside x W0", _sum(_dense_delta, _base)),
+    "dense_delta": Rule(_LORA, "BA formed, and x (BA) added to x W0", _sum(_dense_delta, _base)),
     "dense_and_two_path": Rule(_LORA, "BA formed and not used, two paths", _sum(_dense_delta, _factors)),
     "dora_two_path": Rule(_DORA, "norm by the r x r identity, two paths: selora", _sum(_norm_by_factors, _factors)),
     "dora_dense_norm": Rule(_DORA, "BA formed for the norm, two paths", _sum(_dense_delta, _factors)),

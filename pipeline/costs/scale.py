@@ -210,7 +210,7 @@ def rank_memory(
     """Bytes on one rank: weights, gradients, AdamW, fp32 masters (stages 1 to 3 keep them apart), activations.
 
     Stage 1 shares out the optimizer's state, stage 2 the gradients besides, stage 3 the weights besides. `images` are
-    those of the rank in a step.
+    the rank's own in a step.
     """
     whole, part = trained * WEIGHT_BYTES, trained * WEIGHT_BYTES / ranks
     weights = shape.parameters * WEIGHT_BYTES / (ranks if stage == 3 else 1)

@@ -1,6 +1,6 @@
 """A list of positions in, batches out in that list's order, made by worker processes or none.
 
-The one place that knows torch's DataLoader. It is used with one "index" per batch, so that a worker makes whole batches
+The one place that uses torch's DataLoader. It is used with one "index" per batch, so that a worker makes whole batches
 and the result cannot depend on their number. Faults of the user's data come back as values, so that the user reads the
 message and not a worker's traceback.
 """
@@ -74,7 +74,7 @@ class Batches(Generic[Made]):
             generator=torch.Generator().manual_seed(0),
             **self._options,
         )
-        # A worker is deaf to signals from its first moment on, and hears them again when it knows what to do.
+        # A worker ignores signals from its start until its handlers are set.
         heard = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             ready = iter(loader)
@@ -105,7 +105,7 @@ class _Maker(Dataset[Any]):
 
 
 def taking_turns() -> int:
-    """How many processes, this one among them, make every so-manieth batch of the plan."""
+    """The number of processes that share the batches of the plan in turn, this one included."""
     worker = get_worker_info()
     return 1 if worker is None else worker.num_workers
 

@@ -22,7 +22,7 @@ IMAGE_EXTENSIONS = {
 } | ({"avif": "avif", "avifs": "avif"} if features.check("avif") else {})
 # All spellings, for shards that others wrote.
 STORED_EXTENSIONS = tuple(IMAGE_EXTENSIONS)
-# Files that hold images, too, but are not read here; a user would want to know that they were not packed.
+# Files that also hold images but are not read here; a note says that they were not packed.
 # fmt: off
 UNREAD_EXTENSIONS = frozenset((
     "avif", "avifs", "heic", "heif", "jp2", "j2k", "jpx", "jpf", "jxl", "psd", "svg", "exr", "ico", "tga", "ppm", "pgm",
@@ -34,7 +34,7 @@ MAX_PIXELS = 2**28
 # The evaluation resize brings the shorter side to the model's size, so a line of 60,000 x 1 pixels would take 9 GB.
 MAX_RATIO = 400
 
-# Pillow's own limit is one number for the whole process and lies below ours. Ours is an argument of `decode`, looked at
+# Pillow's own limit is one number for the whole process and is below ours. Ours is an argument of `decode`, looked at
 # before a pixel is decoded, so Pillow's is lifted.
 Image.MAX_IMAGE_PIXELS = None
 

@@ -198,7 +198,7 @@ def _decode_fast(image: Image.Image, data: bytes) -> Tensor | None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 to 8 as EXIF (or XMP) says, 1 where nothing or nonsense is said."""
+    """1 to 8 as in EXIF (or XMP), 1 if it is missing or invalid."""
     if not {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"} & image.info.keys():
         return 1
     value = image.getexif().get(_ORIENTATION, 1)

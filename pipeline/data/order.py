@@ -50,7 +50,7 @@ def draw_without_repetition(choices: int, seed: int, sample_id: str, epoch: int)
 
 @dataclass(frozen=True)
 class Place:
-    """Where the sample of a position lies: epoch, shard (its number in the index), sample (its number in the shard)."""
+    """The sample at a position: epoch, shard (its number in the index), sample (its number in the shard)."""
 
     epoch: int
     shard: int
@@ -94,7 +94,7 @@ class Order:
         _, run_start, count, _ = self._in_run(first)
         before = number * self.window
         size = min(self.window, count - before)
-        # Where an epoch has fewer samples than streams, this one's first position may lie in the next epoch.
+        # Where an epoch has fewer samples than streams, this one's first position may be in the next epoch.
         if size <= 0 or first >= start + self.samples:
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         in_order = run_start + before + self._window(epoch, stream, number, size)
@@ -157,7 +157,7 @@ def check_split(global_batch: int, streams: int, world: int) -> None:
     if global_batch < 1 or global_batch % streams:
         near = max(1, round(global_batch / streams)) * streams
         raise ConfigError(
-            f"train.global_batch_size: {global_batch} is no multiple of data.streams ({streams}); {near} would be"
+            f"train.global_batch_size: {global_batch} is not a multiple of data.streams ({streams}); {near} would be"
         )
 
 

@@ -1,4 +1,4 @@
-"""The kept checkpoints of a run beside each other: the best by its own data, as the paper reports it, and the last."""
+"""Comparison of a run's checkpoints: the best by its own data, as the paper reports it, and the last."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def evaluate_checkpoints(
     """Evaluate every kept checkpoint on the rows of group id, and the best of them on all rows.
 
     The best is the one with the highest id mean, the earlier of equals. It was chosen by what it is measured with, so
-    its number is too good by that much; the paper reports it nevertheless, and so the last one's stands beside it.
+    its number is too good by that much; the paper reports it nevertheless, so the last one's is reported as well.
     Writes OUT_DIR/checkpoints.json and OUT_DIR/checkpoints/<step>/, where a broken call goes on; returns the
     comparison and the results of the best. ConfigError where the benchmark has no row of group id.
     """

@@ -59,7 +59,7 @@ class Subject:
         return Subject(model, Encoder(module, tokenizer, settings.device, settings.precision), digest)
 
     def unable(self, dataset: Dataset) -> str | None:
-        """Why this model cannot answer a row; None where it can."""
+        """Why this model cannot be evaluated on a row; None if it can."""
         if not isinstance(self.model, Vit):
             return None
         if dataset.row.task == "knn_classification":
@@ -179,7 +179,7 @@ def _recalled(image_to_text: RecallCounts, text_to_image: RecallCounts, dataset:
         "metrics": metrics,
         "paper": paper_names(metrics),
         "value": value,
-        # Texts of one image stand or fall together, so they count as one.
+        # The texts of one image depend on each other, so they count as one.
         "interval": interval(value, image_to_text.n, len(dataset.data)),
         "chance": retrieval_chance(image_to_text.n),
         "n": image_to_text.n,
@@ -245,7 +245,7 @@ _PASSES: dict[Task, Callable[[Sequence[Subject], Dataset, Ranks, Settings], list
 
 
 def _queries(model: Model, dataset: Dataset, ranks: Ranks, settings: Settings) -> Iterable[tuple[EvalBatch, Tensor]]:
-    """The images that the row asks about."""
+    """The images that the row evaluates."""
     chosen = dataset.chosen
     return _batches(model, dataset.data, dataset.row, ranks, settings, limit=settings.limit, only=chosen)
 

@@ -25,7 +25,7 @@ from pipeline.model.restore import RunSource, find_run, load_base, load_run
 from pipeline.runs.results import STRENGTH_FILE
 
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(11))
-STRENGTHS = "strength"  # the folder beside it, with the results of each strength
+STRENGTHS = "strength"  # the folder next to it, with the results of each strength
 AUTO = "auto"  # the largest strength that keeps the floor
 
 Curve = dict[str, Any]
@@ -33,7 +33,7 @@ Strength = float | Literal["auto"]
 
 
 def strength_name(asked: Strength) -> str:
-    """Of the folder with its results: "0.5", "auto"."""
+    """Name of the folder with its results: "0.5", "auto"."""
     return asked if isinstance(asked, str) else f"{asked:g}"
 
 

@@ -67,7 +67,7 @@ def summarise(
 
 
 def _against(result: Result, old: Mapping[str, Any] | None) -> dict[str, float | None]:
-    # A value of other images, or of a part of them, is no baseline.
+    # A value on other images, or on a part of them, is not a baseline.
     if old is None or old["dataset_digest"] != result["dataset_digest"] or old["n"] != result["n"]:
         return {"dataset_digest": result["dataset_digest"], "baseline": None, "change": None}
     change = result["value"] - old["value"]

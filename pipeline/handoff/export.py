@@ -187,7 +187,7 @@ def _check_request(to: str, merged: bool | None, base_name: str | None) -> None:
     if to not in WRITERS:
         raise ConfigError(f"to={to!r}: expected one of {', '.join(WRITERS)}")
     if merged is False and to != "peft":
-        kept = "" if to in VIT_WRITERS else "; kept adapters are --to peft, which writes an HF base, too"
+        kept = "" if to in VIT_WRITERS else "; kept adapters are --to peft, which also writes an HF base"
         raise ConfigError(f"to={to} holds merged weights only{kept}")
     if merged is True and to == "peft":
         raise ConfigError("to=peft keeps the adapters; merged weights are --to hf or --to open_clip")
@@ -206,7 +206,7 @@ def _check_free(out: Path, force: bool) -> None:
         return
     ours = (out / FACTS_FILE).is_file()
     if not ours:
-        raise ConfigError(f"{out} is there and is no export: choose another directory")
+        raise ConfigError(f"{out} exists and is not an export: choose another directory")
     if not force:
         raise ConfigError(f"{out} holds an export: choose another directory, or replace it with --force")
 

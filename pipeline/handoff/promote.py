@@ -214,7 +214,7 @@ def _other_registry(uri: str) -> list[str]:
 
 
 def _deserves(rule: Promote, registry: Registry, version: str, tags: Mapping[str, str], notes: list[str]) -> bool:
-    """Whether the rule makes the version champion; a refusal is told in `notes`."""
+    """Whether the rule makes the version champion; a refusal is added to `notes`."""
     if rule.champion == "by_hand":
         return False
     now = registry.alias(CHAMPION)

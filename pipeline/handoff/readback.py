@@ -1,4 +1,4 @@
-"""transformers and peft reading an export back: the one place of the product that knows them, and only when asked."""
+"""Reading an export back with transformers and peft: the one place that imports them, and only on request."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _read_peft(directory: Path, images: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _base(directory: Path, tokens: Tensor) -> Any:
-    """The CLIPModel, all of whose weights came from the directory; its tokenizer must give the tokens, too."""
+    """The CLIPModel, all of whose weights came from the directory; its tokenizer must give the same tokens."""
     from transformers import CLIPModel, CLIPTokenizer
 
     tokenizer: Any = CLIPTokenizer.from_pretrained(str(directory), local_files_only=True)

@@ -94,7 +94,7 @@ def adapter_digest(found: RunSource) -> str:
 
 
 def base_name(model: dict[str, Any]) -> str:
-    """The base as a reader knows it; of a directory only its last name, since the path is of one machine."""
+    """A name of the base that readers recognise; for a directory only its last part, since paths differ by machine."""
     name, pretrained = model["name"], model["pretrained"]
     scheme = SCHEMA if name.startswith(SCHEMA) else ""
     plain = name.removeprefix(scheme)

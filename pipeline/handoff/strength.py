@@ -18,7 +18,7 @@ def run_at_strength(
 ) -> tuple[ChosenStrength | None, Outcome | None]:
     """The results of a run at a strength, as `selora evaluate RUN --strength` writes them; what is there is read."""
     if strength == AUTO:
-        Floor.of(rule)  # a rule without a floor is told before anything is loaded
+        Floor.of(rule)  # a rule without a floor is an error before anything is loaded
     options = EvalRequest()
     with launched_ranks():
         return at_strength(run_dir, strength, rule, config, options.table(config), options)

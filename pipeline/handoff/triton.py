@@ -47,7 +47,7 @@ def _write_ensemble(directory: Path, graphs: OnnxModel, class_names: Sequence[st
     parts = [_tensor("input", image.get_inputs()[0]), _tensor("output", head.get_outputs()[0], True), scheduling]
     _write_config(directory, ENSEMBLE, "ensemble", parts)
     _write_labels(directory, class_names)
-    # Triton wants a version of every model, and an archive drops empty folders
+    # Triton needs a version of every model, and an archive drops empty folders
     (directory / "1").mkdir()
     (directory / "1" / ".keep").touch()
 

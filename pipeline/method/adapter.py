@@ -66,7 +66,7 @@ def _matching(names: Sequence[str], glob: str, option: str) -> list[str]:
 def random_targets(names: Sequence[str], k: int, seed: int) -> list[str]:
     """`k` names drawn without repetition (the random-block baseline), in the order of `names`."""
     if not 1 <= k <= len(names):
-        raise ValueError(f"random_k={k}: must lie between 1 and the {len(names)} targets")
+        raise ValueError(f"random_k={k}: must be between 1 and the {len(names)} targets")
     drawn = set(random.Random(seed).sample(list(names), k))  # noqa: S311 - a draw, no secret
     return [name for name in names if name in drawn]
 

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 
 class Form(NamedTuple):
-    """What is constant in a block. `is_open` None: read the gate on the device; True, False: the host knows it."""
+    """What is constant in a block. `is_open` None: read the gate on the device; True, False: its state on the host."""
 
     scaling: float
     threshold: float
@@ -52,7 +52,7 @@ class _Weight(NamedTuple):
 
 
 def full_precision(device: torch.device) -> nullcontext[None] | torch.autocast:
-    """Inside, an autocast around it has no effect. Shapes alone (the meta device) know no autocast."""
+    """Inside, an autocast around it has no effect. The meta device has no autocast."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
@@ -191,7 +191,7 @@ class _FactorLinear(torch.autograd.Function):
             weight = _weight(pair, form, dtype)
             x = x.to(dtype)
             out = F.linear(x, weight.value, None if bias is None else bias.to(dtype))
-        # DoRA reads <D, W> by rows off its own output; that costs no memory where the next operation keeps it, too
+        # DoRA reads <D, W> by rows off its own output; that costs no memory where the next operation also keeps it
         ctx.save_for_backward(
             x, bias, *pair, weight.value, weight.rho, weight.norm, out if weight.rho is not None else None
         )

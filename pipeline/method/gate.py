@@ -45,7 +45,7 @@ class Gate(nn.Module):
 
 @torch.no_grad()
 def read_gates(gates: Sequence[Gate]) -> None:
-    """Let the host know which gates are open, by one comparison and one transfer for all of them.
+    """Tell the host which gates are open, by one comparison and one transfer for all of them.
 
     For the start of a training step on a CPU, where reading costs nothing: a block then does only what the state of its
     gate asks for. On a GPU the host would wait for the step before, so there the gates stay unread, and every block
@@ -71,7 +71,7 @@ class _GatedAdd(torch.autograd.Function):
         is_open = score >= threshold
         ctx.save_for_backward(delta, is_open)
         ctx.score_dtype = score.dtype
-        # where, not multiplication by 0: a closed block is the base bit for bit, even beside an infinite delta
+        # where, not multiplication by 0: a closed block is the base bit for bit, even with an infinite delta
         return torch.where(is_open, base + delta, base)
 
     @staticmethod

@@ -70,7 +70,7 @@ class Block(nn.Module):
         return gated_add(base_out, self.delta_out(x, base_out), self.gate)
 
     def _known_open(self) -> bool | None:
-        """What the host knows of the gate in this step; None asks the device.
+        """State of the gate in this step on the host; None: read it on the device.
 
         A compiled block always asks the device: its graph is then the same for an open and a closed gate.
         """

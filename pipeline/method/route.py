@@ -7,7 +7,7 @@ T tokens pass through a linear m -> n with a pair of rank r. With D = dL/dW (n, 
   formed: 4Tmn + 2mnr + 4Tr(m+n);
 - dense: W formed once, D formed, the gradients of A and B from D: 6Tmn + 6mnr.
 
-Few tokens ask for two_path, a high rank for dense, what lies between for factors.
+two_path is best for few tokens, dense for a high rank, factors in between.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class SettlingState(TypedDict):
 class Settling:
     """Counts, step by step, for how long each gate has been closed, and shuts those that reach `steps`.
 
-    A step counts where the score lies below `threshold - margin`; any other step starts the count again. A settled
+    A step counts if the score is below `threshold - margin`; any other step starts the count again. A settled
     block leaves the graph: its forward is the base layer, it keeps no activation and nothing of it trains. All ranks
     hold the same scores and so decide the same. The scores are read on the host once a step, in one transfer.
     """
@@ -38,7 +38,7 @@ class Settling:
         return len(self._settled)
 
     def observe(self) -> list[Block]:
-        """Take note of one finished step; the blocks that settle with it, shut already."""
+        """Record one finished step and return the blocks that settle with it, already shut."""
         names = list(self._closed_for)
         for name, is_closed in zip(names, self._below(names), strict=True):
             self._closed_for[name] = self._closed_for[name] + 1 if is_closed else 0
@@ -50,7 +50,7 @@ class Settling:
         return {"settled": list(self._settled), "closed_for": dict(self._closed_for)}
 
     def restore(self, state: SettlingState) -> None:
-        """Shut what was settled, and count on where the counts stood."""
+        """Shut the settled blocks and continue the counts."""
         self._closed_for |= {name: count for name, count in state["closed_for"].items() if name in self._blocks}
         self._shut([name for name in state["settled"] if name in self._blocks])
 

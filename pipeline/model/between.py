@@ -67,7 +67,7 @@ def weaken(adapted: nn.Module, base: nn.Module, alpha: float) -> None:
     """Bring a model that still carries its LoRA blocks to a strength in (0, 1].
 
     The delta of a block is linear in its scale (paper eq. 2), so scaling that by α is exact; what trained outside the
-    blocks becomes W0 + α (W1 − W0). A DoRA block is no such product: ValueError.
+    blocks becomes W0 + α (W1 − W0). A DoRA block is not such a product: ValueError.
     """
     if alpha == 1:
         return

@@ -99,7 +99,7 @@ def _create(name: str, pretrained: str | None, weight_file: str | None, quick_ge
     """open_clip's module, by open_clip's own loading code; the global random generator is left as it was."""
     import open_clip
 
-    # beside local-dir: and hf-hub: open_clip ignores `pretrained`, so a file is loaded there in a second step
+    # with local-dir: and hf-hub: open_clip ignores `pretrained`, so a file is loaded there in a second step
     second_step = weight_file is not None and name.startswith(SCHEMAS)
     with torch.random.fork_rng(devices=[]), _open_clip_silent(second_step):
         torch.manual_seed(seed)
@@ -137,7 +137,7 @@ def _full_name(name: str) -> str:
 
 
 def is_architecture(name: str) -> bool:
-    """Whether open_clip knows the name, whose / it reads as -."""
+    """Whether open_clip has a model of this name; / and - are the same in a name."""
     import open_clip
 
     return _full_name(name) in open_clip.list_models()
@@ -157,7 +157,7 @@ def _model_config(name: str) -> dict[str, Any]:
         raise ConfigError(f"model.name={name!r}: {error}") from error
     if config is None:
         near = get_close_matches(name, open_clip.list_models(), n=4) or ["ViT-B-16-quickgelu", "ViT-B-16"]
-        raise ConfigError(f"model.name={name!r} is no open_clip architecture; near: {', '.join(near)}")
+        raise ConfigError(f"model.name={name!r} is not an open_clip architecture; near: {', '.join(near)}")
     return deepcopy(config)
 
 
@@ -175,7 +175,7 @@ def _weight_file(name: str, pretrained: str | None) -> str | None:
 
 
 def _quick_gelu(name: str, pretrained: str | None, model_cfg: Mapping[str, Any]) -> bool:
-    """Whether QuickGELU must be forced: the weights of a tag know which activation they were trained with."""
+    """Whether QuickGELU must be forced: a tag names weights that were trained with a certain activation."""
     import open_clip
 
     tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}

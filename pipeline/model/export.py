@@ -83,7 +83,7 @@ def _write_files(files: Mapping[str, Any], directory: Path) -> None:
 
 
 def write_peft(clip: Clip, directory: Path, base_name: str) -> None:
-    """A PEFT adapter of the active blocks of a model that still carries them, and BASE, which it stands on.
+    """A PEFT adapter of the active blocks of a model whose blocks are not merged, and BASE, the model it belongs to.
 
     base_name: what adapter_config.json calls the base. BASE holds everything but the blocks: what trains outside of
     them has no place in an adapter, so the base carries it. The model is left merged into its base, without blocks.

@@ -12,7 +12,7 @@ Model = Clip | Vit
 def load_model(
     name: str, pretrained: str | None = None, *, seed: int = 0, classes: tuple[str, ...] | None = None
 ) -> Model:
-    """`load_clip` or `load_vit`, as the name says. classes: what a ViT's classifier shall tell apart."""
+    """`load_clip` or `load_vit`, as the name says. classes: class names of a ViT's classifier."""
     if is_vit(name):
         return load_vit(name, pretrained, seed=seed, classes=classes)
     return load_clip(name, pretrained, seed=seed)

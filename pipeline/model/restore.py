@@ -106,7 +106,7 @@ def load_run(run_dir: str | Path, step: int | None = None) -> Model:
 
 
 def load_adapted(source: RunSource) -> Model:
-    """Like `load_run`, with the blocks still beside their linears."""
+    """Like `load_run`, with the blocks not merged into their linears."""
     model = _start(source, tuple(source.state["model"].get("classes") or ()) or None)
     adapter = source.state["adapter"]
     if adapter["kind"] in ("lora", "dora"):

@@ -21,7 +21,7 @@ from pipeline.model.attention import SplitAttention
 
 Tokenizer = Callable[[list[str]], Tensor]
 
-# Lengths are multiples of this: tensor cores want it, and a compiled tower has few lengths to compile for.
+# Lengths are multiples of this: tensor cores need it, and a compiled tower is compiled for few lengths.
 MULTIPLE = 8
 
 

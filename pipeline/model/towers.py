@@ -22,7 +22,7 @@ _PROJ_LN = re.compile(
     r"^(visual\.(proj|ln_pre\..*|ln_post\..*)|(text\.)?(text_projection(\..*)?|ln_final\..*)|logit_scale|logit_bias"
     r"|trunk\.(norm_pre|norm|fc_norm)\..*|head\..*)$"
 )
-# Where the layers of a tower lie: in timm's ViT, or in the two forms of open_clip's CLIP.
+# Where the layers of a tower are: in timm's ViT, or in the two forms of open_clip's CLIP.
 _PATHS = {
     "image": ("trunk.blocks", "visual.transformer.resblocks"),
     "text": ("text.transformer.resblocks", "transformer.resblocks"),
@@ -53,7 +53,7 @@ def layers(model: nn.Module, tower: str) -> list[nn.Module]:
         if isinstance(found, nn.ModuleList | nn.Sequential):
             return list(found)
     raise ConfigError(
-        f"model: its {tower} tower is no plain transformer; choose a ViT CLIP such as ViT-B-16, or a ViT of timm"
+        f"model: its {tower} tower is not a plain transformer; choose a ViT CLIP such as ViT-B-16, or a ViT of timm"
     )
 
 

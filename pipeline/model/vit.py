@@ -104,10 +104,10 @@ def load_vit(name: str, pretrained: str | None = None, *, seed: int = 0, classes
 
 
 def _weights(name: str, pretrained: str | None) -> dict[str, Any]:
-    """Where timm shall take the weights from, as arguments of its `create_model`."""
+    """Where timm takes the weights from, as arguments of its `create_model`."""
     if pretrained is not None:
         if not Path(pretrained).is_file():
-            raise ConfigError(f"model.pretrained={pretrained!r}: beside a timm: model it must be a weight file")
+            raise ConfigError(f"model.pretrained={pretrained!r}: with a timm: model it must be a weight file")
         return {"pretrained": True, "pretrained_cfg_overlay": {"source": "", "file": pretrained}}
     if name.startswith("local-dir:"):
         folder = Path(name.removeprefix("local-dir:"))

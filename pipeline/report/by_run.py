@@ -84,7 +84,7 @@ def pareto(collection: Collection, *, narrow: bool) -> Figure:
     axes.set_xlabel(f"knowledge kept (% of the untouched model{'' if narrow else f', {what}'})")
     axes.set_ylabel(_learned(collection))
     axes.margins(0.1)
-    if len(runs) <= (3 if narrow else 2 * MOST_NAMED):  # more names would lie on one another
+    if len(runs) <= (3 if narrow else 2 * MOST_NAMED):  # more names would overlap
         _name_points(axes, collection, runs)
     legend(figure, [axes])
     return figure

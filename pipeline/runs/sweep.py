@@ -3,7 +3,7 @@
 OUT/NAME/sweep.json                    the trials, written once the grid is expanded
 OUT/NAME/trials/<name>/                a run directory with an additional trial.json
 OUT/NAME/baselines/<digest>/           results of the untouched model, shared by all trials
-OUT/NAME/stop                          present while the sweep is asked to save and stop
+OUT/NAME/stop                          present while the sweep is to save and stop
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def _library_tags() -> dict[str, str]:
 
 
 def _git_tags() -> dict[str, str]:
-    """Commit of the code if it runs from a checkout, else of the directory that the user stands in."""
+    """Commit of the code if it runs from a checkout, else of the working directory."""
     package = Path(__file__).resolve().parents[1]
     tracked = _git(package, "ls-files", "--error-unmatch", "__init__.py") is not None
     where = package if tracked else Path.cwd()

@@ -105,7 +105,7 @@ class Journal:
             return len(fresh)
 
     def write(self, kind: str, **data: Any) -> None:
-        """Append one record. A full disk is said once and never raised: the record waits in memory."""
+        """Append one record. A full disk is reported once and never raised: the record waits in memory."""
         with self._mutex:
             self._seq += 1
             self._last_ms = max(self._last_ms, time.time_ns() // 1_000_000)

@@ -19,7 +19,7 @@ _held: dict[tuple[int, Path], int] = {}  # by process id too: a fork inherits th
 
 
 class Busy(Exception):
-    """Somebody else holds the lock; the message says who."""
+    """Another process holds the lock; the message names it."""
 
 
 class ProcessLock:

@@ -86,7 +86,7 @@ def sample_gpus() -> dict[str, float]:
 
 
 def parse_gpus(text: str) -> dict[str, float]:
-    """Values from nvidia-smi's lines, one GPU per line; a field it does not know ("[N/A]") is left out."""
+    """Values from nvidia-smi's lines, one GPU per line; an unavailable field ("[N/A]") is left out."""
     values: dict[str, float] = {}
     for index, line in enumerate(text.strip().splitlines()):
         use, used, total, power = (_number(part) for part in (line.split(",") + [""] * 4)[:4])

@@ -1,4 +1,4 @@
-"""What a training knows of tracking: five calls that return at once and never fail because of a server."""
+"""The tracking interface of a training: five calls that return at once and never fail because of a server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pipeline.tracking.mlflow.uris import PasswordMissing, checked_uri, sqlite_p
 __all__ = ["NullTracker", "RunTracker", "Status", "Tracker", "environment_tags", "open_tracker", "watch_machine"]
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-SHIPPED_VARIABLE = "SELORA_SHIPPED"  # set where a process of the run above ships this one, too
+SHIPPED_VARIABLE = "SELORA_SHIPPED"  # set where a process of the parent run also ships this one
 _WATCH_SECONDS = 15.0
 _SERVER_WAIT_SECONDS = 20.0
 _AWAY_WAIT_SECONDS = 6.0  # one last short attempt at a server that was away
@@ -72,7 +72,7 @@ class NullTracker:
 
 
 class RunTracker:
-    """The journal, and the process beside it that ships the journal to MLflow."""
+    """The journal, and the process that ships it to MLflow."""
 
     def __init__(
         self, run_dir: Path, journal: Journal, uri: str | None, shipper: Shipper | None, *, owns_status: bool = True
@@ -110,7 +110,7 @@ class RunTracker:
         )
 
     def finish(self, status: Status = "FINISHED") -> None:
-        """Record the end and give the shipment a bounded time; what then is left is said in one line."""
+        """Record the end and give the shipment a bounded time; one line reports what is then left."""
         if self._over:
             return
         self._over = True

@@ -92,5 +92,5 @@ def _remove_partials(folder: Path) -> None:
 def _drop_old(run_dir: Path, keep_last: int) -> None:
     for step in kept_steps(run_dir)[:-keep_last]:
         old = checkpoint_dir(run_dir, step)
-        # Under the name of what is begun: a half of it that a kill leaves is no checkpoint, and goes with the next one.
+        # Renamed first: what a kill leaves half-removed is then not a checkpoint, and is removed with the next one.
         shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))

@@ -1,4 +1,4 @@
-"""The directory of a run: claimed for one config, told to the tracker, marked when the run is left."""
+"""The directory of a run: claimed for one config, registered with the tracker, and marked at the end of the run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _set_aside(run_dir: Path, world: World) -> None:
 
 @contextmanager
 def tracked(config: Config, run_dir: Path, world: World, digests: dict[str, str], total: int) -> Iterator[Tracker]:
-    """A tracker on rank 0 that records how the run ended, whatever ends it; every node's machine is watched, too."""
+    """A tracker on rank 0 that records how the run ended, whatever ends it; every node's machine is monitored."""
     tracker: Tracker = NullTracker()
     every, watcher = config.tracking.machine_every_s, None
     if world.is_main:

@@ -42,7 +42,7 @@ def start_process_group(
 
     Args:
         timeout: of every collective.
-        store: where the ranks met; None: a world of one, or a group that somebody else has made (Ray).
+        store: where the ranks met; None: a world of one, or a group that the launcher has made (Ray).
     """
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     if world.device.type == "cuda":
@@ -262,7 +262,7 @@ def restore_moments(engine: Any, named: Iterable[tuple[str, nn.Parameter]], mome
 def rest(engine: Any, parameters: Iterable[nn.Parameter], *, at_zero: bool) -> None:
     """Make the optimizer leave parameters alone that get no gradient any more: without momentum nothing moves them.
 
-    at_zero: set them to zero, too, which is where weight decay does not move them either.
+    at_zero: also set them to zero, where weight decay does not move them either.
     """
     _link_moments(engine)
     for parameter in parameters:

@@ -32,7 +32,7 @@ def attach_blocks(config: Config, model: Model) -> Model:
     adapter, gate = config.adapter, config.gate
     if adapter.kind in ("lora", "dora"):
         targets = adapter_targets(model.model)
-        # A ViT has the one tower; what is said of the other does not concern it.
+        # A ViT has one tower; options of the other do not apply.
         towers = [tower for tower in adapter.towers if tower in towers_of(model.model)] or adapter.towers
         try:
             names = select_targets(list(targets), towers, adapter.projections, adapter.targets)
@@ -74,7 +74,7 @@ def classes_of(config: Config, index: ShardIndex) -> tuple[str, ...] | None:
 
 
 def targets_of(batch: Batch) -> Tensor:
-    """What the task of a model wants of a batch besides its images: tokens (B, L), or classes (B,)."""
+    """What the task of a model needs of a batch besides its images: tokens (B, L), or classes (B,)."""
     if batch.tokens is not None:
         return batch.tokens
     if int(batch.labels.min()) < 0:
@@ -170,7 +170,7 @@ def checkpoint_state(
     settling: Settling | None = None,
     budget: BlockBudget | None = None,
 ) -> dict[str, Any]:
-    """What state.json says: enough to rebuild the model around the saved parameters, and the gates as they stand."""
+    """What state.json says: enough to rebuild the model around the saved parameters, and the state of the gates."""
     gates = gate_map(model.model)
     return {
         "format": "selora-checkpoint",

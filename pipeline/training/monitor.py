@@ -46,7 +46,7 @@ class TrainingFailed(ConfigError):
 
 @dataclass
 class Monitor:
-    """Collects every step, speaks every `log_every` steps.
+    """Collects the metrics of every step and reports them every `log_every` steps.
 
     Reading a loss waits for the device, so losses are kept as tensors and read together at the interval; a loss that is
     not finite is still reported with its own step and shards.
@@ -63,7 +63,7 @@ class Monitor:
     log_every: int
     gates_every: int
     bad_limit: float
-    # Whether the captions of other images are what an image is told apart from.
+    # Whether an image is contrasted with the captions of other images.
     negatives: bool
     # Steps that DeepSpeed left out because the norm of the gradient, where it is clipped, was not finite.
     skipped_steps: Callable[[], int] = lambda: 0

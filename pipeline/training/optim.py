@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-# Weight decay must not shrink these: the penalty alone shall move scores, and magnitudes are norms, not weights.
+# Weight decay must not shrink these: only the penalty may move scores, and magnitudes are norms, not weights.
 _NO_DECAY = ("gate.score", "magnitude", "logit_scale")
 
 

@@ -143,7 +143,7 @@ def warnings_of(config: Config, total: int, samples: int) -> list[str]:
     found, batch = [], config.train.global_batch_size
     if batch > samples:
         found.append(
-            f"train.global_batch_size={batch} is more than the {samples} images there are: an image stands several "
+            f"train.global_batch_size={batch} is more than the {samples} images there are: an image occurs several "
             "times in a batch, and is pushed away from its own caption"
         )
     if config.train.warmup_steps >= total:
@@ -154,8 +154,9 @@ def warnings_of(config: Config, total: int, samples: int) -> list[str]:
         # Adam moves a score by at most its learning rate a step, whatever gate.lam is.
         if travel < margin:
             found.append(
-                f"no gate can close: a score can travel {travel:.3g} in {total} steps, but {margin:.3g} lie between "
-                f"gate.init and gate.threshold; raise gate.lr to about {2 * margin / travel * rate:.1g} or train longer"
+                f"no gate can close: a score can travel {travel:.3g} in {total} steps, but gate.init and "
+                f"gate.threshold are {margin:.3g} apart; raise gate.lr to about "
+                f"{2 * margin / travel * rate:.1g} or train longer"
             )
     return found
 

@@ -66,7 +66,7 @@ _QUIET = {
 
 @dataclass(frozen=True)
 class TrialJob:
-    """What every trial needs to know; travels to each of them."""
+    """What is sent to every trial."""
 
     sweep_dir: Path
     workdir: Path
@@ -213,7 +213,7 @@ class _Machine:
 def run_trials(
     job: TrialJob, names: Sequence[str], *, concurrent: int, asha: Asha | None, steps: int, tick: Callable[[], None]
 ) -> dict[str, str]:
-    """Run the named trials to their ends, `concurrent` at a time; how each ended stands in its trial.json.
+    """Run the named trials to their ends, `concurrent` at a time; how each ended is in its trial.json.
 
     Returns {name: reason} of those whose own process was lost, so that it could not write there.
 
@@ -282,7 +282,7 @@ def _trial(config: Mapping[str, Any], job: TrialJob) -> dict[str, Any]:
         if state.status == "evaluating":
             _evaluate(name, job)
             state = write_state(run_dir, status="finished")
-    except Exception as error:  # noqa: BLE001 - whatever ends a trial is told in its state, and the others go on
+    except Exception as error:  # noqa: BLE001 - whatever ends a trial is recorded in its state, and the others go on
         state = _note_failure(run_dir, job, error)
     return {"status": state.status}
 

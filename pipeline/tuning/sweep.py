@@ -89,7 +89,7 @@ def sweep(
         retry_failed: also run failed trials again.
 
     Raises:
-        ConfigError: every mistake that can be known before the first trial starts. A trial that fails later is told in
+        ConfigError: every mistake that can be known before the first trial starts. A trial that fails later is named in
             its trial.json, in the table and in MLflow, and the others go on.
     """
     from pipeline.tuning.mlflow_runs import SweepRuns

@@ -30,7 +30,7 @@ _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory"
 
 
 class StopWatch:
-    """Asks a run to save and stop once the sweep is asked to stop."""
+    """Requests that a run saves and stops once the sweep is to stop."""
 
     def __init__(self, sweep_dir: Path) -> None:
         self._file = sweep_dir / STOP_FILE
@@ -146,7 +146,7 @@ def run_trial(sweep_dir: Path, name: str) -> TrialState:
         if state.status == "evaluating":
             evaluation_stage(sweep_dir, name)
             state = write_state(run_dir, status="finished")
-    except Exception as error:  # noqa: BLE001 - whatever ends a trial is told in its state
+    except Exception as error:  # noqa: BLE001 - whatever ends a trial is recorded in its state
         state = write_state(run_dir, status="failed", step=steps_done(run_dir), error=final_reason(error) or str(error))
     return state
 

@@ -135,7 +135,7 @@ def test_every_shipped_benchmark_is_sound_and_needs_a_root() -> None:
     for name in shipped_benchmarks():
         assert load_benchmark(name, "/data").rows
     for name in ("paper", "quick", "wds"):
-        with pytest.raises(ConfigError, match="say where its datasets lie"):
+        with pytest.raises(ConfigError, match="name the directory of its datasets"):
             load_benchmark(name)
     with pytest.raises(ConfigError, match="'papers' is neither a file nor one of paper, quick, vision, wds, demo"):
         load_benchmark("papers")

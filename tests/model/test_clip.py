@@ -159,7 +159,7 @@ def test_a_hugging_face_tokenizer_is_saved_with_the_model(clip_dir: MakeDir, tmp
         ("ViT-B-61", None, "no open_clip architecture; near: .*ViT-B-16"),
         ("local-dir:/nowhere", None, "no open_clip_config.json in that directory"),
         ("ViT-S-32", "no_such_tag", "no_such_tag.*not a known tag"),
-        ("RN50", None, "image tower is no plain transformer"),
+        ("RN50", None, "image tower is not a plain transformer"),
     ],
 )
 def test_wrong_names_are_config_errors(name: str, pretrained: str | None, message: str) -> None:

@@ -109,8 +109,8 @@ def test_a_weight_file_of_dinos_own_layout_is_loaded(vit_dir: Callable[..., Path
     [
         ("timm:vit_smal_patch16_224", None, r"model.name='timm:vit_smal.*near: vit_small_patch16_224"),
         ("timm:local-dir:/nowhere", None, "no config.json in that directory"),
-        ("timm:vit_tiny_patch16_224", "openai", "beside a timm: model it must be a weight file"),
-        ("timm:resnet18", None, "its image tower is no plain transformer"),
+        ("timm:vit_tiny_patch16_224", "openai", "with a timm: model it must be a weight file"),
+        ("timm:resnet18", None, "its image tower is not a plain transformer"),
         ("timm:eva02_tiny_patch14_224", None, "cannot split attention of type EvaAttention"),
     ],
 )

@@ -60,7 +60,7 @@ class KeptPixels:
         return on_disk(_pages(images, self.bytes)) + on_disk(_pages(images, SUM_BYTES))
 
     def missing(self, wanted: Sequence[int]) -> list[int]:
-        """Those of the images `wanted` that have not been decoded yet."""
+        """The images among `wanted` that have not been decoded yet."""
         try:
             sums = np.fromfile(self._sums, dtype="<u8")
         except FileNotFoundError:
@@ -126,7 +126,7 @@ def open_pixels(cache: Cache, name: str, key: object, size: tuple[int, int], wan
     """The entry for a set and a preprocessing, with room for the images `wanted`: what was used longest ago leaves.
 
     ``key`` is all that decides the pixels, besides this code and its libraries. The room is given back when nobody
-    holds the result any more. Raises OSError where there is no room.
+    holds the result any more. Raises OSError if the disk is full.
     """
     text = repr((key, size, _code()))
     pixels = KeptPixels(entry_of(cache, "pixels", text, f"{name}.pixels"), *size)
@@ -150,7 +150,7 @@ def _no_room(needed: int, where: Path, why: str) -> OSError:
 
 
 def _pages(numbers: Sequence[int], each: int) -> int:
-    """How many pages of a file records of ``each`` bytes with these numbers lie on."""
+    """How many pages of a file records of ``each`` bytes with these numbers occupy."""
     ordered = np.unique(np.asarray(numbers, dtype=np.int64))
     first, last = ordered * each // PAGE, ((ordered + 1) * each - 1) // PAGE
     first[1:] = np.maximum(first[1:], last[:-1] + 1)

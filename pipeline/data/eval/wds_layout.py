@@ -52,7 +52,7 @@ WDS_EXTENSIONS = ("webp", "png", "jpg")
 
 @dataclass(frozen=True)
 class EvalSet:
-    """One opened evaluation set. Sample i lies in ``tars[places[i][0]]`` as number ``places[i][1]``.
+    """One opened evaluation set. Sample i is in ``tars[places[i][0]]`` as number ``places[i][1]``.
 
     ``labels`` holds the classes of a classification set, ``captions`` the sentences of a retrieval set; the other is
     empty. ``digest`` covers the bytes of all tars, labels, captions, class names and templates.
@@ -86,11 +86,11 @@ def open_eval_set(location: str | Path, *, split: str = "test", cache: Cache | N
     kind = _kind(folder)
     count = folder.read_text(f"{split}/nshards.txt")
     if count is None:
-        hint = f"no {split}/nshards.txt, so it is no clip-benchmark set" if folder.exists() else "no such folder"
+        hint = f"no {split}/nshards.txt, so it is not a clip-benchmark set" if folder.exists() else "no such folder"
         raise ConfigError(f"{folder.location}: {hint}")
     count = count.strip()
     if not count.isdecimal() or int(count) < 1:
-        raise ConfigError(f"{folder.location}/{split}/nshards.txt: {count!r} is no number of shards")
+        raise ConfigError(f"{folder.location}/{split}/nshards.txt: {count!r} is not a number of shards")
     _check_left_over(folder, split, int(count))
     tars = open_tars(folder, [f"{split}/{number}.tar" for number in range(int(count))])
     places = tuple((t, i) for t, tar in enumerate(tars) for i in range(len(tar)))
@@ -284,7 +284,7 @@ def _label(tar: TarIndex, number: int, classnames: Sequence[str] | None) -> int:
     if not raw.isdigit() or (classnames is not None and int(raw) >= len(classnames)):
         said = raw[:20].decode("utf-8", "replace")
         known = "" if classnames is None else f" of {len(classnames)}"
-        raise ConfigError(f"{tar.name}: {tar.samples[number].key}.cls says {said!r}, which is no class{known}")
+        raise ConfigError(f"{tar.name}: {tar.samples[number].key}.cls says {said!r}, which is not a class{known}")
     return int(raw)
 
 

@@ -65,7 +65,7 @@ def read_val(root: Path) -> Source:
 
 
 def read_val_100(root: Path) -> Source:
-    """Those of ImageNet's validation images that are in ImageNet-100; labels are places in its sorted wnids."""
+    """ImageNet's validation images of the classes in ImageNet-100; labels are positions in its sorted wnids."""
     source, chosen = read_val(root), wnids("C")
     label = {wnids().index(wnid): number for number, wnid in enumerate(chosen)}
     samples = [replace(sample, cls=label[sample.cls]) for sample in source.samples if sample.cls in label]
@@ -141,7 +141,7 @@ def _devkit_labels(folder: Path) -> dict[int, int]:
     from scipy.io import loadmat
 
     if not (folder / "meta.mat").is_file():
-        raise ConfigError(f"{folder}: no meta.mat beside ILSVRC2012_validation_ground_truth.txt")
+        raise ConfigError(f"{folder}: no meta.mat next to ILSVRC2012_validation_ground_truth.txt")
     synsets = loadmat(folder / "meta.mat", squeeze_me=True)["synsets"]
     place = {wnid: label for label, wnid in enumerate(wnids())}
     label_of = {
@@ -151,7 +151,7 @@ def _devkit_labels(folder: Path) -> dict[int, int]:
     unknown = [line for line, said in enumerate(ids, 1) if not said.isdecimal() or int(said) not in label_of]
     if unknown:
         raise ConfigError(
-            f"{folder}/ILSVRC2012_validation_ground_truth.txt:{unknown[0]}: {ids[unknown[0] - 1]!r} is no class of "
+            f"{folder}/ILSVRC2012_validation_ground_truth.txt:{unknown[0]}: {ids[unknown[0] - 1]!r} is not a class of "
             "ImageNet-1K in meta.mat"
         )
     return {number: label_of[int(said)] for number, said in enumerate(ids, 1)}

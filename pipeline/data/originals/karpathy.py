@@ -19,7 +19,7 @@ Entry = tuple[str, list[str]]
 
 @dataclass(frozen=True)
 class Karpathy:
-    """Reads the test split from the first of ``lists`` that is there. ``images``: where the images may lie."""
+    """Reads the test split from the first of ``lists`` that is there. ``images``: where the images may be."""
 
     lists: tuple[str, ...]
     images: tuple[str, ...]

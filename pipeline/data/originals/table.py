@@ -1,4 +1,4 @@
-"""Every public dataset that `selora pack --dataset` knows, as one table: how it is read and how many there must be."""
+"""The public datasets that `selora pack --dataset` reads, as one table: how each is read and its number of images."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ ORIGINALS: Mapping[str, Original] = {
         5_000,
         "dataset_coco.json (Karpathy's split) and val2014/",
         captions=25_010,
-        fewer="images that are missing: the test images lie in val2014.zip",
+        fewer="images that are missing: the test images are in val2014.zip",
         known={40_504: "this is the whole of val2014", 1_000: "this is one of the five folds of 1,000"},
     ),
     "flickr30k": Original(

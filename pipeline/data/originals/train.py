@@ -45,5 +45,5 @@ def _cause(found: int, images: int) -> str:
     if found == 50_000:
         return "these are the validation images"
     if found > images:
-        return "other images lie among them"
+        return "there are other images among them"
     return "a download or an unpacking that broke off; classes of the original hold 732 to 1300 images"

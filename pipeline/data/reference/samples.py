@@ -42,7 +42,7 @@ class Reference(NamedTuple):
 
 @dataclass(frozen=True)
 class ReferenceBatch:
-    """What this rank is held to in a step. bad: "shard/key: reason" of each image that another one stands in for."""
+    """What this rank is held to in a step. bad: "shard/key: reason" of each image that another one replaces."""
 
     tensors: Reference
     bad: list[str]

@@ -1,4 +1,4 @@
-"""Samples -> tar shards beside an index.json that is the truth about them; reading that index; verifying both."""
+"""Tar shards of samples with an index.json that describes them: writing, reading and checking both."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def pack(
     Samples are shuffled with ``seed`` since class folders come sorted; equal input gives equal bytes. Image bytes are
     kept as they are. Each image is decoded once (``check``); unreadable or missing ones are left out and named in
     report and index, and more than the share ``max_unreadable`` of them is an error. index.json comes last, so what
-    was broken off is no shard folder.
+    was broken off is not a shard folder.
     """
     data = source if isinstance(source, Source) else read_source(source, options)
     folder = Path(out)
@@ -251,7 +251,7 @@ def appearing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def disk_faults_told(path: Path) -> Iterator[None]:
-    """A full disk, a folder that is not ours to write, a source that vanished: told by file, without a traceback."""
+    """Report a full disk, a folder without permission or a vanished source with its file, without a traceback."""
     try:
         yield
     except OSError as error:
@@ -260,7 +260,7 @@ def disk_faults_told(path: Path) -> Iterator[None]:
 
 
 def check_empty(folder: Path, force: bool) -> None:
-    """ConfigError when something is in the folder and shall not be written over."""
+    """ConfigError if something is in the folder and must not be overwritten."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: a file; give a folder to write to")
     if folder.exists() and any(folder.iterdir()) and not force:

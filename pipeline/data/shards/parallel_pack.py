@@ -232,7 +232,7 @@ def _claim(packing: Packing, *, force: bool, alone: bool) -> ShardIndex | None:
 
 
 def _holds_other_things(out: Path) -> bool:
-    """Whether anything but a plan, half written by another part that begins at this moment, lies in the folder."""
+    """Whether anything but a plan, half written by another part that begins at this moment, is in the folder."""
     return out.exists() and not (out.is_dir() and all(path.name.startswith((PLAN, PARTS)) for path in out.iterdir()))
 
 

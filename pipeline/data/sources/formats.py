@@ -74,7 +74,7 @@ def _names_images(file: Path, options: SourceOptions) -> bool:
     try:
         return bool(read_source(file, replace(options, classnames=None)).samples)
     except ConfigError as error:
-        # Of a broken list the user wants to know what is broken.
+        # For a broken list, the message says what is broken.
         if file.stem.lower() in LIST_NAMES:
             raise ConfigError(f"{error}") from None
         return False

@@ -154,7 +154,7 @@ def _label(value: Any) -> str:
 
 
 def _labels(found: Sequence[str]) -> dict[str, str]:
-    """Labels as they count: where all are whole numbers, the 3.0 that pandas writes beside empty fields is 3."""
+    """Normalised labels: if all are whole numbers, the 3.0 that pandas writes in a column with empty fields is 3."""
     whole = {label: re.fullmatch(r"(\d+)(?:\.0+)?", label, re.ASCII) for label in set(found)}
     return {label: match[1] if match and all(whole.values()) else label for label, match in whole.items()}
 

@@ -1,4 +1,4 @@
-"""Where the images lie that a table or a json file names."""
+"""Where to find the images that a table or a json file names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from pipeline.data.image_files import IMAGE_EXTENSIONS, UNREAD_EXTENSIONS
 
-# Folders beside a list, or beside the folder of a list, that hold its images.
+# Folders next to a list, or next to the folder of a list, that hold its images.
 _IMAGE_FOLDERS = ("images", "image", "imgs", "img", "photos", "pictures", "jpegimages", "data", "train", "val", "test")
 _MOST_FOLDERS = 200
 _PARENTS = 3
@@ -39,7 +39,7 @@ class ImagePlaces:
 
     Args:
         path: The list.
-        root: ``--image-root``, which is then the only folder; None: beside the list, in a folder called like the split
+        root: ``--image-root``, which is then the only folder; None: next to the list, in a folder called like the split
             in its name, in its image folders, in the working directory and in the folders above the list.
     """
 

@@ -29,7 +29,7 @@ class Walked:
     Attributes:
         root: The folder.
         images: Image files by their names, sorted.
-        others: All other files that a reader may know better, sorted.
+        others: All other files, sorted; a reader may use them.
         left_out: Image files that are not there: links to nothing.
         ignored: Kind -> number of what is skipped everywhere.
         links: Links to folders that are read elsewhere, and where they lead.
@@ -48,7 +48,7 @@ class Walked:
         return len(self.images) + len(self.others) + len(self.left_out) + self.ignored.total()
 
     def notes(self) -> list[str]:
-        """A sentence on each thing here that a user would want to know."""
+        """A sentence on each thing here that matters to the user."""
         notes = []
         if self.links:
             notes.append(f"each folder is read once, so these links to folders are skipped: {few(self.links, SHOWN)}")

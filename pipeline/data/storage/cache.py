@@ -4,8 +4,8 @@
     CACHE/files/<digest ..>/NAME.part                   begun
     CACHE/locks/<digest ..>.lock                        held while it is fetched or removed
 
-Decoded evaluation images are entries, too (pixels.py). A removed file stays readable for whoever has it open, and takes
-its room on the disk until then. Locks end with the process that holds them, however it ends.
+Decoded evaluation images are also entries (decoded_cache.py). A removed file stays readable for processes that have it
+open, and takes its space on the disk until then. Locks end with the process that holds them, however it ends.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _is_writable(directory: Path) -> bool:
 
 @functools.cache
 def _temporary(refused: Path) -> Path:
-    """A directory of this user alone below TMPDIR; one that somebody else has put there is not used."""
+    """A directory of this user alone below TMPDIR; one of another user is not used."""
     directory = Path(tempfile.gettempdir()) / f"selora-cache-{os.getuid()}"
     with suppress(OSError):
         directory.mkdir(mode=0o700, exist_ok=True)
@@ -99,7 +99,7 @@ def _temporary(refused: Path) -> Path:
 
 
 def entry_of(cache: Cache, url: str, version: str, name: str) -> Path:
-    """Where the copy of one version of a file lies, whether it is there or not."""
+    """The path for the copy of one version of a file, whether the copy exists or not."""
     digest = hashlib.sha256(f"{url}\0{version}".encode()).hexdigest()[:24]
     return cache.directory / "files" / digest / name
 

@@ -37,14 +37,14 @@ logger = logging.getLogger("selora.data")
 
 
 def on_disk(pages: int) -> int:
-    """The bytes that a file with so many pages may take; a file system needs some to remember where they lie."""
+    """The bytes that a file with so many pages may take; a file system needs some for its own records."""
     return PAGE * (pages + pages // 256 + 1) if pages else 0
 
 
 class Promise:
     """Room for one entry. Given back by close(), when nobody holds the promise any more, and with its process.
 
-    Forked processes hold it, too; a copy by pickle only knows of it.
+    Forked processes hold it as well; a pickled copy only refers to it.
     """
 
     def __init__(self, file: Path, fd: int) -> None:
@@ -164,7 +164,7 @@ def _remove(cache: Cache, entry: _Entry) -> int:
     try:
         with FileLock(lock_of(cache, entry.folder / "any"), blocking=False):
             shutil.rmtree(entry.folder, ignore_errors=True)
-    except Timeout:  # somebody looks into it now, or begins to fetch it
+    except Timeout:  # another process is reading it, or begins to fetch it
         return 0
     for file, _ in entry.promises:
         assert file is not None, "the promise that is asked for now is for an entry that stays"

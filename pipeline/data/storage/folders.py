@@ -1,4 +1,4 @@
-"""A folder of shards, on this disk or behind a URL: its small texts and its tars, asked for in the same words."""
+"""A folder of shards, on this disk or behind a URL: its small texts and its tars, through the same functions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Folder(Protocol):
     def name(self) -> str: ...
 
     def exists(self) -> bool:
-        """False where it can be told that there is no such folder."""
+        """False if the folder is known not to exist."""
         ...
 
     def read_text(self, path: str) -> str | None:
@@ -42,7 +42,7 @@ class Folder(Protocol):
         ...
 
     def tars(self, path: str) -> list[str]:
-        """The names of the tars in a folder of it; none where a store is not asked for lists."""
+        """The names of the tars in a folder of it; none where a store is not listed."""
         ...
 
     def open_tar(self, path: str, *, size: int | None = None, sha256: str | None = None) -> TarIndex:

@@ -36,7 +36,7 @@ _HUB = re.compile(
     r"(?:hf:(?!//)|(?P<endpoint>https?://[^/]+)/datasets/)(?P<name>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/?"
 )
 _BUSY = (408, 425, 429)
-# What a store needs beside fsspec, and where it takes its credentials from.
+# The package that a store needs with fsspec, and where it takes its credentials from.
 _STORES: Mapping[str, tuple[str, str]] = {
     "s3": ("pip install 'selora[s3]'", "AWS_* in the environment or ~/.aws"),
     "gs": ("pip install 'selora[gcs]'", "GOOGLE_APPLICATION_CREDENTIALS or gcloud"),
@@ -54,7 +54,7 @@ _given_up: dict[str, tuple[int, float]] = {}  # store: (how often it failed in a
 
 
 def retries() -> int:
-    """How often this process has asked a store again because it failed or sent something else."""
+    """How often this process has repeated a request because a store failed or sent something else."""
     return _retries
 
 
@@ -80,7 +80,7 @@ def is_remote(location: str | Path) -> bool:
 
 
 def remote_place(location: str) -> RemotePlace:
-    """What a location that `is_remote` stands for."""
+    """The parts of a location that `is_remote`."""
     found = _HUB.fullmatch(location)
     if found is None or found["endpoint"] not in (None, _hub(), PUBLIC_HUB):
         plain = location.rstrip("/")
@@ -162,7 +162,7 @@ def _download(url: str, part: Path, attempts: int, size: int) -> None:
     with part.open("ab") as file:
         while (at := file.tell()) < size:
             file.write(read_bytes(url, attempts, (at, min(at + CHUNK, size))))
-            # What is on the disk survives a killed process and is not asked for again.
+            # What is on the disk survives a killed process and is not fetched again.
             file.flush()
         os.fsync(file.fileno())
 
@@ -179,7 +179,7 @@ def read_bytes(url: str, attempts: int, span: tuple[int, int] | None = None) -> 
             return store.cat_file(path)
         data = store.cat_file(path, start=span[0], end=span[1])
         if len(data) > span[1] - span[0]:
-            # A server that knows no ranges sends the whole file.
+            # A server without support for ranges sends the whole file.
             data = data[span[0] : span[1]]
         if not data:
             raise EOFError(f"no bytes at {span[0]}")
@@ -223,9 +223,9 @@ def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> 
 
 
 def _retried(url: str, attempts: int, once: Callable[[], T]) -> T:
-    """The result of ``once``, asked again with growing pauses (a minute over 9 attempts) while the store fails.
+    """The result of ``once``, repeated with growing pauses (a minute over 9 attempts) while the store fails.
 
-    A store that has just failed for all of another file's attempts, as for a shard fetched ahead, is asked once.
+    A store that has just failed for all of another file's attempts, as for a prefetched shard, is tried once.
     """
     store = url.partition("://")[0] + "://" + url.partition("://")[2].partition("/")[0]
     before, when = _given_up.get(store, (0, 0.0))

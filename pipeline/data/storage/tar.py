@@ -1,7 +1,7 @@
 """Random access to the samples of one tar, from a scan of its headers.
 
 Python's tarfile takes a damaged header for the end of the archive, so the samples behind it would vanish without a
-word. This scan knows two ends only: the end marker, and an error that names the byte.
+word. This scan has two ends only: the end marker, and an error that names the byte.
 """
 
 from __future__ import annotations
@@ -21,13 +21,11 @@ FETCHES = 5
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")
 _REMARK = re.compile(r"__[^/]*__($|/)")
 _PAX_RECORD = re.compile(rb"([0-9]{1,10}) ([^=\n]*)=")
-# Tars are filled up to full records of 20 blocks, or of more blocks by writers that were told so.
+# Tars are filled up to full records of 20 blocks, or of more blocks by some writers.
 PADDING = 4 * tarfile.RECORDSIZE
-# What lies under the name of a tar instead of one, by its first bytes.
+# What may be found instead of a tar under its name, by its first bytes.
 _NOT_A_TAR = {
-    "a git-lfs pointer and not the file it stands for; `git lfs pull` fetches that": re.compile(
-        rb"version https://git-lfs"
-    ),
+    "a git-lfs pointer, not the file itself; `git lfs pull` fetches it": re.compile(rb"version https://git-lfs"),
     "compressed by gzip, so nothing in it can be found by its place; `gunzip` it": re.compile(rb"\x1f\x8b"),
     "compressed, so nothing in it can be found by its place; unpack it to a plain tar": re.compile(
         rb"BZh|\xfd7zXZ|\x28\xb5\x2f\xfd"
@@ -49,7 +47,7 @@ class TarError(ConfigError):
 
 @dataclass(frozen=True)
 class Member:
-    """Where the bytes of one file lie in the tar."""
+    """Where the bytes of one file are in the tar."""
 
     offset: int
     size: int

@@ -61,7 +61,7 @@ def first_needs(order: Order, turns: Turns) -> Iterator[tuple[int, int]]:
 def room_ahead(sizes: list[int], samples: int, max_bytes: int, *, streams: int, window: int) -> int:
     """Bytes that a rank of ``streams`` may have fetched and not used yet, in a cache that holds ``max_bytes`` for it.
 
-    Half of what is left beside the shards in use: the oldest leave a full cache first, which are about, but not quite,
+    Half of what the shards in use leave: the oldest leave a full cache first, which are about, but not quite,
     those that all are done with. A set that fits in as a whole has no such bound.
     """
     total = sum(sizes)
@@ -121,10 +121,10 @@ class ReadAhead:
             try:
                 self._fetch(shard)
             except ConfigError as error:
-                logger.info("%s; fetched ahead, so it will be asked for again when it is needed", error)
+                logger.info("%s; a prefetch, so it is fetched again when it is needed", error)
 
     def _admitted(self, step: int, size: int) -> bool:
-        """Waits until the shard may be fetched; False when nothing more shall be."""
+        """Waits until the shard may be fetched; False when no more are to be fetched."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or step <= self._step or self._fits(size))
             if step > self._step:

@@ -26,13 +26,13 @@ OPEN_TARS = 256
 Tokenizer = Callable[[list[str]], Tensor]
 # Captions and their tokens to the numbers of those whose end is cut off.
 FindCut = Callable[[list[str], Tensor], list[int]]
-# A stream whose next 64 samples are all bad is no longer a matter of single images.
+# A stream whose next 64 samples are all bad is a fault of more than single images.
 SUBSTITUTES = 64
 
 
 @dataclass(frozen=True)
 class TrainSample:
-    """One decoded sample: uint8 (3, H, W). ``bad`` says which sample it stands in for and why; '' when for none."""
+    """One decoded sample: uint8 (3, H, W). ``bad`` says which sample it replaces and why; '' for none."""
 
     image: Tensor
     caption: str
@@ -46,9 +46,9 @@ class Batch:
     """What this rank trains on in ``step``.
 
     images: uint8 (B, 3, H, W). labels: int64 (B,), -1 without a class. keys: "shard/key" of what is really there. bad:
-    "shard/key: reason" of each sample that another one stands in for. tokens: int64 (B, L) of the captions, None
-    without a tokenizer. retries: how often a store had to be asked again since the last batch of the same process. cut:
-    "shard/key" of each sample whose caption has more tokens than the model reads.
+    "shard/key: reason" of each sample that another one replaces. tokens: int64 (B, L) of the captions, None without a
+    tokenizer. retries: repeated requests to a store since the last batch of the same process. cut: "shard/key" of each
+    sample whose caption has more tokens than the model reads.
     """
 
     step: int

@@ -1,4 +1,4 @@
-"""The datasets of a benchmark as one table: a row says where a dataset lies, how it is scored and what it counts for.
+"""The datasets of a benchmark as one table: a row says where a dataset is, how it is scored and what it counts for.
 
     name: mine
     root: shards                  # optional; paths below are relative to it, itself relative to this file
@@ -78,7 +78,7 @@ class Benchmark:
 
 
 def is_there(row: Row) -> bool:
-    """Whether a row's directory exists; what lies behind a URL is asked for when it is opened."""
+    """Whether a row's directory exists; a URL is checked when it is opened."""
     return not isinstance(row.path, Path) or row.path.is_dir()
 
 
@@ -95,7 +95,7 @@ def _shipped_folder() -> Path:
 
 
 def load_benchmark(name: str | Path, root: str | Path | None = None) -> Benchmark:
-    """Read a shipped benchmark by name, or a file. `root`: where the data lies, instead of the file's own root.
+    """Read a shipped benchmark by name, or a file. `root`: where the data is, instead of the file's own root.
 
     All faults come in one ConfigError.
     """
@@ -142,7 +142,7 @@ def _root(path: Path, content: Mapping[str, Raw], root: str | Path | None, *, ne
         said = os.path.expandvars(str(content["root"].value))
         return said if is_remote(said) else path.absolute().parent / Path(said).expanduser()
     if path.resolve().parent == _shipped_folder().resolve() and needed:
-        raise ConfigError(f"benchmark {path.stem}: say where its datasets lie: --root DIR on the command line")
+        raise ConfigError(f"benchmark {path.stem}: name the directory of its datasets: --root DIR on the command line")
     return path.absolute().parent if needed else None
 
 
@@ -161,7 +161,7 @@ def _other(name: str, folder: Path, root: str | Path | None) -> Benchmark:
 
 
 def _like(name: Any, changes: dict[str, Any], folder: Path, root: str | Path | None) -> dict[str, Any]:
-    """The row of the same key in another benchmark, with `changes`. What was published is of that row as it stands."""
+    """The row of the same key in another benchmark, with `changes`. Published numbers belong to the unchanged row."""
     if not isinstance(name, str):
         raise ConfigError(f"like: should name a benchmark or a file, got {name!r}")
     rows = {row.key: row for row in _other(name, folder, root).rows}
@@ -193,7 +193,7 @@ def _changed(rows: list[Row], values: Mapping[str, Any], counts: Mapping[str, An
             faults.append(f"{key}: {value!r} should be a whole number{' above 0' if key == 'sample' else ''}")
     known = [row.key for row in rows]
     faults += [_unknown("images", key, known) for key in counts if key not in known]
-    faults += [f"images.{key}: {n!r} is no count" for key, n in counts.items() if not isinstance(n, int) or n < 1]
+    faults += [f"images.{key}: {n!r} is not a count" for key, n in counts.items() if not isinstance(n, int) or n < 1]
     everywhere = {key: values[key] for key in ("sample", "seed") if values.get(key) is not None}
     changed = [
         row.model_copy(
@@ -207,7 +207,7 @@ def _changed(rows: list[Row], values: Mapping[str, Any], counts: Mapping[str, An
 
 def _repeats(rows: Sequence[Row]) -> list[str]:
     repeats = Counter(row.key.lower() for row in rows)
-    return [f"key {key!r} stands in {count} rows" for key, count in repeats.items() if count > 1]
+    return [f"key {key!r} occurs in {count} rows" for key, count in repeats.items() if count > 1]
 
 
 def _read_row(entry: Any, folder: Path, root: str | Path | None) -> tuple[Row | None, list[str]]:
@@ -248,7 +248,7 @@ def _located(path: str, root: str | Path | None) -> str | Path:
 
 
 def _lines(folder: Path, key: str, name: str) -> list[str]:
-    """The lines of a file beside the yaml file, or of a shipped list; a line that begins with `# ` is a remark."""
+    """The lines of a file next to the yaml file, or of a shipped list; a line that begins with `# ` is a remark."""
     for file in (folder / name, _shipped_folder() / "names" / f"{name}.txt"):
         if file.is_file():
             lines = [line.strip() for line in lines_of(read_text(file))]

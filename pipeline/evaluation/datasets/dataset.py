@@ -1,4 +1,4 @@
-"""One row of the table: open its data, see that they are what the row says, settle names, templates and samples."""
+"""One row of the table: open and check its data, and choose class names, templates and samples."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Dataset:
         """sha256 over the images, the labels and everything else that decides a result."""
         row, chosen = self.row, self.chosen
         parts = [self.data.digest, self.classnames, self.templates, row.subset, row.border, row.metric, chosen]
-        # Only where they are asked for: the results of all other rows keep their digests.
+        # Only if the row has them: the results of all other rows keep their digests.
         parts += [] if row.resize is None else [row.resize]
         parts += [] if self.bank is None else [[self.bank.digest, row.neighbours, row.temperature]]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""One row of the benchmark table: where a dataset lies, what must be in it, how it is scored, what it counts for."""
+"""One row of the benchmark table: where a dataset is, what must be in it, how it is scored, what it counts for."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_
 
 from pipeline.data.storage.remote import is_remote
 
-# source: what the model was pretrained on, asked by K-NN.
+# source: what the model was pretrained on, measured by K-NN.
 Group = Literal["id", "shift", "zero-shot", "retrieval", "source"]
 GROUPS: tuple[Group, ...] = ("id", "shift", "zero-shot", "retrieval", "source")
-# What a row asks of a model: texts against images, or images against images alone.
+# How a row is evaluated: texts against images, or images against images alone.
 Task = Literal["zeroshot_classification", "zeroshot_retrieval", "knn_classification"]
-# Which of a set's images are asked about: all; those on which a strength or a checkpoint is chosen; all but these.
+# Which of a set's images are evaluated: all; those on which a strength or a checkpoint is chosen; all but these.
 Part = Literal["all", "choosing", "reporting"]
 Metric = Literal["acc1", "mean_per_class_recall", "mean_recall"]
 # "wds": class names and templates as the directory ships them and no rule of the row, as clip_benchmark scores.
@@ -30,7 +30,7 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 
 
 class Row(BaseModel):
-    """One dataset. `classnames` and `templates` replace those that lie in the directory."""
+    """One dataset. `classnames` and `templates` replace those in the directory."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,7 +44,7 @@ class Row(BaseModel):
     images: Count | None = None
     classes: Count | None = None
     texts: Count | None = None
-    # What another number of images tells: {1020: the validation split}.
+    # The likely cause of another number of images: {1020: the validation split}.
     known_counts: dict[StrictInt, str] = {}
     # A list, or a text file with one name a line (relative to the yaml file).
     classnames: tuple[str, ...] | None = None
@@ -60,7 +60,7 @@ class Row(BaseModel):
     # Instead of the model's own resize. squash: to its size, whatever the shape of the image; a number of pixels: the
     # shorter side to that, then the model's size out of the middle.
     resize: Literal["squash"] | Count | None = None
-    # K-NN (knn.py): no class is asked for by name, the images of this split of the same directory tell what is theirs.
+    # K-NN (knn.py): no class names are used; the images of this split of the same directory vote for their own class.
     # `bank_images` must be in it; the most similar `neighbours` of them vote with exp(cosine / temperature).
     bank: Annotated[str, Field(min_length=1)] | None = None
     bank_images: Count | None = None

@@ -1,8 +1,8 @@
 """Counts that add up over ranks, and the metrics read off them.
 
-Definitions are those of CLIP_benchmark (`zeroshot_classification.evaluate`, `zeroshot_retrieval.evaluate`), so that the
-numbers can stand beside published ones: acc1 and acc5 from `topk` of the logits, mean per-class recall over the classes
-that have a sample, retrieval recall@k = share of queries with at least one own partner among the first k.
+Definitions are those of CLIP_benchmark (`zeroshot_classification.evaluate`, `zeroshot_retrieval.evaluate`), so that
+numbers are comparable with published ones: acc1 and acc5 from `topk` of the logits, mean per-class recall over the
+classes that have a sample, retrieval recall@k = share of queries with at least one own partner among the first k.
 Everything is kept as integer counts until the end: a sum over ranks is then exact, whatever their number.
 """
 
@@ -47,7 +47,7 @@ class ClassCounts:
         return total
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Count one batch: logits (B, K) fp32, labels (B,) int64 in [0, K). A class at -inf is no answer."""
+        """Count one batch: logits (B, K) fp32, labels (B,) int64 in [0, K). A class at -inf is never predicted."""
         classes = self.confusion.shape[0]
         logits, labels = logits.cpu(), labels.cpu()
         best = logits.topk(min(TOP_K, classes), dim=1)
@@ -59,7 +59,7 @@ class ClassCounts:
         self.confusion.view(-1).index_add_(0, cells, torch.ones_like(cells))
 
     def metrics(self) -> dict[str, float | None]:
-        """acc5 is None with fewer than five classes, where CLIP_benchmark writes nan (which is no JSON)."""
+        """acc5 is None with fewer than five classes, where CLIP_benchmark writes nan (which JSON does not have)."""
         recalls = [recall for recall in self.per_class_recall() if recall is not None]
         return {
             "acc1": self.top1 / self.n,

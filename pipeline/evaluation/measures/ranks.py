@@ -1,6 +1,6 @@
 """The ranks that share an evaluation: who does which part, and how the parts come together.
 
-Classes and queries are cut into chunks that do not depend on the number of ranks and are dealt out in turn, samples lie
+Classes and queries are cut into chunks that do not depend on the number of ranks and are dealt out in turn; samples are
 with the ranks in contiguous parts. What comes back is integer counts, or embeddings in the order of the dataset.
 """
 
@@ -78,7 +78,7 @@ class Ranks:
 def launched_ranks() -> Iterator[Ranks]:
     """The ranks that torchrun, deepspeed or srun started, as a gloo group; one process without a launcher.
 
-    gloo also beside GPUs: only counts and embeddings travel, and they lie on the CPU. Two ranks may so share a GPU.
+    gloo also with GPUs: only counts and embeddings are exchanged, on the CPU. So two ranks may share a GPU.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield Ranks.current()

@@ -51,7 +51,7 @@ def apply_subset(logits: Tensor, subset: Sequence[Sequence[int]] | None) -> Tens
     if subset is None:
         return logits
     most = max(len(ids) for ids in subset)
-    # An id that stands twice does not change the maximum.
+    # An id that occurs twice does not change the maximum.
     padded = [[*ids, *[ids[0]] * (most - len(ids))] for ids in subset]
     return logits[:, torch.tensor(padded, device=logits.device)].amax(dim=2)
 

@@ -56,7 +56,7 @@ def load_state(run_dir: Path, uri: str) -> StoreState:
 
 
 def save_state(run_dir: Path, uri: str, state: StoreState) -> None:
-    """Write the state of one store beside those of others; a full disk only costs a second delivery later."""
+    """Write the state of one store next to those of others; a full disk only costs a second delivery later."""
     path = run_dir / STATE_FILE
     try:
         stores = read_json(path)
@@ -200,7 +200,7 @@ class Delivery:
             self._send_metrics_or_halves(run_id, metrics[start : start + MAX_METRICS])
 
     def _send_metrics_or_halves(self, run_id: str, metrics: Sequence[Metric]) -> None:
-        """One value that the store will not have must not hold up the rest: halve until it stands alone."""
+        """One value that the store refuses must not hold up the rest: halve until it is alone."""
         try:
             self.store.log_metrics(run_id, metrics)
         except Refused as error:

@@ -52,7 +52,7 @@ def read_experiment(
 
     Nothing is created or changed, except the addresses of files in a store that was moved.
     uri: the store; None: MLFLOW_TRACKING_URI, else OUT/mlflow.db. histories: metrics whose every value is read (one
-    request each). files: artifact paths to read as text; a file that a run has not got is left out.
+    request each). files: artifact paths to read as text; a file that a run does not have is left out.
 
     Raises ConfigError when the store cannot be reached or has no such experiment.
     """

@@ -67,7 +67,7 @@ class Registry:
                 client.log_model_artifacts(logged.model_id, str(model))
                 client.finalize_logged_model(logged.model_id, "READY")
                 return self._make_version(client, logged.model_id, tags, run_id, description)
-            except BaseException:  # also Ctrl-C: what is no version has no reader
+            except BaseException:  # also Ctrl-C: nothing reads what is not a version
                 client.delete_logged_model(logged.model_id)
                 raise
 
@@ -222,7 +222,7 @@ def registered_files(model_uri: str, uri: str, folder: Path) -> Path:
 
 @contextmanager
 def _default_store(uri: str) -> Iterator[None]:
-    """MLflow's process-wide default addresses for the time of a block; MLflow writes them into the environment, too."""
+    """MLflow's process-wide default addresses for the time of a block; MLflow also writes them into the environment."""
     import mlflow
 
     variables = ("MLFLOW_TRACKING_URI", REGISTRY_VARIABLE)

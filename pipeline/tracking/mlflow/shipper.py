@@ -94,7 +94,7 @@ class Shipper:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run beside a trainer until it says so, or is gone."""
+    """Run alongside a trainer until it signals the end or has ended."""
     parser = argparse.ArgumentParser(prog="pipeline.tracking.mlflow.shipper", description=__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("trainer", type=int)
@@ -124,7 +124,7 @@ class _Trainer:
     """The parent process as seen from here: the word on the pipe, or its death."""
 
     def __init__(self, pid: int) -> None:
-        self._pid = pid  # told, not asked for: the trainer may have died while this process was starting
+        self._pid = pid  # passed in: the trainer may have died while this process was starting
         self._said = False
         self.killed = False
 
@@ -164,7 +164,7 @@ def _ship(run_dir: Path, uri: str, trainer: _Trainer, sampler: SystemSampler | N
 
 
 class _Fleet:
-    """The run beside which this process stands and those in the folder `below`; this process alone delivers them."""
+    """The trainer's run and those in the folder `below`; only this process delivers them."""
 
     def __init__(self, run_dir: Path, uri: str, below: Path | None) -> None:
         identity = read_identity(run_dir)

@@ -61,7 +61,7 @@ class Refused(Exception):
 
 
 class Gone(Exception):
-    """The store does not know the run."""
+    """The run is not in the store."""
 
 
 @contextmanager

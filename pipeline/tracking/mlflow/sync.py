@@ -94,7 +94,7 @@ def _sync_locked(run_dir: Path, uri: str, identity: RunIdentity, full: bool) -> 
 
 
 def sync_all(paths: Iterable[Path], uri: str | None = None, *, full: bool = False) -> list[SyncReport]:
-    """Sync several runs; a directory that is no run stands for all runs below it. Parents go before their children."""
+    """Sync several runs; a directory that is not a run means all runs below it. Parents go before their children."""
     runs: dict[Path, None] = {}
     for path in paths:
         found = [path] if (path / JOURNAL).is_file() else [journal.parent for journal in sorted(path.rglob(JOURNAL))]

@@ -71,9 +71,9 @@ def without_user(uri: str) -> str:
 
 
 def checked_uri(uri: str | None, out: Path) -> str:
-    """The given address, else MLFLOW_TRACKING_URI, else sqlite:///OUT/mlflow.db; *** may stand for its password.
+    """The given address, else MLFLOW_TRACKING_URI, else sqlite:///OUT/mlflow.db; *** may replace its password.
 
-    A server that does not answer is no error here; an address that cannot be right is.
+    A server that does not answer is not an error here; an invalid address is.
 
     Raises:
         ConfigError: the address is malformed, or names a file store, which MLflow has given up.
@@ -119,7 +119,7 @@ def artifact_root(uri: str, out: Path) -> str | None:
     if path is None and uri.partition("+")[0] not in _DRIVERS:
         return None
     root = (out.absolute() if path is None else path.parent) / "mlartifacts"
-    # MLflow decodes %.. of a plain path, too; where there is none a plain path is what people read.
+    # MLflow also decodes %.. of a plain path; where there is none a plain path is what people read.
     return root.as_uri() if re.search(r"[?%#]", str(root)) else str(root)
 
 

@@ -26,7 +26,7 @@ REQUIRED = ("pandas", "pillow", "safetensors", "torch", "torchvision")  # and op
 MODEL_ENVIRONMENT = {
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    # else the uv.lock and pyproject.toml of the directory that the user stands in go into the model
+    # else the uv.lock and pyproject.toml of the working directory go into the model
     "MLFLOW_UV_AUTO_DETECT": "false",
     "MLFLOW_LOG_UV_FILES": "false",
 }
@@ -34,7 +34,7 @@ MODEL_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Labels:
-    """The classes that a CLIP knows by itself: names, caption templates and a (K, D) unit vector for each name."""
+    """The classes of a served CLIP by default: names, caption templates and a (K, D) unit vector for each name."""
 
     class_names: Sequence[str]
     templates: Sequence[str]
@@ -106,7 +106,7 @@ def signature(*, reads_texts: bool) -> ModelSignature:
 def requirements(weights: Path) -> list[str]:
     """What the model needs, in the versions that it was checked with; MLflow adds itself."""
     names = sorted({*REQUIRED, *_libraries(weights)})
-    # 2.15.0+cu130 is no version that an index has
+    # 2.15.0+cu130 is not a version that an index has
     return [f"{name}=={version(name).partition('+')[0]}" for name in names]
 
 

@@ -33,7 +33,7 @@ class Launcher:
     local_size: tuple[str, ...]
 
 
-# torchrun, deepspeed and Ray Train speak the same language; the others are asked when it is not spoken.
+# torchrun, deepspeed and Ray Train set the same variables; the others are read where these are missing.
 _COMMON = Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
 _DIRECT = (
     Launcher("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ("SLURM_STEP_TASKS_PER_NODE",)),
@@ -80,7 +80,7 @@ def read_world(env: Mapping[str, str] | None = None) -> World:
     except ValueError as error:
         raise ConfigError(f"{launcher.name} set a variable that should be a number: {error}") from None
     if not 0 <= rank < size:
-        raise ConfigError(f"{launcher.rank}={rank} does not lie below {launcher.size}={size}: two launchers at once?")
+        raise ConfigError(f"{launcher.rank}={rank} is not below {launcher.size}={size}: two launchers at once?")
     return World(rank, size, local, local_size, _device(local))
 
 
@@ -95,7 +95,7 @@ def _launcher(env: Mapping[str, str]) -> Launcher | None:
             )
         _refuse_nested(env)
         return _COMMON
-    # SLURM_STEP_NUM_TASKS: a batch script of many tasks has a SLURM_PROCID, too, and is alone.
+    # SLURM_STEP_NUM_TASKS: a batch script of many tasks also has a SLURM_PROCID, but is a single process.
     found = [each for each in _DIRECT if int(env.get(each.size, "1")) > 1 and each.rank in env]
     if found and not ("MASTER_ADDR" in env and "MASTER_PORT" in env):
         raise ConfigError(

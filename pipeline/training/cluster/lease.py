@@ -1,9 +1,9 @@
-"""One job per run, also where the jobs are on different hosts: a lease beside the run's directory.
+"""One job per run, also across hosts: a lease next to the run's directory.
 
-The file names its holder and carries a number that the holder raises every few seconds. Whoever wants the run watches
-whether the number moves: no two clocks are compared. Only where the holder's process can be looked up, under the same
-boot of the same host and in the same PID namespace, its death is seen at once. A holder that was taken for dead and
-comes back (a frozen node, a cut network file system) finds another name in the file and may not write any more.
+The file names its holder and carries a number that the holder raises every few seconds. A job that claims the run
+watches whether the number changes: no two clocks are compared. Only on the same boot of the same host and in the same
+PID namespace is the holder's process looked up, and its death seen at once. A holder that was taken for dead and comes
+back (a frozen node, a cut network file system) finds another name in the file and may not write any more.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def _absent(store: dist.Store, missing: list[int], world: World, timeout: timede
     return (
         f"{len(missing)} of {world.world_size} ranks did not come within {timeout.seconds} s: {_list(missing)}"
         + (f", expected on {', '.join(expected)}" if expected else "")
-        + f". Those on {', '.join(came)} are here. Look at the log of the missing host, or at what lies between them"
+        + f". Those on {', '.join(came)} are here. Check the log of the missing host, and the network between them"
     )
 
 
@@ -115,7 +115,7 @@ class Pulse:
         self._thread.join(2 * self._seconds)
 
     def verdict(self) -> str:
-        """Who is missing, after another look at all pulses; empty when everybody lives."""
+        """The missing ranks, after another look at all pulses; empty if all are alive."""
         seen = dict(self._seen)
         self._over.wait(2.5 * self._seconds)
         if self._unreachable is not None:

@@ -179,14 +179,14 @@ def test_writing_again_gives_the_same_bytes(eval_set: EvalSet, class_folders: Pa
     ("damage", "message"),
     [
         (lambda f: shutil.rmtree(f), "no such folder"),
-        (lambda f: (f / "test/nshards.txt").unlink(), "no test/nshards.txt, so it is no clip-benchmark set"),
-        (lambda f: (f / "test/nshards.txt").write_text("many"), "'many' is no number of shards"),
+        (lambda f: (f / "test/nshards.txt").unlink(), "no test/nshards.txt, so it is not a clip-benchmark set"),
+        (lambda f: (f / "test/nshards.txt").write_text("many"), "'many' is not a number of shards"),
         (lambda f: (f / "test/nshards.txt").write_text("4"), r"3.tar: cannot be opened \(No such file"),
         (lambda f: (f / "test/nshards.txt").write_text("1"), "nshards.txt: says 1, and there is also 1.tar; write 3"),
         (lambda f: (f / "dataset_type.txt").write_text("multilabel"), "'multilabel' sets are not evaluated here"),
         (
             lambda f: (f / "classnames.txt").write_text("a\nb\n"),
-            r"1.tar: s0000036.cls says '2', which is no class of 2",
+            r"1.tar: s0000036.cls says '2', which is not a class of 2",
         ),
         (
             lambda f: (f / "dataset_type.txt").write_text("retrieval"),

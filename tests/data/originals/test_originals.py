@@ -188,7 +188,7 @@ BREAKS: list[tuple[str, Callable[[Path], Made], Callable[[Path], Any], str]] = [
         r"images: 999 found, 1000 expected\n.*classes: 999 found.*none of n01514668\n",
     ),
     ("imagenet", make_imagenet, rename("ILSVRC2012_devkit_t12", "x"), r"need their labels: unpack ILSVRC2012_devkit"),
-    ("imagenet", make_imagenet, remove("ILSVRC2012_devkit_t12/data/meta.mat"), r"no meta.mat beside"),
+    ("imagenet", make_imagenet, remove("ILSVRC2012_devkit_t12/data/meta.mat"), r"no meta.mat next to"),
     (
         "imagenet",
         make_imagenet,

@@ -115,7 +115,7 @@ datasets:
     message = str(caught.value)
     for part in (
         "unknown key 'colour'",
-        "key 'a' stands in 2 rows",
+        "key 'a' occurs in 2 rows",
         "row c: group",
         "row ../d: key",
         "unknown key 'pth'; did you mean 'path'?",

@@ -53,7 +53,7 @@ def test_torchrun_in_every_task_of_a_node_is_refused() -> None:
 
 
 def test_a_rank_beyond_its_world_is_two_launchers_at_once() -> None:
-    with pytest.raises(ConfigError, match="RANK=4 does not lie below WORLD_SIZE=2"):
+    with pytest.raises(ConfigError, match="RANK=4 is not below WORLD_SIZE=2"):
         read_world({"RANK": "4", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
 
 
