@@ -105,6 +105,7 @@ def test_the_plan_counts_what_is_kept_and_what_is_computed(small_clip: str, kind
         assert more <= 1.01 * (flops[name] - flops["whole"]) <= 1.2 * more, name
 
 
+@pytest.mark.slow  # the fast test of one compiled block is in tests/method/test_folded.py
 def test_compiled_layers_are_two_graphs_whatever_the_gates_do(small_clip: str) -> None:
     from torch._dynamo.utils import counters
 
