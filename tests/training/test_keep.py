@@ -91,6 +91,14 @@ def test_reference_images_are_read_as_for_evaluation(config_file, reference_shar
     assert all(each.numpy().tobytes() in known for each in reference.batch(0, 0, 1).tensors.images)
 
 
+def test_a_vit_needs_no_captions_and_ignores_them(config_file, reference_shards, vit_dir) -> None:
+    vit = (f"model.name=timm:local-dir:{vit_dir(depth=2)}", "adapter.towers=[image]")
+    _, reference = built(config_file, f"keep.images={reference_shards}", *vit)
+    for part in (reference.batch(0, 0, 1).tensors, reference.held()):
+        assert len(part.images) == len(part.image_features) > 0
+        assert len(part.tokens) == len(part.text_features) == 0
+
+
 def test_ranks_share_reference_samples_but_not_the_held(config_file, reference_shards) -> None:
     """Ranks share the samples of a step and leave out the held."""
     _, reference = built(config_file, f"keep.images={reference_shards}")

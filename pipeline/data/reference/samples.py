@@ -119,8 +119,8 @@ class Images:
             [len(each) for each in self._trained], seed=stable_hash("keep", seed), streams=streams, window=window
         )
         missing = sum(int(((shard["captions"].diff() == 0) & shard["good"]).sum()) for shard in found)
-        # Each image needs one, for every rank must have as many texts as the others.
-        self.captioned, self.uncaptioned = missing == 0, missing
+        # Each image needs one, for every rank must have as many texts as the others; a ViT reads none of them.
+        self.captioned, self.uncaptioned = missing == 0 and any(len(shard["tokens"]) for shard in found), missing
         self._tars: OrderedDict[int, TarIndex] = OrderedDict()
 
     @property
