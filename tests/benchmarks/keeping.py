@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +25,8 @@ import yaml
 from PIL import Image
 
 from pipeline.config import load_config
-from pipeline.data.shards.index import load_index, open_shard, pack
-from pipeline.data.shards.members import sample_texts
+from pipeline.data.eval.wds_layout import open_eval_set, pack_eval
+from pipeline.data.shards.index import pack
 from pipeline.demo.assets import FINETUNE, MODEL, asset, unpack
 from pipeline.selection.kept import kept_of
 
@@ -56,10 +57,9 @@ REFERENCES: dict[str, dict[str, str]] = {
 WORLDS = {
     "clothes": {"clothing": "id", "fashion": "shift", "grocery": "zero-shot", "emoji": "zero-shot",
                 "clipart": "zero-shot", "emoji_names": "retrieval"},
-    "groceries": {"grocery": "id", "clothing": "zero-shot", "fashion": "zero-shot", "emoji": "zero-shot",
-                  "clipart": "zero-shot", "emoji_names": "retrieval"},
+    "cartoons": {"emoji_new": "id", "clothing": "zero-shot", "fashion": "zero-shot", "grocery": "zero-shot",
+                 "clipart": "zero-shot"},
 }  # fmt: skip
-IN_A_STORE = " in a store."
 
 
 class Case(NamedTuple):
@@ -76,31 +76,34 @@ class Case(NamedTuple):
 
 
 def prepare(out: Path, foreign: Path | None) -> None:
-    """Unpack the demo's data, and make the groceries' training set, the benchmarks and the foreign reference images."""
+    """Unpack the demo's data, and make the cartoons' two sets, the benchmarks and the foreign reference images."""
     data = unpack(out / "data")
     for world, groups in WORLDS.items():
         rows = [{"key": key, "group": group, "path": key} for key, group in groups.items()]
         content = {"name": world, "root": str(data / "eval"), "datasets": rows}
         (data / f"{world}.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    if not (data / "groceries_train").exists():
-        pack(_groceries(data), data / "groceries_train", samples_per_shard=512)
+    if not (data / "eval" / "emoji_new").exists():
+        folders = _cartoons(data)
+        pack(folders / "train", data / "cartoons_train", samples_per_shard=512)
+        pack_eval(
+            folders / "test",
+            data / "eval" / "emoji_new",
+            templates=list(open_eval_set(data / "eval" / "emoji").templates or ()),
+        )
     if foreign is not None and not (data / "foreign").exists():
         pack(_crops(foreign, data / "foreign_images"), data / "foreign", samples_per_shard=512)
 
 
-def _groceries(data: Path) -> Path:
-    """The groceries of the pretraining mix as class folders; their captions name the precise and the broad class."""
-    folder, index = data / "groceries_images", load_index(data / "pretrain")
-    for number, shard in enumerate(index.shards):
-        tar = open_shard(index, number)
-        for i in range(shard.samples):
-            captions = sample_texts(tar, i, None)[1]
-            if not any(text.endswith(IN_A_STORE) for text in captions):
-                continue
-            broad = captions[-1].rpartition(", ")[2] if ", " in captions[-1] else captions[-1]
-            file = folder / broad / f"{number}-{i}.webp"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(tar.read(i, "webp"))
+def _cartoons(data: Path) -> Path:
+    """Emoji in a drawing style that the pretraining did not see, two of three for training and the third as test."""
+    emoji, folder = open_eval_set(data / "eval" / "emoji"), data / "cartoons_images"
+    seen: Counter[int] = Counter()
+    for (tar, number), label in zip(emoji.places, emoji.labels, strict=True):
+        seen[label] += 1
+        part = "test" if seen[label] % 3 == 2 else "train"
+        file = folder / part / (emoji.classnames or ())[label] / f"{tar}-{number}.webp"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(emoji.tars[tar].read(number, "webp"))
     return folder
 
 
@@ -138,7 +141,7 @@ def run(out: Path, case: Case, steps: int) -> None:
         "out": str(out / case.world),
         "seed": str(case.seed),
         "model.name": f"local-dir:{asset(MODEL)}",
-        "data.train": str(data / {"clothes": "clothing_train", "groceries": "groceries_train"}[case.world]),
+        "data.train": str(data / {"clothes": "clothing_train", "cartoons": "cartoons_train"}[case.world]),
         "train.steps": str(steps),
         "tracking.enabled": "false",
         **METHODS[case.method],

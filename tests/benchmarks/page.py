@@ -29,6 +29,7 @@ TITLES = {
     11: "Contrastive loss",
     12: "Training step of ViT-B/16 in bf16 on a GPU",
     13: "Inference of ViT-B/16 in bf16 on a GPU",
+    14: "Training step with reference samples",
 }
 # Okabe and Ito's colours, which all eyes tell apart; the marks differ in form, too.
 MET, MISSED, LIMIT = "#0072B2", "#D55E00", "#555555"

@@ -8,13 +8,15 @@ from copy import deepcopy
 import open_clip
 import torch
 from measure import Line, Ratio, alternate, flops, saved_bytes
-from subjects import PEFT_TARGETS, Linear, SmallClip, features, gates_of, own, peft_of, vit_b_16
+from subjects import PEFT_TARGETS, SMALL_CLIP, Linear, SmallClip, features, gates_of, own, peft_of, vit_b_16
 from torch import nn
 
+from pipeline.data.reference.samples import Reference
 from pipeline.method.adapter import merge_adapter
 from pipeline.method.contrastive import flyp_loss
 from pipeline.method.gate import read_gates
 from pipeline.model.towers import adapter_targets
+from pipeline.training.objective import Contrastive, KeepSettings, Objective, PenaltySettings
 
 RANKS = (4, 16, 32, 64, 128, 256)
 
@@ -173,6 +175,57 @@ def _contrastive(rows: int, rounds: int) -> list[Line]:
     ]
 
 
+def keeping(rounds: int) -> list[Line]:
+    """A step of 32 images with an eighth and with half as many reference images and texts, against none."""
+    subject, batch = SmallClip(batch=48), 32
+    images = torch.randint(256, (48, 3, 224, 224), dtype=torch.uint8)
+    untouched = torch.randn(48, SMALL_CLIP["embed_dim"])
+    model = subject.own(16, "lora")
+    objective = Objective(
+        model,
+        Contrastive(),
+        gates_of(model),
+        PenaltySettings("l1", "mean", 0.0, 0.0, 0),
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        precision="fp32",
+        keep=KeepSettings(3.0, 0.0),
+    )
+
+    def loss(own: int, reference: int) -> torch.Tensor:
+        rest = slice(own, own + reference)
+        held = Reference(images[rest], untouched[rest], subject.tokens[rest], untouched[rest]) if reference else None
+        return objective(images[:own], subject.tokens[:own], 0, held)["total"]
+
+    def step(reference: int) -> None:
+        model.zero_grad()
+        loss(batch, reference).backward()
+
+    times = alternate({str(number): (lambda number=number: step(number)) for number in (0, 4, 16)}, rounds)
+    lines = []
+    for number, share, target in ((4, "an eighth", 1.18), (16, "half", 1.55)):
+        parameters = list(model.parameters())
+        sizes = [
+            saved_bytes(lambda parts=parts: loss(*parts), parameters)
+            for parts in ((batch, number), (batch + number, 0))
+        ]
+        memory, limit = sizes[0] / sizes[1], f"{1 + number / batch:.3f} by FLOPs"
+        name = f"keep-{number}-of-{batch}"
+        lines += [
+            Line(
+                14,
+                name,
+                f"{share} as many reference samples / none",
+                times.ratio(str(number), "0"),
+                target,
+                False,
+                limit,
+            ),
+            Line(14, name, "memory / that of a batch of that size", Ratio(memory, memory, memory), 1.05, False, "1.00"),
+        ]
+    return lines
+
+
 ROWS: dict[int, Callable[[int], list[Line]]] = {
     1: lora_linear,
     2: dora_linear,
@@ -183,6 +236,7 @@ ROWS: dict[int, Callable[[int], list[Line]]] = {
     7: gate_gradient,
     8: inference,
     11: contrastive,
+    14: keeping,
 }
 # What one round costs decides how many there are: rounds of row, of 15 minutes on an idle core.
-ROUNDS = {4: 5, 6: 7, 8: 7}
+ROUNDS = {4: 5, 6: 7, 8: 7, 14: 7}
