@@ -57,7 +57,7 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError,
 Image.MAX_IMAGE_PIXELS = None
 
 
-class Refused(MlflowException, ValueError):
+class BadRequest(MlflowException, ValueError):
     """A request that cannot be answered as it is: a server answers 400 with the reason, and without a traceback."""
 
     def __init__(self, reason: str) -> None:
@@ -77,13 +77,13 @@ class Served(PythonModel):
         self.turn = threading.Lock()
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: Mapping[str, Any] | None = None) -> Any:  # noqa: ARG002
-        """A row of the answer per row of the table; Refused, a ValueError, says what is wrong with the request."""
+        """A row of the answer per row of the table; BadRequest, a ValueError, says what is wrong with the request."""
         tasks = {"classify": self._classify, "embed_images": self._embed_images, "embed_texts": self._embed_texts}
         options = {"task": "classify", "class_names": [], "templates": [], "top_k": 5} | dict(params or {})
         if options["task"] not in tasks:
-            raise Refused(f"task={options['task']!r}: expected one of {', '.join(tasks)}")
+            raise BadRequest(f"task={options['task']!r}: expected one of {', '.join(tasks)}")
         if serving() and len(model_input) > MAX_ROWS:
-            raise Refused(f"{len(model_input)} rows, more than the {MAX_ROWS} that one request may have")
+            raise BadRequest(f"{len(model_input)} rows, more than the {MAX_ROWS} that one request may have")
         with torch.inference_mode():
             return tasks[options["task"]](model_input, options)
 
@@ -93,7 +93,7 @@ class Served(PythonModel):
             names, logits = self.kind.classifier(*wanted)
         top_k = int(options["top_k"])
         if top_k < 1:
-            raise Refused(f"top_k={top_k}: should be at least 1")
+            raise BadRequest(f"top_k={top_k}: should be at least 1")
         scores = self._images(table, logits, len(names)).softmax(dim=-1)
         best = scores.topk(min(top_k, len(names)), dim=-1)
         labels = [[names[index] for index in row] for row in best.indices.tolist()]
@@ -112,9 +112,9 @@ class Served(PythonModel):
 
     def _embed_texts(self, table: pd.DataFrame, options: Mapping[str, Any]) -> pd.DataFrame:  # noqa: ARG002
         if isinstance(self.kind, ServedVit):
-            raise Refused("task='embed_texts': this model reads no texts")
+            raise BadRequest("task='embed_texts': this model reads no texts")
         if "text" not in table:
-            raise Refused(f"embed_texts needs a column text, got {', '.join(map(str, table.columns))}")
+            raise BadRequest(f"embed_texts needs a column text, got {', '.join(map(str, table.columns))}")
         with self.turn:
             vectors = self.kind.texts([str(text) for text in table["text"]])
         return pd.DataFrame({"embedding": vectors.tolist()})
@@ -123,10 +123,10 @@ class Served(PythonModel):
         """What `compute` gives for the table's images, decoded a batch at a time, on the CPU; (0, width) for none."""
         column = next((name for name in ("image", "path") if name in table), None)
         if column is None:
-            raise Refused(f"images come in a column image or path, got {', '.join(map(str, table.columns))}")
+            raise BadRequest(f"images come in a column image or path, got {', '.join(map(str, table.columns))}")
         if column == "path" and serving():
             # it would tell clients which files the server has
-            raise Refused("path: a server reads no files; send the image itself in the column image")
+            raise BadRequest("path: a server reads no files; send the image itself in the column image")
         read = _decode if column == "image" else Path
         values = list(table[column])
         parts = []
@@ -167,7 +167,7 @@ class ServedClip:
     def texts(self, texts: Sequence[str]) -> Tensor:
         """(N, D) unit vectors."""
         if serving() and (long := next((text for text in texts if len(text) > MAX_TEXT), None)):
-            raise Refused(f"a text of {len(long)} characters, more than {MAX_TEXT}: {long[:40]!r}, …")
+            raise BadRequest(f"a text of {len(long)} characters, more than {MAX_TEXT}: {long[:40]!r}, …")
         parts = [self.tokenizer(list(texts[i : i + BATCH])).to(self.device) for i in range(0, len(texts), BATCH)]
         parts = [normalize(self.model.encode_text(tokens).float(), dim=-1) for tokens in parts]
         return torch.cat(parts) if parts else self.head.new_zeros(0, self.head.shape[1])
@@ -184,11 +184,11 @@ class ServedClip:
             return self.class_names, self.head
         names, templates = names or self.class_names, templates or self.templates
         if not names:
-            raise Refused("class_names: the model has none of its own; give a list of names in the params")
+            raise BadRequest("class_names: the model has none of its own; give a list of names in the params")
         if wrong := [template for template in templates if PLACEHOLDER not in template]:
-            raise Refused(f"templates: {wrong[0]!r} has no {PLACEHOLDER} for the class name")
+            raise BadRequest(f"templates: {wrong[0]!r} has no {PLACEHOLDER} for the class name")
         if serving() and len(names) * len(templates) > MAX_TEXTS:
-            raise Refused(f"class_names, templates: {len(names)} x {len(templates)} texts, more than {MAX_TEXTS}")
+            raise BadRequest(f"class_names, templates: {len(names)} x {len(templates)} texts, more than {MAX_TEXTS}")
         return names, self._kept_head(tuple(names), tuple(templates))
 
     def _kept_head(self, names: tuple[str, ...], templates: tuple[str, ...]) -> Tensor:
@@ -229,7 +229,9 @@ class ServedVit:
         for option, given in (("class_names", names), ("templates", templates)):
             if given:
                 known = ", ".join(self.class_names[:5]) + (", .." if len(self.class_names) > 5 else "")
-                raise Refused(f"{option}: this model knows the classes that it was trained on and no others: {known}")
+                raise BadRequest(
+                    f"{option}: this model knows the classes that it was trained on and no others: {known}"
+                )
         return self.class_names, self.model
 
 
@@ -246,7 +248,7 @@ def _rgb(row: int, read: Any, value: Any) -> Image.Image:
             with _ONE_LARGE if sides[0] * sides[1] > LARGE else nullcontext():
                 return _upright_rgb(image)
     except UNREADABLE as error:
-        raise Refused(f"row {row}: no readable image ({type(error).__name__}: {str(error)[:200]})") from error
+        raise BadRequest(f"row {row}: no readable image ({type(error).__name__}: {str(error)[:200]})") from error
 
 
 _ONE_LARGE = threading.Lock()
