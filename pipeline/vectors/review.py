@@ -20,7 +20,7 @@ from pipeline.evaluation.measures.knn import Nearest, class_votes, from_keys
 DUPLICATE = 0.985
 NEIGHBOURS, TEMPERATURE = 15, 0.07
 # An image is suspicious where its own label gets less of the votes than the first, and another one at least the second.
-OWN, OTHER = 0.15, 0.5
+OWN, OTHER = 0.1, 0.4
 # Share of the images of two classes whose neighbours mostly have the other label.
 OVERLAP = 0.1
 _EXTRA = 10  # neighbours that may turn out to be copies
