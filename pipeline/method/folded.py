@@ -141,11 +141,29 @@ class _Fold(torch.autograd.Function):
             scaled_b = b if rho is None else (rho * b).to(d.dtype)
             is_open = _indicator(score, ctx.form)
             grad_a = None if is_open is False else ctx.form.scaling * (scaled_b.to(d.dtype).T @ d)
-            c = _row_dot(b, grad_b)
-            p = None if rho is None else _row_dot(d, base)
-            q = None if p is None else p + c
+            delta_part = _row_dot(b, grad_b)
+            dora = None
+            if rho is not None:
+                base_part = _row_dot(d, base)
+                dora = _DoraRows(base_part, base_part + delta_part, rho, norm)
         pair = Pair(base, a, b, magnitude, score)
-        return (None, *_gradients(pair, is_open, grad_a, grad_b, c, p, q, rho, norm), None, None)
+        return (None, *_gradients(pair, is_open, grad_a, grad_b, delta_part, dora), None, None)
+
+
+class _DoraRows(NamedTuple):
+    """What the gradients of a DoRA block need for each row, all (out, 1).
+
+    Attributes:
+        base: p, the product of D with the base.
+        folded: q, the product of D with base and delta.
+        rho: magnitude / norm.
+        norm: length of base and delta.
+    """
+
+    base: Tensor
+    folded: Tensor
+    rho: Tensor
+    norm: Tensor
 
 
 def _gradients(
@@ -153,17 +171,19 @@ def _gradients(
     is_open: bool | Tensor,
     grad_a: Tensor | None,
     grad_b: Tensor,
-    c: Tensor,
-    p: Tensor | None,
-    q: Tensor | None,
-    rho: Tensor | None,
-    norm: Tensor | None,
+    delta_part: Tensor,
+    dora: _DoraRows | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of A, B, m and the score from those straight through the gate; names as in the head of this file."""
-    grad_m, through = None, c
-    if p is not None and q is not None and rho is not None and norm is not None and pair.magnitude is not None:
-        grad_m = _keep_if(is_open, (q / norm).squeeze(1).to(pair.magnitude.dtype))
-        grad_b, through = rho * grad_b, rho * q - p
+    """Gradients of A, B, m and the score from those straight through the gate.
+
+    Args:
+        delta_part: c, the product of D with the delta for each row, (out, 1).
+        dora: the further products of a DoRA block.
+    """
+    grad_m, through = None, delta_part
+    if dora is not None and pair.magnitude is not None:
+        grad_m = _keep_if(is_open, (dora.folded / dora.norm).squeeze(1).to(pair.magnitude.dtype))
+        grad_b, through = dora.rho * grad_b, dora.rho * dora.folded - dora.base
     grad_a = torch.zeros_like(pair.a) if grad_a is None else _keep_if(is_open, grad_a.to(pair.a.dtype))
     grad_score = None if pair.score is None else through.sum().reshape(1).to(pair.score.dtype)
     return grad_a, _keep_if(is_open, grad_b.to(pair.b.dtype)), grad_m, grad_score
@@ -211,14 +231,15 @@ class _FactorLinear(torch.autograd.Function):
             if is_open is not False:
                 scaled_b = b if rho is None else rho * b
                 grad_a = ctx.form.scaling * ((grad @ scaled_b.to(grad.dtype)).T @ rows)
-            c = _row_dot(b, grad_b)
-            p, q = (None, None) if rho is None else _base_and_open(grad, out, bias, is_open, rho, c)
+            delta_part, dora = _row_dot(b, grad_b), None
+            if rho is not None:
+                dora = _DoraRows(*_base_and_folded(grad, out, bias, is_open, rho, delta_part), rho, norm)
         pair = Pair(base, a, b, magnitude, score)
-        return (grad_x, None, None, *_gradients(pair, is_open, grad_a, grad_b, c, p, q, rho, norm), None, None)
+        return (grad_x, None, None, *_gradients(pair, is_open, grad_a, grad_b, delta_part, dora), None, None)
 
 
-def _base_and_open(
-    grad: Tensor, out: Tensor, bias: Tensor | None, is_open: bool | Tensor, rho: Tensor, c: Tensor
+def _base_and_folded(
+    grad: Tensor, out: Tensor, bias: Tensor | None, is_open: bool | Tensor, rho: Tensor, delta_part: Tensor
 ) -> tuple[Tensor, Tensor]:
     """p and q without D: sum_t dy_tj (y_tj - bias_j) is <D_j, W_j>, p_j of a closed block and rho_j q_j of an open one.
 
@@ -228,9 +249,9 @@ def _base_and_open(
     grad = grad.to(wide)
     h = (grad * out.reshape(grad.shape).to(wide)).sum(0)
     h = (h if bias is None else h.addcmul_(bias.to(wide), grad.sum(0), value=-1))[:, None]
-    open_q = torch.where(rho.abs() < torch.finfo(rho.dtype).eps ** 0.5, c, h / rho)
+    open_q = torch.where(rho.abs() < torch.finfo(rho.dtype).eps ** 0.5, delta_part, h / rho)
     if is_open is True:
-        return open_q - c, open_q
+        return open_q - delta_part, open_q
     if is_open is False:
-        return h, h + c
-    return torch.where(is_open, open_q - c, h), torch.where(is_open, open_q, h + c)
+        return h, h + delta_part
+    return torch.where(is_open, open_q - delta_part, h), torch.where(is_open, open_q, h + delta_part)

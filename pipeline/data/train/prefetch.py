@@ -41,21 +41,32 @@ class Turns:
 def first_needs(order: Order, turns: Turns) -> Iterator[tuple[int, int]]:
     """(step, shard) wherever a stream comes to a shard that its last window did not touch; the steps rise."""
     streams = rank_streams(order.streams, turns.rank, turns.world)
-    touched: dict[int, set[int]] = {}
+    before: dict[int, dict[int, int]] = {stream: {} for stream in streams}
+    for epoch, window in _windows(order, turns):
+        found = []
+        for stream in streams:
+            needed = _first_steps(order, turns, epoch, stream, window)
+            found += [(step, shard) for shard, step in needed.items() if shard not in before[stream]]
+            before[stream] = needed
+        yield from sorted(found)
+
+
+def _windows(order: Order, turns: Turns) -> Iterator[tuple[int, int]]:
+    """(epoch, window) in the order of the steps."""
     begin, end = turns.start * turns.global_batch, turns.stop * turns.global_batch
     for epoch in range(begin // order.samples, -(-end // order.samples)):
         passed = max(0, begin - epoch * order.samples) // order.streams
-        for number in range(max(0, passed - 1) // order.window, order.windows()):
-            found = []
-            for stream in streams:
-                positions, shards = order.in_window(epoch, stream, number)
-                steps = positions // turns.global_batch
-                mine = turns.has(steps)
-                kinds, at = np.unique(shards[mine], return_index=True)
-                known, touched[stream] = touched.get(stream, set()), set(kinds.tolist())
-                needs = zip(steps[mine][at].tolist(), kinds.tolist(), strict=True)
-                found += [(step, shard) for step, shard in needs if shard not in known]
-            yield from sorted(found)
+        for window in range(max(0, passed - 1) // order.window, order.windows()):
+            yield epoch, window
+
+
+def _first_steps(order: Order, turns: Turns, epoch: int, stream: int, window: int) -> dict[int, int]:
+    """{shard: first step} of this rank in one window of a stream."""
+    positions, shards = order.in_window(epoch, stream, window)
+    steps = positions // turns.global_batch
+    mine = turns.has(steps)
+    numbers, at = np.unique(shards[mine], return_index=True)
+    return dict(zip(numbers.tolist(), steps[mine][at].tolist(), strict=True))
 
 
 def room_ahead(sizes: list[int], samples: int, max_bytes: int, *, streams: int, window: int) -> int:

@@ -77,7 +77,7 @@ class Served(PythonModel):
         self.turn = threading.Lock()
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: Mapping[str, Any] | None = None) -> Any:  # noqa: ARG002
-        """A row of the answer per row of the table; BadRequest, a ValueError, says what is wrong with the request."""
+        """A row of the answer per row of the table; a BadRequest (a ValueError) names what is wrong."""
         tasks = {"classify": self._classify, "embed_images": self._embed_images, "embed_texts": self._embed_texts}
         options = {"task": "classify", "class_names": [], "templates": [], "top_k": 5} | dict(params or {})
         if options["task"] not in tasks:
