@@ -6,13 +6,14 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
 # The environment is set up again only when pyproject.toml or uv.lock changes, or when the checkout has moved.
 STAMP := .venv/.made-$(shell { pwd; cat pyproject.toml uv.lock; } | cksum | tr -d ' ')
 
-.PHONY: help demo test test-slow bench chaos audit docs lint format env clean
+.PHONY: help demo test test-slow bench first-light chaos audit docs lint format env clean
 
 help:
 	@echo "make demo       run the whole pipeline on embedded data, from photos to a registered model"
 	@echo "make test       lint, types, import rules and all fast tests; needs no network once the environment is set up"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make bench      measure speed and memory against PEFT, open_clip and webdataset, into build/benchmarks"
+	@echo "make first-light  run, compare and time everything on a GPU within 8 minutes, into build/first_light"
 	@echo "make chaos      kill and stop commands at random moments and compare what they end with, into build/chaos"
 	@echo "make audit      compare the locked packages with the advisories of PyPI (needs the network)"
 	@echo "make docs       build the documentation site, into build/site"
@@ -34,6 +35,10 @@ bench: env
 	$(BIN)/python tests/benchmarks/bench.py --out build/benchmarks
 	$(BIN)/python tests/benchmarks/scaling.py | tee build/benchmarks/scaling.md
 	$(BIN)/python tests/benchmarks/settling.py --out build/benchmarks
+
+# make first-light FIRST_LIGHT=--tiny
+first-light: env
+	$(BIN)/python tests/gpu/first_light.py --out build/first_light $(FIRST_LIGHT)
 
 # make chaos CHAOS="--minutes 60 --seed 7 --commands train promote"
 chaos: env

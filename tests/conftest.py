@@ -19,7 +19,6 @@ pytest_plugins = ["requirements", "tiny_benchmark"]
 # Two threads per process times several ranks on two cores is slower than one, and changes the order of sums.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
-os.environ["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["DO_NOT_TRACK"] = "true"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -42,12 +41,38 @@ TINY = {
     },
     "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
 }
+# The expression of `pytest -m` that runs the tests on a card, and nothing else.
+GPU_ONLY = "gpu"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the cards from all tests but those marked gpu, so that a machine with cards runs what every other one does.
+
+    Two ranks of a test would otherwise ask for one card.
+    """
+    if config.option.markexpr != GPU_ONLY:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["DS_ACCELERATOR"] = "cpu"
 
 
 def pytest_unconfigure() -> None:
     """Remove the session's cache, by the process that made it."""
     if _own_cache:
         shutil.rmtree(os.environ["SELORA_CACHE"], ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a card, with the reason, where there is none or where it is hidden."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    reason = f"cards are hidden; `pytest -m {GPU_ONLY}` shows them"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        import torch
+
+        reason = "" if torch.cuda.is_available() else "needs a CUDA device"
+    for item in marked if reason else []:
+        item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,6 +41,8 @@ def own(net: nn.Module, targets: Any, rank: int, kind: str, *, gated: bool = Tru
 
 def peft_of(net: nn.Module, targets: Any, rank: int, kind: str) -> nn.Module:
     """PEFT's blocks in the place of the same linears, in place."""
+    import peft
+
     config = peft.LoraConfig(r=rank, lora_alpha=rank, use_dora=kind == "dora", target_modules=targets)
     peft.inject_adapter_in_model(config, net)
     for name, parameter in net.named_parameters():

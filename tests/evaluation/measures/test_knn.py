@@ -110,16 +110,6 @@ def test_chunks_of_a_bank_change_nothing() -> None:
         assert torch.equal(neighbours(queries, bank, 17, pieces, parts), keys)
 
 
-@pytest.mark.gpu
-def test_a_gpu_finds_the_same_neighbours() -> None:
-    bank, queries = unit(5000, 64, seed=7), unit(300, 64, seed=8)
-    nearest = Nearest.of(queries, 20, torch.device("cuda"))
-    for piece in torch.arange(5000).split(64):
-        nearest.add(bank[piece].cuda(), piece)
-    assert nearest.keys.is_cuda
-    assert torch.equal(nearest.keys.cpu(), neighbours(queries, bank, 20))
-
-
 def test_keys_keep_every_order() -> None:
     values = torch.tensor([[1.0, -1.0, 0.0, -0.0, 1e-45, -1e-45, 0.5, -0.5]])
     back, numbers = from_keys(to_keys(values.double(), torch.arange(8)).sort(dim=1, descending=True).values)
