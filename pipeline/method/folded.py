@@ -44,11 +44,18 @@ class Pair(NamedTuple):
 
 
 class _Weight(NamedTuple):
-    """The weight in effect, and of DoRA rho and the row norms (out, 1)."""
+    """The weight in effect, of DoRA rho and the row norms (out, 1), and whether the block is closed."""
 
     value: Tensor
     rho: Tensor | None
     norm: Tensor | None
+    closed: bool | Tensor
+
+    def keep(self, ctx: Any, *tensors: Tensor | None) -> None:
+        """Save what the backward needs: the given tensors, rho, the norms and the indicator."""
+        known = not isinstance(self.closed, Tensor)
+        ctx.known_closed = self.closed if known else None
+        ctx.save_for_backward(*tensors, self.rho, self.norm, None if known else self.closed)
 
 
 def full_precision(device: torch.device) -> nullcontext[None] | torch.autocast:
@@ -58,41 +65,53 @@ def full_precision(device: torch.device) -> nullcontext[None] | torch.autocast:
 
 def dense_linear(x: Tensor, bias: Tensor | None, pair: Pair, form: Form) -> Tensor:
     """(..., in) -> (..., out); D is formed in the backward. Best where the rank is high."""
-    return F.linear(x, _Fold.apply(*pair, form, _product_dtype(x)), bias)  # pyright: ignore[reportArgumentType]
+    return F.linear(x, _Fold.apply(*pair, form, product_dtype(x)), bias)  # pyright: ignore[reportArgumentType]
 
 
 def factor_linear(x: Tensor, bias: Tensor | None, pair: Pair, form: Form) -> Tensor:
     """(..., in) -> (..., out); the backward goes through rank r and never forms D. Best where the rank is low."""
-    return _FactorLinear.apply(x, bias, *pair, form, _product_dtype(x))  # pyright: ignore[reportReturnType]
+    return _FactorLinear.apply(x, bias, *pair, form, product_dtype(x))  # pyright: ignore[reportReturnType]
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """What autocast would make of the operands of a product."""
     kind = x.device.type
     casts = kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if casts else x.dtype
 
 
-def _indicator(score: Tensor | None, form: Form) -> bool | Tensor:
+def _closed(score: Tensor | None, form: Form) -> bool | Tensor:
+    """Known on the host, or (1,) on the device."""
     if form.is_open is not None or score is None:
-        return form.is_open is not False
+        return form.is_open is False
     score = score.detach()  # at least fp32: a framework may have cast the parameter itself, past Gate._apply
-    return score.to(torch.promote_types(score.dtype, torch.float32)) >= form.threshold
+    return score.to(wide_dtype(score.dtype)) < form.threshold
 
 
-def _keep_if(is_open: bool | Tensor, grad: Tensor) -> Tensor:
-    if isinstance(is_open, Tensor):
-        return torch.where(is_open, grad, 0.0)
-    return grad if is_open else torch.zeros_like(grad)
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """At least fp32; torch.promote_types says the same and is an operation of its own."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def times(scaling: float, value: Tensor) -> Tensor:
+    """scaling * value, where that is not the value itself."""
+    return value if scaling == 1 else scaling * value
+
+
+def _unless(closed: bool | Tensor, grad: Tensor) -> Tensor:
+    """The gradient of an open block's parameter; of a closed block zeros."""
+    if isinstance(closed, Tensor):
+        return grad.masked_fill(closed, 0.0)
+    return torch.zeros_like(grad) if closed else grad
 
 
 def _weight(pair: Pair, form: Form, dtype: torch.dtype) -> _Weight:
     """W, folded in at least fp32 and rounded to `dtype` once; a closed block's is the base weight itself."""
-    wide = torch.promote_types(pair.base.dtype, torch.float32)
-    is_open = _indicator(pair.score, form)
+    wide = wide_dtype(pair.base.dtype)
+    closed = _closed(pair.score, form)
     base, magnitude = pair.base.to(wide), pair.magnitude
-    if is_open is False and magnitude is None:
-        return _Weight(pair.base.to(dtype), None, None)
+    if closed is True and magnitude is None:
+        return _Weight(pair.base.to(dtype), None, None, closed)
     folded = torch.addmm(base, pair.b.to(wide), pair.a.to(wide), alpha=form.scaling)
     rho = norm = None
     if magnitude is not None:
@@ -100,15 +119,16 @@ def _weight(pair: Pair, form: Form, dtype: torch.dtype) -> _Weight:
         norm = torch.linalg.vector_norm(folded, dim=1, keepdim=True).clamp_min(torch.finfo(wide).tiny ** 0.5)
         rho = magnitude.to(wide)[:, None] / norm
         folded = folded.mul_(rho)
-    if isinstance(is_open, Tensor):
-        folded = torch.where(is_open, folded, base)
-    return _Weight((folded if is_open is not False else base).to(dtype), rho, norm)
+    if isinstance(closed, Tensor):
+        folded = torch.where(closed, base, folded)
+    return _Weight((base if closed is True else folded).to(dtype), rho, norm, closed)
 
 
-def _row_dot(first: Tensor, second: Tensor) -> Tensor:
-    """(rows, 1), summed in at least fp32."""
-    wide = torch.promote_types(first.dtype, torch.float32)
-    return (first.to(wide) * second.to(wide)).sum(1, keepdim=True)
+def _products(first: Tensor, second: Tensor, *, by_row: bool) -> Tensor:
+    """Element by element in at least fp32; by_row: their sums (rows, 1)."""
+    wide = wide_dtype(first.dtype)
+    found = first.to(wide) * second.to(wide)
+    return found.sum(1, keepdim=True) if by_row else found
 
 
 class _Fold(torch.autograd.Function):
@@ -128,26 +148,26 @@ class _Fold(torch.autograd.Function):
         pair = Pair(base, a, b, magnitude, score)
         with full_precision(base.device):
             weight = _weight(pair, form, dtype)
-        ctx.save_for_backward(*pair, weight.rho, weight.norm)
+        weight.keep(ctx, *pair)
         ctx.form = form
         return weight.value.view_as(weight.value) if weight.value is base else weight.value
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (d,) = grad_outputs
-        base, a, b, magnitude, score, rho, norm = ctx.saved_tensors
+        base, a, b, magnitude, score, rho, norm, indicator = ctx.saved_tensors
+        closed = ctx.known_closed if indicator is None else indicator
         with full_precision(d.device):
-            grad_b = ctx.form.scaling * (d @ a.to(d.dtype).T)
+            grad_b = times(ctx.form.scaling, d @ a.to(d.dtype).T)
             scaled_b = b if rho is None else (rho * b).to(d.dtype)
-            is_open = _indicator(score, ctx.form)
-            grad_a = None if is_open is False else ctx.form.scaling * (scaled_b.to(d.dtype).T @ d)
-            delta_part = _row_dot(b, grad_b)
+            grad_a = None if closed is True else times(ctx.form.scaling, scaled_b.to(d.dtype).T @ d)
+            delta_part = _products(b, grad_b, by_row=rho is not None)
             dora = None
             if rho is not None:
-                base_part = _row_dot(d, base)
+                base_part = _products(d, base, by_row=True)
                 dora = _DoraRows(base_part, base_part + delta_part, rho, norm)
         pair = Pair(base, a, b, magnitude, score)
-        return (None, *_gradients(pair, is_open, grad_a, grad_b, delta_part, dora), None, None)
+        return (None, *_gradients(pair, closed, grad_a, grad_b, delta_part, dora), None, None)
 
 
 class _DoraRows(NamedTuple):
@@ -168,7 +188,7 @@ class _DoraRows(NamedTuple):
 
 def _gradients(
     pair: Pair,
-    is_open: bool | Tensor,
+    closed: bool | Tensor,
     grad_a: Tensor | None,
     grad_b: Tensor,
     delta_part: Tensor,
@@ -177,16 +197,16 @@ def _gradients(
     """Gradients of A, B, m and the score from those straight through the gate.
 
     Args:
-        delta_part: c, the product of D with the delta for each row, (out, 1).
+        delta_part: c, the product of D with the delta: for each row (out, 1) with `dora`, else for each element of B.
         dora: the further products of a DoRA block.
     """
     grad_m, through = None, delta_part
     if dora is not None and pair.magnitude is not None:
-        grad_m = _keep_if(is_open, (dora.folded / dora.norm).squeeze(1).to(pair.magnitude.dtype))
+        grad_m = _unless(closed, (dora.folded / dora.norm).squeeze(1).to(pair.magnitude.dtype))
         grad_b, through = dora.rho * grad_b, dora.rho * dora.folded - dora.base
-    grad_a = torch.zeros_like(pair.a) if grad_a is None else _keep_if(is_open, grad_a.to(pair.a.dtype))
+    grad_a = torch.zeros_like(pair.a) if grad_a is None else _unless(closed, grad_a.to(pair.a.dtype))
     grad_score = None if pair.score is None else through.sum().reshape(1).to(pair.score.dtype)
-    return grad_a, _keep_if(is_open, grad_b.to(pair.b.dtype)), grad_m, grad_score
+    return grad_a, _unless(closed, grad_b.to(pair.b.dtype)), grad_m, grad_score
 
 
 class _FactorLinear(torch.autograd.Function):
@@ -212,46 +232,44 @@ class _FactorLinear(torch.autograd.Function):
             x = x.to(dtype)
             out = F.linear(x, weight.value, None if bias is None else bias.to(dtype))
         # DoRA reads <D, W> by rows off its own output; that costs no memory where the next operation also keeps it
-        ctx.save_for_backward(
-            x, bias, *pair, weight.value, weight.rho, weight.norm, out if weight.rho is not None else None
-        )
+        weight.keep(ctx, x, bias, *pair, weight.value, out if weight.rho is not None else None)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, bias, base, a, b, magnitude, score, weight, rho, norm, out = ctx.saved_tensors
+        x, bias, base, a, b, magnitude, score, weight, out, rho, norm, indicator = ctx.saved_tensors
+        closed = ctx.known_closed if indicator is None else indicator
         grad = grad_outputs[0].to(weight.dtype)
         with full_precision(grad.device):
             grad_x = (grad @ weight).to(ctx.input_dtype) if ctx.needs_input_grad[0] else None
             rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-            is_open = _indicator(score, ctx.form)
             z = F.linear(rows, a.to(rows.dtype))
-            grad_b = ctx.form.scaling * (grad.T @ z)
+            grad_b = times(ctx.form.scaling, grad.T @ z)
             grad_a = None
-            if is_open is not False:
+            if closed is not True:
                 scaled_b = b if rho is None else rho * b
-                grad_a = ctx.form.scaling * ((grad @ scaled_b.to(grad.dtype)).T @ rows)
-            delta_part, dora = _row_dot(b, grad_b), None
+                grad_a = times(ctx.form.scaling, (grad @ scaled_b.to(grad.dtype)).T @ rows)
+            delta_part, dora = _products(b, grad_b, by_row=rho is not None), None
             if rho is not None:
-                dora = _DoraRows(*_base_and_folded(grad, out, bias, is_open, rho, delta_part), rho, norm)
+                dora = _DoraRows(*_base_and_folded(grad, out, bias, closed, rho, delta_part), rho, norm)
         pair = Pair(base, a, b, magnitude, score)
-        return (grad_x, None, None, *_gradients(pair, is_open, grad_a, grad_b, delta_part, dora), None, None)
+        return (grad_x, None, None, *_gradients(pair, closed, grad_a, grad_b, delta_part, dora), None, None)
 
 
 def _base_and_folded(
-    grad: Tensor, out: Tensor, bias: Tensor | None, is_open: bool | Tensor, rho: Tensor, delta_part: Tensor
+    grad: Tensor, out: Tensor, bias: Tensor | None, closed: bool | Tensor, rho: Tensor, delta_part: Tensor
 ) -> tuple[Tensor, Tensor]:
     """p and q without D: sum_t dy_tj (y_tj - bias_j) is <D_j, W_j>, p_j of a closed block and rho_j q_j of an open one.
 
     A zero row of the base has next to no magnitude: its output is the bias and says nothing, but its p is 0.
     """
-    wide = torch.promote_types(grad.dtype, torch.float32)
+    wide = wide_dtype(grad.dtype)
     grad = grad.to(wide)
     h = (grad * out.reshape(grad.shape).to(wide)).sum(0)
     h = (h if bias is None else h.addcmul_(bias.to(wide), grad.sum(0), value=-1))[:, None]
     open_q = torch.where(rho.abs() < torch.finfo(rho.dtype).eps ** 0.5, delta_part, h / rho)
-    if is_open is True:
+    if closed is False:
         return open_q - delta_part, open_q
-    if is_open is False:
+    if closed is True:
         return h, h + delta_part
-    return torch.where(is_open, open_q - delta_part, h), torch.where(is_open, open_q, h + delta_part)
+    return torch.where(closed, h, open_q - delta_part), torch.where(closed, h + delta_part, open_q)

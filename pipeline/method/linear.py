@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pipeline.method.folded import Form, Pair, dense_linear, factor_linear, full_precision
+from pipeline.method.folded import Form, Pair, dense_linear, factor_linear, full_precision, wide_dtype
 from pipeline.method.gate import Gate, gated_add
 from pipeline.method.lowrank import LowRank
 from pipeline.method.route import Work, cheapest
@@ -36,9 +36,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), by the cheapest of the exact ways (`pipeline.method.route`)."""
-        if not torch.is_grad_enabled() or any(parameter.requires_grad for parameter in self.base.parameters()):
+        if not torch.is_grad_enabled() or self.trains_base():
             return self.reference(x)
-        if self._is_shut():
+        if self.is_shut():
             return self.base(x)
         rank, outputs = self.lowrank.rank, self.base.out_features
         work = Work(
@@ -84,9 +84,13 @@ class Block(nn.Module):
         if self.gate is not None:
             self.gate.known_open = False
 
-    def _is_shut(self) -> bool:
+    def is_shut(self) -> bool:
         """Closed, known to be, and never to open again: nothing of the block is in the graph."""
         return self.gate is not None and not self.gate.score.requires_grad and self.gate.known_open is False
+
+    def trains_base(self) -> bool:
+        """Whether the base trains as well, which the fast ways do not differentiate by."""
+        return any(parameter.requires_grad for parameter in self.base.parameters())
 
     def scale_parameter(self) -> Tensor | None:
         """The magnitude (out,) where the form has one."""
@@ -148,7 +152,7 @@ class DoRALinear(Block):
         """
         a, b, scaling = self.lowrank.lora_A, self.lowrank.lora_B, self.lowrank.scaling
         with full_precision(a.device):
-            wide = torch.promote_types(a.dtype, torch.float32)
+            wide = wide_dtype(a.dtype)
             w, a, b = self.base.weight.to(wide), a.to(wide), b.to(wide)
             squared = w.square().sum(1)
             squared += 2 * scaling * ((w @ a.T) * b).sum(1)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config import ConfigError
+from pipeline.method.stacked import project
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -89,11 +90,12 @@ class SplitMultiheadAttention(SplitAttention):
         """(N, L, C) each -> ((N, L, C), None): the call and the return of nn.MultiheadAttention."""
         if need_weights:
             raise NotImplementedError("attention weights are not computed")
-        q, k, v = (
-            self.heads(self.q_proj(query)),
-            self.heads(self.k_proj(key)),
-            self.heads(self.v_proj(value)),
-        )
+        linears = (self.q_proj, self.k_proj, self.v_proj)
+        if query is key and key is value:
+            parts = project(query, linears)
+        else:
+            parts = [linear(x) for linear, x in zip(linears, (query, key, value), strict=True)]
+        q, k, v = map(self.heads, parts)
         out = self.attend(q, k, v, attn_mask)
         return self.out_proj(out.transpose(1, 2).flatten(2)), None
 
@@ -121,7 +123,7 @@ class SplitCustomAttention(SplitAttention):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """(N, L, C) -> (N, L, C)."""
-        q, k, v = (self.heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = map(self.heads, project(x, (self.q_proj, self.k_proj, self.v_proj)))
         out = self.attend(self.ln_q(q), self.ln_k(k), v, attn_mask, self.attn_drop.p if self.training else 0.0)
         if self.head_scale is not None:
             out = out * self.head_scale
@@ -143,7 +145,7 @@ class SplitTimmAttention(SplitAttention):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(N, L, C) -> (N, L, C)."""
-        q, k, v = (self.heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = map(self.heads, project(x, (self.q_proj, self.k_proj, self.v_proj)))
         out = F.scaled_dot_product_attention(
             self.q_norm(q),
             self.k_norm(k),

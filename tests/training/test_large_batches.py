@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from itertools import product
 from pathlib import Path
@@ -129,6 +130,36 @@ def test_compiled_layers_are_two_graphs_whatever_the_gates_do(small_clip: str) -
         # one graph a tower, for the text is causal, and one for the layer with the settled block
         assert counters["stats"]["unique_graphs"] == (3 if turn == 3 else 2)
     assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("quick_gelu", [False, True])
+@pytest.mark.parametrize("way", ["whole", "micro", "layers", "both"])
+@pytest.mark.parametrize("stack", [False, True])
+def test_no_layer_leaves_its_graph(
+    kind: str, quick_gelu: bool, way: str, stack: bool, small_clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where q, k and v are computed as one, which only a GPU does by itself."""
+    from torch._dynamo.utils import counters
+
+    from pipeline.method import stacked
+
+    if stack:
+        monkeypatch.setattr(stacked, "DEVICES", {"cpu"})
+        monkeypatch.setattr(stacked, "cheapest", lambda work, device: "factors")
+    config = json.loads((Path(small_clip) / "open_clip_config.json").read_text())
+    config["model_cfg"]["quick_gelu"] = quick_gelu
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    torch._dynamo.reset()
+    plain, other = (prepared(str(tmp_path), "fp32", 0, WAYS[way], kind) for _ in range(2))
+    compile_layers(other[1].model, backend="aot_eager")
+    counters.clear()
+    whole, compiled = (exact_gradients(each[2].double()) for each in (plain, other))
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 2
+    for name, value in whole.items():
+        torch.testing.assert_close(compiled[name], value, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def deepspeed_gradients(
