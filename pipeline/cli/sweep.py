@@ -50,7 +50,7 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     from pipeline.tuning.grid import expand, load_grid
 
     config, grid = load_config(arguments.config, arguments.overrides), load_grid(arguments.grid)
-    from pipeline.costs.scale import planned
+    from pipeline.costs.planned import planned
     from pipeline.tuning.plan import describe_plan
     from pipeline.tuning.sweep import plan_sweep, sweep
 

@@ -6,15 +6,16 @@ here is measured. docs/scaling.md is printed from this module.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.config import Config
+from pipeline.costs.goodput import Job
 
 # Weights are stored in fp32 and cast for the matrix products, so this also holds for model.precision=bf16.
 WEIGHT_BYTES = 4
 MOMENT_BYTES = 8  # both of AdamW
+CAPTION_TOKENS = 16  # of the longest caption in a batch of short sentences
 WIDE_BYTES = 4  # what stays fp32 under autocast: the inputs of norms and layers, features, logits
 _MB, _GB = 1e6, 1e9
 
@@ -89,39 +90,52 @@ class Tower:
 
 
 @dataclass(frozen=True)
-class ClipShape:
-    """Two towers that end in vectors of `embed` numbers."""
+class Shape:
+    """A CLIP, whose two towers end in vectors of `embed` numbers, or a ViT under a classifier, without text."""
 
     name: str
     image: Tower
-    text: Tower
+    text: Tower | None
     embed: int
 
     @property
+    def towers(self) -> tuple[Tower, ...]:
+        return (self.image,) if self.text is None else (self.image, self.text)
+
+    @property
+    def layers(self) -> int:
+        return sum(tower.layers for tower in self.towers)
+
+    @property
     def parameters(self) -> int:
-        return self.image.parameters + self.text.parameters + 1
+        """The logit scale of a CLIP included."""
+        return sum(tower.parameters for tower in self.towers) + (self.text is not None)
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of one pair."""
-        return self.image.macs + self.text.macs
+        """Multiply-accumulates of one pair, or of one image."""
+        return sum(tower.macs for tower in self.towers)
+
+    def with_captions(self, tokens: int = CAPTION_TOKENS) -> Shape:
+        """The same for texts of so many tokens: a batch is cut to its longest caption."""
+        return self if self.text is None else replace(self, text=replace(self.text, tokens=tokens))
 
     def activation_bytes(self, images: int, ranks: int, bytes_each: int, recompute: Recompute = PLAIN) -> int:
         """What a rank with `images` keeps of a step: both towers of the pairs at a time, all features, the logits."""
         from pipeline.method.contrastive import MOST_LOGITS
 
         pairs = recompute.pairs(images)
-        towers = (
-            tower.activation_bytes(pairs, bytes_each, recompute=recompute.layers) for tower in (self.image, self.text)
-        )
+        towers = (tower.activation_bytes(pairs, bytes_each, recompute=recompute.layers) for tower in self.towers)
+        if self.text is None:
+            return sum(towers)
         every = images * ranks
         loss = (2 * images + every) * self.embed + min(images * every, MOST_LOGITS)
         return sum(towers) + loss * WIDE_BYTES
 
     def trained(self, rank: int, *, rest: bool = False, dora: bool = False) -> int:
         """Number of trained parameters; `rest`: including those outside the layers (train.train_rest=all)."""
-        adapters = sum(tower.adapter_parameters(rank, dora=dora) for tower in (self.image, self.text))
-        return adapters + (self.image.outside + self.text.outside + 1 if rest else 0)
+        adapters = sum(tower.adapter_parameters(rank, dora=dora) for tower in self.towers)
+        return adapters + (sum(tower.outside for tower in self.towers) + (self.text is not None) if rest else 0)
 
 
 def clip_shape(
@@ -133,14 +147,14 @@ def clip_shape(
     pixels: int = 224,
     context: int = 77,
     vocabulary: int = 49408,
-) -> ClipShape:
+) -> Shape:
     """From open_clip's numbers: image (layers, width, mlp, heads, patch), text (layers, width, heads)."""
     layers, width, mlp, heads, patch = image
     grid = (pixels // patch) ** 2
     outside = 3 * patch**2 * width + width + (grid + 1) * width + 4 * width + width * embed
     text_layers, text_width, text_heads = text
     text_outside = (vocabulary + context + 2 + embed) * text_width
-    return ClipShape(
+    return Shape(
         name,
         Tower(layers, width, mlp, heads, grid + 1, outside),
         Tower(text_layers, text_width, 4 * text_width, text_heads, context, text_outside),
@@ -148,7 +162,16 @@ def clip_shape(
     )
 
 
-def shape_of(name: str, model_cfg: Mapping[str, Any]) -> ClipShape | None:
+def vit_shape(name: str) -> Shape:
+    """The shape of a ViT by its `timm:` name; what its layers have besides a plain one is counted as outside them."""
+    from pipeline.model.vit import vit_layout
+
+    layout = vit_layout(name)
+    plain = Tower(layout.layers, layout.width, layout.mlp, layout.heads, layout.tokens, 0)
+    return Shape(name, replace(plain, outside=layout.parameters - plain.parameters), None, 0)
+
+
+def shape_of(name: str, model_cfg: Mapping[str, Any]) -> Shape | None:
     """The shape of an architecture as open_clip writes it; None where a tower is not open_clip's own transformer."""
     image, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     if not all(isinstance(image.get(key), int) for key in ("layers", "width", "patch_size", "image_size")):
@@ -197,8 +220,13 @@ def contrastive_traffic(batch: int, embed: int, ranks: int) -> float:
     return size * share + 2 * size * share + batch * 4 * (ranks - 1)
 
 
+def loss_traffic(shape: Shape, batch: int, ranks: int) -> float:
+    """Bytes that one rank sends in a step for the loss; a classifier's looks at the rank's own images alone."""
+    return 0.0 if shape.text is None else contrastive_traffic(batch, shape.embed, ranks)
+
+
 def rank_memory(
-    shape: ClipShape,
+    shape: Shape,
     stage: int,
     ranks: int,
     *,
@@ -221,41 +249,45 @@ def rank_memory(
     return weights + gathered + gradients + optimizer + activations
 
 
+# Dense bf16 FLOPs a second of an H100, and the share of them that a compiled step is assumed to reach.
+PEAK, MFU = 989e12, 0.33
+
+
 @dataclass(frozen=True)
 class Hardware:
     """A node: `flops` is what one card reaches in these products, `link_gbit` what the node's network gives."""
 
     cards: int = 8
-    flops: float = 0.35 * 989e12
+    flops: float = MFU * PEAK
     link_gbit: float = 400.0
     latency_s: float = 15e-6
     inside_gbyte: float = 300.0
 
 
-def step_flops(shape: ClipShape, images: int, recompute: Recompute = PLAIN) -> int:
+def step_flops(shape: Shape, images: int, recompute: Recompute = PLAIN) -> int:
     """Of one rank in a step. A backward that skips the gradients of frozen weights costs what a forward costs."""
     return 2 * shape.macs * images * recompute.passes(images)
 
 
-def step_seconds(shape: ClipShape, images: int, machine: Hardware) -> float:
+def step_seconds(shape: Shape, images: int, machine: Hardware) -> float:
     """Computing time of a step."""
     return step_flops(shape, images) / machine.flops
 
 
 def communication_seconds(
-    shape: ClipShape, stage: int, ranks: int, *, trained: int, images: int, machine: Hardware
+    shape: Shape, stage: int, ranks: int, *, trained: int, images: int, machine: Hardware
 ) -> float:
     """Time of a step's collectives when nothing overlaps: a ring passes each node's link once, plus its hops."""
     traffic = gradient_traffic(stage, shape.parameters, trained, ranks)
-    traffic += contrastive_traffic(images * ranks, shape.embed, ranks)
+    traffic += loss_traffic(shape, images * ranks, ranks)
     inside = ranks <= machine.cards
     rate = machine.inside_gbyte * _GB if inside else machine.link_gbit / 8 * _GB
-    rounds = 6 if stage < 3 else 6 + 2 * (shape.image.layers + shape.text.layers)
+    rounds = 6 if stage < 3 else 6 + 2 * shape.layers
     nodes = max(1, ranks // machine.cards)
     return traffic / rate + rounds * (machine.cards + nodes) * machine.latency_s
 
 
-def efficiency(shape: ClipShape, stage: int, nodes: int, *, trained: int, images: int, machine: Hardware) -> float:
+def efficiency(shape: Shape, stage: int, nodes: int, *, trained: int, images: int, machine: Hardware) -> float:
     """Share of the time that computes, without any overlap: the lower bound."""
     compute = step_seconds(shape, images, machine)
     waits = communication_seconds(shape, stage, nodes * machine.cards, trained=trained, images=images, machine=machine)
@@ -272,74 +304,8 @@ def store_gbit(images_per_second: float, bytes_each: float) -> float:
     return images_per_second * bytes_each * 8 / _GB
 
 
-def planned(configs: Sequence[Config], ranks: int) -> str:
-    """`describe` for the trial with the most trained parameters; empty if no formula here applies."""
-    from pipeline.model.clip import model_config
-
-    adapted = [one for one in configs if one.adapter.kind in ("lora", "dora") and not one.classifies]
-    if not adapted:
-        return ""
-    config = max(adapted, key=lambda one: one.adapter.rank)
-    shape = shape_of(config.model.name, model_config(config.model.name))
-    if shape is None:
-        return ""
-    return describe(
-        shape,
-        stage=config.train.zero_stage,
-        ranks=ranks,
-        global_batch=config.train.global_batch_size,
-        rank=config.adapter.rank,
-        rest=config.train.train_rest == "all",
-        dora=config.adapter.kind == "dora",
-        precision=config.model.precision,
-        recompute=Recompute(config.train.micro_batch_size, config.train.activation_checkpointing),
-    )
-
-
-def describe(
-    shape: ClipShape,
-    *,
-    stage: int,
-    ranks: int,
-    global_batch: int,
-    rank: int,
-    rest: bool,
-    dora: bool,
-    precision: str,
-    recompute: Recompute,
-) -> str:
-    """Some lines about a planned training, for `selora sweep --plan`."""
-    trained, images = shape.trained(rank, rest=rest, dora=dora), max(1, global_batch // ranks)
-    each = 2 if precision == "bf16" else 4
-    memory = rank_memory(
-        shape, stage, ranks, trained=trained, images=images, activation_bytes=each, recompute=recompute
-    )
-
-    def moved(ranks: int) -> tuple[float, float]:
-        weights = gradient_traffic(stage, shape.parameters, trained, ranks)
-        return weights / _MB, contrastive_traffic(global_batch, shape.embed, ranks) / _MB
-
-    weights, loss = moved(ranks)
-    more = [2**power * ranks for power in range(1, 5)]
-    volumes = ", ".join(f"{sum(moved(number)):.1f}" for number in more)
-    return (
-        f"on paper, for rank {rank}:\n"
-        f"  a step moves {weights:.1f} MB per rank for ZeRO-{stage} and {loss:.1f} MB for the loss\n"
-        f"  on {', '.join(map(str, more))} ranks with the same global batch: {volumes} MB\n"
-        f"  a rank holds {memory / _GB:.1f} GB with {images} images and {precision} activations"
-        f"{_kept(recompute, images)}\n"
-        f"  a step computes {step_flops(shape, images, recompute) / 1e12:.3g} TFLOP per rank"
-        f"{_again(recompute, images)}\n"
-        f"  {trained / 1e6:.2f} M of {shape.parameters / 1e6:.1f} M parameters train"
-    )
-
-
-def _kept(recompute: Recompute, images: int) -> str:
-    parts = [f"{recompute.pairs(images)} of them at a time"] if recompute.pairs(images) < images else []
-    parts += ["one layer at a time"] if recompute.layers else []
-    return "".join(f", {part}" for part in parts)
-
-
-def _again(recompute: Recompute, images: int) -> str:
-    passes, plain = recompute.passes(images), PLAIN.passes(images)
-    return f": {passes} passes instead of {plain}, so {passes / plain - 1:.0%} more hours" if passes > plain else ""
+def checkpoint_job(step_s: float, trained: int, node_bytes: float = 0.0) -> Job:
+    """A run whose checkpoints hold each trained number and its two moments: copied at 10 GB/s, written at 1 GB/s."""
+    size = trained * (WEIGHT_BYTES + MOMENT_BYTES)
+    copy = 0.2 + size / (10 * _GB)
+    return Job(step_s, node_bytes, copy, copy + 0.5 + size / _GB)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from pipeline.costs import scale
-from pipeline.costs.scale import SHAPES, Hardware, Recompute
+from pipeline.costs import goodput, scale
+from pipeline.costs.goodput import Nodes
+from pipeline.costs.scale import CAPTION_TOKENS, Hardware, Recompute, vit_shape
 
 RANK, BATCH, MICRO = 16, 512, 64
+# Texts are cut to the longest caption of their batch.
+SHAPES = {name: shape.with_captions() for name, shape in scale.SHAPES.items()}
+VITS = ("vit_small_patch16_224", "vit_base_patch16_224")
+REFERENCE = 64  # reference images and texts of a step with section keep, over all ranks
 RANKS = (4, 8, 16, 64, 256)
 NODES = (1, 2, 4, 8, 16, 32, 64)
 LINKS = (25.0, 400.0)
@@ -20,7 +25,7 @@ _INTRODUCTION = f"""# Scaling
 
 Printed from `pipeline/costs/scale.py`; a test holds this page to it. **Computed** numbers follow from shapes by the
 formulas there, **measured** ones name their machine. Adapters of rank {RANK} on all six projections of both towers,
-gates on, and `train.train_rest=none` unless stated otherwise.
+gates on, texts of {CAPTION_TOKENS} tokens, and `train.train_rest=none` unless stated otherwise.
 """
 
 _MEASURED = """## Measured, and what is not
@@ -40,7 +45,8 @@ _MEASURED = """## Measured, and what is not
 
 def page() -> str:
     """The whole page."""
-    parts = [_INTRODUCTION, _traffic(), _memory(), _large_batches(), _efficiency(), _strong(), _data(), _MEASURED]
+    parts = [_INTRODUCTION, _traffic(), _memory(), _large_batches(), _efficiency(), _strong(), _goodput(),
+             _data(), _MEASURED]  # fmt: skip
     return "\n".join(parts)
 
 
@@ -81,21 +87,50 @@ def _memory() -> str:
 
 def _large_batches() -> str:
     ways = (Recompute(), Recompute(layers=True), Recompute(micro_batch=16), Recompute(micro_batch=16, layers=True))
+    vits = [vit_shape(f"timm:{name}") for name in VITS]
+    cases = [(shape, images, "") for shape in (*SHAPES.values(), *vits) for images in (64, 512)]
+    cases += [(SHAPES["ViT-B-16"], images + REFERENCE // 8, " with keep") for images in (64, 512)]
     rows = []
-    for shape in SHAPES.values():
-        trained = shape.trained(RANK)
-        for images in (64, 512):
-            found = [
-                scale.rank_memory(shape, 1, 8, trained=trained, images=images, recompute=way) / _GB for way in ways
-            ]
-            rows.append([shape.name, str(images), *(f"{value:.1f}" for value in found)])
+    for shape, images, more in cases:
+        found = [
+            scale.rank_memory(shape, 1, 8, trained=shape.trained(RANK), images=images, recompute=way) / _GB
+            for way in ways
+        ]
+        rows.append([shape.name + more, str(images), *(f"{value:.1f}" for value in found)])
     passes = ["passes over the towers", "", *(str(way.passes(512)) for way in ways)]
     return (
         "## Larger batches (computed, GB on each of 8 ranks, ZeRO 1, bf16 activations)\n\n"
         "`train.activation_checkpointing` computes the inside of each layer again, `train.micro_batch_size=16` each\n"
         "forward: less is kept, and a step makes 3 or 4 passes over the towers instead of 2, so it computes 1.5 or 2\n"
-        "times as long. A test measures on a small CLIP what the formulas say is kept and computed.\n\n"
+        "times as long. A test measures on a small CLIP what the formulas say is kept and computed. With keep,\n"
+        f"`keep.batch_size={REFERENCE}` adds 8 reference images and texts to those of a rank.\n\n"
         + _table(["model", "images a rank", "whole", "checkpointing", "micro-batches", "both"], [*rows, passes])
+    )
+
+
+def _goodput() -> str:
+    rows, head = [], ("model", "nodes", "days between failures", "best interval, steps", "minutes")
+    for name in ("ViT-B-16", "ViT-bigG-14"):
+        shape, machine = SHAPES[name], Hardware()
+        for nodes in NODES:
+            ranks = nodes * machine.cards
+            trained = shape.trained(RANK)
+            step = scale.step_seconds(shape, MICRO, machine)
+            step += scale.communication_seconds(shape, 1, ranks, trained=trained, images=MICRO, machine=machine)
+            cluster, job = Nodes(nodes), scale.checkpoint_job(step, trained)
+            best, often = goodput.recommend(job, cluster), goodput.simulate(job, cluster, 100)
+            lost = max(0.0, goodput.slowest(nodes, cluster.jitter) - 1)
+            row = [name, str(nodes), f"{cluster.mtbf_s / 86400:,.1f}", f"{best.every:,}"]
+            rows.append(
+                [*row, f"{best.every * step / 60:.0f}", f"{best.share:.1%}", f"{often.share:.1%}", f"{lost:.1%}"]
+            )
+    return (
+        "## Checkpoints and failing nodes (simulated)\n\n"
+        "From failure to failure (`pipeline/costs/goodput.py`): a node fails every 6,000 hours, a restart takes 5\n"
+        "minutes, a node's step time varies by 2 % and all wait for the slowest, a checkpoint stops the cards while\n"
+        "it is copied to the host and is written behind them. Goodput is the share of time that ends in the result.\n"
+        "`selora sweep --plan` prints this for its own trials and `train.checkpoint_every`.\n\n"
+        + _table([*head, "goodput", "with 100 steps", "lost to stragglers"], rows)
     )
 
 
@@ -108,7 +143,8 @@ def _efficiency() -> str:
                 rows.append([shape.name, f"{link:.0f}", str(stage), *(f"{100 * value:.0f}" for value in found)])
     return (
         f"## Efficiency with {MICRO} images per rank (computed, percent of computing time, nothing overlapped)\n\n"
-        "Nodes of 8 cards that reach 35 % of 989 TFLOPS, one link per node, Gbit/s. A lower bound: reduction overlaps\n"
+        f"Nodes of 8 cards that reach {100 * scale.MFU:.0f} % of 989 TFLOPS (assumed, for compiled steps), one link\n"
+        "per node, Gbit/s. A lower bound: reduction overlaps\n"
         "with the backward pass in practice. The global batch grows with the nodes.\n\n"
         + _table(["model", "link", "ZeRO", *(f"{n} node{'s' * (n > 1)}" for n in NODES)], rows)
     )

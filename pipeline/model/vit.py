@@ -103,6 +103,43 @@ def load_vit(name: str, pretrained: str | None = None, *, seed: int = 0, classes
     return Vit(model, preprocess_cfg, digest, name, pretrained, classes)
 
 
+@dataclass(frozen=True)
+class VitLayout:
+    """The sizes of a ViT: what its layers have, how many tokens pass through them, all its parameters."""
+
+    layers: int
+    width: int
+    mlp: int
+    heads: int
+    tokens: int
+    parameters: int
+
+
+def vit_layout(name: str) -> VitLayout:
+    """The sizes of an architecture of timm, without its weights and without memory.
+
+    Raises:
+        ConfigError: timm has no such architecture, or its layers are no plain transformer.
+    """
+    import timm
+
+    plain = name.removeprefix(SCHEMA)
+    try:
+        with torch.device("meta"):
+            trunk: Any = timm.create_model(plain, pretrained=False, num_classes=0)
+        layer = trunk.blocks[0]
+        return VitLayout(
+            layers=len(trunk.blocks),
+            width=trunk.embed_dim,
+            mlp=layer.mlp.fc1.out_features,
+            heads=layer.attn.num_heads,
+            tokens=trunk.patch_embed.num_patches + trunk.num_prefix_tokens,
+            parameters=sum(parameter.numel() for parameter in trunk.parameters()),
+        )
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"model.name={name!r}: {error}{_near(plain)}") from error
+
+
 def _weights(name: str, pretrained: str | None) -> dict[str, Any]:
     """Where timm takes the weights from, as arguments of its `create_model`."""
     if pretrained is not None:

@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.config import load_config, override
 from pipeline.costs import scale
+from pipeline.costs.planned import planned
 from pipeline.costs.scale import SHAPES, Hardware
 from pipeline.costs.scale_page import page
 
@@ -85,7 +86,7 @@ def test_recomputation_lowers_memory_and_raises_hours() -> None:
     config = load_config(Path(__file__).parents[2] / "configs" / "imagenet_vit_b16.yaml")
     changes = {"train.micro_batch_size": 16, "train.activation_checkpointing": True}
     ways = [{}, *({key: value} for key, value in changes.items()), changes]
-    texts = [scale.planned([override(config, way)], ranks=8) for way in ways]
+    texts = [planned([override(config, way)], ranks=8) for way in ways]
     held, computed = (
         [float(text.partition(word)[2].split()[0]) for text in texts] for word in ("a rank holds ", "a step computes ")
     )
@@ -94,7 +95,7 @@ def test_recomputation_lowers_memory_and_raises_hours() -> None:
     assert "more hours" not in texts[0]
     assert "with 64 images and bf16 activations, 16 of them at a time, one layer at a time" in texts[3]
     assert "4 passes instead of 2, so 100% more hours" in texts[3]
-    assert scale.planned([override(config, {"train.micro_batch_size": 64})], ranks=8) == texts[0]
+    assert planned([override(config, {"train.micro_batch_size": 64})], ranks=8) == texts[0]
 
 
 def test_efficiency_falls_with_nodes_and_rises_with_the_link() -> None:
@@ -111,7 +112,7 @@ def test_efficiency_falls_with_nodes_and_rises_with_the_link() -> None:
 def test_a_plan_says_them_for_the_trial_that_trains_most() -> None:
     config = load_config(Path(__file__).parents[2] / "configs" / "imagenet_vit_b16.yaml")
     trials = [config, override(config, {"adapter.kind": "full"}), override(config, {"adapter.rank": 4})]
-    text = scale.planned(trials, ranks=8)
+    text = planned(trials, ranks=8)
     assert "652.3 MB per rank for ZeRO-1" in text
     # What a ring moves grows with (ranks - 1) / ranks, and that is all.
     seven_eighths = sum(float(text.partition(word)[2].split()[0]) for word in ("moves ", "and "))
@@ -120,8 +121,8 @@ def test_a_plan_says_them_for_the_trial_that_trains_most() -> None:
     assert [float(volume) for volume in volumes] == pytest.approx(expected, rel=1e-3)
     assert "with 64 images" in text
     assert "of 149.6 M parameters train" in text
-    assert scale.planned(trials[1:2], ranks=8) == ""
-    assert scale.planned([override(config, {"model.name": "RN50"})], ranks=8) == ""
+    assert planned(trials[1:2], ranks=8) == ""
+    assert planned([override(config, {"model.name": "RN50"})], ranks=8) == ""
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -144,3 +145,47 @@ def test_the_shape_of_a_model_on_the_disk_is_that_of_the_model() -> None:
 def test_the_page_is_what_the_module_says() -> None:
     """Written by: python -c "from pipeline.costs.scale_page import page; print(page(), end='')" > docs/scaling.md"""
     assert (Path(__file__).parents[2] / "docs" / "scaling.md").read_text() == page()
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "gmacs"),
+    # timm's own tables: parameters without the head, multiply-accumulates
+    [("vit_small_patch16_224", 21_665_664, 4.61), ("vit_base_patch16_224", 85_798_656, 17.58)],
+)
+def test_a_vit_has_the_size_that_timm_gives_it(name: str, parameters: int, gmacs: float) -> None:
+    shape = scale.vit_shape(f"timm:{name}")
+    assert shape.parameters == parameters
+    assert shape.macs / 1e9 == pytest.approx(gmacs, rel=0.02)
+    assert shape.text is None
+    assert scale.loss_traffic(shape, 512, 8) == 0
+    assert scale.rank_memory(shape, 1, 8, trained=shape.trained(16), images=64) > 4 * parameters
+
+
+def test_a_plan_knows_vits_and_reference_samples() -> None:
+    config = load_config(Path(__file__).parents[2] / "configs" / "imagenet_vit_b16.yaml")
+    vit = planned([override(config, {"model.name": "timm:vit_small_patch16_224"})], ranks=8)
+    assert "0.0 MB for the loss" in vit
+    assert "of 21.7 M parameters train" in vit
+    plain, kept = (
+        planned([override(config, {"keep.weight": weight, "keep.batch_size": 64})], ranks=8) for weight in (0.0, 1.0)
+    )
+    assert "with 64 images and bf16" in plain
+    assert "with 72 images, 8 of them reference samples, and bf16" in kept
+    computed = [float(text.partition("a step computes ")[2].split()[0]) for text in (plain, kept)]
+    assert computed[1] / computed[0] == pytest.approx(72 / 64, rel=1e-2)
+
+
+def test_a_plan_says_how_often_to_write_checkpoints() -> None:
+    config = load_config(Path(__file__).parents[2] / "configs" / "imagenet_vit_b16.yaml")
+    line = next(line for line in planned([config], ranks=64).splitlines() if "a checkpoint every" in line)
+    assert "on 8 nodes of 8 H100s" in line
+    best, given = (float(part.split("%")[0]) for part in line.split(" keeps ")[1:])
+    assert 80 < given < best < 100
+    assert f"train.checkpoint_every={config.train.checkpoint_every}" in line
+
+
+def test_short_texts_cost_less() -> None:
+    short = B16.with_captions()
+    assert short.parameters == B16.parameters
+    assert short.macs < B16.macs
+    assert short.activation_bytes(512, 1, 2) < B16.activation_bytes(512, 1, 2)
