@@ -24,7 +24,7 @@ from pipeline.data.sources.readable import usable_samples
 from pipeline.data.sources.sample import Sample, Source, SourceOptions
 from pipeline.data.storage.cache import Cache
 from pipeline.data.storage.folders import Folder, LocalFolder, folder_at
-from pipeline.data.storage.tar import TarError, TarIndex
+from pipeline.data.storage.tar import Member, TarError, TarIndex, add_table
 from pipeline.files import replacing, sha256_of
 
 FORMAT_NAME, FORMAT_VERSION = "selora-shards", 1
@@ -33,12 +33,28 @@ INDEX_NAME = "index.json"
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar as the index records it."""
+    """One tar as the index records it.
+
+    ``table`` is where the tar has the table of its members; None for tars of others and of older versions.
+    """
 
     name: str
     samples: int
     bytes: int
     sha256: str
+    table: Member | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """What ``from_json`` takes."""
+        known = {"name": self.name, "samples": self.samples, "bytes": self.bytes, "sha256": self.sha256}
+        return known if self.table is None else known | {"table": [self.table.offset, self.table.size]}
+
+    @staticmethod
+    def from_json(known: dict[str, Any]) -> Shard:
+        """Raises KeyError or TypeError for what is not a shard."""
+        name, samples, size, sha256 = (known[key] for key in ("name", "samples", "bytes", "sha256"))
+        table = known.get("table")
+        return Shard(name, samples, size, sha256, None if table is None else Member(*table))
 
 
 @dataclass(frozen=True)
@@ -93,7 +109,7 @@ def load_index(location: str | Path, cache: Cache | None = None) -> ShardIndex:
 def open_shard(index: ShardIndex, number: int) -> TarIndex:
     """The samples of one shard, as many as the index says; TarError otherwise."""
     shard = index.shards[number]
-    tar = index.folder.open_tar(shard.name, size=shard.bytes, sha256=shard.sha256)
+    tar = index.folder.open_tar(shard.name, size=shard.bytes, sha256=shard.sha256, table=shard.table)
     if len(tar) != shard.samples:
         raise TarError(f"{tar.name}: {len(tar)} samples where its index has {shard.samples}; pack the source again")
     return tar
@@ -115,7 +131,7 @@ def read_index(folder: Folder) -> ShardIndex:
         content = json.loads(text)
         if (content["format"], content["version"]) != (FORMAT_NAME, FORMAT_VERSION):
             raise ConfigError(f"{file}: {content['format']} {content['version']} is not {FORMAT_NAME} {FORMAT_VERSION}")
-        shards = tuple(Shard(s["name"], s["samples"], s["bytes"], s["sha256"]) for s in content["shards"])
+        shards = tuple(map(Shard.from_json, content["shards"]))
         classes = None if content["classes"] is None else tuple(content["classes"])
         index = ShardIndex(folder, shards, content["samples"], classes, content["digest"], content["source"])
     except (ValueError, KeyError, TypeError) as error:
@@ -202,7 +218,7 @@ def _write(
         for old in (*folder.glob("shard-*.tar*"), *folder.glob(f"{INDEX_NAME}.*.part")):
             old.unlink()
     shards = tuple(
-        write_tar(folder / f"shard-{number:05d}.tar", samples[start : start + per_shard])
+        write_tar(folder / f"shard-{number:05d}.tar", samples[start : start + per_shard], table=True)
         for number, start in enumerate(range(0, len(samples), per_shard))
     )
     return write_index(folder, shards, classes, source)
@@ -219,7 +235,7 @@ def write_index(
         "digest": _digest(shards, classes),
         "source": source,
         "classes": None if classes is None else list(classes),
-        "shards": [vars(shard) for shard in shards],
+        "shards": [shard.as_json() for shard in shards],
     }
     with appearing(folder / INDEX_NAME) as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -227,17 +243,29 @@ def write_index(
 
 
 def write_tar(
-    path: Path, samples: Sequence[Sample], members: Callable[[Sample], dict[str, bytes]] | None = None
+    path: Path,
+    samples: Sequence[Sample],
+    members: Callable[[Sample], dict[str, bytes]] | None = None,
+    *,
+    table: bool = False,
 ) -> Shard:
-    """One shard, under a temporary name until it is complete. Equal samples give equal bytes."""
+    """One shard, under a temporary name until it is complete. Equal samples give equal bytes.
+
+    Args:
+        path: of the tar.
+        samples: in this order.
+        members: the files of a sample by extension; None: `sample_members`.
+        table: whether the tar gets a table of its members, by which it is opened in one read.
+    """
     files_of = members or sample_members
     with appearing(path) as temporary:
         with temporary.open("wb") as file:
             with TarWriter(file, user="", group="", mtime=0, encoder=False) as writer:
                 for sample in samples:
                     writer.write({"__key__": sample.key, **files_of(sample)})
+        place = add_table(temporary) if table else None
         size, sha256 = temporary.stat().st_size, sha256_of(temporary)
-    return Shard(path.name, len(samples), size, sha256)
+    return Shard(path.name, len(samples), size, sha256, place)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -114,8 +114,8 @@ class Packing:
         if finished is not None:
             return finished.shards[shard]
         try:
-            made = write_tar(path, self.samples(shard), self._members)
-            _write_json(record, asdict(made))
+            made = write_tar(path, self.samples(shard), self._members, table=True)
+            _write_json(record, made.as_json())
         except ConfigError:
             finished = _finished(self)
             if finished is None:
@@ -197,10 +197,10 @@ def _clear_begun(out: Path) -> None:
 def read_record(file: Path) -> Shard | None:
     """The shard that a record says is complete; None without one."""
     try:
-        return Shard(**json.loads(file.read_text(encoding="utf-8")))
+        return Shard.from_json(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{file}: damaged ({error}); remove it, and its shard is packed again") from error
 
 

@@ -95,9 +95,23 @@ def _shard_faults(folder: Path, shard: Shard) -> tuple[list[str], TarIndex | Non
         tar = TarIndex(path)
     except TarError as error:
         return [*faults, str(error)], None
+    faults += _table_faults(path, shard, tar)
     if len(tar) != shard.samples:
         faults.append(f"{shard.name}: {len(tar)} samples where its index has {shard.samples}")
     return faults, tar
+
+
+def _table_faults(path: Path, shard: Shard, tar: TarIndex) -> list[str]:
+    """Where the table of members, by which training reads, says something else than the headers."""
+    if shard.table is None:
+        return []
+    try:
+        listed = TarIndex(path, table=shard.table)
+    except TarError as error:
+        return [str(error)]
+    same = listed.samples == tar.samples
+    listed.close()
+    return [] if same else [f"{shard.name}: its table of members differs from its headers; pack the source again"]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pipeline.config import ConfigError
 from pipeline.config.text_file import decode_text, read_text
 from pipeline.data.storage.cache import Cache
 from pipeline.data.storage.remote import MissingError, RemotePlace, is_remote, local_copy, read_bytes, remote_place
-from pipeline.data.storage.tar import TarIndex
+from pipeline.data.storage.tar import Member, TarIndex
 from pipeline.passwords import MASK, redact
 
 # Tars of an evaluation set that are fetched at once.
@@ -45,8 +45,17 @@ class Folder(Protocol):
         """The names of the tars in a folder of it; none where a store is not listed."""
         ...
 
-    def open_tar(self, path: str, *, size: int | None = None, sha256: str | None = None) -> TarIndex:
-        """A tar, at hand for reading. What is known of it is checked when it is fetched. Raises ConfigError."""
+    def open_tar(
+        self, path: str, *, size: int | None = None, sha256: str | None = None, table: Member | None = None
+    ) -> TarIndex:
+        """A tar, at hand for reading. What is known of it is checked when it is fetched. Raises ConfigError.
+
+        Args:
+            path: inside the folder.
+            size: in bytes, where it is known.
+            sha256: where it is known.
+            table: where the tar has the table of its members; None: its headers are read.
+        """
         ...
 
     @property
@@ -83,8 +92,15 @@ class LocalFolder:
     def tars(self, path: str) -> list[str]:
         return sorted(file.name for file in (self.path / path).glob("*.tar"))
 
-    def open_tar(self, path: str, *, size: int | None = None, sha256: str | None = None) -> TarIndex:  # noqa: ARG002
-        return TarIndex(self.path / path)
+    def open_tar(
+        self,
+        path: str,
+        *,
+        size: int | None = None,  # noqa: ARG002
+        sha256: str | None = None,  # noqa: ARG002
+        table: Member | None = None,
+    ) -> TarIndex:
+        return TarIndex(self.path / path, table=table)
 
     @property
     def cache(self) -> None:
@@ -118,10 +134,12 @@ class RemoteFolder:
     def tars(self, path: str) -> list[str]:  # noqa: ARG002
         return []
 
-    def open_tar(self, path: str, *, size: int | None = None, sha256: str | None = None) -> TarIndex:
+    def open_tar(
+        self, path: str, *, size: int | None = None, sha256: str | None = None, table: Member | None = None
+    ) -> TarIndex:
         url = f"{self.place.files}/{path}"
         fetch = partial(local_copy, url, self.cache, size=size, sha256=sha256)
-        return TarIndex(fetch(), fetch=fetch, name=redact(url))
+        return TarIndex(fetch(), fetch=fetch, name=redact(url), table=table)
 
     def fetch(self, path: str, *, size: int, sha256: str) -> None:
         local_copy(f"{self.place.files}/{path}", self.cache, size=size, sha256=sha256, wait=False)

@@ -16,7 +16,7 @@ import webdataset
 from PIL import Image
 
 from pipeline.config import ConfigError
-from pipeline.data.shards.index import ShardIndex, load_index, pack
+from pipeline.data.shards.index import ShardIndex, load_index, open_shard, pack, write_index, write_tar
 from pipeline.data.shards.verify import verify
 from pipeline.data.sources.formats import read_source
 from pipeline.data.sources.sample import Sample, Source
@@ -66,6 +66,69 @@ def test_packing_is_deterministic_for_a_seed(class_folders: Path, tmp_path: Path
     third = pack(class_folders, tmp_path / "c", samples_per_shard=20, seed=1).index
     assert third.digest != first.digest
     assert stored(third) == stored(first)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of all reads by offset from here on."""
+    found: list[int] = []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, size, at: found.append(size) or pread(fd, size, at))
+    return found
+
+
+def test_a_shard_of_5000_samples_is_opened_by_one_read(
+    tmp_path: Path, reads: list[int], photo: Callable[..., Image.Image]
+) -> None:
+    """The headers, 10,000 of them, say the same, and cost a read each."""
+    photo(0).save(tmp_path / "a.jpg")
+    samples = [Sample(f"{n:05d}", f"{n}", tmp_path / "a.jpg", None, (f"caption {n}",)) for n in range(5000)]
+    shard = write_tar(tmp_path / "shard-00000.tar", samples, table=True)
+    index = write_index(tmp_path, [shard], None, {})
+    reads.clear()
+    tar = open_shard(index, 0)
+    assert len(reads) == 1
+    scanned = TarIndex(tmp_path / "shard-00000.tar")
+    assert len(reads) > 10_000
+    assert tar.samples == scanned.samples
+    assert tar.read(4321, "txt") == b"caption 4321"
+
+
+def test_shards_without_a_table_are_opened_by_their_headers(shards: ShardIndex, copied: Path, reads: list[int]) -> None:
+    """Of the version before: no table in the tar, none in the index."""
+    content = json.loads((copied / "index.json").read_text())
+    for shard in content["shards"]:
+        del shard["table"]
+    (copied / "index.json").write_text(json.dumps(content))
+    index = load_index(copied)
+    assert index.digest == shards.digest
+    assert [open_shard(index, n).samples for n in range(5)] == [open_shard(shards, n).samples for n in range(5)]
+    assert len(reads) > 5 * 12
+
+
+@pytest.mark.parametrize("damage", ["torn", "beyond", "other"])
+def test_a_table_that_is_wrong_is_named(copied: Path, damage: str) -> None:
+    index = load_index(copied)
+    shard = index.shards[1]
+    assert shard.table is not None
+    path = copied / shard.name
+    with path.open("r+b") as file:
+        file.seek(shard.table.offset)
+        content = file.read(shard.table.size)
+        last = str(TarIndex(path).samples[-1].members["jpg"].offset).encode()
+        new = {
+            "torn": b"!" + content[1:],
+            "beyond": content.replace(last, b"9" * len(last)),
+            "other": content.replace(b"jpg", b"png", 1),
+        }[damage]
+        file.seek(shard.table.offset)
+        file.write(new)
+    if damage == "other":
+        assert any("table of members differs" in fault for fault in verify(copied).faults)
+        return
+    with pytest.raises(ConfigError, match="the table of its members at byte .* is damaged"):
+        open_shard(index, 1)
+    assert any("table of its members" in fault for fault in verify(copied).faults)
 
 
 def test_classes_are_mixed_over_the_shards(shards: ShardIndex) -> None:
