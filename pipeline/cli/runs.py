@@ -112,11 +112,18 @@ def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: this rank's GPU if there is one)"
     )
-    parser.add_argument("--batch-size", type=count, metavar="N", help="images per rank (default: the run's, or 64)")
     parser.add_argument(
-        "--workers", type=whole, metavar="N", help="decoding processes per rank (default: the run's, or 2)"
+        "--batch-size", type=count, metavar="N", help="images per rank (default: the run's, or 64, on a GPU 512)"
     )
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the model (default: fp32)")
+    parser.add_argument(
+        "--workers",
+        type=whole,
+        metavar="N",
+        help="decoding processes per rank (default: the run's, or 2, on a GPU up to 12)",
+    )
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), help="of the activations (default: the run's eval.precision, or fp32)"
+    )
     parser.add_argument(
         "--preprocessing",
         choices=("reference", "fast"),

@@ -144,7 +144,13 @@ class Train(Section):
         default=False,
         description="recompute the activations of each layer in the backward pass instead of storing them",
     )
-    compile: Speed[bool] = Field(default=False, description="compile each layer with torch.compile")
+    device: Speed[Literal["auto", "cuda", "cpu"]] = Field(
+        default="auto", description="auto: a GPU where there is one; a host whose GPUs cannot be used is an error"
+    )
+    compile: Speed[Literal["auto"] | bool] = Field(
+        default="auto",
+        description="compile each layer with torch.compile; auto: on a GPU with fewer than 256 images per rank",
+    )
     grad_clip: Result[float | None] = Field(
         default=None, gt=0, description="clip the gradient to this norm; null: no clipping"
     )
@@ -247,11 +253,18 @@ class Eval(Section):
     datasets: Measurement[Texts | None] = Field(
         default=None, min_length=1, description="keys of the datasets to evaluate; null: all of the benchmark"
     )
-    batch_size: Speed[int] = Field(default=64, ge=1, description="images per rank and forward pass")
-    workers: Speed[int] = Field(default=2, ge=0, description="decoding processes per rank")
+    batch_size: Speed[int | None] = Field(
+        default=None, ge=1, description="images per rank and forward pass; null: 64, on a GPU 512"
+    )
+    workers: Speed[int | None] = Field(
+        default=None, ge=0, description="decoding processes per rank; null: 2, on a GPU up to 12 of its share of cores"
+    )
     preprocessing: Measurement[Literal["fast", "reference"]] = Field(
         default="reference",
         description="preprocessing in the evaluations of a sweep; reference: PIL, for published numbers",
+    )
+    precision: Measurement[Literal["fp32", "bf16"]] = Field(
+        default="fp32", description="precision of the activations in evaluations; weights and features stay fp32"
     )
     cache: Place[str | None] = Field(
         default=None,

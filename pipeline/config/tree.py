@@ -141,7 +141,7 @@ def _compiling_rules(train: Train) -> Iterator[tuple[set[str], str]]:
         "train.activation_checkpointing": train.activation_checkpointing,
     }
     for key, value in again.items():
-        if value and train.compile and train.zero_stage == 3:
+        if value and train.compile is True and train.zero_stage == 3:
             yield (
                 {"train.compile", "train.zero_stage", key},
                 f"train.compile: true does not go with {key} under train.zero_stage=3, which then reduces gradients "

@@ -17,7 +17,7 @@ from pipeline.data.storage.cache import Cache
 from pipeline.evaluation.auto_strength import ChosenStrength, evaluate_auto
 from pipeline.evaluation.checkpoints import evaluate_checkpoints, format_checkpoints
 from pipeline.evaluation.datasets.benchmark import Benchmark, load_benchmark
-from pipeline.evaluation.datasets.dataset import Settings
+from pipeline.evaluation.datasets.dataset import Settings, batch_and_workers
 from pipeline.evaluation.measures.encode import Precision
 from pipeline.evaluation.measures.ranks import Ranks, launched_ranks
 from pipeline.evaluation.record import track_curve, track_results, track_strength
@@ -57,7 +57,7 @@ class EvalRequest:
     batch_size: int | None = None
     workers: int | None = None
     pretrained: str | None = None
-    precision: Precision = "fp32"
+    precision: Precision | None = None
     preprocessing: Preprocessing = "reference"
     cache: str | None = None
     strength: Sequence[Strength] | None = None
@@ -65,15 +65,18 @@ class EvalRequest:
     checkpoints: bool = False
 
     def settings(self, config: Config | None) -> Settings:
-        workers = config.eval.workers if config is not None else Settings.workers
+        device, run = find_device(self.device), None if config is None else config.eval
+        batch, workers = (None, None) if run is None else (run.batch_size, run.workers)
+        batch, workers = self.batch_size or batch, workers if self.workers is None else self.workers
+        batch, workers = batch_and_workers(device, batch, workers)
         return Settings(
-            device=find_device(self.device),
-            batch_size=self.batch_size or (config.eval.batch_size if config is not None else Settings.batch_size),
-            workers=workers if self.workers is None else self.workers,
-            precision=self.precision,
+            device=device,
+            batch_size=batch,
+            workers=workers,
+            precision=self.precision or ("fp32" if run is None else run.precision),
             preprocessing=self.preprocessing,
             limit=self.limit,
-            cache=Cache.named(self.cache or (config.eval.cache if config is not None else None)),
+            cache=Cache.named(self.cache or (None if run is None else run.cache)),
         )
 
     def table(self, config: Config | None) -> Benchmark:
@@ -130,7 +133,7 @@ def evaluate_model(
     device: str | None = None,
     batch_size: int | None = None,
     workers: int | None = None,
-    precision: Precision = "fp32",
+    precision: Precision | None = None,
 ) -> Summary:
     """Evaluate a run or a plain model on a benchmark; `selora evaluate` without the table that it prints.
 
@@ -143,9 +146,9 @@ def evaluate_model(
         datasets: keys of the datasets to evaluate; None: all.
         limit: number of images of each dataset, evenly spaced; None: all.
         device: "cpu", "cuda" or "cuda:1"; None: a GPU if there is one.
-        batch_size: images per forward pass; None: as in the run's config, or 64.
-        workers: decoding processes; None: as in the run's config, or 2.
-        precision: of the model.
+        batch_size: images per forward pass; None: as in the run's config, or 64, on a GPU 512.
+        workers: decoding processes; None: as in the run's config, or 2, on a GPU up to 12.
+        precision: of the activations; None: as in the run's config, or fp32.
 
     Returns:
         The content of summary.json: means and changes by group, values by dataset (shares, not percent), forgetting.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,9 +26,10 @@ from pipeline.model.load import Model
 from pipeline.model.text import TooLong, batch_tokenizer
 from pipeline.model.towers import inside_layers
 from pipeline.model.vit import Vit
-from pipeline.training.checkpoint import Checkpoint, save_checkpoint
+from pipeline.training.checkpoint import Checkpoint, Writer, save_checkpoint
 from pipeline.training.cluster.distributed import World
 from pipeline.training.cluster.lease import Lease
+from pipeline.training.directory import say
 from pipeline.training.engine import (
     build_engine,
     full_parameters,
@@ -41,8 +42,8 @@ from pipeline.training.loop import Inputs, Step, Training
 from pipeline.training.model import (
     budget_of,
     checkpoint_state,
-    compiled_layers,
     gate_values,
+    layer_classes,
     objective_of,
     score_rate,
     settling_of,
@@ -51,6 +52,7 @@ from pipeline.training.model import (
 )
 from pipeline.training.monitor import Monitor, Sink, TrainingFailed
 from pipeline.training.optim import Rates, lr_factor, parameter_groups
+from pipeline.training.settings import compiles
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def build_training(
     rates = Rates(settings.lr, settings.rest_lr or settings.lr, score_rate(config))
     groups = parameter_groups(trainable(net), inside_layers, rates, settings.weight_decay)
     watch = GradientWatch(net)
-    engine = build_engine(objective_of(config, model), groups, config, job.world, compiled_layers(config, model))
+    engine = _engine(job, model, groups)
     named, settling = trainable(net), settling_of(config, model)
     if checkpoint is not None:
         restore_moments(engine, named, checkpoint.moments())
@@ -110,7 +112,7 @@ def build_training(
         partial(_drift, engine, held),
         lambda: engine.skipped_steps,
     )
-
+    writer = Writer()
     training = Training(
         engine=engine,
         batches=_batches(job, model, reference, 0 if checkpoint is None else checkpoint.step),
@@ -122,8 +124,10 @@ def build_training(
             _settle(engine, model, settling),
             _spend(engine, config, budget),
             monitor.after_step,
+            lambda _: writer.check(),
         ],
-        save=partial(_save, job, model, engine, monitor, settling, budget),
+        save=partial(_save, job, model, engine, monitor, named, settling, budget, writer),
+        close=writer.close,
         checkpoint_every=settings.checkpoint_every,
         total_steps=job.total,
         seed=config.seed,
@@ -132,26 +136,47 @@ def build_training(
     return training, monitor
 
 
+def _engine(job: TrainingJob, model: Model, groups: list[dict[str, Any]]) -> Any:
+    """The objective inside DeepSpeed, its layers compiled or not."""
+    compiled, why = compiles(job.config, job.world.world_size, job.world.device.type)
+    if why and job.world.device.type == "cuda":
+        say(job.world, f"train.compile=auto: {'compiled' if compiled else 'eager'}, {why}")
+    objective = objective_of(job.config, model, compiled)
+    return build_engine(objective, groups, job.config, job.world, layer_classes(model) if compiled else [])
+
+
 def _save(
     job: TrainingJob,
     model: Model,
     engine: Any,
     monitor: Monitor,
+    named: Sequence[tuple[str, nn.Parameter]],
     settling: Settling | None,
     budget: BlockBudget | None,
+    writer: Writer,
     done: int,
+    last: bool,
 ) -> None:
-    """Write the checkpoint after `done` steps. Collective."""
+    """Write the checkpoint after `done` steps, the last one of this job before it returns. Collective.
+
+    named: what trained when the run began, blocks that have settled since included.
+    """
     monitor.check_finite()
-    named = trainable(model.model)
     parameters, moments = full_parameters(named), optimizer_state(engine, named)
     _refuse_what_is_not_finite(parameters, done)
     if job.world.is_main:
-        if job.lease is not None:
-            job.lease.check()
         state = checkpoint_state(job.config, model, job.index.digest, done, job.world, settling, budget)
-        save_checkpoint(job.run_dir, parameters, moments, state, keep_last=job.config.train.keep_last)
-    dist.barrier(job.control)
+        writer.start(partial(_write, job, parameters, moments, state))
+    if last:
+        writer.wait()
+        dist.barrier(job.control)
+
+
+def _write(job: TrainingJob, parameters: dict[str, Tensor], moments: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Write a checkpoint, unless another job has taken the run over meanwhile."""
+    if job.lease is not None:
+        job.lease.check()
+    save_checkpoint(job.run_dir, parameters, moments, state, keep_last=job.config.train.keep_last)
 
 
 def _refuse_what_is_not_finite(parameters: Mapping[str, Tensor], done: int) -> None:
@@ -300,4 +325,6 @@ def _batches(job: TrainingJob, model: Model, reference: ReferenceData | None, st
         workers=data.workers,
         ahead=data.read_ahead,
         pin=job.world.device.type == "cuda",
+        # NCCL's threads are running by now, and a process that is forked among them may hang.
+        start_method="forkserver" if job.world.device.type == "cuda" else None,
     )

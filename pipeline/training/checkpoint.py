@@ -6,12 +6,15 @@
     checkpoints/latest                                name of the newest complete one
 
 The data position is the step (data/order.py) and every random draw is a function of seed, step and sample, so no
-generator state needs saving. Written by rank 0 into a temporary directory that is renamed when complete.
+generator state needs saving. Written by rank 0 into a temporary directory that is renamed when complete, in a thread,
+while training goes on.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +90,37 @@ def _remove_partials(folder: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
+
+
+class Writer:
+    """Writes checkpoints in a thread, one at a time and in order, so that no rank waits for the disk.
+
+    What a write raised is raised again by the next call of `start`, `check` or `wait`.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[object] | None = None
+
+    def start(self, write: Callable[[], object]) -> None:
+        """Begin a write, after the one before it. What it reads must not change any more."""
+        self.wait()
+        self._writing = self._pool.submit(write)
+
+    def check(self) -> None:
+        """Raise what a write that is over has raised; waits for nothing."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the write that was begun is over."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Let the write that was begun end, whatever becomes of it."""
+        self._pool.shutdown()
 
 
 def _drop_old(run_dir: Path, keep_last: int) -> None:

@@ -1,14 +1,16 @@
-"""Batches on the device that trains, copied while it is busy with the step before."""
+"""Batches to the device that trains, copied while it is busy with the step before, and tensors back to the host."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 B = TypeVar("B")
+# Elements that are copied to the host at once: 256 MB of fp32.
+AT_ONCE = 64 * 2**20
 
 
 class Movable(Protocol):
@@ -50,3 +52,27 @@ def on_device(batches: Iterable[B], inputs: Callable[[B], M], device: torch.devi
             # Its memory belongs to the copying stream; it must not be given away while the step still reads it.
             each.record_stream(computing)
         yield batch, moved
+
+
+def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors on the CPU, by one transfer for `AT_ONCE` elements of them."""
+    found: dict[str, Tensor] = {}
+    for names in portions({name: tensor.numel() for name, tensor in tensors.items()}):
+        flat = torch.cat([tensors[name].detach().flatten() for name in names]).cpu()
+        parts = flat.split([tensors[name].numel() for name in names])
+        found |= {name: part.view(tensors[name].shape) for name, part in zip(names, parts, strict=True)}
+    return found
+
+
+def portions(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """The names in order, in groups of about `AT_ONCE` elements."""
+    group: list[str] = []
+    room = AT_ONCE
+    for name, size in sizes.items():
+        if group and size > room:
+            yield group
+            group, room = [], AT_ONCE
+        group.append(name)
+        room -= size
+    if group:
+        yield group

@@ -20,7 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.config import Config, ConfigError
+from pipeline.training.cluster.cards import card_as_local_rank
 from pipeline.training.cluster.distributed import TIMEOUT, World
+from pipeline.training.device import on_host, portions
 
 # Parameters up to this size stay whole under ZeRO-3: gathering the A and B of every block would cost hundreds of small
 # collectives a step to save a few megabytes.
@@ -52,7 +54,13 @@ def start_process_group(
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         os.environ |= dict(zip(names, map(str, (world.rank, world.world_size, world.local_rank)), strict=True))
         dist.init_process_group(
-            backend, store=store or dist.HashStore(), rank=world.rank, world_size=world.world_size, timeout=timeout
+            backend,
+            store=store or dist.HashStore(),
+            rank=world.rank,
+            world_size=world.world_size,
+            timeout=timeout,
+            # NCCL then connects at once, and to the card of this rank instead of one that it guesses.
+            device_id=world.device if backend == "nccl" else None,
         )
     group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)  # only a rank outside the group would get something else
@@ -129,7 +137,8 @@ def build_engine(
 
             set_z3_leaf_modules(model, list(whole))
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        with card_as_local_rank(world.device):
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
 
 
@@ -197,14 +206,19 @@ def set_learning_rates(engine: Any, factor: float) -> None:
 
 
 def full_parameters(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
-    """Whole fp32 values of the given parameters on the CPU, whatever the ZeRO stage. Collective: all ranks call it."""
+    """Whole fp32 values of the given parameters on the CPU, whatever the ZeRO stage. Collective: all ranks call it.
+
+    Below stage 3 every rank has them whole, and they cross to the host in a few large copies.
+    """
     from deepspeed.utils import safe_get_full_fp32_param
 
+    found = dict(named)
+    if not any(hasattr(parameter, "ds_tensor") for parameter in found.values()):
+        return on_host({name: parameter.detach().float() for name, parameter in found.items()})
     state = {}
-    for name, parameter in named:
+    for name, parameter in found.items():
         with _answering(parameter):
             value = safe_get_full_fp32_param(parameter)
-        # Stage 0 keeps plain parameters and answers None.
         state[name] = (parameter if value is None else value).detach().to("cpu", torch.float32).clone()
     return state
 
@@ -223,29 +237,53 @@ def _answering(parameter: nn.Parameter) -> Iterator[None]:
 def optimizer_state(engine: Any, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
     """The optimizer's moments of each parameter, whole, plus `step`; independent of ZeRO stage and world size.
 
-    Collective.
+    Collective: below stage 3 one all-reduce for some hundred MB, and one copy to the host.
     """
-    from deepspeed.utils import safe_get_full_optimizer_state
-
     _link_moments(engine)
-    plain = engine.basic_optimizer.state
+    found, stage = dict(named), engine.zero_optimization_stage()
     state: dict[str, Tensor] = {}
-    for name, parameter in named:
-        for moment in _moments(engine):
-            if parameter in plain and moment in plain[parameter]:
-                value: Tensor = plain[parameter][moment]
-            else:
-                with _answering(parameter):
-                    value = _known(safe_get_full_optimizer_state(parameter, moment), name)
-            state[f"{name}/{moment}"] = value.detach().to("cpu").clone()
+    for moment in _moments(engine):
+        if stage == 0:
+            plain = engine.basic_optimizer.state
+            whole = on_host({name: plain[parameter][moment] for name, parameter in found.items()})
+        elif stage < 3:
+            whole = _joined(found, moment)
+        else:
+            whole = _gathered(found, moment)
+        state |= {f"{name}/{moment}": value for name, value in whole.items()}
     state["step"] = torch.tensor([_step_count(engine)])
     return state
 
 
-def _known(value: Tensor | None, name: str) -> Tensor:
-    if value is None:
-        raise RuntimeError(f"DeepSpeed holds no optimizer state for {name}")
-    return value
+def _joined(named: Mapping[str, nn.Parameter], moment: str) -> dict[str, Tensor]:
+    """Whole moments under stages 1 and 2, where each rank has a fragment of some parameters. Collective."""
+    found: dict[str, Tensor] = {}
+    for names in portions({name: parameter.numel() for name, parameter in named.items()}):
+        parameters: list[Any] = [named[name] for name in names]
+        sizes = [parameter.numel() for parameter in parameters]
+        flat = torch.zeros(sum(sizes), device=parameters[0].device)
+        for parameter, part in zip(parameters, flat.split(sizes), strict=True):
+            if (own := parameter._hp_mapping) is not None:
+                where = own.lp_fragment_address
+                part.narrow(0, where.start, where.numel).copy_(own.get_hp_fragment(moment))
+        dist.all_reduce(flat, group=parameters[0]._dp_group)
+        parts = flat.cpu().split(sizes)
+        found |= {name: part.view(named[name].shape) for name, part in zip(names, parts, strict=True)}
+    return found
+
+
+def _gathered(named: Mapping[str, nn.Parameter], moment: str) -> dict[str, Tensor]:
+    """Whole moments under stage 3, one parameter after another. Collective."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    found = {}
+    for name, parameter in named.items():
+        with _answering(parameter):
+            value = safe_get_full_optimizer_state(parameter, moment)
+        if value is None:
+            raise RuntimeError(f"DeepSpeed holds no optimizer state for {name}")
+        found[name] = value.detach().to("cpu").clone()
+    return found
 
 
 def restore_moments(engine: Any, named: Iterable[tuple[str, nn.Parameter]], moments: Mapping[str, Tensor]) -> None:

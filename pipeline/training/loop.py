@@ -102,7 +102,9 @@ class Training:
         inputs: batch -> what the objective takes of it.
         schedule: step -> factor of the peak learning rates.
         after_step: called in this order after each optimizer step.
-        save: writes a checkpoint of the given number of finished steps; collective.
+        save: writes a checkpoint of the given number of finished steps, and where it is the last one of this job
+            returns when it is on the disk; collective.
+        close: lets a checkpoint that is being written end.
         checkpoint_every: steps between two checkpoints; the last step always has one.
         total_steps: length of the schedule.
         seed: of any random draw inside the model.
@@ -114,7 +116,8 @@ class Training:
     inputs: Callable[[Any], Inputs]
     schedule: Callable[[int], float]
     after_step: Sequence[Callable[[Step], None]]
-    save: Callable[[int], None]
+    save: Callable[[int, bool], None]
+    close: Callable[[], None]
     checkpoint_every: int
     total_steps: int
     seed: int
@@ -142,7 +145,7 @@ def train_steps(training: Training, stop: StopRequest) -> int:
         done = step.done
         stopping = stops.answer()
         if done % training.checkpoint_every == 0 or done == training.total_steps or stopping:
-            training.save(done)
+            training.save(done, stopping or done == training.total_steps)
         if stopping:
             break
         if done < training.total_steps:

@@ -83,12 +83,16 @@ def targets_of(batch: Batch) -> Tensor:
     return batch.labels
 
 
-def objective_of(config: Config, model: Model) -> Objective:
-    """What the run minimises, computed as section train says: in micro-batches, layers kept or computed again."""
+def objective_of(config: Config, model: Model, compiled: bool = False) -> Objective:
+    """What the run minimises, computed as section train says: in micro-batches, layers kept or computed again.
+
+    Args:
+        model: with its blocks; its layers are compiled in place where `compiled`.
+    """
     gate = config.gate
     if config.train.activation_checkpointing:
         model.model.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
-    if config.train.compile:
+    if compiled:
         compile_layers(model.model)
     return Objective(
         model.model,
@@ -103,10 +107,10 @@ def objective_of(config: Config, model: Model) -> Objective:
     )
 
 
-def compiled_layers(config: Config, model: Model) -> list[type[nn.Module]]:
-    """Classes of the layers that are compiled."""
+def layer_classes(model: Model) -> list[type[nn.Module]]:
+    """Classes of the residual layers of all towers."""
     every = [layer for tower in towers_of(model.model) for layer in layers(model.model, tower)]
-    return list(dict.fromkeys(type(layer) for layer in every)) if config.train.compile else []
+    return list(dict.fromkeys(type(layer) for layer in every))
 
 
 def load_trainable(model: Model, checkpoint: Checkpoint) -> None:

@@ -18,6 +18,7 @@ from pipeline.model.load import Model
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.build import TrainingJob, build_training
 from pipeline.training.checkpoint import Checkpoint, latest_checkpoint
+from pipeline.training.cluster.cards import hidden_cards, own_cards
 from pipeline.training.cluster.distributed import World, keep_heap, label_logs, read_world, share_threads
 from pipeline.training.cluster.lease import Lease, held
 from pipeline.training.cluster.peers import meet, watched_peers
@@ -80,7 +81,7 @@ def train(config: Config, watch: Watch | None = None, label: str | None = None) 
         ConfigError: for every mistake of the user's, before the first step wherever it can be known.
         PeerLost: when other ranks do not come or are lost.
     """
-    world = read_world()
+    world = read_world(device=config.train.device)
     share_threads(world)
     keep_heap(world)
     label_logs(world, label or config.name)
@@ -110,6 +111,8 @@ def _train_held(
     if checkpoint is not None and checkpoint.step >= total:
         say(world, f"{run_dir}: already trained for {total} steps")
         return TrainResult(run_dir, checkpoint.step, total), control
+    if world.device.type == "cpu" and config.train.device == "auto" and hidden_cards() and (cards := own_cards()):
+        say(world, f"warning: {world.host} has {cards} NVIDIA cards, CUDA_VISIBLE_DEVICES hides them: the CPU trains")
     for warning in warnings_of(config, total, index.samples):
         say(world, f"warning: {warning}")
     with watched_peers(store, world):
@@ -179,6 +182,7 @@ def _train(
             done = train_steps(training, stop)
         finally:
             monitor.close()
+            training.close()
     if done < job.total:
         say(job.world, f"stopped by a signal at step {done} of {job.total}, saved; the same command continues")
     return done

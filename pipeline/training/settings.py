@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
+import shutil
 
 from pipeline.config import Config, affects_result, flatten
+
+# With fewer images a rank, an eager step of a GPU is bound by the launches of its kernels and not by their work.
+COMPILED_BELOW = 256
 
 
 def changed_settings(old: Config, new: Config) -> list[str]:
@@ -20,3 +26,32 @@ def changed_settings(old: Config, new: Config) -> list[str]:
 def total_steps(config: Config, samples: int) -> int:
     """train.steps, or as many steps as show every sample train.epochs times."""
     return config.train.steps or math.ceil(config.train.epochs * samples / config.train.global_batch_size)
+
+
+def compiles(config: Config, world_size: int, device: str) -> tuple[bool, str]:
+    """Whether the layers of this run are compiled, and in words why where `train.compile` leaves it open.
+
+    Args:
+        world_size: number of ranks, which share the batch.
+        device: "cuda" or "cpu".
+    """
+    train, images = config.train, config.train.global_batch_size // world_size
+    if train.compile != "auto":
+        return train.compile, ""
+    if device != "cuda":
+        return False, "on a CPU eager layers are as fast"
+    if images >= COMPILED_BELOW:
+        return False, f"{images} images per rank keep a GPU busy"
+    if train.zero_stage == 3 and (train.micro_batch_size or train.activation_checkpointing):
+        return False, "it does not go with recomputation under train.zero_stage=3"
+    if missing := _missing_to_compile():
+        return False, f"{missing} is missing, and {images} images per rank would be faster with it"
+    return True, f"{images} images per rank, fewer than {COMPILED_BELOW}"
+
+
+def _missing_to_compile() -> str:
+    """What torch.compile needs for a GPU and does not find here; empty where all is there."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton"
+    compilers = (os.environ.get("CC"), "gcc", "clang", "cc")
+    return "" if any(name and shutil.which(name) for name in compilers) else "a C compiler (gcc)"

@@ -159,6 +159,8 @@ def describe_plan(plan: Plan) -> str:
         ("steps", f"{plan.steps:,} to go"),
         ("time", _time_text(plan)),
     ]
+    if plan.capacity.gpus and not resources.gpus_per_worker:
+        lines.append(("GPUs", f"none of the {plan.capacity.gpus:g} are used: set resources.gpus_per_worker=1"))
     if plan.disk_bytes is not None:
         lines.append(("disk", f"about {size(plan.disk_bytes)} for checkpoints"))
     return text_table((), lines, left=2)

@@ -8,6 +8,7 @@ in Ray: any worker, node or driver may die, and the next `train` on the director
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import socket
@@ -35,6 +36,7 @@ from pipeline.tuning.trial import (
     evaluation_stage,
     failure_of,
     train_stage,
+    trial_config,
 )
 
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
@@ -55,7 +57,8 @@ _QUIET = {
     "RAY_worker_niceness": "0",  # as in `selora train`; with Ray's 15, any other process would starve a trial
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Else a process that reserves no GPU sees all of them, and takes the first.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial's last report, after its evaluation, has no loss
@@ -143,6 +146,7 @@ def _init_settings(address: str | None, resources: Resources) -> dict[str, Any]:
         "PYTHONPATH": os.pathsep.join(filter(None, [_PACKAGE_ROOT, os.environ.get("PYTHONPATH")])),
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
         SHIPPED_VARIABLE: "by the sweep",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": _QUIET["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"],
     }
     if not resources.gpus_per_worker:
         environment["DS_ACCELERATOR"] = "cpu"
@@ -312,7 +316,10 @@ def _fit(name: str, job: TrialJob) -> None:
         callbacks.append(TuneReportCallback())
     TorchTrainer(
         partial(_work, name=name, job=job),
-        torch_config=TorchConfig(backend="nccl" if job.on_gpu else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if job.on_gpu else "gloo",
+            timeout_s=math.ceil(trial_config(job.sweep_dir, name).train.timeout_s),
+        ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.workers, use_gpu=bool(resources.gpus_per_worker), resources_per_worker=each
         ),

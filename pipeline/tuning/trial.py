@@ -82,7 +82,7 @@ def evaluation_stage(sweep_dir: Path, name: str) -> Mapping[str, Any] | None:
     """
     from pipeline.data.storage.cache import Cache
     from pipeline.evaluation.datasets.benchmark import load_benchmark
-    from pipeline.evaluation.datasets.dataset import Settings
+    from pipeline.evaluation.datasets.dataset import Settings, batch_and_workers
     from pipeline.evaluation.record import track_results
     from pipeline.evaluation.run import evaluate_run
     from pipeline.model.restore import find_run
@@ -91,10 +91,13 @@ def evaluation_stage(sweep_dir: Path, name: str) -> Mapping[str, Any] | None:
     config, run_dir = trial_config(sweep_dir, name), trial_dir(sweep_dir, name)
     if config.eval.benchmark is None:
         return None
+    device = _device()
+    batch_size, workers = batch_and_workers(device, config.eval.batch_size, config.eval.workers)
     settings = Settings(
-        device=_device(),
-        batch_size=config.eval.batch_size,
-        workers=config.eval.workers,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        precision=config.eval.precision,
         preprocessing=config.eval.preprocessing,
         cache=Cache.named(config.eval.cache),
     )

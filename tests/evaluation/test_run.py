@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import ConfigError
+from pipeline.config import Config, ConfigError, override
 from pipeline.data.eval.batches import eval_loader
 from pipeline.data.eval.wds_layout import open_eval_set
 from pipeline.data.images import normalize
 from pipeline.data.storage.cache import Cache
 from pipeline.evaluation.command import EvalRequest, evaluate_command
 from pipeline.evaluation.datasets.benchmark import load_benchmark
-from pipeline.evaluation.datasets.dataset import Settings
+from pipeline.evaluation.datasets.dataset import Settings, batch_and_workers
 from pipeline.evaluation.run import evaluate
 from pipeline.evaluation.summary import format_summary
 from pipeline.method.adapter import attach_adapter
@@ -221,6 +221,31 @@ def test_bf16_stays_close_to_fp32(tmp_path: Path, clip: Clip, benchmark_file: Pa
     for key in FOUR:
         assert rough[key]["precision"] == "bf16"
         assert rough[key]["value"] == pytest.approx(exact[key]["value"], abs=0.12)
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "expected"),
+    [
+        ("cpu", (None, None), (64, 2)),
+        ("cuda", (None, None), (512, 7)),
+        ("cuda", (8, 0), (8, 0)),
+    ],
+)
+def test_batch_and_workers_follow_the_device(
+    device: str, given: tuple[int | None, int | None], expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card a rank decodes on its share of the cores, less one."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(32)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert batch_and_workers(torch.device(device), *given) == expected
+
+
+def test_the_precision_is_the_runs_unless_given() -> None:
+    config = override(Config.model_validate({"data": {"train": "x"}}), {"eval.precision": "bf16", "eval.workers": 5})
+    assert EvalRequest(device="cpu").settings(None).precision == "fp32"
+    assert EvalRequest(device="cpu").settings(config).precision == "bf16"
+    assert EvalRequest(device="cpu", precision="fp32").settings(config).precision == "fp32"
+    assert EvalRequest(device="cpu").settings(config).workers == 5
 
 
 def test_a_run_is_compared_with_its_untouched_base(

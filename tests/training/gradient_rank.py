@@ -53,7 +53,7 @@ def prepared(folder: str, precision: str, stage: int, way: dict[str, Any], kind:
             block.lowrank.lora_B.normal_(std=0.1, generator=generator)
             assert block.gate is not None
             block.gate.score.fill_(0.05 if number in CLOSED else 0.15)
-    return config, clip, objective_of(config, clip)
+    return config, clip, objective_of(config, clip, config.train.compile is True)
 
 
 def gradients(folder: str, precision: str, stage: int, way: dict[str, Any]) -> dict[str, Tensor]:
@@ -64,12 +64,14 @@ def gradients(folder: str, precision: str, stage: int, way: dict[str, Any]) -> d
     from pipeline.model.towers import inside_layers
     from pipeline.training.cluster.distributed import read_world
     from pipeline.training.engine import build_engine, full_parameters, set_learning_rates
-    from pipeline.training.model import compiled_layers, trainable
+    from pipeline.training.model import layer_classes, trainable
     from pipeline.training.optim import Rates, parameter_groups
 
     config, clip, objective = prepared(folder, precision, stage, way)
     groups = parameter_groups(trainable(clip.model), inside_layers, Rates(0.01, 0.01, 0.01), 0.1)
-    engine = build_engine(objective, groups, config, read_world(), compiled_layers(config, clip))
+    engine = build_engine(
+        objective, groups, config, read_world(), layer_classes(clip) if config.train.compile is True else []
+    )
     named = trainable(clip.model)
     found = {}
     for step in range(2):

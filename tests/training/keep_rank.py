@@ -52,7 +52,7 @@ def gradients(folder: str, kind: str, stage: int, precision: str, way: str) -> d
     from pipeline.model.towers import inside_layers
     from pipeline.training.cluster.distributed import read_world
     from pipeline.training.engine import build_engine, set_learning_rates
-    from pipeline.training.model import attach_blocks, compiled_layers, load_untouched, objective_of, trainable
+    from pipeline.training.model import attach_blocks, layer_classes, load_untouched, objective_of, trainable
     from pipeline.training.optim import Rates, parameter_groups
 
     config = Config.model_validate(
@@ -70,7 +70,9 @@ def gradients(folder: str, kind: str, stage: int, precision: str, way: str) -> d
         for block in blocks(clip.model).values():
             block.lowrank.lora_B.normal_(std=0.1, generator=generator)
     groups = parameter_groups(trainable(clip.model), inside_layers, Rates(0.01, 0.01, 0.01), 0.1)
-    engine = build_engine(objective_of(config, clip), groups, config, read_world(), compiled_layers(config, clip))
+    compiled = config.train.compile is True
+    classes = layer_classes(clip) if compiled else []
+    engine = build_engine(objective_of(config, clip, compiled), groups, config, read_world(), classes)
     named, rank, world = trainable(clip.model), dist.get_rank(), dist.get_world_size()
     labels = (torch.arange(BATCH) % 5)[rank * BATCH // world : (rank + 1) * BATCH // world]
     set_learning_rates(engine, 0.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from safetensors.torch import load_file
 
 from pipeline.config import ConfigError
 from pipeline.training import checkpoint as module
-from pipeline.training.checkpoint import latest_checkpoint, save_checkpoint
+from pipeline.training.checkpoint import Writer, latest_checkpoint, save_checkpoint
 
 
 def save(run_dir: Path, step: int, keep_last: int = 2) -> Path:
@@ -63,3 +65,48 @@ def test_a_pointer_to_nothing_is_named(tmp_path: Path) -> None:
     (folder / "state.json").unlink()
     with pytest.raises(ConfigError, match="step-00000004, which is missing or incomplete"):
         latest_checkpoint(tmp_path)
+
+
+def test_a_writer_works_while_others_go_on(tmp_path: Path) -> None:
+    """A slow write neither delays its caller nor is overtaken by the next one."""
+    writer, begun, go_on, order = Writer(), threading.Event(), threading.Event(), []
+
+    def slow() -> None:
+        begun.set()
+        assert go_on.wait(30)
+        order.append("first")
+
+    writer.start(slow)
+    assert begun.wait(30)
+    writer.check()  # returns while the write goes on
+    assert not order
+    threading.Timer(0.05, go_on.set).start()
+    writer.start(lambda: order.append("second"))
+    writer.wait()
+    assert order == ["first", "second"]
+    writer.close()
+
+
+def test_a_failed_write_is_raised_once_and_by_the_next_call(tmp_path: Path) -> None:
+    writer = Writer()
+
+    def broken() -> None:
+        raise ConfigError("no space")
+
+    writer.start(broken)
+    with pytest.raises(ConfigError, match="no space"):
+        writer.wait()
+    writer.wait()
+    writer.start(broken)
+    with pytest.raises(ConfigError, match="no space"):
+        writer.start(lambda: None)
+    writer.close()
+
+
+def test_closing_lets_a_begun_write_end(tmp_path: Path) -> None:
+    writer = Writer()
+    writer.start(lambda: (time.sleep(0.05), save(tmp_path, 4)))
+    writer.close()
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 4

@@ -22,6 +22,7 @@ from pipeline.training.engine import (
     BUCKETS,
     build_engine,
     deepspeed_config,
+    full_parameters,
     optimizer_state,
     restore_moments,
     start_process_group,
@@ -145,3 +146,36 @@ def test_a_fused_optimizer_goes_on_from_its_moments(one_rank: Any, stage: int, m
     step(second, 2)
     for mine, theirs in zip(values(again), values(model), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("at_once", [100, 10**9])
+def test_state_in_few_copies_is_that_of_each_parameter(
+    one_rank: Any, stage: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit what DeepSpeed's own functions give, one parameter after another."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    monkeypatch.setattr("pipeline.training.device.AT_ONCE", at_once)
+    engine, model = engine_of(one_rank, zero_stage=stage)
+    for seed in range(2):
+        x = torch.randn(4, 32, generator=torch.Generator().manual_seed(seed))
+        engine.backward(engine(x).square().mean())
+        engine.step()
+    named = list(model.named_parameters())
+    values, moments = full_parameters(named), optimizer_state(engine, named)
+    assert list(values) == [name for name, _ in named]
+    assert moments.pop("step").tolist() == [2.0]
+    assert len(moments) == 2 * len(named)
+    for name, parameter in named:
+        value = parameter.detach() if stage == 0 else safe_get_full_fp32_param(parameter)
+        assert torch.equal(values[name], value)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if stage == 0:
+                whole = engine.basic_optimizer.state[parameter][moment]
+            else:
+                whole = safe_get_full_optimizer_state(parameter, moment)
+            assert torch.equal(moments[f"{name}/{moment}"], whole)
+    for before in values.values():
+        before.add_(1)  # a copy: nothing of it reaches the model
+    assert not torch.equal(values["0.bias"], full_parameters(named)["0.bias"])

@@ -63,6 +63,8 @@ def test_what_ray_is_given_holds_no_secret(monkeypatch: pytest.MonkeyPatch, caps
         monkeypatch.setenv(name, value)
     settings = _init_settings("10.0.0.1:6379", Resources())
     assert settings["runtime_env"]["env_vars"].items() >= OPEN.items()
+    # A process that reserves no GPU sees none.
+    assert settings["runtime_env"]["env_vars"]["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] == "1"
     assert "canary" not in str(settings)
     _name_secrets()
     told = capsys.readouterr().err

@@ -34,6 +34,7 @@ def test_waves_steps_and_hours_follow_from_what_is_left(trials) -> None:
 def test_without_a_measured_step_hours_are_not_made_up(trials) -> None:
     plan = make_plan(trials, {trial.name: 12 for trial in trials}, Resources(), EIGHT_CARDS)
     assert plan.gpu_hours is None
+    assert "none of the 8 are used: set resources.gpus_per_worker=1" in describe_plan(plan)
     assert "not known: no run here has measured a step yet" in describe_plan(plan)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,19 @@ from pipeline.evaluation.datasets.parts import of_part
 from pipeline.evaluation.datasets.rows import Row
 from pipeline.evaluation.measures.encode import Precision
 from pipeline.prompts import resolve_templates
+
+# Of each kind of device: images per forward pass, and decoding processes of a rank at most.
+DEFAULTS = {"cpu": (64, 2), "cuda": (512, 12)}
+
+
+def batch_and_workers(device: torch.device, batch_size: int | None, workers: int | None) -> tuple[int, int]:
+    """Both as they are given, or as the device asks for where they are None."""
+    images, most = DEFAULTS.get(device.type, DEFAULTS["cpu"])
+    if workers is None:
+        # A rank decodes on its share of this host's cores, less one for itself.
+        share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1
+        workers = most if device.type == "cpu" else max(2, min(most, share))
+    return batch_size or images, workers
 
 
 @dataclass(frozen=True)

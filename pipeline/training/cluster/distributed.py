@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import ConfigError
+from pipeline.training.cluster.cards import Device, choose_device
 
 TIMEOUT = timedelta(minutes=30)
 _LOG_HANDLER = "selora-rank"
@@ -63,15 +64,21 @@ class World:
         return self.rank == 0
 
 
-def read_world(env: Mapping[str, str] | None = None) -> World:
+def read_world(env: Mapping[str, str] | None = None, device: Device = "auto") -> World:
     """Read the variables of torchrun, deepspeed, Ray, srun or mpirun; without any of them this is a world of one.
 
-    Raises ConfigError when launchers clash or only a part of one's variables is set: half a launcher would hang later.
+    Args:
+        env: variables; None: those of this process.
+        device: what to train on (`choose_device`).
+
+    Raises:
+        ConfigError: launchers clash, only a part of one's variables is set (half a launcher would hang later), or the
+            device is not there.
     """
     env = os.environ if env is None else env
     launcher = _launcher(env)
     if launcher is None:
-        return World(0, 1, 0, 1, _device(0))
+        return World(0, 1, 0, 1, choose_device(0, device))
     try:
         rank, size, local = (int(env[name]) for name in (launcher.rank, launcher.size, launcher.local_rank))
         # Slurm writes 4(x2),3 for two nodes of four tasks and one of three.
@@ -81,7 +88,7 @@ def read_world(env: Mapping[str, str] | None = None) -> World:
         raise ConfigError(f"{launcher.name} set a variable that should be a number: {error}") from None
     if not 0 <= rank < size:
         raise ConfigError(f"{launcher.rank}={rank} is not below {launcher.size}={size}: two launchers at once?")
-    return World(rank, size, local, local_size, _device(local))
+    return World(rank, size, local, local_size, choose_device(local, device))
 
 
 def _launcher(env: Mapping[str, str]) -> Launcher | None:
@@ -113,13 +120,6 @@ def _refuse_nested(env: Mapping[str, str]) -> None:
             f"srun started {tasks} tasks on {nodes} nodes and each of them torchrun: use --ntasks-per-node=1 with "
             f"torchrun, or no torchrun"
         )
-
-
-def _device(local_rank: int) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    # Ray hides the other cards from a worker, so its one visible card is number 0 whatever the local rank is.
-    return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
 def share_threads(world: World) -> None:
