@@ -58,7 +58,7 @@ def project(x: Tensor, linears: Sequence[nn.Module]) -> list[Tensor]:
         return [linear(x) for linear in linears]
     first = blocks[0]
     magnitudes = [magnitude for block in blocks if (magnitude := block.scale_parameter()) is not None]
-    scores = [block.gate.score for block in blocks if block.gate is not None]
+    scores: list[Tensor] = [block.gate.score for block in blocks if block.gate is not None]
     biases = [bias for block in blocks if (bias := block.bias) is not None]
     stack = Stack(
         torch.stack([block.base.weight for block in blocks]),
