@@ -53,16 +53,16 @@ def flyp_loss(
     return loss
 
 
-def _world(group: dist.ProcessGroup | None) -> tuple[int, int]:
+def rank_and_world(group: dist.ProcessGroup | None) -> tuple[int, int]:
     """(rank, world size)."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(group), dist.get_world_size(group)
 
 
-def _gather(local: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
+def gather(local: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
     """What every rank holds, in rank order."""
-    _, world = _world(group)
+    _, world = rank_and_world(group)
     if world == 1:
         return [local]
     parts = [torch.empty_like(local) for _ in range(world)]
@@ -88,22 +88,22 @@ class _SymmetricLoss(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         chunk_rows: int | None,
     ) -> Tensor:
-        rank, world = _world(group)
-        texts = text if world == 1 else torch.cat(_gather(text, group))
-        classes = None if labels is None else _distinct(torch.cat(_gather(labels, group)))
+        rank, world = rank_and_world(group)
+        texts = text if world == 1 else torch.cat(gather(text, group))
+        classes = None if labels is None else distinct(torch.cat(gather(labels, group)))
         rows, columns = len(image), len(texts)
         chunk = chunk_rows or max(1, MOST_LOGITS // columns)
         row_lse, positive = image.new_empty(rows), image.new_empty(rows)
         column_lse = image.new_full((columns,), -torch.inf)
         logits = image
-        for part, logits in _logits(image, texts, scale, chunk):
+        for part, logits in logits_in_chunks(image, texts, scale, chunk):
             row_lse[part] = logits.logsumexp(1)
             column_lse = torch.logaddexp(column_lse, logits.logsumexp(0))
             if classes is None:
                 positive[part] = logits.diagonal(rank * rows + part.start)
             else:
                 positive[part] = (logits * _targets(classes, rank * rows, part, logits)).sum(1)
-        column_lse = torch.stack(_gather(column_lse, group)).logsumexp(0)
+        column_lse = torch.stack(gather(column_lse, group)).logsumexp(0)
         # what fits into one chunk is kept for the backward, the rest is computed again there
         ctx.save_for_backward(image, texts, scale, row_lse, column_lse, classes, logits if chunk >= rows else None)
         ctx.group, ctx.chunk = group, chunk
@@ -112,11 +112,11 @@ class _SymmetricLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         image, texts, scale, row_lse, column_lse, classes, kept = ctx.saved_tensors
-        rank, world = _world(ctx.group)
+        rank, world = rank_and_world(ctx.group)
         rows = len(image)
         grad_image, grad_texts = torch.empty_like(image), torch.zeros_like(texts)
         grad_scale = torch.zeros_like(scale)
-        chunks = [(slice(0, rows), kept)] if kept is not None else _logits(image, texts, scale, ctx.chunk)
+        chunks = [(slice(0, rows), kept)] if kept is not None else logits_in_chunks(image, texts, scale, ctx.chunk)
         for part, logits in chunks:
             grad = (logits - row_lse[part, None]).exp_().add_((logits - column_lse).exp_())
             if classes is None:
@@ -135,13 +135,14 @@ class _SymmetricLoss(torch.autograd.Function):
         return grad_image, grad_texts[rank * rows : (rank + 1) * rows], grad_scale, None, None, None
 
 
-def _logits(image: Tensor, texts: Tensor, scale: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor]]:
+def logits_in_chunks(image: Tensor, texts: Tensor, scale: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor]]:
+    """Rows and their logits (chunk, texts), of images (B, D) and texts (N, D), chunk by chunk."""
     for start in range(0, len(image), chunk):
         part = slice(start, min(start + chunk, len(image)))
         yield part, (image[part] @ texts.T).mul_(scale)
 
 
-def _distinct(labels: Tensor) -> Tensor:
+def distinct(labels: Tensor) -> Tensor:
     """The labels of all ranks, with one of its own for each row that has none."""
     return torch.where(labels < 0, -1 - torch.arange(len(labels), device=labels.device), labels)
 

@@ -1,4 +1,4 @@
-"""One rank of the FLYP loss test: `python flyp_rank.py RANK WORLD DIRECTORY` writes its gradients there.
+"""One rank of the tests of both losses: `python flyp_rank.py RANK WORLD DIRECTORY` writes its gradients there.
 
 Also imported by the test for the one-rank reference.
 """
@@ -15,8 +15,11 @@ from pipeline.method.adapter import adapter_parameters, attach_adapter, blocks, 
 from pipeline.method.contrastive import flyp_loss
 from pipeline.method.linear import DoRALinear
 from pipeline.method.penalty import gate_penalty
+from pipeline.method.sigmoid import sigmoid_loss
 
 BATCH = 16
+# Both losses, without and with positives by class.
+CASES = [(name, classes) for name in ("contrastive", "sigmoid") for classes in (False, True)]
 
 
 class TwoTowers(nn.Module):
@@ -28,6 +31,7 @@ class TwoTowers(nn.Module):
         self.image = nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 8))
         self.text = nn.Sequential(nn.Linear(10, 16), nn.GELU(), nn.Linear(16, 8))
         self.logit_scale = nn.Parameter(torch.full((1,), 2.5))
+        self.logit_bias = nn.Parameter(torch.full((1,), -6.0))
         attach_adapter({"image.0": (self.image, "0"), "text.0": (self.text, "0")}, rank=3, kind="lora")
         attach_adapter({"image.2": (self.image, "2"), "text.2": (self.text, "2")}, rank=3, kind="dora")
         with torch.no_grad():
@@ -47,16 +51,23 @@ def labels() -> Tensor:
     return torch.tensor([0, 0, 1, -1, 2, 2, 2, 0, 1, 3, 2, -1, 0, 4, 4, 1])
 
 
-def gradients(rank: int, world: int, classes: bool = False) -> dict[str, Tensor]:
-    """Loss and gradients of this rank's share of the batch, averaged over ranks as DDP and DeepSpeed do."""
+def gradients(rank: int, world: int, name: str = "contrastive", classes: bool = False) -> dict[str, Tensor]:
+    """Loss and gradients of this rank's share of the batch, averaged over ranks as DDP and DeepSpeed do.
+
+    name: contrastive or sigmoid.
+    """
     model = TwoTowers()
     generator = torch.Generator().manual_seed(5)
     images, texts = torch.randn(BATCH, 12, generator=generator), torch.randn(BATCH, 10, generator=generator)
     share = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     positives = labels()[share] if classes else None
-    loss = flyp_loss(*model(images[share], texts[share]), labels=positives) + gate_penalty(gate_scores(model))
-    loss.backward()
-    parameters = adapter_parameters(model) | {"logit_scale": model.logit_scale}
+    outputs = model(images[share], texts[share])
+    if name == "sigmoid":
+        loss = sigmoid_loss(*outputs, model.logit_bias, labels=positives)
+    else:
+        loss = flyp_loss(*outputs, labels=positives)
+    (loss + gate_penalty(gate_scores(model))).backward()
+    parameters = adapter_parameters(model) | {"logit_scale": model.logit_scale, "logit_bias": model.logit_bias}
     out = {"loss": loss.detach()} | {name: p.grad for name, p in parameters.items() if p.grad is not None}
     if world > 1:
         for tensor in out.values():
@@ -68,8 +79,8 @@ def gradients(rank: int, world: int, classes: bool = False) -> dict[str, Tensor]
 def main() -> None:
     rank, world, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=world)
-    for classes in (False, True):
-        torch.save(gradients(rank, world, classes), directory / f"rank{rank}-{classes}.pt")
+    for name, classes in CASES:
+        torch.save(gradients(rank, world, name, classes), directory / f"rank{rank}-{name}-{classes}.pt")
     dist.destroy_process_group()
 
 

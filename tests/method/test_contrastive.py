@@ -77,15 +77,16 @@ def test_gradients_over_ranks_equal_the_one_rank_gradients(world: int, tmp_path:
     ranks = [subprocess.Popen([*command, str(rank), str(world), str(tmp_path)]) for rank in range(world)]
     assert [rank.wait() for rank in ranks] == [0] * world
     worker = runpy.run_path(str(WORKER))
-    for classes in (False, True):
-        expected = worker["gradients"](0, 1, classes)
-        assert len(expected) == 1 + 2 * 3 + 2 * 4 + 1  # loss; A, B, score; with magnitude; logit scale
-        assert all(grad.any() for name, grad in expected.items() if "image.0." not in name or name.endswith("score"))
+    for name, classes in worker["CASES"]:
+        expected = worker["gradients"](0, 1, name, classes)
+        # loss; A, B, score; with magnitude; logit scale; logit bias
+        assert len(expected) == 1 + 2 * 3 + 2 * 4 + 1 + (name == "sigmoid")
+        assert all(grad.any() for key, grad in expected.items() if "image.0." not in key or key.endswith("score"))
         for rank in range(world):
-            got = torch.load(tmp_path / f"rank{rank}-{classes}.pt")
+            got = torch.load(tmp_path / f"rank{rank}-{name}-{classes}.pt")
             assert got.keys() == expected.keys()
-            for name, grad in expected.items():
-                torch.testing.assert_close(got[name], grad, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            for key, grad in expected.items():
+                torch.testing.assert_close(got[key], grad, rtol=0, atol=1e-5, msg=lambda m, n=key: f"{n}: {m}")
 
 
 def soft_target_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, labels: list[int]) -> torch.Tensor:
