@@ -254,6 +254,15 @@ def disturb(
     return tally
 
 
+def prepared() -> Any:
+    """What starts processes that have the slow imports behind them, with the environment of now."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(
+        ["pipeline.cli", "pipeline.training.run", "deepspeed", "open_clip", "pipeline.handoff.promote"]
+    )
+    return server
+
+
 def _other(expected: dict[str, Any], found: dict[str, Any]) -> str:
     keys = [key for key in sorted(expected.keys() | found.keys()) if expected.get(key) != found.get(key)]
     return "another result: " + ", ".join(
@@ -283,10 +292,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "TOKENIZERS_PARALLELISM": "false"}
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(
-        ["pipeline.cli", "pipeline.training.run", "deepspeed", "open_clip", "pipeline.handoff.promote"]
-    )
+    server = prepared()
     folder = Path(tempfile.mkdtemp(prefix="selora-chaos-"))
     os.environ["SELORA_CACHE"] = str(folder / "cache")
 
