@@ -16,9 +16,11 @@ import pytest
 
 from pipeline.demo.assets import FINETUNE, MODEL, asset, unpack
 
-STORE_PASSWORD = "canary-store"
+# In no name of a file or a process by chance.
+MARK = "canary-9e27"
+STORE_PASSWORD = f"{MARK}-store"
 SECRETS = {
-    name: f"canary-{name.lower()}"
+    name: f"{MARK}-{name.lower()}"
     for name in (
         "AWS_ACCESS_KEY_ID",
         "AWS_SECRET_ACCESS_KEY",
@@ -72,7 +74,7 @@ class Lines(threading.Thread):
         while not self.over.wait(0.05):
             for process in psutil.process_iter(["cmdline"]):
                 line = " ".join(process.info["cmdline"] or ())
-                if "canary" in line:
+                if MARK in line:
                     self.seen.add(line)
 
 
@@ -120,9 +122,9 @@ def test_no_secret_is_found_in_what_a_run_leaves(guarded: str, tmp_path: Path, m
     time.sleep(1)
     lines.over.set()
     lines.join()
-    assert "canary" not in said
+    assert MARK not in said
     assert not lines.seen
     files = [path for path in out.rglob("*") if path.is_file()]
     assert len(files) > 20 and any(path.name == "mlflow.db" for path in files)
-    assert [str(path) for path in files if b"canary" in path.read_bytes()] == []
+    assert [str(path) for path in files if MARK.encode() in path.read_bytes()] == []
     assert json.loads((run / "eval/summary.json").read_text())["groups"]
