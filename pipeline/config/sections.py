@@ -104,6 +104,17 @@ class Gate(Section):
         description="exact number of blocks that are active at the end, or a share of all below 1, chosen by how much "
         "each lowers the loss; needs gate.lam=0; null: the penalty decides",
     )
+    budget_parameters: Result[int | None] = Field(
+        default=None,
+        ge=1,
+        description="largest number of parameters of the blocks that are active at the end, instead of gate.budget; "
+        "chosen by how much each parameter lowers the loss",
+    )
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether a budget decides which blocks close, and not the penalty."""
+        return self.budget is not None or self.budget_parameters is not None
 
 
 class Train(Section):

@@ -113,25 +113,33 @@ def broken_rules(config: Config) -> Iterator[tuple[set[str], str]]:
 
 
 def _budget_rules(config: Config) -> Iterator[tuple[set[str], str]]:
-    budget, gate = config.gate.budget, config.gate
-    if budget is None:
+    gate = config.gate
+    if not gate.budgeted:
         return
-    if budget >= 1 and budget != int(budget):
-        yield {"gate.budget"}, f"gate.budget: {budget} should be a whole number of blocks, or a share below 1"
+    key = "gate.budget" if gate.budget is not None else "gate.budget_parameters"
+    budget = gate.budget if gate.budget is not None else gate.budget_parameters
+    if gate.budget is not None and gate.budget_parameters is not None:
+        yield (
+            {"gate.budget", "gate.budget_parameters"},
+            f"gate.budget: {gate.budget:g} counts blocks and gate.budget_parameters: {gate.budget_parameters} their "
+            "parameters; give one of them",
+        )
+    if gate.budget is not None and gate.budget >= 1 and gate.budget != int(gate.budget):
+        yield {"gate.budget"}, f"gate.budget: {gate.budget} should be a whole number of blocks, or a share below 1"
     if not config.gated:
         yield (
-            {"gate.budget", "gate.enabled", "adapter.kind", "adapter.random_k"},
-            f"gate.budget: {budget:g} needs gates: gate.enabled=true, adapter.kind lora or dora, no adapter.random_k",
+            {key, "gate.enabled", "adapter.kind", "adapter.random_k"},
+            f"{key}: {budget:g} needs gates: gate.enabled=true, adapter.kind lora or dora, no adapter.random_k",
         )
     if gate.lam > 0:
         yield (
-            {"gate.budget", "gate.lam"},
-            f"gate.budget: {budget:g} and gate.lam: {gate.lam:g} both decide which blocks close; set gate.lam=0",
+            {key, "gate.lam"},
+            f"{key}: {budget:g} and gate.lam: {gate.lam:g} both decide which blocks close; set gate.lam=0",
         )
     if gate.settle_steps is not None:
         yield (
-            {"gate.budget", "gate.settle_steps"},
-            "gate.settle_steps: closed blocks leave by themselves once gate.budget has fixed the set; leave it out",
+            {key, "gate.settle_steps"},
+            f"gate.settle_steps: closed blocks leave by themselves once {key} has fixed the set; leave it out",
         )
 
 

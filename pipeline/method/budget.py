@@ -1,4 +1,4 @@
-"""An exact number of active blocks: all open at first, the most useful ones to the end.
+"""An exact number of active blocks, or of their parameters: all open at first, the most useful ones to the end.
 
 The usefulness of block l is a running mean of -dL/dI_l, the straight-through gradient of its indicator (paper eq. 3):
 by how much the loss falls, to first order, when the block acts. A closed block has this gradient as well, so it can
@@ -38,9 +38,14 @@ class BudgetState(TypedDict):
 
 @dataclass(frozen=True)
 class BudgetSchedule:
-    """How many of `blocks` are open after each step of a run of `steps` steps that ends with `budget` of them."""
+    """What the open blocks may cost after each step of a run of `steps` steps.
 
-    blocks: int
+    Attributes:
+        total: what all blocks cost together: their number, or that of their parameters.
+        budget: what they may cost at the end.
+    """
+
+    total: int
     budget: int
     steps: int
 
@@ -55,11 +60,11 @@ class BudgetSchedule:
         return max(self.start + 1, int((1 - FIXED) * self.steps))
 
     def open_after(self, done: int) -> int:
-        """Number of open blocks after `done` steps."""
+        """What the open blocks may cost after `done` steps."""
         if done <= self.start:
-            return self.blocks
+            return self.total
         left = 1 - min(1.0, (done - self.start) / (self.end - self.start))
-        return self.budget + int((self.blocks - self.budget) * left**3)
+        return self.budget + int((self.total - self.budget) * left**3)
 
     def decides(self, done: int) -> bool:
         """Whether the set may change after `done` steps."""
@@ -76,18 +81,23 @@ class BlockBudget:
         model: a model with gated blocks.
         budget: number of blocks that stay open, at least 1.
         steps: optimizer steps of the whole run.
+        parameters: whether `budget` is what the open blocks may have in parameters, and not their number.
 
     Raises:
-        ValueError: the model has fewer gated blocks than `budget`, or none.
+        ValueError: the model has fewer gated blocks than `budget`, or none; or no block has so few parameters.
     """
 
-    def __init__(self, model: nn.Module, budget: int, steps: int) -> None:
+    def __init__(self, model: nn.Module, budget: int, steps: int, *, parameters: bool = False) -> None:
         gated = {name: block for name, block in sorted(blocks(model).items()) if block.gate is not None}
         self._blocks = gated
         self._gates: dict[str, Gate] = {name: block.gate for name, block in gated.items() if block.gate is not None}
-        if not 1 <= budget <= len(self._gates):
-            raise ValueError(f"budget={budget}: must be between 1 and the {len(self._gates)} gated blocks")
-        self.schedule = BudgetSchedule(len(self._gates), budget, steps)
+        self._costs = {name: parameters_of(block) if parameters else 1 for name, block in gated.items()}
+        total, least = sum(self._costs.values()), min(self._costs.values(), default=0)
+        if not gated or not least <= budget <= total:
+            name, what = ("budget_parameters", "parameters of all") if parameters else ("budget", "")
+            limits = f"between {max(1, least)} and the {total} {what}".rstrip()
+            raise ValueError(f"{name}={budget}: must be {limits} gated blocks")
+        self.schedule = BudgetSchedule(total, budget, steps)
         self._usefulness: Tensor | None = None
         self._open = set(self._gates)
         self._dropped_at: dict[str, int] = {}
@@ -125,7 +135,7 @@ class BlockBudget:
         return self._choose(done, dict(zip(self._gates, self._usefulness.tolist(), strict=True)))
 
     def _choose(self, done: int, usefulness: Mapping[str, float]) -> dict[str, bool]:
-        chosen = most_useful(usefulness, self._open, self.schedule.open_after(done))
+        chosen = most_useful(usefulness, self._open, self.schedule.open_after(done), self._costs)
         changes = dict.fromkeys(self._open - chosen, False) | dict.fromkeys(chosen - self._open, True)
         for name, opens in changes.items():
             if opens:
@@ -169,19 +179,35 @@ class BlockBudget:
             self._gradients[name] = score.grad.detach().clone()
 
 
-def most_useful(usefulness: Mapping[str, float], is_open: set[str] | frozenset[str], count: int) -> set[str]:
-    """The `count` most useful blocks, open ones favoured by a margin; ties by name.
+def most_useful(
+    usefulness: Mapping[str, float],
+    is_open: set[str] | frozenset[str],
+    budget: int,
+    costs: Mapping[str, int] | None = None,
+) -> set[str]:
+    """The blocks that are most useful for what they cost, as many as the budget pays; ties by name.
 
     Args:
         usefulness: {target name: by how much the loss falls when the block acts}.
-        is_open: the blocks that are open now.
-        count: how many to choose.
+        is_open: the blocks that are open now, favoured by a margin.
+        budget: what the chosen blocks may cost together.
+        costs: {target name: cost}; None: 1 each.
     """
-    margin = MARGIN * sum(abs(value) for value in usefulness.values()) / len(usefulness)
-    ranked: Sequence[str] = sorted(
-        usefulness, key=lambda name: (-usefulness[name] - (margin if name in is_open else 0.0), name)
-    )
-    return set(ranked[:count])
+    paid = dict.fromkeys(usefulness, 1) if costs is None else costs
+    worth = {name: value / paid[name] for name, value in usefulness.items()}
+    margin = MARGIN * sum(abs(value) for value in worth.values()) / len(worth)
+    ranked: Sequence[str] = sorted(worth, key=lambda name: (-worth[name] - (margin if name in is_open else 0.0), name))
+    chosen: set[str] = set()
+    for name in ranked:
+        if paid[name] <= budget:
+            chosen.add(name)
+            budget -= paid[name]
+    return chosen
+
+
+def parameters_of(block: Block) -> int:
+    """Number of parameters of a block: A, B, the score of its gate and DoRA's magnitude."""
+    return sum(parameter.numel() for parameter in (*block.lowrank.parameters(), *block.undecayed()))
 
 
 def blocks_of_budget(budget: float, blocks: int) -> int:

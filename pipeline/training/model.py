@@ -136,23 +136,26 @@ def settling_of(config: Config, model: Model) -> Settling | None:
 
 
 def budget_of(config: Config, model: Model, total: int) -> BlockBudget | None:
-    """What holds the number of active blocks at `gate.budget`; None without one.
+    """What holds the active blocks at `gate.budget` or `gate.budget_parameters`; None without either.
 
     Raises:
-        ConfigError: the model has fewer gated blocks.
+        ConfigError: the model has fewer gated blocks, or none so small.
     """
-    asked = config.gate.budget
-    if asked is None or not config.gated:
+    gate = config.gate
+    if not config.gated or not gate.budgeted:
         return None
     try:
-        return BlockBudget(model.model, blocks_of_budget(asked, len(gate_scores(model.model))), total)
+        if gate.budget_parameters is not None:
+            return BlockBudget(model.model, gate.budget_parameters, total, parameters=True)
+        assert gate.budget is not None
+        return BlockBudget(model.model, blocks_of_budget(gate.budget, len(gate_scores(model.model))), total)
     except ValueError as error:
         raise ConfigError(f"gate.{error}") from error
 
 
 def score_rate(config: Config) -> float:
     """Peak learning rate of the scores; under a budget they are set, not trained."""
-    return 0.0 if config.gate.budget is not None else config.gate.lr or config.train.lr
+    return 0.0 if config.gate.budgeted else config.gate.lr or config.train.lr
 
 
 def gate_values(model: nn.Module, settling: Settling | None = None) -> dict[str, float]:

@@ -151,7 +151,7 @@ def warnings_of(config: Config, total: int, samples: int) -> list[str]:
         )
     if config.train.warmup_steps >= total:
         found.append(f"train.warmup_steps={config.train.warmup_steps} outlasts the run's {total} steps")
-    if config.gated and config.gate.budget is None and config.train.optimizer == "adamw":
+    if config.gated and not config.gate.budgeted and config.train.optimizer == "adamw":
         rate, margin = config.gate.lr or config.train.lr, config.gate.init - config.gate.threshold
         travel = rate * sum(lr_factor(step, config.train.warmup_steps, total) for step in range(total))
         # Adam moves a score by at most its learning rate a step, whatever gate.lam is.

@@ -123,6 +123,31 @@ def test_a_budget_beyond_the_blocks_is_refused() -> None:
         BlockBudget(adapted(), 7, 10)
 
 
+def test_parameters_are_spent_on_what_is_worth_most_for_each() -> None:
+    """The best block is too large for what is left; the next one fits. Never more than the budget."""
+    usefulness, costs = (
+        {"large": 8.0, "mid": 3.0, "small": 0.9, "poor": 0.1},
+        {"large": 4, "mid": 2, "small": 1, "poor": 1},
+    )
+    assert most_useful(usefulness, frozenset(), 5, costs) == {"large", "small"}
+    assert most_useful(usefulness, frozenset(), 3, costs) == {"mid", "small"}
+    assert most_useful(usefulness, frozenset(), 8, costs) == set(costs)
+
+
+def test_a_budget_of_parameters_is_kept_at_every_step() -> None:
+    """Of six blocks of 2 · 2 · 8 + 1 parameters, 100 pay for three; a budget that pays for none is a mistake."""
+    net = adapted()
+    budget = BlockBudget(net, 100, 20, parameters=True)
+    for done in range(1, 21):
+        loss_of(net).backward()
+        for name, opens in budget.observe(done, alone).items():
+            budget.gate(name).score.data.fill_(0.15 if opens else 0.0)
+        assert 33 * len(budget.open) <= budget.schedule.open_after(done)
+    assert len(budget.open) == 3
+    with pytest.raises(ValueError, match="budget_parameters=32: must be between 33 and the 198 parameters of all"):
+        BlockBudget(adapted(), 32, 10, parameters=True)
+
+
 @pytest.mark.parametrize(("budget", "count"), [(12, 12), (0.25, 36), (0.001, 1), (1, 1)])
 def test_a_budget_is_a_count_or_a_share(budget: float, count: int) -> None:
     assert blocks_of_budget(budget, 144) == count
