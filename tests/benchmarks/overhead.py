@@ -1,0 +1,80 @@
+"""python tests/benchmarks/overhead.py SWEEP_DIR: what the trials of a sweep cost beyond training and evaluation.
+
+For a sweep with `resources: {concurrent: 1}` and `train.log_every=1`, whose trials followed each other. Everything is
+read from the journals and the result files of the trials, so nothing has to run again. Elapsed seconds, as median and
+range over all trials but the first, which also pays for what later ones find warm.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # the checkout, where it is not installed
+
+from pipeline.runs.sweep import read_state, trial_dirs
+from pipeline.tracking.journal import JOURNAL, Record, read
+
+# part -> what it is; the two that are not overhead come last
+PARTS = {
+    "start": "from the end of the trial before: Ray's workers, imports, the model",
+    "first step": "DeepSpeed's engine, the loader, the first step",
+    "save": "the last checkpoint, the end of the workers",
+    "hand over": "the process of the evaluation, loading the models",
+    "record": "results into journal and trial.json",
+    "training": "from the first step to the last",
+    "evaluation": "over the images, of the trial and where needed of the untouched model",
+}
+USEFUL = ("training", "evaluation")
+
+
+def parts_of(before: Path, trial: Path) -> dict[str, float]:
+    """Seconds of each part of a trial, which began when the one before it ended."""
+    records = [each for each in read(trial / JOURNAL) if isinstance(each, Record)]
+    steps = [each.time_ms / 1000 for each in records if each.kind == "metrics" and "train/loss" in each.data["values"]]
+    statuses = {each.data["status"]: each.time_ms / 1000 for each in records if each.kind == "status"}
+    evaluated = [
+        each.time_ms / 1000
+        for each in records
+        if each.kind == "metrics" and any(name.startswith("eval/") for name in each.data["values"])
+    ]
+    results = [json.loads(file.read_text()) for file in (trial / "eval").rglob("*.json")]
+    evaluation = sum(each["seconds"] for each in results if "metrics" in each)
+    running, trained = statuses["RUNNING"], statuses["FINISHED"]
+    ended = [datetime.fromisoformat(read_state(each).updated).timestamp() for each in (before, trial)]
+    return {
+        "start": running - ended[0],
+        "first step": steps[0] - running,
+        "save": trained - steps[-1],
+        "hand over": evaluated[-1] - trained - evaluation,
+        "record": max(0.0, ended[1] - evaluated[-1]),
+        "training": steps[-1] - steps[0],
+        "evaluation": evaluation,
+    }
+
+
+def main(sweep_dir: Path) -> int:
+    finished = [each for each in trial_dirs(sweep_dir) if read_state(each).status == "finished"]
+    finished.sort(key=lambda each: read_state(each).updated)
+    found = [parts_of(before, trial) for before, trial in pairwise(finished)]
+    if not found:
+        print(f"{sweep_dir}: needs two finished trials", file=sys.stderr)
+        return 2
+    totals = [sum(value for part, value in parts.items() if part not in USEFUL) for parts in found]
+    print(f"| part | seconds, median of {len(found)} | range | what |\n| --- | ---: | ---: | --- |")
+    for part, what in PARTS.items():
+        print(_line(part, [parts[part] for parts in found], what))
+    print(_line("**overhead**", totals, "all but training and evaluation"))
+    return 0
+
+
+def _line(name: str, values: list[float], what: str) -> str:
+    return f"| {name} | {median(values):.1f} | {min(values):.1f} to {max(values):.1f} | {what} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
