@@ -32,9 +32,11 @@ def _add_inspect(commands: Any) -> None:
         commands,
         "inspect",
         run_inspect,
-        "show what a folder or table of images holds before packing it: format, counts, classes, captions, faults",
+        "show what a folder or table of images holds before packing it: format, counts, classes, captions, faults; or "
+        "which blocks of a run are active",
         "selora inspect photos/",
         "selora inspect photos/ --with runs/my_run --sheet review.html",
+        "selora inspect runs/my_run",
         text_only=True,
     )
     _add_source(parser)
@@ -65,6 +67,13 @@ def _add_inspect(commands: Any) -> None:
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:
+    from pipeline.runs.run import is_run
+
+    if is_run(arguments.source):
+        from pipeline.runs.blocks import describe_blocks
+
+        print(describe_blocks(arguments.source))
+        return OK
     packed = (arguments.source / "index.json").is_file()
     if packed and (arguments.sheet is not None or arguments.model is not None):
         from pipeline.data.shards.foreign import read_shards

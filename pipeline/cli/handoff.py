@@ -117,7 +117,7 @@ def _add_graph(parser: argparse.ArgumentParser) -> None:
 
 
 def run_export(arguments: argparse.Namespace) -> int:
-    from pipeline.handoff.choice import chosen_run
+    from pipeline.handoff.choice import chosen_run, strength_at_floor
     from pipeline.handoff.export import export
     from pipeline.handoff.hub import check_push, push
     from pipeline.handoff.source import Mismatch
@@ -130,7 +130,7 @@ def run_export(arguments: argparse.Namespace) -> int:
     run_dir, chosen = chosen_run(Path(arguments.target))
     if chosen:
         print(chosen, file=sys.stderr)
-    alpha = 1.0
+    alpha = strength_at_floor(Path(arguments.target), run_dir) or 1.0 if arguments.strength is None else 1.0
     if arguments.strength is not None:
         alpha, told = _strength_of_export(arguments, run_dir)
         print(*told, sep="\n", end="\n" if told else "", file=sys.stderr)

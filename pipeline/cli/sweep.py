@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from pipeline.cli.options import FAILED, INTERRUPTED, OK, add_command
+from pipeline.cli.options import FAILED, INTERRUPTED, OK, add_command, count
 
 
 def add(commands: Any) -> None:
@@ -16,7 +16,7 @@ def add(commands: Any) -> None:
         run_sweep,
         "train and evaluate every trial of a grid on Ray; the same command continues an interrupted sweep",
         "selora sweep configs/own_data.yaml configs/grids/own_data.yaml --plan",
-        "selora sweep configs/own_data.yaml configs/grids/own_data.yaml name=first_sweep",
+        "selora sweep configs/own_data.yaml configs/grids/own_data.yaml name=first_sweep floor=0.97",
         "selora sweep configs/imagenet_vit_b16.yaml configs/grids/paper.yaml --address 10.0.0.1:6379",
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file with the options that all trials share")
@@ -28,9 +28,15 @@ def add(commands: Any) -> None:
         nargs="*",
         default=[],
         metavar="key=value",
-        help="options that replace those of CONFIG, as in name=first",
+        help="options that replace those of CONFIG, as in name=first; floor=0.97 replaces that of GRID",
     )
     parser.add_argument("--plan", action="store_true", help="print trials, hours and disk space, and start nothing")
+    parser.add_argument(
+        "--samples",
+        type=count,
+        metavar="N",
+        help="with --plan: number of training images, where there are no shards yet",
+    )
     parser.add_argument(
         "--address",
         metavar="HOST:PORT",
@@ -46,21 +52,34 @@ def add(commands: Any) -> None:
 
 
 def run_sweep(arguments: argparse.Namespace) -> int:
-    from pipeline.config import load_config
-    from pipeline.tuning.grid import expand, load_grid
+    from pipeline.config import ConfigError, load_config
+    from pipeline.tuning.grid import OVERRIDABLE, load_grid
+    from pipeline.tuning.trials import expand
 
-    config, grid = load_config(arguments.config, arguments.overrides), load_grid(arguments.grid)
+    of_grid = [one for one in arguments.overrides if one.partition("=")[0] in OVERRIDABLE]
+    config = load_config(arguments.config, [one for one in arguments.overrides if one not in of_grid])
+    grid = load_grid(arguments.grid, of_grid)
     from pipeline.costs.planned import planned
     from pipeline.tuning.plan import describe_plan
     from pipeline.tuning.sweep import plan_sweep, sweep
 
+    if arguments.samples is not None and not arguments.plan:
+        raise ConfigError("--samples is for --plan: a sweep counts the images in the shards")
     if arguments.plan:
         print(
             describe_plan(
-                plan_sweep(config, grid, address=arguments.address, seconds_per_step=arguments.seconds_per_step)
+                plan_sweep(
+                    config,
+                    grid,
+                    address=arguments.address,
+                    seconds_per_step=arguments.seconds_per_step,
+                    samples=arguments.samples,
+                )
             )
         )
-        if on_paper := planned([trial.config for trial in expand(config, grid)], grid.resources.workers):
+        if on_paper := planned(
+            [trial.config for trial in expand(config, grid) if not trial.soup_of], grid.resources.workers
+        ):
             print(on_paper)
         return OK
     outcome = sweep(

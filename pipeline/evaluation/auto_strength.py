@@ -9,15 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import ConfigError
+from pipeline.config import ConfigError, Promote
 from pipeline.evaluation.datasets.benchmark import Benchmark
 from pipeline.evaluation.datasets.dataset import Settings
+from pipeline.evaluation.measures.ranks import Ranks
 from pipeline.evaluation.run import EvalJob, Outcome, Say, evaluate_jobs
-from pipeline.evaluation.strength import AUTO, STRENGTHS, evaluate_at, job_at
+from pipeline.evaluation.strength import AUTO, STRENGTHS, job_at, strength_name
 from pipeline.evaluation.summary import Summary
 from pipeline.model.between import Between
-from pipeline.model.restore import RunSource, find_run, load_base, load_run
+from pipeline.model.restore import find_run, load_base, load_run
+from pipeline.runs.results import EVAL, reported_at, write_floors
 from pipeline.selection.floor import Floor, strongest
+from pipeline.selection.frontier import FLOORS
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,75 @@ class ChosenStrength:
         return f"strength auto: α = {self.alpha:g} keeps {self.floor}, {on}"
 
 
+def choosing_table(benchmark: Benchmark) -> Benchmark:
+    """The choosing part of each dataset other than id; ConfigError where there is none, so nothing can be lost."""
+    rows = tuple(row for row in benchmark.rows if row.group != "id" and row.in_mean)
+    if not rows:
+        raise ConfigError(
+            f"strength=auto: benchmark {benchmark.name} has no dataset of a group other than id, so nothing can be "
+            "kept or lost: add some, or name one that has"
+        )
+    return Benchmark(benchmark.name, rows).part("choosing")
+
+
+class Strengths:
+    """One run's model at any strength, evaluated on both parts of the images; what was evaluated before is read.
+
+    Results on the choosing part are in OUT_DIR/strength/auto/choosing/<α>.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        benchmark: Benchmark,
+        out_dir: str | Path,
+        settings: Settings,
+        *,
+        baselines: str | Path,
+        say: Say | None = None,
+    ) -> None:
+        self._choosing, self._reporting = choosing_table(benchmark), benchmark.part("reporting")
+        self._settings, self._say = settings, say
+        self._source = find_run(run_dir)
+        self._baselines = Path(baselines) / self._source.base_digest[:16]
+        self._folder = Path(out_dir) / STRENGTHS / AUTO / "choosing"
+        self._base = load_base(self._source)
+        self._between = Between.of(self._base, load_run(run_dir))
+        self._untouched: dict[str, Summary] = {}
+        self._on_choosing: dict[float, Summary] = {}
+
+    def largest(self, floor: Floor) -> ChosenStrength:
+        """The largest strength that keeps the floor on the choosing part."""
+
+        def margin(alpha: float) -> float:
+            if alpha not in self._on_choosing:
+                folder = self._folder / strength_name(alpha)
+                self._on_choosing[alpha] = self._at(alpha, self._choosing, "choosing", folder, {}).summary
+            return floor.margin(self._on_choosing[alpha])
+
+        alpha, margins = strongest(margin, floor.of_untouched)
+        return ChosenStrength(alpha, str(floor), _digest(self._base_on(self._choosing, "choosing")), margins)
+
+    def reported(self, alpha: float, folder: Path, facts: Mapping[str, Any], *also: Path) -> Outcome:
+        """The results at a strength on the images that nothing was chosen on, into `folder`."""
+        return self._at(alpha, self._reporting, "reporting", folder, facts, *also)
+
+    def _at(
+        self, alpha: float, table: Benchmark, part: str, folder: Path, facts: Mapping[str, Any], *also: Path
+    ) -> Outcome:
+        untouched = self._base_on(table, part)
+        job = job_at(self._between.at(alpha), self._source, alpha, folder, also)
+        [own] = evaluate_jobs([job], table, self._settings, say=self._say)
+        return own.outcome(table, untouched, {"strength": {"alpha": alpha, **facts}})
+
+    def _base_on(self, table: Benchmark, part: str) -> Summary:
+        if part not in self._untouched:
+            job = EvalJob(self._base, self._baselines / part, "untouched model")
+            [own] = evaluate_jobs([job], table, self._settings, say=self._say)
+            self._untouched[part] = own.outcome(table, None).summary
+        return self._untouched[part]
+
+
 def choose_strength(
     run_dir: str | Path,
     benchmark: Benchmark,
@@ -60,33 +132,8 @@ def choose_strength(
     baselines: str | Path,
     say: Say | None = None,
 ) -> ChosenStrength:
-    """Find the largest strength that keeps the floor on the choosing part of each dataset other than id.
-
-    What was evaluated on the way is in OUT_DIR/strength/auto/choosing/<α>, so the same call again reads it.
-    """
-    table = Benchmark(benchmark.name, tuple(row for row in benchmark.rows if row.group != "id" and row.in_mean))
-    if not table.rows:
-        raise ConfigError(
-            f"strength=auto: benchmark {benchmark.name} has no dataset of a group other than id, so nothing can be "
-            "kept or lost: add some, or name one that has"
-        )
-    table = table.part("choosing")
-    source, folder = find_run(run_dir), Path(out_dir) / STRENGTHS / AUTO / "choosing"
-
-    def summary(job: EvalJob, untouched: Summary | None, facts: Mapping[str, Any] | None) -> Summary:
-        [own] = evaluate_jobs([job], table, settings, say=say)
-        return own.outcome(table, untouched, facts).summary
-
-    base = load_base(source)
-    untouched = summary(job_at(base, source, 0, _baselines(baselines, source, "choosing")), None, None)
-    between = Between.of(base, load_run(run_dir))
-
-    def margin(alpha: float) -> float:
-        job = job_at(between.at(alpha), source, alpha, folder / f"{alpha:g}")
-        return floor.margin(summary(job, untouched, {"strength": {"alpha": alpha}}))
-
-    alpha, margins = strongest(margin, floor.of_untouched)
-    return ChosenStrength(alpha, str(floor), _digest(untouched), margins)
+    """Find the largest strength that keeps the floor on the choosing part of each dataset other than id."""
+    return Strengths(run_dir, benchmark, out_dir, settings, baselines=baselines, say=say).largest(floor)
 
 
 def evaluate_auto(
@@ -104,24 +151,49 @@ def evaluate_auto(
     Returns:
         The choice, and the results; no results where α is 0.
     """
-    chosen = choose_strength(run_dir, benchmark, out_dir, settings, floor, baselines=baselines, say=say)
+    strengths = Strengths(run_dir, benchmark, out_dir, settings, baselines=baselines, say=say)
+    chosen = strengths.largest(floor)
     if chosen.alpha == 0:
         return chosen, None
-    outcome = evaluate_at(
-        run_dir,
-        chosen.alpha,
-        benchmark.part("reporting"),
-        Path(out_dir) / STRENGTHS / AUTO,
-        settings,
-        baselines=_baselines(baselines, find_run(run_dir), "reporting"),
-        facts=chosen.facts,
-        say=say,
-    )
-    return chosen, outcome
+    auto = Path(out_dir) / STRENGTHS / AUTO
+    return chosen, strengths.reported(chosen.alpha, auto, chosen.facts, Path(run_dir) / reported_at(chosen.alpha))
 
 
-def _baselines(folder: str | Path, source: RunSource, part: str) -> Path:
-    return Path(folder) / source.base_digest[:16] / part
+def evaluate_floors(
+    run_dir: str | Path,
+    benchmark: Benchmark,
+    settings: Settings,
+    floor: float,
+    *,
+    baselines: str | Path,
+    say: Say | None = None,
+) -> dict[str, Any]:
+    """What a run reaches at a floor and at those of the report, each at a strength of its own, into RUN/eval.
+
+    Args:
+        floor: share kept that decides between the trials of a sweep.
+
+    Returns:
+        What floors.json holds: at each floor the strength, chosen on the choosing part, with id and kept on the other
+        images.
+    """
+    out_dir = Path(run_dir) / EVAL
+    strengths = Strengths(run_dir, benchmark, out_dir, settings, baselines=baselines, say=say)
+    entries, digest = {}, ""
+    for each in sorted({floor, *FLOORS}, reverse=True):
+        chosen = strengths.largest(Floor.of(Promote(min_kept=each)))
+        summary = strengths.reported(chosen.alpha, Path(run_dir) / reported_at(chosen.alpha), {}).summary
+        kept, digest = summary["kept"], chosen.choosing_digest
+        entries[f"{each:g}"] = {
+            "alpha": chosen.alpha,
+            "id": summary["groups"]["id"]["mean"],
+            "kept": None if kept is None else kept["mean"],
+            "margin": chosen.margins.get(chosen.alpha),
+        }
+    content = {"benchmark": benchmark.name, "floor": floor, "choosing_digest": digest, "floors": entries}
+    if Ranks.current().rank == 0:
+        write_floors(out_dir, content)
+    return content
 
 
 def _digest(summary: Summary) -> str:

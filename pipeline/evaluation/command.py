@@ -37,6 +37,7 @@ from pipeline.model.load import Model, load_model
 from pipeline.model.restore import check_exists, find_run
 from pipeline.runs.results import STRENGTH_FILE
 from pipeline.runs.run import is_run
+from pipeline.runs.sweep import BASELINES, TRIALS, is_sweep
 from pipeline.selection.floor import Floor
 
 
@@ -305,7 +306,9 @@ def places(run: Path, options: EvalRequest) -> tuple[Path, Path]:
     """Where the results of the run and of its untouched base go."""
     if options.out is not None:
         return Path(options.out), Path(options.out) / "baselines"
-    return run / "eval", run.absolute().parent / "baselines"
+    beside = run.absolute().parent
+    # The trials of a sweep share one folder, one level up.
+    return run / "eval", (beside.parent if is_sweep(beside.parent) and beside.name == TRIALS else beside) / BASELINES
 
 
 def load_plain(name: str, pretrained: str | None) -> Model:

@@ -9,6 +9,8 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.evaluation.results import Result
 from pipeline.evaluation.summary import Summary
+from pipeline.runs.results import EVAL, FLOORS_FILE
+from pipeline.selection.frontier import floors_of
 from pipeline.selection.ranking import point_of
 from pipeline.tracking.tracker import RunTracker, open_tracker
 
@@ -52,6 +54,23 @@ def track_curve(run_dir: Path, config: Config, file: Path, curve: Mapping[str, A
             values |= {"strength/kept": curve["kept"][alpha]} if alpha in curve["kept"] else {}
             tracker.metrics(round(100 * float(alpha)), values)
         tracker.artifact(file, "eval")
+
+
+def track_floors(run_dir: Path, config: Config, step: int, content: Mapping[str, Any]) -> None:
+    """Add `eval/id_at_95`, `eval/strength_at_95` and `eval/kept_at_95` for each floor, and the result files.
+
+    The tag `selora.objective` has the value by which a sweep compares its trials. Rank 0 only.
+    """
+    values, tags = {}, {}
+    for floor, each in floors_of(content).items():
+        at = f"{100 * floor:g}"
+        values |= {f"eval/id_at_{at}": each.id, f"eval/strength_at_{at}": each.alpha, f"eval/kept_at_{at}": each.kept}
+        if floor == content["floor"]:
+            tags["selora.objective"] = f"id {each.id:.4f} at kept >= {floor:g} (strength {each.alpha:g})"
+    with _tracker(run_dir, config) as tracker:
+        tracker.metrics(step, values)
+        tracker.tags(tags)
+        tracker.artifact(run_dir / EVAL / FLOORS_FILE, EVAL)
 
 
 def track_strength(run_dir: Path, config: Config, name: str) -> None:

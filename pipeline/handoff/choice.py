@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config import ConfigError, Promote, load_config
-from pipeline.runs.results import EVAL, has_summary, read_summary
+from pipeline.runs.results import EVAL, read_floors
 from pipeline.runs.run import CONFIG_FILE, is_run
-from pipeline.runs.sweep import SWEEP_FILE, is_sweep, trial_dir, trial_dirs
-from pipeline.selection.ranking import choose, point_of
-from pipeline.selection.rule import holds
+from pipeline.runs.sweep import SWEEP_FILE, floor_of, is_sweep, trial_dir, trial_dirs
+from pipeline.selection.candidates import Candidate, Taken, take
+from pipeline.selection.frontier import floors_of
+from pipeline.selection.standings import candidates_of
 
 
 def chosen_run(target: Path, rule: Promote | None = None) -> tuple[Path, str]:
@@ -25,6 +26,24 @@ def chosen_run(target: Path, rule: Promote | None = None) -> tuple[Path, str]:
     raise ConfigError(f"{target} is neither a run (no {CONFIG_FILE}) nor a sweep (no {SWEEP_FILE})")
 
 
+def strength_at_floor(target: Path, run_dir: Path) -> float | None:
+    """The strength at which a sweep with a floor has chosen one of its trials; None of a run, and without a floor.
+
+    Raises:
+        ConfigError: no strength above 0 keeps the floor, so there is nothing to hand on.
+    """
+    floor = floor_of(target) if is_sweep(target) else None
+    if floor is None:
+        return None
+    alpha = floors_of(read_floors(run_dir / EVAL))[floor].alpha
+    if alpha == 0:
+        raise ConfigError(
+            f"{target}: no trial keeps {floor:g} at any strength above 0, so the untouched model is the best there is; "
+            "lower the floor, or train with reference data (section keep)"
+        )
+    return alpha
+
+
 def rule_of(target: Path, changes: Sequence[str] = ()) -> Promote:
     """The rule in the config of a run, or of a sweep's trials, with "min_id=0.75" and the like over it."""
     prefixed = [change if change.startswith("promote.") else f"promote.{change}" for change in changes]
@@ -34,27 +53,34 @@ def rule_of(target: Path, changes: Sequence[str] = ()) -> Promote:
 
 def _chosen_trial(sweep: Path, rule: Promote | None) -> tuple[Path, str]:
     """By the rule that the report marks its chosen model by, among the trials that are evaluated."""
-    names, points, allowed = [], {}, []
-    for run_dir in trial_dirs(sweep):
-        names.append(run_dir.name)
-        if not has_summary(run_dir / EVAL):
-            continue
-        summary = read_summary(run_dir / EVAL)
-        if (point := point_of(summary)) is None:
-            continue
-        points[run_dir.name] = point
-        if holds(rule or load_config(run_dir / CONFIG_FILE).promote, summary):
-            allowed.append(run_dir.name)
-    if not points:
+    candidates, trials, floor = candidates_of(sweep, rule), len(trial_dirs(sweep)), floor_of(sweep)
+    if not candidates:
+        at = "" if floor is None else f" at the floor of {floor:g}"
         raise ConfigError(
-            f"{sweep}: none of its {len(names)} trials has results of id and of another dataset on which the untouched "
+            f"{sweep}: none of its {trials} trials has results{at} of id and of another dataset on which the untouched "
             "model is better than guessing"
         )
-    name = choose(points, allowed)
-    one = points[name]
-    told = f"chosen of {len(points)} trials: {name} (id {one.id:.4f}, kept {one.kept:.4f}, "
-    told += f"least of {one.worst}, {one.worst_kept:.4f})"
-    if len(allowed) < len(points):
-        told += f"; the rule of promotion holds for {len(allowed) or 'none'} of them"
-    left = len(names) - len(points)
-    return trial_dir(sweep, name), told + (f"; {left} without results" if left else "")
+    taken = take(candidates)
+    return trial_dir(sweep, taken.name), _told(taken, candidates, trials, floor)
+
+
+def _told(taken: Taken, candidates: Sequence[Candidate], trials: int, floor: float | None) -> str:
+    one = next(each for each in candidates if each.name == taken.name)
+    told = f"chosen of {len(candidates)} trials: {one.name} "
+    if one.at_floor is None:
+        told += f"(id {one.point.id:.4f}, kept {one.point.kept:.4f}, "
+    else:
+        told += f"(id {one.at_floor.id:.4f} at strength {one.at_floor.alpha:g}, kept {one.at_floor.kept:.4f}, "
+    told += f"least of {one.point.worst}, {one.point.worst_kept:.4f})"
+    allowed = sum(each.allowed for each in candidates)
+    if allowed < len(candidates):
+        told += f"; the rule of promotion holds for {allowed or 'none'} of them"
+    estimate = taken.estimates[taken.configuration]
+    if estimate.half is not None:
+        what = "balance" if floor is None else f"id at kept >= {floor:g}"
+        told += f"; {estimate.seeds} seed{'s' * (estimate.seeds > 1)}, mean {what} {estimate.mean:.4f} ± "
+        told += f"{estimate.half:.4f} (95 % t-interval), and this seed is the nearest to it"
+    if taken.equal:
+        told += f"; not told apart by the intervals, and not cheaper: {', '.join(taken.equal)}"
+    left = trials - len(candidates)
+    return told + (f"; {left} without results" if left else "")

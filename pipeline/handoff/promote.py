@@ -15,12 +15,13 @@ from pipeline.evaluation.strength import Strength
 from pipeline.evaluation.summary import Summary
 from pipeline.handoff.card.facts import CardFacts
 from pipeline.handoff.card.text import summary_line, write_card
-from pipeline.handoff.choice import chosen_run
+from pipeline.handoff.choice import chosen_run, strength_at_floor
 from pipeline.handoff.served_run import build_served, check_labels, labels_of
 from pipeline.handoff.source import TrainedModel, read_source
 from pipeline.handoff.strength import run_at_strength
 from pipeline.passwords import redact
-from pipeline.runs.results import read_summary
+from pipeline.runs.results import EVAL, read_floors, read_summary, reported_at
+from pipeline.selection.frontier import floors_of
 from pipeline.selection.kept import kept_of
 from pipeline.selection.rule import Clause, check
 from pipeline.tracking.mlflow.registry import CHAMPION, DIGEST_TAG, REGISTRY_VARIABLE, Registry
@@ -72,7 +73,8 @@ def promote(
     """Register the newest checkpoint of a run, or of a sweep's chosen trial, if the rule (default: the run's) holds.
 
     strength: register the model at this strength, or with "auto" at the largest that keeps the floor in the rule; its
-    results, which the rule is held against, are evaluated here as far as they are not there.
+    results, which the rule is held against, are evaluated here as far as they are not there. Of a sweep with a floor
+    the default is the strength that the sweep has chosen, with the results that it has.
 
     It becomes the challenger; with `champion`, or as the rule says, the champion. Weights that the model has already
     are not registered twice: that version gets the alias and the tags. class_names, templates: what the model answers
@@ -86,9 +88,8 @@ def promote(
     registry = Registry(uri, name, config.tracking.experiment)
     notes = [*([chosen] if chosen else []), *_other_registry(uri)]
     if strength is None:
-        source = read_source(run_dir)
-        check_labels(source, class_names, templates)
-        summary = results_of(source)
+        source, summary, told = _as_evaluated(Path(target), run_dir)
+        notes += told
     else:
         found, outcome = run_at_strength(run_dir, strength, rule, config)
         notes += [] if found is None else [str(found)]
@@ -96,7 +97,7 @@ def promote(
             return Promotion(name, uri, run_dir, [], notes=notes)
         summary = outcome.summary
         source = read_source(run_dir, strength=summary["strength"]["alpha"])
-        check_labels(source, class_names, templates)
+    check_labels(source, class_names, templates)
     clauses = check(rule, summary)
     if not all(clause.holds for clause in clauses):
         return Promotion(name, uri, run_dir, clauses, notes=notes)
@@ -119,14 +120,28 @@ def promote(
     return Promotion(name, uri, run_dir, clauses, version, new, aliases, before, notes)
 
 
+def _as_evaluated(target: Path, run_dir: Path) -> tuple[TrainedModel, Summary, list[str]]:
+    """The model, its results and what to tell; of a sweep with a floor at the strength that the sweep has chosen."""
+    alpha = strength_at_floor(target, run_dir)
+    if alpha is None:
+        source = read_source(run_dir)
+        return source, results_of(source), []
+    source, floors = read_source(run_dir, strength=alpha), read_floors(run_dir / EVAL)
+    assert floors is not None  # the strength is from there
+    floor, at = floors["floor"], floors_of(floors)[floors["floor"]]
+    facts = {"alpha": alpha, "floor": f"kept >= {floor:g}", "choosing_digest": floors["choosing_digest"]}
+    told = f"strength {alpha:g} keeps {floor:.2%} on the images it was chosen on, and {at.kept:.2%} on the others"
+    return source, {**results_of(source, run_dir / reported_at(alpha)), "strength": facts}, [told]
+
+
 def rollback(name: str, uri: str | None = None) -> tuple[str, str]:
     """Give `champion` back to the version that had it before. Returns (version that had it, version that has it)."""
     return Registry(resolve_uri(uri, Path("runs")), name).roll_back()
 
 
-def results_of(source: TrainedModel) -> Summary:
-    """The run's eval/summary.json; a ConfigError unless it is of exactly these weights and of whole datasets."""
-    folder = source.run_dir / "eval"
+def results_of(source: TrainedModel, folder: Path | None = None) -> Summary:
+    """The summary in a folder (default: RUN/eval); ConfigError unless it is of these weights and of whole datasets."""
+    folder = source.run_dir / EVAL if folder is None else folder
     again = f"run `selora evaluate {source.run_dir}`"
     if not (folder / "summary.json").is_file():
         raise ConfigError(f"{source.run_dir} has no results: {again} first")

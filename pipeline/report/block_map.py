@@ -49,6 +49,47 @@ def activation(collection: Collection, *, narrow: bool) -> Figure:
     return figure
 
 
+def dropping(collection: Collection, *, narrow: bool) -> Figure:
+    """Draw of one run with a budget how long each block was open, and the usefulness by which blocks were kept."""
+    runs = [run for run in collection.runs if run.budget is not None]
+    if not runs:
+        raise NoData("needs a run with gate.budget")
+    run = next((each for each in runs if each is collection.chosen), runs[0])
+    assert run.budget is not None
+    last = max([run.step, *run.budget["dropped_at"].values()])
+    shares = {
+        target: 1.0 if target in run.budget["open"] else run.budget["dropped_at"].get(target, last) / max(1, last)
+        for target in run.budget["usefulness"]
+    }
+    towers = [tower for tower in ("image", "text") if any(target.startswith(f"{tower}.") for target in shares)]
+    title = f"How the budget was spent: {run.label}"
+    figure, axes = panels(title, len(towers) + 1, narrow=narrow, height=3.0)
+    for tower, one in zip(towers, axes, strict=False):
+        own = {
+            (int(target.split(".")[1]), target.split(".")[2]): share
+            for target, share in shares.items()
+            if target.startswith(f"{tower}.")
+        }
+        _draw(one, own, tower)
+        count = sum(share == 1.0 for share in own.values())
+        one.set_title(f"{tower} tower: {count} of {len(own)} kept", loc="left")
+    _usefulness(axes[-1], run)
+    _scale(figure, "of the run open", narrow=narrow, one=False)
+    return figure
+
+
+def _usefulness(axes: Axes, run: Run) -> None:
+    """Draw a bar for each block, the most useful first: kept ones in colour."""
+    assert run.budget is not None
+    ranked = sorted(run.budget["usefulness"].items(), key=lambda item: -item[1])
+    kept = set(run.budget["open"])
+    axes.bar(range(1, len(ranked) + 1), [value for _, value in ranked], width=1.0,
+             color=[BLUE if name in kept else GRID for name, _ in ranked])  # fmt: skip
+    axes.set_title("usefulness, kept blocks in colour", loc="left")
+    axes.set_xlabel("blocks by usefulness")
+    axes.set_ylabel("fall of the loss by the block")
+
+
 def _draw(axes: Axes, shares: dict[tuple[int, str], float], tower: str) -> None:
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle

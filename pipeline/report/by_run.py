@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.report.records import Collection, Run
 from pipeline.report.style import CYCLE, GREY, GROUPS, INK, MARKERS, ORANGE, NoData, legend, measure, panels
+from pipeline.selection.drift import last_drift, learned_limit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,7 +71,8 @@ def pareto(collection: Collection, *, narrow: bool) -> Figure:
                       color=CYCLE[number % len(CYCLE)], linewidth=1, alpha=0.7, zorder=1.8)  # fmt: skip
     chosen = collection.chosen
     if chosen is not None:
-        one = points[chosen.name]
+        at = None if collection.floor is None else chosen.floors.get(collection.floor)
+        one = points[chosen.name] if at is None else at
         axes.plot(100 * one.kept, 100 * one.id, linestyle="none", marker="*", markersize=17, color=ORANGE,
                   markeredgecolor=INK, label=f"chosen: {chosen.label}", zorder=4)  # fmt: skip
     if "id" in collection.untouched:
@@ -86,6 +88,33 @@ def pareto(collection: Collection, *, narrow: bool) -> Figure:
     axes.margins(0.1)
     if len(runs) <= (3 if narrow else 2 * MOST_NAMED):  # more names would overlap
         _name_points(axes, collection, runs)
+    legend(figure, [axes])
+    return figure
+
+
+def drift(collection: Collection, *, narrow: bool) -> Figure:
+    """Draw what each finished run kept against how far it drifted on held-out reference samples."""
+    found = {
+        run.name: (last, collection.points[run.name].kept)
+        for run in collection.runs
+        if run.name in collection.points and (last := last_drift(run.history)) is not None
+    }
+    if len(found) < 2:
+        raise NoData("needs two runs with reference data (section keep) and results")
+    figure, (axes,) = panels("Drift against kept", 1, narrow=narrow, height=3.4)
+    methods = sorted({run.settings.method for run in collection.runs if run.name in found})
+    for number, method in enumerate(methods):
+        own = [found[run.name] for run in collection.runs if run.name in found and run.settings.method == method]
+        axes.plot([x for x, _ in own], [100 * y for _, y in own], linestyle="none", label=method, markersize=7,
+                  marker=MARKERS[number % len(MARKERS)], color=CYCLE[number % len(CYCLE)])  # fmt: skip
+    if collection.floor is not None:
+        axes.axhline(100 * collection.floor, color=GREY, linestyle=":", linewidth=1.3, label="floor")
+        if (limit := learned_limit(found.values(), collection.floor)) is not None:
+            label = f"largest drift above the floor: {limit:.3g}"
+            axes.axvline(limit, color=GREY, linestyle="--", linewidth=1.3, label=label)
+    axes.set_xlabel("drift on held-out reference samples")
+    axes.set_ylabel("knowledge kept (%)")
+    axes.margins(0.1)
     legend(figure, [axes])
     return figure
 

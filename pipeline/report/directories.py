@@ -10,8 +10,17 @@ from pipeline.config import ConfigError, flatten, load_config
 from pipeline.evaluation.summary import Summary
 from pipeline.files import read_json
 from pipeline.report.records import Best, Collection, Flat, Run, RunSettings, Series, Status
-from pipeline.runs.results import CHECKPOINTS_FILE, EVAL, STRENGTH_FILE, has_summary, read_summary
-from pipeline.runs.run import CONFIG_FILE, is_run, read_gates
+from pipeline.runs.blocks import read_budget
+from pipeline.runs.results import (
+    CHECKPOINTS_FILE,
+    EVAL,
+    STRENGTH_FILE,
+    has_summary,
+    read_floors,
+    read_summary,
+    reported_at,
+)
+from pipeline.runs.run import CONFIG_FILE, acting_parameters, is_run, read_gates
 from pipeline.runs.sweep import (
     BASELINES,
     SWEEP_FILE,
@@ -22,6 +31,8 @@ from pipeline.runs.sweep import (
     read_sweep,
     trial_dir,
 )
+from pipeline.selection.frontier import floors_of
+from pipeline.selection.standings import configuration_of
 from pipeline.tracking.journal import JOURNAL, Record, decode, lock_path, read
 from pipeline.tracking.locks import is_held
 
@@ -44,15 +55,17 @@ def collect(directory: Path) -> Collection:
 def _sweep(directory: Path) -> Collection:
     content = read_sweep(directory)
     runs = [_trial(directory, entry, content["base_config"]) for entry in content["trials"]]
-    return Collection(content["name"], str(directory), runs, is_held(lock_path(directory / JOURNAL)))
+    attended = is_held(lock_path(directory / JOURNAL))
+    return Collection(content["name"], str(directory), runs, attended, content.get("floor"))
 
 
 def _trial(directory: Path, entry: Mapping[str, Any], base: Flat) -> Run:
     """A trial, also one that has not started, or died before it wrote anything; its settings are in sweep.json."""
     folder = trial_dir(directory, entry["name"])
-    config = {**base, **entry["changes"]}
+    config = {**base, **entry["changes"], **({"soup": True} if entry.get("soup_of") else {})}
     state = read_state(folder) if (folder / TRIAL_FILE).is_file() else None
     common = {"label": entry["label"], "baseline": entry["baseline"], "baselines": directory / BASELINES}
+    common["configuration"] = configuration_of(entry)
     if is_run(folder):
         return _run(folder, state=state, config=config, **common)
     state = state or TrialState()
@@ -67,9 +80,10 @@ def _run(
     state: TrialState | None = None,
     config: Flat | None = None,
     baselines: Path | None = None,
+    configuration: str | None = None,
 ) -> Run:
     config = flatten(load_config(directory / CONFIG_FILE)) if config is None else config
-    results, best = directory / EVAL, _best(directory / EVAL)
+    results, best, floors = directory / EVAL, _best(directory / EVAL), read_floors(directory / EVAL)
     summary = _summary(results)
     if summary is None and best is not None:
         results, summary = results / "checkpoints" / str(best.step), best.summary
@@ -91,7 +105,18 @@ def _run(
         history=journal.history,
         strength=_json(directory / EVAL / STRENGTH_FILE) if (directory / EVAL / STRENGTH_FILE).is_file() else None,
         best=best,
+        configuration=configuration,
+        floors=floors_of(floors),
+        at_floor=_at_floor(directory, floors),
+        cost=acting_parameters(directory),
+        budget=read_budget(directory) if step is None else None,
     )
+
+
+def _at_floor(directory: Path, floors: Mapping[str, Any] | None) -> Summary | None:
+    """The results of a trial at the floor of its sweep; None without a floor, and at strength 0."""
+    at = floors_of(floors).get(floors["floor"]) if floors is not None else None
+    return None if at is None or at.alpha == 0 else _summary(directory / reported_at(at.alpha))
 
 
 def _planned(config: Flat) -> int | None:

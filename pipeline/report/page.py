@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
 
-from pipeline.report.records import RUNNING, Collection
+from pipeline.report.records import RUNNING, Collection, Run
 from pipeline.report.style import CYCLE, GRID, INK, ON_DARK, PAPER
 from pipeline.report.table import Table, percent
 from pipeline.report.tables import state
+from pipeline.selection.ranking import point_of
 
 # marker colour of the drawings -> CSS variable
 _VARIABLES = {INK: "--ink", GRID: "--grid", PAPER: "--paper"} | {
@@ -69,13 +70,21 @@ def _facts(collection: Collection, when: datetime) -> list[tuple[str, str]]:
     for part in collection.parts:
         chosen = part.chosen
         if chosen is not None and chosen.point is not None:
-            one, over = chosen.point, " over guessing" if part.classifies else ""
-            facts.append(
-                ("chosen" if part is collection else f"chosen, {part.title}",
-                 f"{chosen.label}: in-distribution {percent(one.id)} % ({100 * one.gain:+.1f} points{over}), "
-                 f"kept {percent(one.kept)} %, least of {one.worst}: {percent(one.worst_kept)} %")
-            )  # fmt: skip
+            facts.append(("chosen" if part is collection else f"chosen, {part.title}", _chosen(part, chosen)))
     return [*facts, ("written", when.strftime("%Y-%m-%d %H:%M"))]
+
+
+def _chosen(part: Collection, run: Run) -> str:
+    """What the chosen model learned and kept, at the strength that keeps the floor where there is one."""
+    at = None if part.floor is None else run.floors.get(part.floor)
+    one = run.point if at is None or run.at_floor is None else point_of(run.at_floor)
+    if one is None:
+        return run.label
+    over, strength = " over guessing" if part.classifies else "", "" if at is None else f" at strength {at.alpha:g}"
+    return (
+        f"{run.label}{strength}: in-distribution {percent(one.id)} % ({100 * one.gain:+.1f} points{over}), "
+        f"kept {percent(one.kept)} %, least of {one.worst}: {percent(one.worst_kept)} %"
+    )
 
 
 def _inline(svg: str, prefix: str) -> str:

@@ -11,8 +11,9 @@ import yaml
 
 from pipeline.config import Promote, is_vit
 from pipeline.evaluation.summary import Summary
+from pipeline.selection.candidates import Candidate, Taken, take
 from pipeline.selection.frontier import AtStrength, curve_of
-from pipeline.selection.ranking import Point, choose, pareto_front, point_of
+from pipeline.selection.ranking import Point, pareto_front, point_of
 from pipeline.selection.rule import holds
 
 # "trained": the schedule is complete, and there is no evaluation yet.
@@ -38,6 +39,7 @@ class RunSettings:
     classifies: bool  # a ViT with a classifier, not a CLIP
     train_rest: str
     keeps: bool = False  # held near the untouched model on reference data
+    soup: bool = False  # the mean of several seeds, not a training
 
     @staticmethod
     def of(flat: Flat) -> RunSettings:
@@ -58,6 +60,7 @@ class RunSettings:
             is_vit(str(flat["model.name"])),
             str(flat.get("train.train_rest")),
             bool(flat.get("keep.weight")),
+            bool(flat.get("soup")),
         )
 
     @property
@@ -67,8 +70,8 @@ class RunSettings:
 
     @property
     def method(self) -> str:
-        """ "gated LoRA", "DoRA + keep", "full fine-tuning", .."""
-        return f"{self._trained} + keep" if self.keeps else self._trained
+        """ "gated LoRA", "DoRA + keep", "soup of full fine-tuning", .."""
+        return ("soup of " if self.soup else "") + self._trained + (" + keep" if self.keeps else "")
 
     @property
     def _trained(self) -> str:
@@ -126,6 +129,11 @@ class Run:
     history: Mapping[str, Series] = field(default_factory=dict)
     strength: Mapping[str, Any] | None = None
     best: Best | None = None
+    configuration: str | None = None  # the same for the seeds of one configuration of a sweep; None: the run alone
+    floors: Mapping[float, AtStrength] = field(default_factory=dict)  # share kept -> the model at its strength
+    at_floor: Summary | None = None  # at the strength that keeps the floor of the sweep
+    cost: int | None = None  # trained parameters that act
+    budget: Mapping[str, Any] | None = None  # usefulness of each block, and when it was dropped
 
     @cached_property
     def settings(self) -> RunSettings:
@@ -152,14 +160,24 @@ class Run:
             return None
         return " + ".join(key for key, each in self.summary["datasets"].items() if each["group"] == "id") or None
 
+    def candidate(self, floor: float | None) -> Candidate | None:
+        """The run as a model to choose, at the floor of its sweep; None without results there."""
+        at = self.floors.get(floor) if floor is not None else None
+        if self.summary is None or (floor is not None and at is None):
+            return None
+        summary = self.at_floor if at is not None and self.at_floor is not None else self.summary
+        if (point := point_of(summary)) is None:
+            return None
+        allowed = holds(self.rule, summary) and (at is None or at.alpha > 0)
+        return Candidate(self.name, self.configuration or self.name, point, allowed, at, self.cost)
+
     @property
-    def may_be_promoted(self) -> bool:
-        """Whether the rule of promotion in its config holds."""
+    def rule(self) -> Promote:
+        """The rule of promotion in its config."""
         given = {
             key.removeprefix("promote."): value for key, value in self.config.items() if key.startswith("promote.")
         }
-        rule = Promote(**{key: yaml.safe_load(v) if isinstance(v, str) else v for key, v in given.items()})
-        return self.summary is not None and holds(rule, self.summary)
+        return Promote(**{key: yaml.safe_load(v) if isinstance(v, str) else v for key, v in given.items()})
 
     @property
     def active_share(self) -> float | None:
@@ -177,12 +195,14 @@ class Collection:
     """All runs of one report. `source` says where they were read.
 
     `attended`: whether a process is working on unfinished runs; None where that cannot be determined.
+    `floor`: share kept at which the runs of a sweep are compared.
     """
 
     title: str
     source: str
     runs: Sequence[Run]
     attended: bool | None = None
+    floor: float | None = None
 
     @cached_property
     def classifies(self) -> bool:
@@ -213,7 +233,9 @@ class Collection:
             members.setdefault(known, []).append(run)
         if len([target for target in members if target is not None]) < 2:
             return [self]
-        return [Collection(target or "the others", self.source, runs) for target, runs in members.items()]
+        return [
+            Collection(target or "the others", self.source, runs, floor=self.floor) for target, runs in members.items()
+        ]
 
     @cached_property
     def points(self) -> dict[str, Point]:
@@ -224,13 +246,15 @@ class Collection:
         return pareto_front(self.points)
 
     @cached_property
+    def taken(self) -> Taken | None:
+        """The choice by selection.candidates; None before the first result, and where there is no choice."""
+        found = [one for run in self.runs if (one := run.candidate(self.floor)) is not None]
+        return take(found) if len(found) > 1 else None
+
+    @cached_property
     def chosen(self) -> Run | None:
-        """The run chosen by selection.ranking; None before the first result, and where there is no choice."""
-        if len(self.points) < 2:
-            return None
-        allowed = [run.name for run in self.runs if run.may_be_promoted]
-        name = choose(self.points, allowed)
-        return next(run for run in self.runs if run.name == name)
+        """The run to hand on; None where there is no choice."""
+        return None if self.taken is None else next(run for run in self.runs if run.name == self.taken.name)
 
     @cached_property
     def datasets(self) -> dict[str, dict[str, Any]]:

@@ -63,6 +63,11 @@ def _catalogue(collection: Collection) -> tuple[Entry, ...]:
               f"a merged model costs as much as the untouched one. Gain: {gain}.",
               partial(by_setting.cost_and_gain, costs=costs)),
         Entry("map", "Where blocks stay active", "Layers are counted from the input.", block_map.activation),
+        Entry("budget", "How the budget was spent", "The darker a cell, the longer its block was open; full: to the "
+              "end. Usefulness: running mean of minus the gradient of the loss with respect to the block's indicator, "
+              "when the set was fixed.", block_map.dropping),
+        Entry("drift", "Drift against kept", "Drift: distance to the untouched model on reference samples that are not "
+              "trained on, at the end of the run; a limit (max_drift) stops a trial that passes it.", by_run.drift),
         Entry("training", "Training curves", "The chosen model's line is thick.", by_run.training),
         Entry("scores", "Scores of the gates", "A gate is open while its score is at or above the threshold.",
               by_run.scores),

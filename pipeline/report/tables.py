@@ -111,10 +111,14 @@ def _overview_notes(collection: Collection, *, starred: bool, compared: bool) ->
     if starred:
         of_each = " of each target set" if len(collection.parts) > 1 else ""
         over = " over guessing" if collection.classifies else ""
-        notes.append(
-            f"★ chosen{of_each}: the model on the Pareto front with the largest harmonic mean of in-distribution "
-            f"gain{over} (as share of the best gain) and kept."
+        how = (
+            f"the model on the Pareto front with the largest harmonic mean of in-distribution gain{over} (as share of "
+            "the best gain) and kept."
+            if collection.floor is None
+            else f"the most in-distribution at the largest strength that keeps {100 * collection.floor:g} %; the table "
+            "of accuracy at a share kept has it, and this one the whole fine-tuning."
         )
+        notes.append(f"★ chosen{of_each}: {how}")
     if compared:
         notes.append(
             "Best checkpoint: the highest in-distribution accuracy of those kept; it was chosen by this number, which "

@@ -4,6 +4,7 @@
 <folder>/summary.json       all of them by group, against the untouched model
 <folder>/strength.json      the curve between the untouched and the trained model
 <folder>/checkpoints.json   all kept checkpoints by the mean of id
+<folder>/floors.json        what the model reaches while it keeps 99, 95, 90 %, and the floor of its sweep
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from pipeline.config import ConfigError
 from pipeline.runs.formats import Format
 
 EVAL, SUMMARY_FILE, STRENGTH_FILE, CHECKPOINTS_FILE = "eval", "summary.json", "strength.json", "checkpoints.json"
+FLOORS_FILE = "floors.json"
 SUMMARY = Format("selora-summary", 1, ("datasets", "groups"))
+FLOORS = Format("selora-floors", 1, ("floor", "floors"))
 
 
 def has_summary(folder: Path) -> bool:
@@ -41,3 +44,25 @@ def read_summary(path: str | Path) -> dict[str, Any]:
         return SUMMARY.read(file)
     except FileNotFoundError:
         raise ConfigError(f"{file}: there is no such summary; `selora evaluate` writes it") from None
+
+
+def write_floors(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write what a model reaches at each floor."""
+    FLOORS.write(folder / FLOORS_FILE, content)
+
+
+def read_floors(folder: Path) -> dict[str, Any] | None:
+    """What floors.json in a folder holds; None where there is none.
+
+    Raises:
+        ConfigError: it is damaged, something else or of a later version.
+    """
+    try:
+        return FLOORS.read(folder / FLOORS_FILE)
+    except FileNotFoundError:
+        return None
+
+
+def reported_at(alpha: float) -> Path:
+    """Where in a run the results at a strength are, on the images on which no strength was chosen."""
+    return Path(EVAL, "strength", "auto", "reporting", f"{alpha:g}")

@@ -9,6 +9,7 @@ OUT/NAME/eval/summary.json                          results (results.py)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,3 +147,23 @@ def _newest_gates(run_dir: Path) -> Mapping[str, Any] | None:
 def open_gates(gates: Mapping[str, Any]) -> dict[str, bool]:
     """{target: whether its block is open} of what gate_map.json holds."""
     return {target: bool(gate["open"]) for target, gate in gates.items()}
+
+
+def acting_parameters(run_dir: Path) -> int | None:
+    """Number of trained parameters in the newest checkpoint, without those of closed blocks; None without one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        newest = latest_checkpoint(run_dir)
+        if newest is None:
+            return None
+        threshold = (newest.state.get("adapter") or {}).get("threshold") or 0.0
+        with safe_open(newest.path / "trainable.safetensors", framework="numpy") as file:
+            names = list(file.keys())
+            scores = [name for name in names if name.endswith("gate.score")]
+            closed = [name for name in scores if float(file.get_tensor(name)[0]) < threshold]
+            idle = tuple(name.removesuffix("gate.score") for name in closed)
+            acting = [name for name in names if not (idle and name.startswith(idle))]
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in acting)
+    except (ConfigError, OSError, SafetensorError):  # a training that goes on has replaced it since
+        return None

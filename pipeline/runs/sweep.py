@@ -2,6 +2,7 @@
 
 OUT/NAME/sweep.json                    the trials, written once the grid is expanded
 OUT/NAME/trials/<name>/                a run directory with an additional trial.json
+OUT/NAME/trials/<name>_soup/           the mean of several seeds, with soup.json: of which trials it is
 OUT/NAME/baselines/<digest>/           results of the untouched model, shared by all trials
 OUT/NAME/stop                          present while the sweep is to save and stop
 """
@@ -18,15 +19,18 @@ from pipeline.config import Config, ConfigError, flatten
 from pipeline.runs.formats import Format
 
 SWEEP_FILE, TRIAL_FILE, STOP_FILE, TRIALS, BASELINES = "sweep.json", "trial.json", "stop", "trials", "baselines"
+SOUP_FILE, ALARM_FILE = "soup.json", "alarm.json"
 SWEEP = Format("selora-sweep", 1, ("name", "base_config", "trials"))
 TRIAL = Format("selora-trial", 1, ("status",))
+SOUP = Format("selora-soup", 1, ("of",))
+ALARM = Format("selora-alarm", 1, ("step", "drift", "limit"))
 Status = Literal["waiting", "training", "evaluating", "finished", "failed", "stopped"]
 OVER: tuple[Status, ...] = ("finished", "failed", "stopped")
 
 
 @dataclass(frozen=True)
 class TrialState:
-    """trial.json. `waiting` with a step above 0 was interrupted and will continue; `stopped` was ended by ASHA."""
+    """trial.json. `waiting` with a step above 0 was interrupted and continues; `stopped` lost to others or drifted."""
 
     status: Status = "waiting"
     step: int = 0
@@ -66,16 +70,27 @@ def write_state(run_dir: Path, **changes: Any) -> TrialState:
     return state
 
 
-def write_sweep(sweep_dir: Path, config: Config, grid: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> None:
+def write_sweep(
+    sweep_dir: Path,
+    config: Config,
+    grid: Mapping[str, Any],
+    trials: Sequence[Mapping[str, Any]],
+    floor: float | None = None,
+    max_drift: float | None = None,
+) -> None:
     """Write sweep.json, from which report and promotion read the trials.
 
     Args:
         config: what all trials start from.
         grid: the grid file as written, {key: value}.
-        trials: id, name, label, changes ({option: value}) and baseline of each.
+        trials: id, name, label, changes ({option: value}) and baseline of each; also `configuration`, equal for trials
+            that differ by their seed alone, and of a soup `soup_of`, the names of its trials.
+        floor: share kept at which trials are compared; None: at the whole fine-tuning.
+        max_drift: drift at which a trial is stopped; None: never.
     """
     content = {"name": config.name, "base_config": flatten(config), "grid": dict(grid), "trials": list(trials)}
-    SWEEP.write(sweep_dir / SWEEP_FILE, content)
+    limits = {"floor": floor, "max_drift": max_drift}
+    SWEEP.write(sweep_dir / SWEEP_FILE, content | {key: value for key, value in limits.items() if value is not None})
 
 
 def read_sweep(sweep_dir: Path) -> dict[str, Any]:
@@ -97,3 +112,53 @@ def read_sweep(sweep_dir: Path) -> dict[str, Any]:
 def trial_dirs(sweep_dir: Path) -> list[Path]:
     """Run directories of a sweep's trials, in the order of its grid; they may not be there yet."""
     return [trial_dir(sweep_dir, trial["name"]) for trial in read_sweep(sweep_dir)["trials"]]
+
+
+def floor_of(sweep_dir: Path) -> float | None:
+    """Share kept at which the trials of a sweep are compared; None where they are not."""
+    return read_sweep(sweep_dir).get("floor")
+
+
+def max_drift_of(sweep_dir: Path) -> float | None:
+    """Drift at which a trial of a sweep is stopped; None: never."""
+    return read_sweep(sweep_dir).get("max_drift")
+
+
+@dataclass(frozen=True)
+class Soup:
+    """soup.json of a trial that is the mean of others: of which ones it should be, and of which it was made."""
+
+    of: list[str]
+    made_of: list[str]
+
+
+def read_soup(run_dir: Path) -> Soup | None:
+    """What soup.json holds; None of a trial that trains."""
+    try:
+        content = SOUP.read(run_dir / SOUP_FILE)
+    except FileNotFoundError:
+        return None
+    return Soup(list(content["of"]), list(content.get("made_of", [])))
+
+
+def write_soup(run_dir: Path, of: Sequence[str], made_of: Sequence[str] = ()) -> None:
+    """Write of which trials a soup is the mean."""
+    SOUP.write(run_dir / SOUP_FILE, {"of": list(of), "made_of": list(made_of)})
+
+
+def finished_of(sweep_dir: Path, names: Sequence[str]) -> list[str]:
+    """Of these trials those that have finished, in their order."""
+    return [name for name in names if read_state(trial_dir(sweep_dir, name)).status == "finished"]
+
+
+def read_alarm(run_dir: Path) -> dict[str, Any] | None:
+    """Step, drift and limit at which a trial was stopped; None where it was not."""
+    try:
+        return ALARM.read(run_dir / ALARM_FILE)
+    except FileNotFoundError:
+        return None
+
+
+def write_alarm(run_dir: Path, step: int, drift: float, limit: float) -> None:
+    """Write that a trial drifted too far."""
+    ALARM.write(run_dir / ALARM_FILE, {"step": step, "drift": drift, "limit": limit})

@@ -46,6 +46,15 @@ def curve_of(strength: Mapping[str, Any], datasets: Mapping[str, Mapping[str, An
     return found
 
 
+def floors_of(content: Mapping[str, Any] | None) -> dict[float, AtStrength]:
+    """{share kept: the model at the largest strength that keeps it} of what a floors.json holds; {} of None.
+
+    α was chosen on other images than those of id and kept; a model without anything to keep there counts as keeping 0.
+    """
+    entries = {} if content is None else content["floors"]
+    return {float(floor): AtStrength(each["alpha"], each["id"], each["kept"] or 0.0) for floor, each in entries.items()}
+
+
 def id_at(curve: Sequence[AtStrength], floor: float) -> float | None:
     """The id mean at the largest strength that keeps the floor, on straight lines between the points of a curve.
 

@@ -6,7 +6,7 @@ model that may not be registered is not chosen where another may.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pipeline.selection.kept import kept_of
@@ -68,21 +68,9 @@ def pareto_front(points: Mapping[str, Point]) -> list[str]:
     return sorted((name for name, one in points.items() if not beaten(one)), key=lambda name: (points[name].id, name))
 
 
-def choose(points: Mapping[str, Point], allowed: Collection[str] | None = None) -> str:
-    """The model of the Pareto front with the largest harmonic mean of gain / best gain and kept.
-
-    allowed: the names that keep the rule of promotion; the others count only where it holds for none.
-
-    A harmonic mean needs both: neither a model that learned nothing nor one that forgot everything can win by the other
-    half. Between equals the one that kept more wins, then the first name.
-
-    Raises ValueError without a point.
-    """
-    if not points:
-        raise ValueError("no model to choose from: none has results for id, another group and the untouched model")
-    points = {name: point for name, point in points.items() if allowed is None or name in allowed} or points
-    best = max(point.gain for point in points.values())
-    return min(pareto_front(points), key=lambda name: (-_balance(points[name], best), -points[name].kept, name))
+def balances(points: Mapping[str, Point], best_gain: float) -> dict[str, float]:
+    """{name: harmonic mean of gain / best gain and kept}: neither half can win without the other."""
+    return {name: _balance(point, best_gain) for name, point in points.items()}
 
 
 def _balance(point: Point, best_gain: float) -> float:

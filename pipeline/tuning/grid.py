@@ -1,4 +1,4 @@
-"""From a grid file to trials: pure, and everything is checked before anything starts.
+"""A grid file: what varies, the baselines, the seeds, and the resources of a trial; checked before anything starts.
 
     grid:                        # the product of these lists; a key of the config, or one of the short names
       rank: [2, 8, 32]
@@ -7,6 +7,15 @@
     baselines:                   # added to the grid; a list makes alternatives here as well
       - {name: flyp, label: full (FLYP), changes: {kind: full, train.lr: 3e-4}}
       - {name: lora_ungated, changes: {gate.enabled: false, rank: [2, 8, 32]}}
+    seeds: [0, 1, 2]             # every point and baseline with each; the mean over the seeds decides
+    soup: true                   # also the mean of the seeds' weights, as a model of its own
+    search: {trials: 40, sampler: tpe}   # beyond the grid's points, what a sampler proposes
+    ranges:                      # in these ranges; the other options are those of the config
+      train.lr: {log: [1e-5, 1e-3]}
+      lam: {linear: [0.1, 3.0]}
+      rank: {choices: [4, 16, 64]}       # or {integers: [4, 64]}
+    floor: 0.95                  # trials are compared by id at the largest strength that keeps this share
+    max_drift: 0.2               # a trial that drifts further on reference samples is stopped
     resources: {workers: 2, cpus_per_worker: 0.5}
     asha: {grace_steps: 100, reduction: 3}
 
@@ -15,22 +24,18 @@ An option whose value is itself a list is written as a list of lists.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import count, product
-from math import prod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError
 
-from pipeline.config import Config, ConfigError, Section, describe, digest, override
+from pipeline.config import ConfigError, Section, describe
 from pipeline.config.errors import Raw, did_you_mean
-from pipeline.config.yaml_file import read_chain
-from pipeline.tuning.names import label_of, name_of, value_text
+from pipeline.config.yaml_file import read_chain, read_overrides
+from pipeline.tuning.names import value_text
+from pipeline.tuning.search import Range, Search
 
 S = TypeVar("S", bound=Section)
 
@@ -41,8 +46,8 @@ ALIASES = {
     "penalty": "gate.penalty",
     "seed": "seed",
 }
-SECTIONS = ("grid", "baselines", "resources", "asha")
-MAX_TRIALS = 10_000
+SECTIONS = ("grid", "baselines", "search", "ranges", "seeds", "soup", "floor", "max_drift", "resources", "asha")
+OVERRIDABLE = ("floor", "max_drift")  # keys of a grid file that may also stand on the command line
 # A sweep sets these options for its trials.
 RESERVED = ("name", "out", "tracking.uri", "tracking.experiment", "tracking.enabled")
 
@@ -70,10 +75,25 @@ class Asha(Section):
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid file as read; keys are dotted. `source` is kept as written for sweep.json."""
+    """A grid file as read; keys are dotted. `source` is kept as written for sweep.json.
+
+    Attributes:
+        search: how many configurations are tried; None: those of the grid alone.
+        ranges: {option: what the sampler may propose}.
+        seeds: with which every point and baseline is trained; empty: with the seed of the config.
+        soup: whether the mean of the seeds' weights is evaluated as a model of its own.
+        floor: share kept at which trials are compared by id; None: by id and kept of the whole fine-tuning.
+        max_drift: drift on held-out reference samples at which a trial is stopped; None: never.
+    """
 
     axes: dict[str, list[Any]]
     baselines: tuple[Baseline, ...] = ()
+    search: Search | None = None
+    ranges: dict[str, Range] = field(default_factory=dict)
+    seeds: tuple[int, ...] = ()
+    soup: bool = False
+    floor: float | None = None
+    max_drift: float | None = None
     resources: Resources = field(default_factory=Resources)
     asha: Asha | None = None
     source: dict[str, Any] = field(default_factory=dict)
@@ -88,22 +108,15 @@ class Baseline:
     changes: dict[str, list[Any]]
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One config of the sweep; `id` is its number and the digest of its config when the sweep was created."""
+def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
+    """Read a grid file; raises ConfigError with every fault of the file in one message.
 
-    id: str
-    name: str
-    label: str
-    changes: dict[str, Any]
-    config: Config
-    baseline: bool
-
-
-def load_grid(path: str | Path) -> Grid:
-    """Read a grid file; raises ConfigError with every fault of the file in one message."""
-    raw = read_chain(path)
-    faults: list[str] = []
+    Args:
+        overrides: `key=value` that replace those of the file, as in floor=0.97.
+    """
+    changes, wrong = read_overrides(list(overrides))
+    raw = read_chain(path) | changes
+    faults: list[str] = wrong
     axes = {
         _dotted(key.removeprefix("grid."), one, faults): _values(key, one, faults)
         for key, one in raw.items()
@@ -115,109 +128,22 @@ def load_grid(path: str | Path) -> Grid:
         if key.partition(".")[0] not in SECTIONS
     ]
     baselines = _baselines(raw.get("baselines"), faults)
+    search = _section(Search, "search", raw, faults) if any(key.startswith("search") for key in raw) else None
+    ranges = _ranges(raw, faults)
+    seeds, soup = _seeds(raw.get("seeds"), raw.get("soup"), axes, baselines, faults)
+    floor = _number("floor", raw.get("floor"), 1.0, "a share kept above 0, 1 at most, as in 0.95", faults)
+    drift = _number("max_drift", raw.get("max_drift"), 2.0, "a distance above 0, 2 at most, as in 0.2", faults)
     resources = _section(Resources, "resources", raw, faults)
     asha = _section(Asha, "asha", raw, faults) if any(key.startswith("asha") for key in raw) else None
-    if not axes and not baselines:
+    named = {key.partition(".")[0] for key in raw}
+    if (search is not None) == ("search" in named) and bool(ranges) == ("ranges" in named):  # else there is a fault
+        faults += _search_faults(search, ranges, axes, floor)
+    if not axes and not baselines and "ranges" not in named:
         faults.append("grid: names no option to vary, as in grid: {rank: [2, 8], lam: [0.3, 1.0]}")
     if faults:
         raise ConfigError(f"{path}:\n" + "\n".join(faults))
     source = {key: one.value for key, one in raw.items()}
-    return Grid(axes, baselines, resources or Resources(), asha, source)
-
-
-def expand(config: Config, grid: Grid) -> list[Trial]:
-    """Every trial of the grid over `config`, the grid's points first; raises ConfigError with all faults at once.
-
-    Points that differ only in options without an effect (rank without blocks, lambda without gates) are one trial.
-    """
-    every = [grid.axes] * bool(grid.axes) + [each.changes for each in grid.baselines]
-    number = sum(prod(len(values) for values in axes.values()) for axes in every)
-    if number > MAX_TRIALS:
-        raise ConfigError(f"grid: {number} trials, at most {MAX_TRIALS}; give fewer values, or make several sweeps")
-    seeds = len(grid.axes.get("seed", ())) > 1
-    points = [(changes, None) for changes in _product(grid.axes)] if grid.axes else []
-    points += [(changes, each) for each in grid.baselines for changes in _product(each.changes)]
-    trials: list[Trial] = []
-    seen: dict[Config, str] = {}
-    faults: dict[str, None] = {}
-    for changes, baseline in points:
-        try:
-            made = override(config, changes)
-        except ConfigError as error:
-            faults |= dict.fromkeys(f"{_point(changes)}: {line}" for line in str(error).splitlines())
-            continue
-        same = _effective(made)
-        if same in seen:
-            continue
-        varied = [key for key, values in (baseline.changes if baseline else grid.axes).items() if len(values) > 1]
-        name = name_of(made, changes, varied, seeds=seeds, given=baseline.name if baseline else None)
-        if name in seen.values():
-            name = f"{name}_{hashlib.sha256(_canonical(changes).encode()).hexdigest()[:4]}"
-        seen[same] = name
-        label = label_of(made, changes, varied, seeds=seeds, given=baseline.label if baseline else None)
-        try:
-            placed = override(made, {"name": name, "out": str(Path(config.out).absolute() / config.name / "trials")})
-        except ConfigError as error:
-            faults |= dict.fromkeys(f"{_point(changes)}: {line}" for line in str(error).splitlines())
-            continue
-        trials.append(Trial(f"{len(trials):04d}-{digest(made)}", name, label, changes, placed, baseline is not None))
-    if faults:
-        raise ConfigError("\n".join(faults))
-    return trials
-
-
-def keep_names(trials: Sequence[Trial], stored: Sequence[Mapping[str, Any]]) -> list[Trial]:
-    """Give the trials of a sweep that exists the ids and names it gave them; new trials are numbered after those.
-
-    An id is made once: a later version may compute another digest, and MLflow and the trial's directory keep the
-    first one.
-
-    Args:
-        trials: as `expand` made them.
-        stored: entries of sweep.json's `trials`; they match by the options changed and by the name up to the suffix
-            that tells equal names apart.
-    """
-    known = {(_canonical(each["changes"]), each["baseline"], _stem(each["name"])): each for each in stored}
-    numbers = count(1 + max((int(each["id"].partition("-")[0]) for each in stored), default=-1))
-    kept = []
-    for trial in trials:
-        old = known.get((_canonical(trial.changes), trial.baseline, _stem(trial.name)))
-        if old is None:
-            kept.append(replace(trial, id=f"{next(numbers):04d}-{digest(trial.config)}"))
-        else:
-            config = override(trial.config, {"name": old["name"]})
-            kept.append(replace(trial, id=old["id"], name=old["name"], config=config))
-    return kept
-
-
-def _canonical(changes: Mapping[str, Any]) -> str:
-    return json.dumps(changes, sort_keys=True)
-
-
-def _stem(name: str) -> str:
-    return re.sub(r"_[0-9a-f]{4}$", "", name)
-
-
-def _effective(config: Config) -> Config:
-    """The config with all options that have no effect in it at their defaults; equal results mean equal runs."""
-    neutral: dict[str, Any] = {}
-    plain = Config.model_validate({"data": {"train": "unset"}})
-    if not config.gated:
-        neutral |= {f"gate.{name}": value for name, value in plain.gate.model_dump(mode="json").items()}
-        neutral["gate.enabled"] = False
-    if config.adapter.kind in ("full", "none"):
-        defaults = plain.adapter.model_dump(mode="json")
-        neutral |= {f"adapter.{name}": value for name, value in defaults.items() if name != "kind"}
-    return override(config, neutral)
-
-
-def _product(axes: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
-    for values in product(*axes.values()):
-        yield dict(zip(axes, values, strict=True))
-
-
-def _point(changes: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={value_text(value)}" for key, value in changes.items()) or "the base config"
+    return Grid(axes, baselines, search, ranges, seeds, soup, floor, drift, resources or Resources(), asha, source)
 
 
 def _dotted(key: str, one: Raw, faults: list[str]) -> str:
@@ -260,6 +186,77 @@ def _baselines(one: Raw | None, faults: list[str]) -> tuple[Baseline, ...]:
             changes[_dotted(key, raw, faults)] = _values(f"{where}.{key}", raw, faults)
         found.append(Baseline(entry.get("name"), entry.get("label"), changes))
     return tuple(found)
+
+
+def _ranges(raw: Mapping[str, Raw], faults: list[str]) -> dict[str, Range]:
+    found: dict[str, Range] = {}
+    for key, one in raw.items():
+        if key != "ranges" and not key.startswith("ranges."):
+            continue
+        name, _, kind = key.removeprefix("ranges").removeprefix(".").rpartition(".")
+        values = tuple(one.value) if isinstance(one.value, list) else (one.value,)
+        if not name:
+            faults.append(f"{key}: should be as in ranges: {{train.lr: {{log: [1e-5, 1e-3]}}}} ({one.origin})")
+            continue
+        each = Range(kind, values)
+        if (fault := each.fault()) is not None:
+            faults.append(f"ranges.{name}: {fault} ({one.origin})")
+        elif (dotted := _dotted(name, one, faults)) in found:
+            faults.append(f"ranges.{name}: is given twice ({one.origin})")
+        else:
+            found[dotted] = each
+    return found
+
+
+def _search_faults(
+    search: Search | None, ranges: Mapping[str, Range], axes: Mapping[str, list[Any]], floor: float | None
+) -> list[str]:
+    if (search is None) != (not ranges):
+        return ["search: needs ranges, as in ranges: {train.lr: {log: [1e-5, 1e-3]}}" if search else
+                "ranges: need search, as in search: {trials: 40}"]  # fmt: skip
+    if search is None:
+        return []
+    faults = [] if floor is not None else ["search: needs a floor, as in floor: 0.95: trials are compared by id at it"]
+    for key, each in ranges.items():
+        outside = [value for value in axes.get(key, ()) if not each.holds(value)]
+        if outside:
+            faults.append(f"grid.{key}: {value_text(outside[0])} is outside of ranges.{key} {list(each.values)}")
+    if "seed" in ranges:
+        faults.append("ranges.seed: a seed is not searched for; give seeds: [0, 1, 2]")
+    return faults
+
+
+def _seeds(
+    one: Raw | None,
+    soup: Raw | None,
+    axes: Mapping[str, list[Any]],
+    baselines: Sequence[Baseline],
+    faults: list[str],
+) -> tuple[tuple[int, ...], bool]:
+    wanted = False if soup is None else soup.value
+    if not isinstance(wanted, bool):
+        faults.append(f"soup: should be true or false, got {wanted!r} ({soup.origin if soup else ''})")
+    values = [] if one is None else _values("seeds", one, faults)
+    if one is not None and not all(
+        isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in values
+    ):
+        faults.append(f"seeds: should be whole numbers, as in [0, 1, 2]; got {values!r} ({one.origin})")
+    if one is not None and ("seed" in axes or any("seed" in each.changes for each in baselines)):
+        where = "grid" if "seed" in axes else "baselines"
+        faults.append(f"seeds: {where} names seed as well; leave it out there ({one.origin})")
+    if wanted is True and len(values) < 2:
+        faults.append("soup: is the mean of several seeds; name them, as in seeds: [0, 1, 2]")
+    return tuple(values), wanted is True
+
+
+def _number(key: str, one: Raw | None, most: float, what: str, faults: list[str]) -> float | None:
+    """A number above 0; None where there is none."""
+    if one is None or one.value is None:
+        return None
+    if not isinstance(one.value, int | float) or isinstance(one.value, bool) or not 0 < one.value <= most:
+        faults.append(f"{key}: should be {what}; got {one.value!r} ({one.origin})")
+        return None
+    return float(one.value)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -19,7 +19,8 @@ from pipeline.tracking.mlflow.delivery import StoreState, load_state, pending
 from pipeline.tracking.mlflow.sync import sync
 from pipeline.tracking.mlflow.uris import PasswordMissing, resolve_uri
 from pipeline.tracking.tracker import RunTracker, environment_tags, open_tracker
-from pipeline.tuning.grid import Grid, Trial
+from pipeline.tuning.grid import Grid
+from pipeline.tuning.trials import Trial
 
 MACHINE_SECONDS = 15.0
 TABLE_FILE = "table.txt"
@@ -38,8 +39,8 @@ class SweepRuns:
     """The parent run while the sweep runs. Its locked journal also keeps a second command from running."""
 
     def __init__(self, sweep_dir: Path, config: Config, grid: Grid, trials: Sequence[Trial]) -> None:
-        self._dir, self._config, self._trials = sweep_dir, config, trials
-        tracking = trials[0].config.tracking
+        self._dir, self._config = sweep_dir, config
+        tracking = self._tracking = trials[0].config.tracking if trials else config.tracking
         self._tracker: RunTracker = open_tracker(
             sweep_dir,
             run_name=config.name,
@@ -51,7 +52,7 @@ class SweepRuns:
             below=sweep_dir / TRIALS,
         )
         self._tracker.params({**flatten(config), "grid": grid.source})
-        self._place_children()
+        self.place(trials)
 
     def close(self, states: Mapping[str, TrialState], table: str, *, complete: bool) -> None:
         """Count the ends on the parent, and close every child with the status and the reason of its trial."""
@@ -66,11 +67,11 @@ class SweepRuns:
         self._tracker.finish("FINISHED" if complete else "KILLED")
         self._deliver([trial_dir(self._dir, name) for name in states])
 
-    def _place_children(self) -> None:
+    def place(self, trials: Sequence[Trial]) -> None:
         """Record in each trial's directory the parent of its run, before training starts there."""
         above = read_identity(self._dir)
         assert above is not None, "the tracker of the parent has written it"
-        for trial in self._trials:
+        for trial in trials:
             run_dir = trial_dir(self._dir, trial.name)
             run_dir.mkdir(parents=True, exist_ok=True)
             if read_identity(run_dir) is not None:
@@ -84,7 +85,7 @@ class SweepRuns:
 
     def _deliver(self, run_dirs: Sequence[Path]) -> None:
         """Deliver what the shipper could not, as long as the store answers."""
-        tracking = self._trials[0].config.tracking
+        tracking = self._tracking
         if not tracking.enabled:
             return
         try:

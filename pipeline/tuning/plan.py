@@ -5,12 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from pipeline.config import ConfigError
+from pipeline.config import Config, ConfigError
 from pipeline.display import size, text_table
-from pipeline.tuning.grid import Resources, Trial
+from pipeline.tuning.grid import Resources
+from pipeline.tuning.trials import Trial
+
+if TYPE_CHECKING:
+    from pipeline.model.load import Model
 
 _EPSILON = 1e-9
+# fp32 weights and moments of the trained parameters: two moments for Adam, one for SGD.
+_BYTES_PER_PARAMETER = {"adamw": 12, "sgd": 8}
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,10 @@ class Plan:
     steps: int
     speed: Speed | None
     disk_bytes: int | None = None
+    to_come: int = 0  # trials that a sampler has still to propose; they count in all other numbers
+    steps_to_come: int = 0  # of each of them, as far as it is known
+    drift: float | None = None  # the largest of a finished trial that kept the floor: what max_drift may be
+    absent: tuple[str, ...] = ()  # what the sweep needs and this machine does not have
 
     @property
     def waves(self) -> int:
@@ -93,12 +104,16 @@ def make_plan(
     capacity: Capacity,
     *,
     speed: Speed | None = None,
+    to_come: int = 0,
+    each: int = 0,
 ) -> Plan:
     """The plan of the remaining work.
 
     Args:
         trials: all of the sweep.
         steps: {name: optimizer steps left} of those that are not over.
+        to_come: trials that a sampler has still to propose.
+        each: steps of each of these.
 
     Raises:
         ConfigError: a trial that cannot fit the cluster, with what it needs and what there is.
@@ -107,13 +122,15 @@ def make_plan(
     if faults:
         raise ConfigError("\n".join(faults))
     return Plan(
-        trials=len(trials),
+        trials=len(trials) + to_come,
         done=len(trials) - len(steps),
-        concurrent=concurrency(resources, capacity, max(1, len(steps))),
+        concurrent=concurrency(resources, capacity, max(1, len(steps) + to_come)),
         resources=resources,
         capacity=capacity,
-        steps=sum(steps.values()),
+        steps=sum(steps.values()) + to_come * each,
         speed=speed,
+        to_come=to_come,
+        steps_to_come=each if to_come else 0,
     )
 
 
@@ -151,8 +168,9 @@ def fitting_faults(trials: Sequence[Trial], resources: Resources, capacity: Capa
 def describe_plan(plan: Plan) -> str:
     """The plan as text for the terminal."""
     resources, each = plan.resources, _size(plan.resources)
+    proposed = f", {plan.to_come} of them still to be proposed" if plan.to_come else ""
     lines = [
-        ("trials", f"{plan.trials}" + (f", {plan.done} of them over" if plan.done else "")),
+        ("trials", f"{plan.trials}" + (f", {plan.done} of them over" if plan.done else "") + proposed),
         ("waves", f"{plan.waves} of {plan.concurrent} trial{'s' if plan.concurrent > 1 else ''} at a time"),
         ("workers", f"{resources.workers} per trial, {each} each"),
         ("cluster", str(plan.capacity)),
@@ -163,6 +181,9 @@ def describe_plan(plan: Plan) -> str:
         lines.append(("GPUs", f"none of the {plan.capacity.gpus:g} are used: set resources.gpus_per_worker=1"))
     if plan.disk_bytes is not None:
         lines.append(("disk", f"about {size(plan.disk_bytes)} for checkpoints"))
+    if plan.drift is not None:
+        lines.append(("drift", f"up to {plan.drift:.3g} in finished trials that kept the floor; see max_drift"))
+    lines += [("not here", text) for text in plan.absent]
     return text_table((), lines, left=2)
 
 
@@ -187,3 +208,52 @@ def _fit(node: Node, cpus: float, gpus: float) -> int:
 def _size(resources: Resources) -> str:
     gpus = f" and {resources.gpus_per_worker:g} GPUs" if resources.gpus_per_worker else ""
     return f"{resources.cpus_per_worker:g} CPU{'s' if resources.cpus_per_worker != 1 else ''}{gpus}"
+
+
+def checkpoint_bytes(trials: Sequence[Trial], parameters: Mapping[str, int]) -> int:
+    """Most bytes that the checkpoints of all trials take; while one is written there is one more than is kept."""
+    settings = ((parameters[one.name], one.config.train) for one in trials)
+    return sum(count * _BYTES_PER_PARAMETER[train.optimizer] * (train.keep_last + 1) for count, train in settings)
+
+
+def trained_parameters(trials: Sequence[Trial]) -> dict[str, int]:
+    """{trial: number of trained parameters}. Builds each base model once, with random weights if it is named.
+
+    Without a ViT's classifier, whose size the shards decide.
+    """
+    from pipeline.model.load import load_model
+    from pipeline.model.vit import untagged
+
+    bases: dict[str, Model] = {}
+    found = {}
+    for trial in trials:
+        name = trial.config.model.name
+        if name not in bases:
+            bases[name] = load_model(untagged(name))
+        found[trial.name] = _count(bases[name], trial.config)
+    return found
+
+
+def _count(clip: Model, config: Config) -> int:
+    """r (inputs + outputs) per block, 1 per gate, `outputs` for DoRA's magnitude, and other trained parameters."""
+    from pipeline.costs.cost import trained_parameters as beside_blocks
+    from pipeline.method.adapter import random_targets, select_targets
+    from pipeline.model.towers import adapter_targets
+
+    adapter = config.adapter
+    total = beside_blocks(clip, config.train.train_rest, adapter.kind)
+    if adapter.kind in ("full", "none"):
+        return total
+    targets = adapter_targets(clip.model)
+    try:
+        names = select_targets(list(targets), adapter.towers, adapter.projections, adapter.targets)
+    except ValueError as error:
+        raise ConfigError(f"{config.name}: adapter.{error}") from error
+    if adapter.random_k is not None:
+        names = random_targets(names, adapter.random_k, config.seed)
+    for name in names:
+        module, attribute = targets[name]
+        linear = getattr(module, attribute)
+        total += adapter.rank * (linear.in_features + linear.out_features) + config.gated
+        total += linear.out_features if adapter.kind == "dora" else 0
+    return total

@@ -12,44 +12,63 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipeline.config import Config, ConfigError, load_config, override
+from pipeline.config import Config, ConfigError
 from pipeline.data.storage.folders import STORE_PASSWORD
 from pipeline.passwords import password_in
-from pipeline.runs.run import CONFIG_FILE, steps_done, write_config
-from pipeline.runs.sweep import (
-    OVER,
-    STOP_FILE,
-    TrialState,
-    is_sweep,
-    read_state,
-    read_sweep,
-    trial_dir,
-    write_state,
-    write_sweep,
+from pipeline.runs.run import steps_done
+from pipeline.runs.sweep import OVER, STOP_FILE, TrialState, finished_of, read_state, trial_dir, write_state
+from pipeline.tuning.grid import Grid, Resources
+from pipeline.tuning.layout import (
+    Proposals,
+    absent,
+    check_floor,
+    check_search,
+    known_trials,
+    prepare,
+    refuse_changes,
+    steps_of,
+    sweep_directory,
+    write_layout,
 )
-from pipeline.tuning.grid import Grid, Resources, Trial, expand, keep_names
-from pipeline.tuning.plan import Capacity, Node, Plan, Speed, describe_plan, make_plan
+from pipeline.tuning.plan import (
+    Capacity,
+    Node,
+    Plan,
+    Speed,
+    checkpoint_bytes,
+    describe_plan,
+    make_plan,
+    trained_parameters,
+)
+from pipeline.tuning.trials import Trial
 
 _GRACE_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
 class SweepOutcome:
-    """The result of a sweep: its directory and every trial's state, in the order of the grid."""
+    """The result of a sweep: its directory and every trial's state, in the order of the grid.
+
+    Attributes:
+        to_come: configurations that a sampler has still to propose.
+    """
 
     directory: Path
     trials: dict[str, TrialState]
     table: str
+    to_come: int = 0
 
     @property
     def complete(self) -> bool:
         """Whether every trial has ended, in any way."""
-        return all(state.status in OVER for state in self.trials.values())
+        return not self.to_come and all(state.status in OVER for state in self.trials.values())
 
     @property
     def finished(self) -> list[str]:
@@ -61,17 +80,42 @@ class SweepOutcome:
 
 
 def plan_sweep(
-    config: Config, grid: Grid, *, address: str | None = None, seconds_per_step: float | None = None
+    config: Config,
+    grid: Grid,
+    *,
+    address: str | None = None,
+    seconds_per_step: float | None = None,
+    samples: int | None = None,
 ) -> Plan:
-    """The plan of the sweep; writes nothing. Without an address, for this machine."""
-    from pipeline.tuning.disk import checkpoint_bytes, trained_parameters
+    """The plan of the sweep; writes nothing, and needs neither shards nor evaluation sets where it can do without.
+
+    Args:
+        address: of a Ray cluster; None: this machine.
+        samples: number of training images, of which epochs are counted; None: as many as the shards hold.
+
+    Raises:
+        ConfigError: a mistake in the config or the grid, or the number of steps cannot be known.
+    """
+    from pipeline.tuning.progress import learned_drift
 
     _hand_down_passwords(config)
-    trials, totals = _prepare(config, grid)
-    sweep_dir = _directory(config)
-    _refuse_changes(sweep_dir, trials)
-    plan = _plan(sweep_dir, trials, totals, grid.resources, _look(address, grid.resources), seconds_per_step)
-    return replace(plan, disk_bytes=checkpoint_bytes(trials, trained_parameters(trials)))
+    trials = known_trials(config, grid)
+    missing = absent(trials)
+    if not missing:
+        check_floor(config, trials, grid.floor)
+    check_search(config, grid, trials)
+    try:
+        totals = steps_of(trials, samples)
+    except ConfigError as error:
+        raise ConfigError(f"{error}\na plan without the shards needs --samples N, or train.steps") from None
+    sweep_dir = sweep_directory(config)
+    refuse_changes(sweep_dir, trials)
+    proposals = Proposals(config, grid, trials, totals, lambda _: None).left
+    plan = _plan(sweep_dir, trials, totals, grid, _look(address, grid.resources), seconds_per_step, proposals)
+    training = [one for one in trials if not one.soup_of]
+    drift = None if grid.floor is None else learned_drift(sweep_dir, trials, grid.floor)
+    disk = checkpoint_bytes(training, trained_parameters(training))
+    return replace(plan, disk_bytes=disk, drift=drift, absent=tuple(missing))
 
 
 def sweep(
@@ -95,94 +139,23 @@ def sweep(
     from pipeline.tuning.mlflow_runs import SweepRuns
     from pipeline.tuning.progress import describe
 
-    trials, totals = _prepare(config, grid)
-    sweep_dir = _directory(config)
-    _refuse_changes(sweep_dir, trials)
+    trials, totals = prepare(config, grid)
+    sweep_dir = sweep_directory(config)
+    refuse_changes(sweep_dir, trials)
     with SweepRuns(sweep_dir, config, grid, trials) as record:
-        _write(sweep_dir, config, grid, trials, totals, retry_failed=retry_failed)
-        left = [trial for trial in trials if read_state(trial_dir(sweep_dir, trial.name)).status not in OVER]
-        if left:
-            _run(sweep_dir, grid, trials, left, totals, address, seconds_per_step)
+        write_layout(sweep_dir, config, grid, trials, totals, retry_failed=retry_failed)
+        proposals = Proposals(config, grid, trials, totals, record.place)
+        if _left(sweep_dir, trials) or proposals.left:
+            _run(sweep_dir, grid, trials, totals, proposals, address, seconds_per_step)
         states = {trial.name: read_state(trial_dir(sweep_dir, trial.name)) for trial in trials}
-        outcome = SweepOutcome(sweep_dir, states, describe(sweep_dir, trials))
+        outcome = SweepOutcome(sweep_dir, states, describe(sweep_dir, trials, grid.floor), proposals.left)
         record.close(outcome.trials, outcome.table, complete=outcome.complete)
     return outcome
 
 
-def _directory(config: Config) -> Path:
-    return Path(config.out).absolute() / config.name
-
-
-def _prepare(config: Config, grid: Grid) -> tuple[list[Trial], dict[str, int]]:
-    """The trials, with one store for all, and the steps of each; all files are read now."""
-    from pipeline.data.shards.index import load_index
-    from pipeline.evaluation.datasets.benchmark import load_benchmark
-    from pipeline.evaluation.datasets.overlap import check_overlap
-    from pipeline.tracking.mlflow.uris import checked_uri
-    from pipeline.training.settings import total_steps
-
-    trials = keep_names(expand(config, grid), _stored_trials(_directory(config)))
-    samples = {path: load_index(path).samples for path in {one.config.data.train for one in trials}}
-    asked = {(one.config.eval.benchmark, one.config.eval.root, one.config.eval.datasets) for one in trials}
-    for one in {(one.config.keep, one.config.eval): one for one in trials}.values():
-        check_overlap(one.config)
-    for benchmark, root, datasets in asked:
-        if benchmark is not None:
-            load_benchmark(benchmark, root).choose(datasets).check_paths()
-    uri = config.tracking.uri
-    if config.tracking.enabled and uri is None and "MLFLOW_TRACKING_URI" not in os.environ:
-        uri = checked_uri(None, Path(config.out).absolute())
-    trials = [replace(one, config=override(one.config, {"tracking.uri": uri})) for one in trials]
-    return trials, {one.name: total_steps(one.config, samples[one.config.data.train]) for one in trials}
-
-
-def _stored_trials(sweep_dir: Path) -> list[dict[str, Any]]:
-    """The trials of an earlier call, none before the first."""
-    return read_sweep(sweep_dir)["trials"] if is_sweep(sweep_dir) else []
-
-
-def _refuse_changes(sweep_dir: Path, trials: Sequence[Trial]) -> None:
-    """Check that existing trials are unchanged; new ones may be added."""
-    from pipeline.training.settings import changed_settings
-
-    now, faults = {trial.name: trial for trial in trials}, []
-    for entry in _stored_trials(sweep_dir):
-        name = entry["name"]
-        if name not in now:
-            faults.append(f"{name} ({entry['label']}) is no longer in the grid")
-            continue
-        path = trial_dir(sweep_dir, name) / CONFIG_FILE
-        changed = changed_settings(load_config(path), now[name].config) if path.is_file() else []
-        faults += [f"{name}:", *changed] if changed else []
-    if faults:
-        raise ConfigError(
-            f"{sweep_dir} holds a sweep with other settings; choose another name=… or restore them:\n"
-            + "\n".join(faults)
-        )
-
-
-def _write(
-    sweep_dir: Path,
-    config: Config,
-    grid: Grid,
-    trials: Sequence[Trial],
-    totals: dict[str, int],
-    *,
-    retry_failed: bool,
-) -> None:
-    """Write what the trials' processes read: sweep.json, and each trial's config and state."""
-    entries = [
-        {"id": one.id, "name": one.name, "label": one.label, "changes": one.changes, "baseline": one.baseline}
-        for one in trials
-    ]
-    write_sweep(sweep_dir, config, grid.source, entries)
-    (sweep_dir / STOP_FILE).unlink(missing_ok=True)
-    for trial in trials:
-        run_dir = trial_dir(sweep_dir, trial.name)
-        write_config(run_dir, trial.config)
-        status = read_state(run_dir).status
-        again = status not in OVER or (status == "failed" and retry_failed)
-        write_state(run_dir, total_steps=totals[trial.name], **({"status": "waiting", "error": None} if again else {}))
+def _left(sweep_dir: Path, trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that are not over."""
+    return [trial for trial in trials if read_state(trial_dir(sweep_dir, trial.name)).status not in OVER]
 
 
 def _look(address: str | None, resources: Resources) -> Capacity:
@@ -191,7 +164,7 @@ def _look(address: str | None, resources: Resources) -> Capacity:
         import torch
 
         return Capacity((Node("here", len(os.sched_getaffinity(0)), torch.cuda.device_count()),))
-    from pipeline.tuning.scheduler import cluster
+    from pipeline.tuning.cluster.connect import cluster
 
     with cluster(address, resources) as capacity:
         return capacity
@@ -201,53 +174,71 @@ def _plan(
     sweep_dir: Path,
     trials: Sequence[Trial],
     totals: dict[str, int],
-    resources: Resources,
+    grid: Grid,
     capacity: Capacity,
     seconds_per_step: float | None,
+    proposals: int = 0,
 ) -> Plan:
+    """The plan of what is left, with so many configurations that a sampler has still to propose."""
     from pipeline.tuning.progress import measured_speed
 
     states = {trial.name: read_state(trial_dir(sweep_dir, trial.name)) for trial in trials}
-    left = {name: totals[name] - state.step for name, state in states.items() if state.status not in OVER}
+    left = {name: max(0, totals[name] - state.step) for name, state in states.items() if state.status not in OVER}
     speed = Speed(seconds_per_step, "as given") if seconds_per_step else measured_speed(sweep_dir, trials)
-    return make_plan(trials, left, resources, capacity, speed=speed)
+    to_come = proposals * max(1, len(grid.seeds))
+    each = max(totals.values(), default=0)
+    return make_plan(trials, left, grid.resources, capacity, speed=speed, to_come=to_come, each=each)
 
 
 def _run(
     sweep_dir: Path,
     grid: Grid,
-    trials: Sequence[Trial],
-    left: Sequence[Trial],
+    trials: list[Trial],
     totals: dict[str, int],
+    proposals: Proposals,
     address: str | None,
     seconds_per_step: float | None,
 ) -> None:
+    from pipeline.tuning.cluster.connect import cluster
     from pipeline.tuning.mlflow_runs import MACHINE_SECONDS
     from pipeline.tuning.progress import Progress
-    from pipeline.tuning.scheduler import Interrupted, TrialJob, cluster, run_trials, watch_nodes
+    from pipeline.tuning.scheduler import Interrupted, TrialJob, run_trials, watch_nodes
 
-    stop = _Stop(sweep_dir, [trial.name for trial in left])
+    stop = _Stop(sweep_dir, trials)
     with stop, cluster(address, grid.resources) as capacity:
         stop.listen()  # Ray has replaced it by its own handler
-        plan = _plan(sweep_dir, trials, totals, grid.resources, capacity, seconds_per_step)
+        plan = _plan(sweep_dir, trials, totals, grid, capacity, seconds_per_step, proposals.left)
         sys.stderr.write(describe_plan(plan) + "\n")
-        watched = tuple(trial.name for trial in left if grid.asha is not None and not trial.baseline)
-        job = TrialJob(sweep_dir, Path.cwd(), grid.resources, bool(grid.resources.gpus_per_worker), watched)
+        spared = tuple(trial.name for trial in trials if trial.baseline)
+        on_gpu = bool(grid.resources.gpus_per_worker)
+        job = TrialJob(sweep_dir, Path.cwd(), grid.resources, on_gpu, grid.asha is not None, spared)
         machines = watch_nodes(sweep_dir, MACHINE_SECONDS)
-        with Progress(sweep_dir, trials):
-            try:
-                lost = run_trials(
-                    job,
-                    [trial.name for trial in left],
-                    concurrent=plan.concurrent,
-                    asha=grid.asha,
-                    steps=max(totals.values()),
-                    tick=stop.tick,
-                )
-            except Interrupted:
-                lost = {}
+        steps = max([*totals.values(), plan.steps_to_come])
+        run = partial(run_trials, job, concurrent=plan.concurrent, steps=steps, tick=stop.tick)
+        lost: dict[str, str] = {}
+        with Progress(sweep_dir, trials, grid.floor), suppress(Interrupted):
+            training = [trial.name for trial in _left(sweep_dir, trials) if not trial.soup_of]
+            if training or proposals.left:
+                lost |= run(training, asha=grid.asha, more=None if grid.search is None else proposals.next)
+            if soups := _ready_soups(sweep_dir, [trial for trial in _left(sweep_dir, trials) if trial.soup_of]):
+                lost |= run(soups, asha=None)
         del machines
-    _settle(sweep_dir, left, lost, stop.requested)
+    _settle(sweep_dir, trials, lost, stop.requested)
+
+
+def _ready_soups(sweep_dir: Path, soups: Sequence[Trial]) -> list[str]:
+    """The soups that can be made now: all of their trials are over and two have finished."""
+    ready = []
+    for soup in soups:
+        states = [read_state(trial_dir(sweep_dir, name)).status for name in soup.soup_of]
+        if not all(status in OVER for status in states):
+            continue
+        if len(found := finished_of(sweep_dir, soup.soup_of)) > 1:
+            ready.append(soup.name)
+        else:
+            reason = f"a mean needs two finished seeds, and there is {found[0] if found else 'none'}"
+            write_state(trial_dir(sweep_dir, soup.name), status="failed", error=reason)
+    return ready
 
 
 def _hand_down_passwords(config: Config) -> None:
@@ -258,11 +249,11 @@ def _hand_down_passwords(config: Config) -> None:
             os.environ.setdefault(STORE_PASSWORD, password)
 
 
-def _settle(sweep_dir: Path, left: Sequence[Trial], lost: dict[str, str], interrupted: bool) -> None:
+def _settle(sweep_dir: Path, trials: Sequence[Trial], lost: dict[str, str], interrupted: bool) -> None:
     """Record the end of every trial whose own process could not."""
     from pipeline.tuning.progress import last_values
 
-    for trial in left:
+    for trial in trials:
         run_dir = trial_dir(sweep_dir, trial.name)
         if read_state(run_dir).status not in ("training", "evaluating"):
             continue
@@ -282,9 +273,9 @@ def _settle(sweep_dir: Path, left: Sequence[Trial], lost: dict[str, str], interr
 class _Stop:
     """On Ctrl-C or SIGTERM, ask the trials to save and stop; the second signal ends them at once."""
 
-    def __init__(self, sweep_dir: Path, names: Sequence[str]) -> None:
+    def __init__(self, sweep_dir: Path, trials: Sequence[Trial]) -> None:
         self.requested = False
-        self._dir, self._names = sweep_dir, names
+        self._dir, self._trials = sweep_dir, trials
         self._deadline, self._looked = 0.0, 0.0
         self._previous: dict[int, Any] = {}
 
@@ -314,7 +305,8 @@ class _Stop:
         if not self.requested or now - self._looked < 0.5:
             return
         self._looked = now
-        training = [name for name in self._names if read_state(trial_dir(self._dir, name)).status == "training"]
+        states = [read_state(trial_dir(self._dir, trial.name)) for trial in self._trials]
+        training = [state for state in states if state.status == "training"]
         if not training or now > self._deadline:
             raise Interrupted
 

@@ -14,11 +14,27 @@ from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Config, ConfigError, load_config
+from pipeline.config import Config, ConfigError, flatten, load_config
 from pipeline.files import replace_text
 from pipeline.runs.results import EVAL
-from pipeline.runs.run import CONFIG_FILE, is_run, steps_done
-from pipeline.runs.sweep import BASELINES, STOP_FILE, TrialState, read_state, trial_dir, write_state
+from pipeline.runs.run import CONFIG_FILE, is_run, steps_done, write_gates
+from pipeline.runs.sweep import (
+    ALARM_FILE,
+    BASELINES,
+    STOP_FILE,
+    TrialState,
+    finished_of,
+    floor_of,
+    max_drift_of,
+    read_alarm,
+    read_soup,
+    read_state,
+    trial_dir,
+    write_alarm,
+    write_soup,
+    write_state,
+)
+from pipeline.selection.drift import largest_drift
 
 if TYPE_CHECKING:
     from pipeline.training.run import Watch
@@ -30,15 +46,25 @@ _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory"
 
 
 class StopWatch:
-    """Requests that a run saves and stops once the sweep is to stop."""
+    """Requests that a run saves and stops once the sweep is to stop, or the run has drifted too far (max_drift)."""
 
-    def __init__(self, sweep_dir: Path) -> None:
+    def __init__(self, sweep_dir: Path, name: str | None = None) -> None:
         self._file = sweep_dir / STOP_FILE
+        self._run_dir = None if name is None else trial_dir(sweep_dir, name)
+        self._limit = None if name is None else max_drift_of(sweep_dir)
+        self._alarmed = False
 
-    def recorded(self, step: int, values: Mapping[str, float]) -> None: ...
+    def recorded(self, step: int, values: Mapping[str, float]) -> None:
+        """Compare the drift with its limit; all ranks see the same values and stop at one step, rank 0 writes why."""
+        drift = largest_drift(values)
+        if self._limit is None or self._run_dir is None or drift is None or drift <= self._limit or self._alarmed:
+            return
+        self._alarmed = True
+        if os.environ.get("RANK", "0") == "0":
+            write_alarm(self._run_dir, step, drift, self._limit)
 
     def stop_requested(self) -> bool:
-        return self._file.exists()
+        return self._alarmed or self._file.exists()
 
 
 def trial_config(sweep_dir: Path, name: str) -> Config:
@@ -59,7 +85,7 @@ def train_stage(sweep_dir: Path, name: str, watch: Watch | None = None) -> None:
     from pipeline.training.run import train
 
     run_dir = trial_dir(sweep_dir, name)
-    watch = watch or StopWatch(sweep_dir)
+    watch = watch or StopWatch(sweep_dir, name)
     if failure_of(run_dir) is not None or watch.stop_requested():
         return
     with _log(run_dir):
@@ -78,17 +104,19 @@ def train_stage(sweep_dir: Path, name: str, watch: Watch | None = None) -> None:
 def evaluation_stage(sweep_dir: Path, name: str) -> Mapping[str, Any] | None:
     """Evaluate the trained model on unfinished datasets and track the results; None without a benchmark.
 
-    The first trial to arrive evaluates the untouched model; the others wait for it.
+    The first trial to arrive evaluates the untouched model; the others wait for it. A soup is made first.
     """
     from pipeline.data.storage.cache import Cache
+    from pipeline.evaluation.auto_strength import evaluate_floors
     from pipeline.evaluation.datasets.benchmark import load_benchmark
     from pipeline.evaluation.datasets.dataset import Settings, batch_and_workers
-    from pipeline.evaluation.record import track_results
+    from pipeline.evaluation.record import track_floors, track_results
     from pipeline.evaluation.run import evaluate_run
     from pipeline.model.restore import find_run
     from pipeline.tracking.locks import Busy, ProcessLock
 
     config, run_dir = trial_config(sweep_dir, name), trial_dir(sweep_dir, name)
+    make_soup(sweep_dir, name)
     if config.eval.benchmark is None:
         return None
     device = _device()
@@ -108,8 +136,39 @@ def evaluation_stage(sweep_dir: Path, name: str) -> Mapping[str, Any] | None:
         with suppress(Busy), ProcessLock(baselines / ".lock", _BASELINE_WAIT_SECONDS):
             _evaluate_base(run_dir, benchmark, settings, baselines)
         found = evaluate_run(run_dir, benchmark, run_dir / EVAL, settings, baselines=baselines, say=_say)
-        track_results(run_dir, config, find_run(run_dir).step, found.results, found.summary)
+        step = find_run(run_dir).step
+        track_results(run_dir, config, step, found.results, found.summary)
+        if (floor := floor_of(sweep_dir)) is not None:
+            at = evaluate_floors(run_dir, benchmark, settings, floor, baselines=baselines, say=_say)
+            track_floors(run_dir, config, step, at)
     return found.summary
+
+
+def make_soup(sweep_dir: Path, name: str) -> None:
+    """Write the mean of the seeds that have finished as the checkpoint of a trial, unless it is there."""
+    from pipeline.model.soup import mean_weights, state_of_mean
+    from pipeline.tracking.tracker import open_tracker
+    from pipeline.training.checkpoint import save_checkpoint
+
+    config, run_dir = trial_config(sweep_dir, name), trial_dir(sweep_dir, name)
+    soup = read_soup(run_dir)
+    if soup is None or soup.made_of == (finished := finished_of(sweep_dir, soup.of)):
+        return
+    folders = [trial_dir(sweep_dir, each) for each in finished]
+    save_checkpoint(run_dir, mean_weights(folders), {}, state_of_mean(folders), keep_last=1)
+    write_gates(run_dir, {})
+    write_soup(run_dir, soup.of, finished)
+    with open_tracker(
+        run_dir,
+        run_name=name,
+        uri=config.tracking.uri,
+        experiment=config.tracking.experiment,
+        enabled=config.tracking.enabled,
+        owns_status=False,
+    ) as tracker:
+        # As its seeds were trained: that it has the form of a full fine-tuning is not what a reader looks for.
+        trained = flatten(load_config(folders[0] / CONFIG_FILE))
+        tracker.params({**trained, "soup": True, "soup.of": " ".join(finished)})
 
 
 def _evaluate_base(run_dir: Path, benchmark: Any, settings: Any, baselines: Path) -> None:
@@ -125,15 +184,19 @@ def _evaluate_base(run_dir: Path, benchmark: Any, settings: Any, baselines: Path
 
 def begin(run_dir: Path) -> TrialState:
     """Record that a trial's training starts or continues."""
-    (run_dir / FAILURE_FILE).unlink(missing_ok=True)
+    for file in (FAILURE_FILE, ALARM_FILE):
+        (run_dir / file).unlink(missing_ok=True)
     return write_state(run_dir, status="training", error=None, attempts=read_state(run_dir).attempts + 1)
 
 
 def after_training(run_dir: Path) -> TrialState:
-    """Record the result of the training stage: evaluating, failed, or waiting if it was stopped before the end."""
+    """Record the result of the training stage: evaluating, failed, stopped by its drift, or waiting if interrupted."""
     step, reason = steps_done(run_dir), failure_of(run_dir)
     if reason is not None:
         return write_state(run_dir, status="failed", step=step, error=reason)
+    if (alarm := read_alarm(run_dir)) is not None:
+        told = f"stopped at step {alarm['step']}: its drift {alarm['drift']:.4f} is above max_drift {alarm['limit']:g}"
+        return write_state(run_dir, status="stopped", step=step, error=told)
     if step < read_state(run_dir).total_steps:
         return write_state(run_dir, status="waiting", step=step)
     return write_state(run_dir, status="evaluating", step=step)
@@ -144,7 +207,8 @@ def run_trial(sweep_dir: Path, name: str) -> TrialState:
     run_dir = trial_dir(sweep_dir, name)
     begin(run_dir)
     try:
-        train_stage(sweep_dir, name)
+        if steps_done(run_dir) < read_state(run_dir).total_steps:
+            train_stage(sweep_dir, name)
         state = after_training(run_dir)
         if state.status == "evaluating":
             evaluation_stage(sweep_dir, name)

@@ -13,7 +13,8 @@ from pipeline.config.sections import Section
 from pipeline.report.records import Run
 from pipeline.report.series import configurations, labels
 from pipeline.training.settings import changed_settings
-from pipeline.tuning.grid import expand, keep_names, load_grid
+from pipeline.tuning.grid import load_grid
+from pipeline.tuning.trials import expand, keep_names
 
 BASE = Config.model_validate({"data": {"train": "x"}})
 # Another legal value of every option that leaves the trained weights alone.
@@ -136,7 +137,7 @@ def test_continued_sweep_keeps_its_names_and_ids(tmp_path: Path):
         {"id": "0001-bbbbbbbbbbbb", "name": "own_beef", "changes": second.changes, "baseline": True},
     ]
     path.write_text(json.dumps({"baselines": [twins[1], twins[2], twins[0]]}))
-    kept = keep_names(expand(BASE, load_grid(path)), json.loads(json.dumps(entries)))
+    kept = keep_names(expand(BASE, load_grid(path)), json.loads(json.dumps(entries)), BASE.seed)
     assert kept[1].id == f"0002-{digest(kept[1].config)}"
     for entry, one in zip(entries, (kept[2], kept[0]), strict=True):
         assert (one.id, one.name, one.config.name) == (entry["id"], entry["name"], entry["name"])

@@ -19,7 +19,8 @@ from pipeline.demo.show import MethodResult, table
 from pipeline.evaluation.datasets.benchmark import load_benchmark
 from pipeline.model.clip import load_clip
 from pipeline.model.towers import adapter_targets
-from pipeline.tuning.grid import expand, load_grid
+from pipeline.tuning.grid import load_grid
+from pipeline.tuning.trials import expand
 
 
 @pytest.fixture(scope="session")

@@ -130,12 +130,13 @@ def test_results_of_other_weights_or_of_a_part_are_refused(runs: tuple[Path, Pat
 def test_a_worse_trial_does_not_become_champion(runs: tuple[Path, Path], store: str) -> None:
     """Of a sweep the chosen trial is promoted and a worse one does not become champion."""
     from pipeline.runs.results import read_summary
-    from pipeline.selection.ranking import choose, point_of
+    from pipeline.selection.candidates import Candidate, take
+    from pipeline.selection.ranking import point_of
 
     sweep = runs[0].parent.parent
     points = {run.name: point_of(read_summary(run / "eval")) for run in runs}
     assert all(points.values())
-    best = choose({name: point for name, point in points.items() if point is not None})
+    best = take([Candidate(name, name, point) for name, point in points.items() if point is not None]).name
     done = promote(sweep, "chosen", Promote(champion="if_better"), uri=store)
     assert done.run_dir == sweep / "trials" / best
     assert "chosen of 2 trials" in str(done)

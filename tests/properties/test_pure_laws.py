@@ -22,7 +22,8 @@ from pipeline.tracking.journal import Corrupt, Journal, read
 from pipeline.tracking.mlflow import delivery
 from pipeline.tracking.mlflow.delivery import Delivery, load_state, pending
 from pipeline.tracking.mlflow.store import Away, Refused
-from pipeline.tuning.grid import Grid, expand, keep_names
+from pipeline.tuning.grid import Grid
+from pipeline.tuning.trials import expand, keep_names
 
 some = settings(
     max_examples=int(os.environ.get("SELORA_EXAMPLES", "25")),
@@ -272,7 +273,9 @@ def test_a_grid_is_every_different_run_once(choices: dict[str, list[Any]], draw:
     again = _expanded(dict(shuffled))
     assert len(again) == len(trials)
     stored = [{"id": one.id, "name": one.name, "changes": one.changes, "baseline": one.baseline} for one in trials]
-    assert [(one.id, one.name) for one in keep_names(trials, stored)] == [(one.id, one.name) for one in trials]
+    assert [(one.id, one.name) for one in keep_names(trials, stored, BASE.seed)] == [
+        (one.id, one.name) for one in trials
+    ]
 
 
 def _expanded(choices: dict[str, list[Any]]) -> list[Any]:

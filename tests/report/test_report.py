@@ -262,7 +262,7 @@ def test_an_experiment_gives_the_report_of_its_directories(make_run: MakeRun, tm
 
 @pytest.mark.usefixtures("without_figures")
 def test_methods_are_compared_at_what_they_keep(make_run: MakeRun, tmp_path: Path) -> None:
-    """Two seeds with a curve of two straight pieces each, and a run without a curve."""
+    """Two seeds with a curve of two straight pieces each, and a run without a curve; t(0.975, 1) = 12.71."""
     before = {"clothing": 0.3, "fashion": 0.8}
     for seed, best in ((0, 0.5), (1, 0.6)):
         run = make_run(f"seed{seed}", {"seed": seed}, values={"clothing": best, "fashion": 0.72}, untouched=before)
@@ -274,6 +274,6 @@ def test_methods_are_compared_at_what_they_keep(make_run: MakeRun, tmp_path: Pat
     untouched, gated = rows(page.parent / "tables" / "floors.csv")
     shown = [f"in-distribution (%) at kept ≥ {share} %" for share in (99, 95, 90)]
     assert [untouched[name] for name in shown] == ["30.0"] * 3
-    assert [gated[name] for name in shown] == ["32.5 (32.0 to 33.0)", "42.5 (40.0 to 45.0)", "55.0 (50.0 to 60.0)"]
+    assert [gated[name] for name in shown] == ["32.5 ± 6.4", "42.5 ± 31.8", "55.0 ± 63.5"]
     assert gated["seeds"] == "2"
-    assert "the range from the lowest to the highest seed" in Page(page).text
+    assert "95 % t-interval of the mean over seeds" in Page(page).text

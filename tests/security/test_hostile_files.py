@@ -24,7 +24,8 @@ from pipeline.data.shards.foreign import index_tars
 from pipeline.data.shards.index import open_shard, pack, write_index
 from pipeline.data.storage.tar import TarIndex
 from pipeline.training.checkpoint import Checkpoint
-from pipeline.tuning.grid import expand, load_grid
+from pipeline.tuning.grid import load_grid
+from pipeline.tuning.trials import expand
 
 
 def png(colour: int = 0) -> bytes:

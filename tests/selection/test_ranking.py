@@ -2,12 +2,18 @@
 
 import pytest
 
-from pipeline.selection.ranking import Point, choose, pareto_front, point_of
+from pipeline.selection.candidates import Candidate, take
+from pipeline.selection.ranking import Point, pareto_front, point_of
 
 FORGOT_ALL = Point(id=0.9, kept=0.1, gain=0.5)
 LEARNED_NOTHING = Point(id=0.4, kept=1.0, gain=0.0)
 BALANCED = Point(id=0.85, kept=0.9, gain=0.45)
 BEATEN = Point(id=0.8, kept=0.85, gain=0.4)
+
+
+def choose(points: dict[str, Point], allowed: list[str] | None = None) -> str:
+    """The name taken where each model is a configuration of its own."""
+    return take([Candidate(name, name, one, allowed is None or name in allowed) for name, one in points.items()]).name
 
 
 def _summary(**groups: tuple[float, float | None]) -> dict:

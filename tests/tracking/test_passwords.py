@@ -235,9 +235,9 @@ def test_a_sweep_leaves_the_password_nowhere(
 
     from pipeline.data.shards.index import pack
     from pipeline.runs.sweep import SWEEP_FILE, read_state, trial_dir
+    from pipeline.tuning.cluster.connect import _init_settings
     from pipeline.tuning.grid import Resources, load_grid
     from pipeline.tuning.mlflow_runs import SweepRuns
-    from pipeline.tuning.scheduler import _init_settings
     from pipeline.tuning.trial import trial_config
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

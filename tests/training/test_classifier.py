@@ -168,3 +168,23 @@ def test_shards_without_classes_are_refused(launch, vit_config: Path, tmp_path: 
     run = launch(f"data.train={out}", world=1, config=vit_config)
     assert run.wait() == [2]
     assert "is trained as a classifier, and these shards have no classes; pack class folders" in run.text()
+
+
+def test_a_budget_of_parameters_holds_for_a_vit(launch, vit_config: Path) -> None:
+    """What is open at the end has at most so many parameters, and no closed block would fit as well."""
+    from pipeline.method.adapter import blocks
+    from pipeline.method.budget import parameters_of
+    from pipeline.model.restore import find_run, load_adapted
+    from pipeline.runs.run import acting_parameters
+
+    options = ("adapter.kind=dora", "gate.lam=0", "gate.budget_parameters=2000")
+    run = launch(*options, world=1, config=vit_config)
+    assert run.wait() == [0], run.text()
+    found = blocks(load_adapted(find_run(run.directory)).model)
+    kept = {name: parameters_of(block) for name, block in found.items() if block.is_open()}
+    closed = {name: parameters_of(block) for name, block in found.items() if name not in kept}
+    assert 0 < sum(kept.values()) <= 2000
+    assert kept and closed
+    assert min(closed.values()) > 2000 - sum(kept.values())
+    whole = load_file(run.directory / "checkpoints/step-00000012/trainable.safetensors")
+    assert acting_parameters(run.directory) == sum(map(torch.numel, whole.values())) - sum(closed.values())

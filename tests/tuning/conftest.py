@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,39 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, image_folder: Callable[..., P
         rows.append({"key": key, "group": group, "path": key})
     (root / "bench.yaml").write_text(yaml.safe_dump({"name": "tiny", "datasets": rows}))
     return root
+
+
+@pytest.fixture(scope="session")
+def known(tiny: Path, image_folder: Callable[..., Path]) -> Path:
+    """A benchmark with the id set of `tiny` and a shift set whose classes are those that the untouched model sees."""
+    return write_known(tiny, image_folder(classes=4, each=10, size=40, seed=5))
+
+
+def write_known(root: Path, images: Path) -> Path:
+    """Write ROOT/known.yaml, for the model in ROOT/clip: there is something to keep, although the model is random."""
+    import torch
+
+    from pipeline.data.eval.batches import eval_loader
+    from pipeline.data.eval.wds_layout import open_eval_set, write_wds_eval
+    from pipeline.data.images import normalize
+    from pipeline.data.sources.formats import read_source
+    from pipeline.model.clip import load_clip
+
+    clip, source = load_clip(f"local-dir:{root / 'clip'}"), read_source(images)
+    write_wds_eval(source.samples, root / "draft", classnames=source.classes, templates=["a {c}"])
+    draft = open_eval_set(root / "draft")
+    pixels = next(iter(eval_loader(draft, clip.preprocess_cfg, batch_size=len(source.samples), workers=0))).images
+    with torch.no_grad():
+        seen = clip.model.encode_image(normalize(pixels, clip.preprocess_cfg["mean"], clip.preprocess_cfg["std"]))
+        names = clip.model.encode_text(clip.tokenizer([f"a {name}" for name in source.classes or ()]))
+    likeness = torch.nn.functional.normalize(seen, dim=-1) @ torch.nn.functional.normalize(names, dim=-1).T
+    labels = (likeness - likeness.mean(0)).argmax(1)  # several classes, most of which the model gets right
+    labels = torch.where(torch.arange(len(labels)) % 3 == 0, labels, likeness.argmax(1))
+    samples = [replace(one, cls=int(label)) for one, label in zip(source.samples, labels, strict=True)]
+    write_wds_eval(samples, root / "known", classnames=source.classes, templates=["a {c}"])
+    rows = [{"key": "own", "group": "id", "path": "own"}, {"key": "known", "group": "shift", "path": "known"}]
+    (root / "known.yaml").write_text(yaml.safe_dump({"name": "known", "datasets": rows}))
+    return root / "known.yaml"
 
 
 @pytest.fixture
@@ -262,3 +296,26 @@ def command(tmp_path: Path) -> Iterator[Callable[..., Sweep]]:
     yield make
     for each in made:
         each.end()
+
+
+@pytest.fixture
+def write_trial_results() -> Callable[..., None]:
+    """write(run_dir, id) -> a finished trial with this id at kept >= 0.95 and at the other floors, and at α = 1."""
+    from pipeline.files import replace_json
+    from pipeline.runs.results import reported_at, write_floors
+    from pipeline.runs.sweep import write_state
+
+    def write(run_dir: Path, id_: float) -> None:
+        means = {"id": (id_, 0.1), "shift": (0.76, -0.04)}
+        summary = {
+            "groups": {name: {"mean": mean, "change": change, "missing": []} for name, (mean, change) in means.items()},
+            "datasets": {name: {"group": name, "value": value, "change": by} for name, (value, by) in means.items()},
+            "forgetting": 0.04,
+        }
+        for folder in (run_dir / "eval", run_dir / reported_at(0.5)):
+            replace_json(folder / "summary.json", summary)
+        floors = {name: {"alpha": 0.5, "id": id_, "kept": 0.95} for name in ("0.99", "0.95", "0.9")}
+        write_floors(run_dir / "eval", {"floor": 0.95, "floors": floors})
+        write_state(run_dir, status="finished")
+
+    return write

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import ConfigError
-from pipeline.tuning.environment import kept_back, passed_on, short_sockets
+from pipeline.tuning.cluster.environment import kept_back, passed_on, short_sockets
 
 OPEN = {
     "SELORA_CACHE": "/scratch/cache",
@@ -56,8 +56,8 @@ def test_a_tracking_address_goes_without_its_password() -> None:
 
 
 def test_what_ray_is_given_holds_no_secret(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipeline.tuning.cluster.connect import _init_settings, _name_secrets
     from pipeline.tuning.grid import Resources
-    from pipeline.tuning.scheduler import _init_settings, _name_secrets
 
     for name, value in (OPEN | SECRET | HERE).items():
         monkeypatch.setenv(name, value)
@@ -92,7 +92,7 @@ def test_a_long_tmpdir_gets_short_sockets(tmp_path: Path) -> None:
 
 def test_the_longest_directory_that_is_let_through_fits() -> None:
     """One byte more is refused where the user named it, with the variable."""
-    from pipeline.tuning.environment import _LONGEST_TMP
+    from pipeline.tuning.cluster.environment import _LONGEST_TMP
 
     place = "/" + "t" * (_LONGEST_TMP - 1)
     environment = {"RAY_TMPDIR": place}

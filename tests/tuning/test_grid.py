@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pipeline.config import ConfigError, load_config, override
-from pipeline.tuning.grid import expand, load_grid
+from pipeline.tuning.grid import load_grid
+from pipeline.tuning.trials import expand
 
 
 def names(config, grid) -> list[str]:
@@ -89,7 +90,7 @@ def test_every_fault_of_the_file_comes_in_one_message(make_grid) -> None:
     assert "grid.lam: should be a list of values, got 0.3" in text
     assert "grid.rank: 2 is given twice" in text
     assert "out: belongs to the sweep's config" in text
-    assert "workers: unknown, a grid file has grid, baselines, resources, asha" in text
+    assert "workers: unknown, a grid file has grid, baselines, search, ranges, seeds, soup" in text
     assert "baselines[1]: needs `changes`" in text
     assert "resources.wrokers" in text
     assert "asha.grace_steps" in text

@@ -6,9 +6,18 @@ import pytest
 
 from pipeline.config import ConfigError
 from pipeline.training.model import attach_blocks, load_untouched, trainable
-from pipeline.tuning.disk import checkpoint_bytes, trained_parameters
-from pipeline.tuning.grid import Resources, expand
-from pipeline.tuning.plan import Capacity, Node, Speed, concurrency, describe_plan, make_plan
+from pipeline.tuning.grid import Resources
+from pipeline.tuning.plan import (
+    Capacity,
+    Node,
+    Speed,
+    checkpoint_bytes,
+    concurrency,
+    describe_plan,
+    make_plan,
+    trained_parameters,
+)
+from pipeline.tuning.trials import expand
 
 EIGHT_CARDS = Capacity((Node("a", 32, 4), Node("b", 32, 4)))
 

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from pipeline.runs.sweep import trial_dir, write_state
-from pipeline.tuning.grid import Trial, expand
 from pipeline.tuning.progress import describe, line_of, live_table, rows
+from pipeline.tuning.trials import Trial, expand
 
 
 @pytest.fixture

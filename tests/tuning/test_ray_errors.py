@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import ConfigError
-from pipeline.tuning.ray_errors import check_reachable
+from pipeline.tuning.cluster.ray_errors import check_reachable
 
 
 def test_an_address_where_nobody_listens_is_refused() -> None:
@@ -34,7 +34,7 @@ def test_a_client_without_the_token_is_told_about_it(tmp_path: Path) -> None:
     """Here Ray's client refuses itself; that a cluster does, tests/launch/test_ray_hosts.py shows."""
     code = (
         "import sys; from pipeline.config import ConfigError; from pipeline.tuning.grid import Resources\n"
-        "from pipeline.tuning.scheduler import cluster\n"
+        "from pipeline.tuning.cluster.connect import cluster\n"
         "try: cluster(sys.argv[1], Resources()).__enter__()\n"
         "except ConfigError as error: print(error)"
     )

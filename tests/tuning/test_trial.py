@@ -118,3 +118,31 @@ def test_a_torn_journal_and_a_missing_one_do_not_stop_the_table(tmp_path) -> Non
     assert last_values(tmp_path) == (2, {"train/loss": 2.0})
     write_state(tmp_path, status="failed", error="why")
     assert read_state(tmp_path).error == "why"
+
+
+KEEP = ("keep.weight=0.1", "keep.texts={texts}", "keep.batch_size=8", "train.gates_every=2")
+
+
+def test_a_trial_that_drifts_too_far_is_stopped_and_says_so(make_config, make_grid, by_hand, tmp_path) -> None:
+    """Stopped at its first measured drift; with a higher limit the same sweep lets it go on to its end."""
+    (tmp_path / "texts.txt").write_text("\n".join(f"a thing of kind {i}" for i in range(64)))
+    config = make_config(*(each.format(texts=tmp_path / "texts.txt") for each in KEEP))
+    (trial,) = lay_out(config, make_grid("max_drift: 1.0e-9\n" + ONE))
+    sweep_dir = tmp_path / "runs" / "sweep"
+    run_dir = trial_dir(sweep_dir, trial.name)
+    by_hand(sweep_dir, trial.name, world=2)
+    state = after_training(run_dir)
+    assert state.status == "stopped" and state.step < 12
+    assert state.error is not None
+    assert "its drift 0." in state.error and state.error.endswith("is above max_drift 1e-09")
+    lay_out(config, make_grid("max_drift: 1.0e-9\n" + ONE))
+    assert read_state(run_dir).status == "stopped"
+    lay_out(config, make_grid("max_drift: 1.9\n" + ONE))
+    assert read_state(run_dir).status == "waiting"
+    by_hand(sweep_dir, trial.name, world=1)
+    assert (read_state(run_dir).status, read_state(run_dir).step) == ("finished", 12)
+
+
+def test_a_limit_on_drift_without_reference_data_is_a_mistake(make_config, make_grid) -> None:
+    with pytest.raises(ConfigError, match=r"max_drift: 0.1 is measured on reference data, and no trial has any"):
+        lay_out(make_config(), make_grid("max_drift: 0.1\n" + ONE))

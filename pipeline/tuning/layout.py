@@ -1,0 +1,326 @@
+"""A sweep before its trials start: what can be wrong is found, and its directory is laid out or continued."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import Config, ConfigError, load_config, override
+from pipeline.data.order import stable_hash
+from pipeline.runs.results import EVAL, read_floors
+from pipeline.runs.run import CONFIG_FILE, write_config
+from pipeline.runs.sweep import (
+    OVER,
+    STOP_FILE,
+    finished_of,
+    is_sweep,
+    read_alarm,
+    read_soup,
+    read_state,
+    read_sweep,
+    trial_dir,
+    write_soup,
+    write_state,
+    write_sweep,
+)
+from pipeline.tuning.grid import Grid
+from pipeline.tuning.search import ATTEMPTS, Tried, check_ranges, option, propose, value_of
+from pipeline.tuning.trials import Expansion, Point, Trial, expand, keep_names, points_of, proposed_points
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.datasets.benchmark import Benchmark
+
+
+def sweep_directory(config: Config) -> Path:
+    """Where the sweep of a config is."""
+    return Path(config.out).absolute() / config.name
+
+
+def prepare(config: Config, grid: Grid) -> tuple[list[Trial], dict[str, int]]:
+    """The trials, with one store for all, and the steps of each; all files are read now."""
+    from pipeline.data.shards.index import load_index
+    from pipeline.evaluation.datasets.overlap import check_overlap
+    from pipeline.tracking.mlflow.uris import checked_uri
+
+    trials = known_trials(config, grid)
+    for path in {one.config.data.train for one in trials}:
+        load_index(path)
+    check_floor(config, trials, grid.floor)
+    check_search(config, grid, trials)
+    check_drift(trials, grid.max_drift)
+    steps = steps_of(trials)
+    for one in {(one.config.keep, one.config.eval): one for one in trials}.values():
+        check_overlap(one.config)
+    for table in _benchmarks(trials):
+        table.check_paths()
+    uri = config.tracking.uri
+    if config.tracking.enabled and uri is None and "MLFLOW_TRACKING_URI" not in os.environ:
+        uri = checked_uri(None, Path(config.out).absolute())
+    trials = [replace(one, config=override(one.config, {"tracking.uri": uri})) for one in trials]
+    return trials, steps
+
+
+def known_trials(config: Config, grid: Grid) -> list[Trial]:
+    """The trials of the grid, named as an earlier call has named them."""
+    stored = _stored_trials(sweep_directory(config))
+    return keep_names(expand(config, grid, stored), stored, config.seed)
+
+
+def steps_of(trials: Sequence[Trial], samples: int | None = None) -> dict[str, int]:
+    """Optimizer steps of each trial, 0 for a soup, which does not train.
+
+    Args:
+        samples: number of training images; None: as many as the shards hold, which are read for it where they matter.
+
+    Raises:
+        ConfigError: the shards are needed and cannot be read.
+    """
+    from pipeline.data.shards.index import load_index
+    from pipeline.training.settings import total_steps
+
+    paths = {one.config.data.train for one in trials if one.config.train.steps is None}
+    counts = {path: load_index(path).samples if samples is None else samples for path in paths}
+    return {
+        one.name: 0 if one.soup_of else total_steps(one.config, counts.get(one.config.data.train, 0)) for one in trials
+    }
+
+
+def absent(trials: Sequence[Trial]) -> list[str]:
+    """What the trials need and this machine does not have: a line for each."""
+    from pipeline.data.shards.index import load_index
+
+    lines = []
+    for path in sorted({one.config.data.train for one in trials}):
+        try:
+            load_index(path)
+        except ConfigError as error:
+            lines.append(str(error).splitlines()[0])
+    try:
+        for table in _benchmarks(trials):
+            table.check_paths()
+    except ConfigError as error:
+        lines.append(str(error).splitlines()[0])
+    return lines
+
+
+def check_floor(config: Config, trials: Sequence[Trial], floor: float | None) -> None:
+    """Raise ConfigError where the benchmarks of the trials cannot say what is learned and kept at a floor."""
+    if floor is None:
+        return
+    if any(one.eval.benchmark is None for one in (config, *(trial.config for trial in trials))):
+        raise ConfigError(f"floor: {floor:g} needs results of each trial; set eval.benchmark")
+    for table in _benchmarks(trials):
+        if not any(row.group != "id" and row.in_mean for row in table.rows):
+            raise ConfigError(
+                f"floor: {floor:g} is a share kept on groups other than id, and benchmark {table.name} has none; add a "
+                "dataset of another group, or leave out floor"
+            )
+        if not any(row.group == "id" for row in table.rows):
+            raise ConfigError(f"floor: trials are compared by the group id, and benchmark {table.name} has none")
+
+
+def refuse_changes(sweep_dir: Path, trials: Sequence[Trial]) -> None:
+    """Check that existing trials are unchanged; new ones may be added."""
+    from pipeline.training.settings import changed_settings
+
+    now, faults = {trial.name: trial for trial in trials}, []
+    for entry in _stored_trials(sweep_dir):
+        name = entry["name"]
+        if name not in now:
+            faults.append(f"{name} ({entry['label']}) is no longer in the grid")
+            continue
+        path = trial_dir(sweep_dir, name) / CONFIG_FILE
+        changed = changed_settings(load_config(path), now[name].config) if path.is_file() else []
+        faults += [f"{name}:", *changed] if changed else []
+    if faults:
+        raise ConfigError(
+            f"{sweep_dir} holds a sweep with other settings; choose another name=… or restore them:\n"
+            + "\n".join(faults)
+        )
+
+
+def write_layout(
+    sweep_dir: Path,
+    config: Config,
+    grid: Grid,
+    trials: Sequence[Trial],
+    totals: dict[str, int],
+    *,
+    retry_failed: bool,
+) -> None:
+    """Write what the trials' processes read: sweep.json, and each trial's config and state."""
+    write_trials(sweep_dir, config, grid, trials)
+    (sweep_dir / STOP_FILE).unlink(missing_ok=True)
+    for trial in trials:
+        write_trial(sweep_dir, trial, totals[trial.name], grid, retry_failed=retry_failed)
+
+
+def write_trials(sweep_dir: Path, config: Config, grid: Grid, trials: Sequence[Trial]) -> None:
+    """Write sweep.json."""
+    entries = [_entry(one) for one in trials]
+    write_sweep(sweep_dir, config, grid.source, entries, grid.floor, grid.max_drift)
+
+
+def _entry(one: Trial) -> dict[str, Any]:
+    """A trial as sweep.json has it."""
+    entry = {key: getattr(one, key) for key in ("id", "name", "label", "changes", "baseline", "configuration")}
+    entry |= {"soup_of": list(one.soup_of)} if one.soup_of else {}
+    return entry | ({"proposed": True} if one.proposed else {})
+
+
+def write_trial(sweep_dir: Path, trial: Trial, steps: int, grid: Grid, *, retry_failed: bool = False) -> None:
+    """Write a trial's config and state.
+
+    One that is over waits again where its results lack something that is asked, and where the drift that stopped it is
+    allowed by now.
+    """
+    run_dir = trial_dir(sweep_dir, trial.name)
+    write_config(run_dir, trial.config)
+    if trial.soup_of:
+        made = read_soup(run_dir)
+        write_soup(run_dir, trial.soup_of, made.made_of if made else ())
+    status = read_state(run_dir).status
+    again = status not in OVER or (status == "failed" and (retry_failed or trial.soup_of))
+    again = again or (
+        status == "finished" and (_lacks_floor(run_dir, trial, grid.floor) or _is_stale(sweep_dir, trial))
+    )
+    if status == "stopped" and (alarm := read_alarm(run_dir)) is not None:
+        again = grid.max_drift is None or alarm["drift"] <= grid.max_drift
+    write_state(run_dir, total_steps=steps, **({"status": "waiting", "error": None} if again else {}))
+
+
+class Proposals:
+    """The configurations of a search that are still to come; each is laid out when it is asked for.
+
+    Args:
+        trials: of the sweep; new ones are appended.
+        totals: steps of each, likewise.
+        place: called with new trials before they are laid out.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        grid: Grid,
+        trials: list[Trial],
+        totals: dict[str, int],
+        place: Callable[[Sequence[Trial]], None],
+    ) -> None:
+        self._config, self._grid, self._trials, self._totals, self._place = config, grid, trials, totals, place
+        self._dir, self._exhausted = sweep_directory(config), False
+        self._expansion = Expansion(config, grid)
+        for point in (*points_of(grid), *proposed_points(grid, _stored_trials(self._dir))):
+            self._expansion.add(point)
+
+    @property
+    def left(self) -> int:
+        """Number of configurations that the sampler has still to propose."""
+        if self._grid.search is None or self._exhausted:
+            return 0
+        return max(0, self._grid.search.trials - len(_searched(self._trials)))
+
+    def next(self) -> list[str]:
+        """Names of the trials of the next configuration; empty where the search has all it may try, or is stopped."""
+        if not self.left or (self._dir / STOP_FILE).exists():
+            return []
+        new = self._new_trials()
+        if not new:
+            self._exhausted = True
+            sys.stderr.write("search: the ranges hold no configuration that was not tried\n")
+            return []
+        known = [
+            {"id": one.id, "name": one.name, "changes": one.changes, "baseline": one.baseline} for one in self._trials
+        ]
+        uri = self._trials[0].config.tracking.uri if self._trials else self._config.tracking.uri
+        new = [
+            replace(one, config=override(one.config, {"tracking.uri": uri}))
+            for one in keep_names(new, known, self._config.seed)
+        ]
+        self._trials += new
+        self._totals |= steps_of(new)
+        self._place(new)
+        write_trials(self._dir, self._config, self._grid, self._trials)
+        for one in new:
+            write_trial(self._dir, one, self._totals[one.name], self._grid)
+        return [one.name for one in new if not one.soup_of]
+
+    def _new_trials(self) -> list[Trial]:
+        """The next proposal that is new and keeps the rules of the config."""
+        search, tried = self._grid.search, self._tried()
+        assert search is not None
+        for attempt in range(ATTEMPTS):
+            seed = stable_hash("search", self._config.seed, len(tried), attempt) % 2**32
+            changes = propose(self._grid.ranges, tried, search, seed)
+            new = self._expansion.add(Point(changes, list(self._grid.ranges), proposed=True))
+            self._expansion.faults.clear()
+            if new:
+                return new
+        return []
+
+    def _tried(self) -> list[Tried]:
+        assert self._grid.floor is not None  # a search has one
+        found = []
+        for seeds in _searched(self._trials):
+            point = {key: option(seeds[0].config, key) for key in self._grid.ranges}
+            found.append(Tried(point, *value_of(self._dir, [one.name for one in seeds], self._grid.floor)))
+        return found
+
+
+def check_drift(trials: Sequence[Trial], max_drift: float | None) -> None:
+    """Raise ConfigError where a drift is limited and no trial measures one."""
+    if max_drift is not None and trials and not any(one.config.keep.weight for one in trials):
+        raise ConfigError(
+            f"max_drift: {max_drift:g} is measured on reference data, and no trial has any; set keep.weight, or leave "
+            "out max_drift"
+        )
+
+
+def check_search(config: Config, grid: Grid, trials: Sequence[Trial]) -> None:
+    """Raise ConfigError where a range holds values that its option does not take, or leaves out a first trial."""
+    check_ranges(config, grid.ranges)
+    for first, *_ in _searched(trials):
+        for key, each in grid.ranges.items():
+            if not each.holds(value := option(first.config, key)):
+                raise ConfigError(
+                    f"grid: the first trial {first.name} has {key}={value}, outside of ranges.{key} "
+                    f"{list(each.values)}; name {key} in the grid, or widen the range"
+                )
+
+
+def _searched(trials: Sequence[Trial]) -> list[list[Trial]]:
+    """The configurations of a search with their seeds: what the grid names and what was proposed, no baselines."""
+    found: dict[str, list[Trial]] = {}
+    for one in trials:
+        if not one.baseline and not one.soup_of:
+            found.setdefault(one.configuration, []).append(one)
+    return list(found.values())
+
+
+def _lacks_floor(run_dir: Path, trial: Trial, floor: float | None) -> bool:
+    """Whether a floor is asked for at which a finished trial was not evaluated."""
+    if floor is None or trial.config.eval.benchmark is None:
+        return False
+    found = read_floors(run_dir / EVAL)
+    return found is None or found["floor"] != floor
+
+
+def _is_stale(sweep_dir: Path, trial: Trial) -> bool:
+    """Whether a soup was made of other trials than those that have finished by now."""
+    soup = read_soup(trial_dir(sweep_dir, trial.name))
+    return soup is not None and soup.made_of != finished_of(sweep_dir, soup.of)
+
+
+def _benchmarks(trials: Sequence[Trial]) -> list[Benchmark]:
+    from pipeline.evaluation.datasets.benchmark import load_benchmark
+
+    asked = dict.fromkeys((one.config.eval.benchmark, one.config.eval.root, one.config.eval.datasets) for one in trials)
+    return [load_benchmark(name, root).choose(datasets) for name, root, datasets in asked if name is not None]
+
+
+def _stored_trials(sweep_dir: Path) -> list[dict[str, Any]]:
+    """The trials of an earlier call, none before the first."""
+    return read_sweep(sweep_dir)["trials"] if is_sweep(sweep_dir) else []

@@ -1,0 +1,218 @@
+"""From a grid to trials: pure, and every point is checked before anything starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count, product
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config, ConfigError, digest, override
+from pipeline.tuning.grid import Baseline, Grid
+from pipeline.tuning.names import label_of, name_of, value_text
+
+MAX_TRIALS = 10_000
+_SEED = re.compile(r"_seed\d+")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One config of the sweep.
+
+    Attributes:
+        id: its number and the digest of its config when the sweep was created.
+        changes: {option: value} over the config of the sweep.
+        configuration: the same for trials that differ by one of the grid's `seeds` alone.
+        soup_of: names of the trials whose mean it is; empty for a trial that trains.
+        proposed: whether a sampler proposed it.
+    """
+
+    id: str
+    name: str
+    label: str
+    changes: dict[str, Any]
+    config: Config
+    baseline: bool
+    configuration: str = ""
+    soup_of: tuple[str, ...] = ()
+    proposed: bool = False
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one trial changes, before it has a name."""
+
+    changes: dict[str, Any]
+    varied: Sequence[str]
+    baseline: Baseline | None = None
+    proposed: bool = False
+
+
+class Expansion:
+    """Makes trials of points over one config, each once, and collects what is wrong with them."""
+
+    def __init__(self, config: Config, grid: Grid) -> None:
+        self.trials: list[Trial] = []
+        self.faults: dict[str, None] = {}
+        self._config, self._grid = config, grid
+        self._seen: dict[Config, str] = {}
+        self._place = str(Path(config.out).absolute() / config.name / "trials")
+        self._seed_in_names = len(grid.axes.get("seed", ())) > 1
+
+    def add(self, point: Point) -> list[Trial]:
+        """The trials of a point that are new: one, or one for each seed, and their soup."""
+        seeds: Sequence[int | None] = self._grid.seeds or (None,)
+        made = [one for seed in seeds if (one := self._trial(point, seed)) is not None]
+        if self._grid.soup and len(made) > 1:
+            made.append(_soup(made))
+        for one in made:
+            self.trials.append(replace(one, id=f"{len(self.trials):04d}-{digest(one.config)}"))
+        return self.trials[len(self.trials) - len(made) :]
+
+    def _trial(self, point: Point, seed: int | None) -> Trial | None:
+        changes = point.changes if seed is None else {**point.changes, "seed": seed}
+        try:
+            made = override(self._config, changes)
+            same = _effective(made)
+            if same in self._seen:
+                return None
+            name, label = self._names(made, changes, point, seed)
+            self._seen[same] = name
+            placed = override(made, {"name": name, "out": self._place})
+        except ConfigError as error:
+            self.faults |= dict.fromkeys(f"{point_text(changes)}: {line}" for line in str(error).splitlines())
+            return None
+        configuration = name if seed is None else _SEED.sub("", name)
+        baseline = point.baseline is not None
+        return Trial("", name, label, changes, placed, baseline, configuration, proposed=point.proposed)
+
+    def _names(self, made: Config, changes: dict[str, Any], point: Point, seed: int | None) -> tuple[str, str]:
+        seeds = self._seed_in_names or len(self._grid.seeds) > 1
+        given = point.baseline
+        name = name_of(made, changes, point.varied, seeds=seeds, given=given.name if given else None)
+        if name in self._seen.values():
+            told = {key: value for key, value in changes.items() if seed is None or key != "seed"}
+            name = f"{name}_{hashlib.sha256(_canonical(told).encode()).hexdigest()[:4]}"
+        return name, label_of(made, changes, point.varied, seeds=seeds, given=given.label if given else None)
+
+
+def expand(config: Config, grid: Grid, stored: Sequence[Mapping[str, Any]] = ()) -> list[Trial]:
+    """Every trial of the grid over `config`, the grid's points first; raises ConfigError with all faults at once.
+
+    Points that differ only in options without an effect (rank without blocks, lambda without gates) are one trial.
+
+    Args:
+        stored: entries of sweep.json's `trials`; what a sampler proposed is in them alone.
+    """
+    every = [grid.axes] * bool(grid.axes) + [each.changes for each in grid.baselines]
+    number = sum(prod(len(values) for values in axes.values()) for axes in every) * max(1, len(grid.seeds))
+    number += grid.search.trials if grid.search is not None else 0
+    if number > MAX_TRIALS:
+        raise ConfigError(f"grid: {number} trials, at most {MAX_TRIALS}; give fewer values, or make several sweeps")
+    expansion = Expansion(config, grid)
+    for point in (*points_of(grid), *proposed_points(grid, stored)):
+        expansion.add(point)
+    if expansion.faults:
+        raise ConfigError("\n".join(expansion.faults))
+    return expansion.trials
+
+
+def points_of(grid: Grid) -> Iterator[Point]:
+    """The points of a grid and its baselines; a search without points starts from the config itself."""
+    for changes in _product(grid.axes) if grid.axes or grid.search is not None else ():
+        yield Point(changes, _varied(grid.axes))
+    for each in grid.baselines:
+        for changes in _product(each.changes):
+            yield Point(changes, _varied(each.changes), each)
+
+
+def proposed_points(grid: Grid, stored: Sequence[Mapping[str, Any]]) -> list[Point]:
+    """What a sampler proposed in an earlier call, each configuration once, in the order of the proposals."""
+    found: dict[str, Point] = {}
+    for entry in stored:
+        if entry.get("proposed"):
+            changes = {key: value for key, value in entry["changes"].items() if key != "seed"}
+            found.setdefault(_canonical(changes), Point(changes, list(grid.ranges), proposed=True))
+    return list(found.values())
+
+
+def keep_names(trials: Sequence[Trial], stored: Sequence[Mapping[str, Any]], seed: int) -> list[Trial]:
+    """Give the trials of a sweep that exists the ids and names it gave them; new trials are numbered after those.
+
+    An id is made once: a later version may compute another digest, and MLflow and the trial's directory keep the
+    first one.
+
+    Args:
+        trials: as `expand` made them.
+        stored: entries of sweep.json's `trials`; they match by the options changed and by the name up to the suffix
+            that tells equal names apart.
+        seed: that of the sweep's config. A trial that has it by name and one that has it from there are the same.
+    """
+    known = {_key(each["changes"], each["baseline"], each["name"], seed): each for each in stored}
+    numbers = count(1 + max((int(each["id"].partition("-")[0]) for each in stored), default=-1))
+    kept, renamed = [], {}
+    for trial in trials:
+        old = known.get(_key(trial.changes, trial.baseline, trial.name, seed))
+        if old is None:
+            trial = replace(trial, id=f"{next(numbers):04d}-{digest(trial.config)}")
+        else:
+            renamed[trial.name] = old["name"]
+            trial = replace(trial, id=old["id"], name=old["name"], config=override(trial.config, {"name": old["name"]}))
+        kept.append(replace(trial, soup_of=tuple(renamed.get(name, name) for name in trial.soup_of)))
+    return kept
+
+
+def point_text(changes: Mapping[str, Any]) -> str:
+    """ "adapter.rank=2, gate.lam=0.3", for messages."""
+    return ", ".join(f"{key}={value_text(value)}" for key, value in changes.items()) or "the base config"
+
+
+def _soup(seeds: Sequence[Trial]) -> Trial:
+    """The mean of trained models: of the form of a full fine-tuning, without gates and blocks."""
+    first = seeds[0]
+    name = f"{first.configuration}_soup"
+    whole = {"adapter.kind": "full", "gate.enabled": False, "gate.settle_steps": None}
+    whole |= {"gate.budget": None, "gate.budget_parameters": None}
+    changes = {key: value for key, value in first.changes.items() if key != "seed"}
+    label = re.sub(r" seed \d+$", "", first.label) + f", soup of {len(seeds)}"
+    config = override(first.config, {**whole, "name": name})
+    of = tuple(one.name for one in seeds)
+    return Trial("", name, label, changes, config, first.baseline, name, of, first.proposed)
+
+
+def _key(changes: Mapping[str, Any], baseline: bool, name: str, seed: int) -> tuple[str, bool, str]:
+    """What a trial is known by; a name with the config's own seed in it is the same as one without."""
+    soup = name.endswith("_soup")
+    seeded = dict(changes) if soup else {"seed": seed, **changes}
+    return _canonical(seeded), baseline, re.sub(r"_[0-9a-f]{4}$", "", _SEED.sub("", name))
+
+
+def _varied(axes: Mapping[str, list[Any]]) -> list[str]:
+    return [key for key, values in axes.items() if len(values) > 1]
+
+
+def _canonical(changes: Mapping[str, Any]) -> str:
+    return json.dumps(changes, sort_keys=True)
+
+
+def _effective(config: Config) -> Config:
+    """The config with all options that have no effect in it at their defaults; equal results mean equal runs."""
+    neutral: dict[str, Any] = {}
+    plain = Config.model_validate({"data": {"train": "unset"}})
+    if not config.gated:
+        neutral |= {f"gate.{name}": value for name, value in plain.gate.model_dump(mode="json").items()}
+        neutral["gate.enabled"] = False
+    if config.adapter.kind in ("full", "none"):
+        defaults = plain.adapter.model_dump(mode="json")
+        neutral |= {f"adapter.{name}": value for name, value in defaults.items() if name != "kind"}
+    return override(config, neutral)
+
+
+def _product(axes: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    for values in product(*axes.values()):
+        yield dict(zip(axes, values, strict=True))

@@ -1,0 +1,149 @@
+"""A sampler proposes configurations; what was tried is in the trials' directories."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from sweep_by_hand import lay_out
+
+from pipeline.config import ConfigError
+from pipeline.runs.sweep import read_sweep, trial_dir, write_state
+from pipeline.tuning.layout import Proposals
+from pipeline.tuning.search import Range, Search, Tried, propose
+from pipeline.tuning.sweep import plan_sweep
+
+RANGES = "ranges: {train.lr: {log: [1e-5, 1e-2]}, rank: {choices: [2, 4, 8]}, train.steps: {integers: [5, 9]}}\n"
+GRID = "grid: {rank: [2], train.steps: [7]}\nsearch: {trials: 4}\nfloor: 0.95\n" + RANGES
+SPACE = {"lr": Range("log", (1e-5, 1e-1)), "k": Range("choices", ("a", [1, 2], None)), "n": Range("integers", (1, 9))}
+
+
+def reached(point: dict) -> float:
+    """Best at lr = 1e-3, k = [1, 2], n = 5."""
+    return -abs(math.log10(point["lr"]) + 3) - (point["k"] != [1, 2]) - abs(point["n"] - 5) / 10
+
+
+def best_of(sampler: str, seed: int, trials: int = 30) -> float:
+    tried: list[Tried] = []
+    search = Search(trials=trials, sampler=sampler)  # pyright: ignore[reportArgumentType]
+    for number in range(trials):
+        point = propose(SPACE, tried, search, 1000 * seed + number)
+        assert all(SPACE[key].holds(value) for key, value in point.items())
+        tried.append(Tried(point, reached(point), True))
+    return max(each.value for each in tried if each.value is not None)
+
+
+def test_the_sampler_finds_more_than_chance_does() -> None:
+    """The mean of three searches of thirty."""
+    tpe, chance = (sum(best_of(sampler, seed) for seed in range(3)) / 3 for sampler in ("tpe", "random"))
+    assert tpe > chance
+
+
+def test_a_proposal_follows_from_what_was_tried_alone() -> None:
+    """Failed and unfinished trials take part and poison nothing."""
+    search = Search(trials=8)
+    points = [{"lr": 10.0**-i, "k": None, "n": i} for i in range(2, 6)]
+    tried = [Tried(point, reached(point), True) for point in points[:2]]
+    tried += [Tried(points[2], None, True), Tried(points[3], None, False)]
+    assert propose(SPACE, tried, search, 3) == propose(SPACE, list(tried), search, 3)
+    lrs = [propose(SPACE, tried, search, seed)["lr"] for seed in range(20)]
+    assert all(f"{lr:.3g}" == f"{lr:g}" for lr in lrs)
+    assert len(set(lrs)) > 10
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("search: {trials: 4}\nfloor: 0.9\ngrid: {rank: [2]}", "search: needs ranges"),
+        ("ranges: {rank: {integers: [2, 4]}}\ngrid: {rank: [2]}", "ranges: need search"),
+        (GRID.replace("floor: 0.95\n", ""), "search: needs a floor"),
+        (GRID.replace("[1e-5, 1e-2]", "[1e-2, 1e-5]"), "ranges.train.lr: log: is empty, 0.01 is not below 1e-05"),
+        (GRID.replace("[1e-5, 1e-2]", "[0, 1e-2]"), "ranges.train.lr: log: needs a low end above 0"),
+        (GRID.replace("[5, 9]", "[5.5, 9]"), "ranges.train.steps: integers: needs two whole numbers"),
+        (GRID.replace("[2, 4, 8]", "[2]"), "ranges.rank: choices: needs two different values"),
+        (GRID.replace("choices", "chioces"), "ranges.rank: should be .* one of linear, log, integers, choices"),
+        (
+            GRID.replace("grid: {rank: [2]", "grid: {rank: [3]"),
+            r"grid.adapter.rank: 3 is outside of ranges.adapter.rank",
+        ),
+        (GRID.replace("trials: 4", "trials: 4, sampler: best"), "search.sampler: Input should be 'tpe' or 'random'"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(make_grid, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        make_grid(text)
+    assert len(str(caught.value).splitlines()) == 2  # the file, the fault
+
+
+def test_ends_that_an_option_does_not_take_are_told(make_config, make_grid) -> None:
+    with pytest.raises(ConfigError, match=r"ranges.adapter.rank: adapter.rank: .*greater than or equal to 1"):
+        lay_out(make_config(), make_grid(GRID.replace("choices: [2, 4, 8]", "integers: [0, 8]")))
+    with pytest.raises(ConfigError, match=r"has train.lr=0.001, outside of ranges.train.lr"):
+        lay_out(make_config(), make_grid(GRID.replace("[1e-5, 1e-2]", "[1e-2, 1e-1]")))
+
+
+def test_the_search_goes_on_from_the_directories(
+    make_config, make_grid, tmp_path: Path, write_trial_results: Callable[..., None]
+) -> None:
+    """Killed after two proposals, one of them finished: the same command knows both and proposes the fourth alone."""
+    config, grid, placed = make_config(), make_grid(GRID), []
+    trials = lay_out(config, grid)
+    totals = {one.name: 7 for one in trials}
+    sweep_dir = tmp_path / "runs" / "sweep"
+    write_trial_results(trial_dir(sweep_dir, trials[0].name), 0.3)
+    search = Proposals(config, grid, trials, totals, placed.extend)
+    assert search.left == 3
+    (second,), (third,) = search.next(), search.next()
+    write_trial_results(trial_dir(sweep_dir, second), 0.4)
+    entries = read_sweep(sweep_dir)["trials"]
+    assert [each["name"] for each in entries] == [trials[0].name, second, third] == [one.name for one in trials]
+    assert [one.name for one in placed] == [second, third]
+    assert [each.get("proposed", False) for each in entries] == [False, True, True]
+
+    again = lay_out(config, grid)
+    assert [(one.name, one.id) for one in again] == [(each["name"], each["id"]) for each in entries]
+    totals = {one.name: 7 for one in again}
+    search = Proposals(config, grid, again, totals, placed.extend)
+    assert search.left == 1
+    write_state(trial_dir(sweep_dir, third), status="failed", error="diverged")
+    assert len(search.next()) == 1
+    assert (search.left, search.next()) == (0, [])
+    assert all(5 <= totals[one.name] <= 9 for one in again[1:])
+
+
+def test_a_sweep_that_is_stopped_proposes_nothing(make_config, make_grid, tmp_path: Path) -> None:
+    config, grid = make_config(), make_grid(GRID)
+    trials = lay_out(config, grid)
+    (tmp_path / "runs" / "sweep" / "stop").touch()
+    assert Proposals(config, grid, trials, {}, lambda _: None).next() == []
+
+
+def test_each_proposal_has_every_seed(make_config, make_grid) -> None:
+    config, grid = make_config(), make_grid(GRID + "seeds: [0, 1]\nsoup: true\n")
+    trials = lay_out(config, grid)
+    assert len(trials) == 3
+    search = Proposals(config, grid, trials, {one.name: 7 for one in trials}, lambda _: None)
+    names = search.next()
+    assert len(names) == 2
+    assert [one.name for one in trials[3:5]] == names
+    assert trials[5].soup_of == tuple(names)
+    assert search.left == 2
+
+
+def test_the_plan_counts_what_is_still_to_be_proposed(make_config, make_grid) -> None:
+    plan = plan_sweep(make_config(), make_grid(GRID + "baselines: [{changes: {kind: full}}]\n"))
+    assert (plan.trials, plan.to_come, plan.steps) == (5, 3, 7 + 12 + 3 * 12)
+
+
+def test_a_plan_needs_no_data_where_steps_are_known(make_config, make_grid, tmp_path: Path) -> None:
+    grid = make_grid("grid: {rank: [2, 4]}\nfloor: 0.95")
+    gone = (f"data.train={tmp_path}/nowhere", "eval.root=nowhere")
+    plan = plan_sweep(make_config(*gone), grid)
+    assert plan.steps == 24
+    assert "nowhere" in plan.absent[0]
+    epochs = make_config(*gone, "train.steps=null", "train.epochs=3")
+    with pytest.raises(ConfigError, match="a plan without the shards needs --samples N, or train.steps"):
+        plan_sweep(epochs, grid)
+    assert plan_sweep(epochs, grid, samples=160).steps == 2 * 3 * 10
