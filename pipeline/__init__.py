@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pipeline.method.adapter import attach_adapter, gate_map, gate_scores, merge_adapter
     from pipeline.method.contrastive import flyp_loss
     from pipeline.method.penalty import gate_penalty
+    from pipeline.method.sigmoid import sigmoid_loss
     from pipeline.model.load import load_model
     from pipeline.model.restore import load_run
     from pipeline.model.towers import adapter_targets
@@ -35,6 +36,7 @@ _HOMES = {
     "load_model": "pipeline.model.load",
     "load_run": "pipeline.model.restore",
     "merge_adapter": "pipeline.method.adapter",
+    "sigmoid_loss": "pipeline.method.sigmoid",
     "train": "pipeline.training.run",
 }
 
@@ -52,6 +54,7 @@ __all__ = [
     "load_model",
     "load_run",
     "merge_adapter",
+    "sigmoid_loss",
     "train",
 ]
 
