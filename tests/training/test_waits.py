@@ -56,6 +56,7 @@ class Batch:
     keys: list[str]
     bad: list[str]
     retries: int = 0
+    cut: tuple[str, ...] = ()
 
 
 class Engine:
