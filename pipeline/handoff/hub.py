@@ -71,9 +71,16 @@ def push(directory: Path, repository: str, *, private: bool = True, dry_run: boo
         else:
             why = f"status {status}: {str(error).splitlines()[0]}"
         raise ConfigError(f"--push {repository}: {address}: {why}; the export is in {directory}") from error
-    except OSError as error:  # no answer, whichever HTTP client is below
+    except Exception as error:
+        if not _by_network(error):
+            raise
         raise ConfigError(f"--push {repository}: {address} does not answer; the export is in {directory}") from error
     return pushed
+
+
+def _by_network(error: BaseException | None) -> bool:
+    """Whether an error began as one of the system's, whichever HTTP client the hub's library has."""
+    return error is not None and (isinstance(error, OSError) or _by_network(error.__cause__))
 
 
 def _token(repository: str) -> str:
