@@ -80,7 +80,9 @@ def push(directory: Path, repository: str, *, private: bool = True, dry_run: boo
 
 def _by_network(error: BaseException | None) -> bool:
     """Whether an error began as one of the system's, whichever HTTP client the hub's library has."""
-    return error is not None and (isinstance(error, OSError) or _by_network(error.__cause__))
+    if error is None or isinstance(error, OSError):
+        return error is not None
+    return _by_network(error.__cause__ or error.__context__)
 
 
 def _token(repository: str) -> str:
