@@ -66,7 +66,7 @@ def test_the_traffic_of_the_loss_is_what_its_collectives_send(ranks: int, monkey
         for part in parts:
             part.copy_(local)
 
-    monkeypatch.setattr(contrastive, "_world", lambda group: (0, ranks))
+    monkeypatch.setattr(contrastive, "rank_and_world", lambda group: (0, ranks))
     monkeypatch.setattr(contrastive.dist, "all_gather", all_gather)
     monkeypatch.setattr(
         contrastive.dist, "all_reduce", lambda whole, group: sent.append(2 * whole.nbytes * (ranks - 1) / ranks)
