@@ -156,7 +156,7 @@ def test_a_hugging_face_tokenizer_is_saved_with_the_model(clip_dir: MakeDir, tmp
 @pytest.mark.parametrize(
     ("name", "pretrained", "message"),
     [
-        ("ViT-B-61", None, "no open_clip architecture; near: .*ViT-B-16"),
+        ("ViT-B-61", None, "is not an open_clip architecture; near: .*ViT-B-16"),
         ("local-dir:/nowhere", None, "no open_clip_config.json in that directory"),
         ("ViT-S-32", "no_such_tag", "no_such_tag.*not a known tag"),
         ("RN50", None, "image tower is not a plain transformer"),

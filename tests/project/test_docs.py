@@ -17,6 +17,7 @@ from pipeline.cli import build_parser
 from pipeline.config import describe
 from pipeline.config.reference import render
 from pipeline.config.yaml_file import parse_value
+from pipeline.tuning.grid import OVERRIDABLE
 
 ROOT = Path(__file__).parents[2]
 # The changelog names what there was at the time.
@@ -85,7 +86,8 @@ def test_commands_are_ones_that_selora_takes(page: Path, line: str, capsys: pyte
         arguments = build_parser().parse_args([word for word in words if word not in late])
     except SystemExit:
         pytest.fail(f"{page.name}: {line}\n{capsys.readouterr().err}")
-    unknown = {word.partition("=")[0] for word in late} - describe().keys()
+    known = describe().keys() | (set(OVERRIDABLE) if words[0] == "sweep" else set())
+    unknown = {word.partition("=")[0] for word in late} - known
     assert not unknown, f"{page.name}: {line}: no option {', '.join(unknown)}"
     assert not late or hasattr(arguments, "overrides"), f"{page.name}: {line}: the command takes no key=value"
     for word in late:

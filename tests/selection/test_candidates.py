@@ -56,13 +56,13 @@ def test_without_several_seeds_the_largest_value_is_taken() -> None:
     assert (taken.configuration, taken.equal, taken.estimates["dear"].half) == ("dear", (), None)
 
 
-def test_a_configuration_that_lost_a_seed_is_compared_by_the_others() -> None:
+def test_a_configuration_that_lost_a_seed_counts_the_others() -> None:
     taken = take([*models("a", 0.40, 0.41, 0.42), *models("b", 0.55)])
     assert (taken.configuration, taken.estimates["b"].seeds) == ("b", 1)
     assert taken.estimates["b"].half == pytest.approx((taken.estimates["a"].half or 0) * 3**0.5)
 
 
-def test_what_may_not_be_registered_is_taken_only_where_all_may_not() -> None:
+def test_the_unregistrable_is_taken_only_where_all_are() -> None:
     wild, mild = models("wild", 0.6, 0.61, allowed=False), models("mild", 0.4, 0.41)
     assert take([*wild, *mild]).configuration == "mild"
     assert take(wild).configuration == "wild"

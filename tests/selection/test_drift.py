@@ -3,7 +3,7 @@
 from pipeline.selection.drift import largest_drift, last_drift, learned_limit
 
 
-def test_the_limit_is_the_largest_drift_of_a_run_that_kept_the_floor() -> None:
+def test_the_limit_is_the_largest_drift_that_kept_the_floor() -> None:
     pairs = [(0.02, 0.99), (0.08, 0.96), (0.05, 0.94), (0.3, 0.5)]
     assert learned_limit(pairs, 0.95) == 0.08
     assert learned_limit(pairs, 0.995) is None
