@@ -16,7 +16,7 @@ def test_a_killed_rank_costs_nothing_but_time(launch, undisturbed) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_killed_rank_costs_nothing_under_any_stage(launch, stage: int) -> None:
     common = ("data.workers=1", f"train.zero_stage={stage}")
     whole = launch("name=undisturbed", *common)
