@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pipeline.report.records import Collection, Run
 from pipeline.report.series import configurations, labels
 from pipeline.report.table import Kind, Table, percent
-from pipeline.selection.candidates import Spread
+from pipeline.selection.candidates import SeedSpread
 from pipeline.selection.frontier import FLOORS, id_at
 
 
@@ -20,7 +20,7 @@ def at_floors(collection: Collection) -> Table | None:
     every = [(same, [run for run in same if run in runs]) for same in configurations(collection.runs)]
     groups = [(len(same), measured) for same, measured in every if measured]
     floors = sorted(set(FLOORS) | ({collection.floor} if collection.floor is not None else set()), reverse=True)
-    spreads = {floor: Spread.of([_values(same, floor) for _, same in groups]) for floor in floors}
+    spreads = {floor: SeedSpread.of([_values(same, floor) for _, same in groups]) for floor in floors}
     head = (
         ("", ("method", "rank", "λ", "seeds")),
         ("in-distribution (%) at kept", tuple(f"≥ {100 * floor:g} %" for floor in floors)),
@@ -50,7 +50,7 @@ def _values(same: Sequence[Run], floor: float) -> list[float]:
     return [value for value in found if value is not None]
 
 
-def _shown(values: Sequence[float], spread: Spread) -> str:
+def _shown(values: Sequence[float], spread: SeedSpread) -> str:
     if not values:
         return ""
     estimate = spread.estimate(values)

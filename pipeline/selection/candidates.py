@@ -85,7 +85,7 @@ def take(candidates: Sequence[Candidate]) -> Taken:
     for one in candidates:
         members.setdefault(one.configuration, []).append(one)
     value = values_of(candidates)
-    spread = Spread.of([[value[one.name] for one in seeds] for seeds in members.values()])
+    spread = SeedSpread.of([[value[one.name] for one in seeds] for seeds in members.values()])
     estimates = {name: spread.estimate([value[one.name] for one in seeds]) for name, seeds in members.items()}
     nearest = {
         name: min(seeds, key=lambda one, name=name: (round(abs(value[one.name] - estimates[name].mean), 9), one.name))
@@ -112,18 +112,18 @@ def values_of(candidates: Sequence[Candidate]) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Spread:
+class SeedSpread:
     """The standard deviation over seeds, pooled over configurations, with its degrees of freedom (0: not known)."""
 
     deviation: float
     freedom: int
 
     @staticmethod
-    def of(groups: Sequence[Sequence[float]]) -> Spread:
+    def of(groups: Sequence[Sequence[float]]) -> SeedSpread:
         """Of the values of each configuration's seeds."""
         freedom = sum(len(values) - 1 for values in groups)
         squares = sum((value - mean(values)) ** 2 for values in groups for value in values)
-        return Spread(math.sqrt(squares / freedom) if freedom else 0.0, freedom)
+        return SeedSpread(math.sqrt(squares / freedom) if freedom else 0.0, freedom)
 
     def estimate(self, values: Sequence[float]) -> Estimate:
         """The mean of one configuration's values, with its interval."""

@@ -29,7 +29,7 @@ from pipeline.runs.sweep import (
 )
 from pipeline.tuning.grid import Grid
 from pipeline.tuning.search import ATTEMPTS, Tried, check_ranges, option, propose, value_of
-from pipeline.tuning.trials import Expansion, Point, Trial, expand, keep_names, points_of, proposed_points
+from pipeline.tuning.trials import Expansion, GridPoint, Trial, expand, keep_names, points_of, proposed_points
 
 if TYPE_CHECKING:
     from pipeline.evaluation.datasets.benchmark import Benchmark
@@ -255,7 +255,7 @@ class Proposals:
         for attempt in range(ATTEMPTS):
             seed = stable_hash("search", self._config.seed, len(tried), attempt) % 2**32
             changes = propose(self._grid.ranges, tried, search, seed)
-            new = self._expansion.add(Point(changes, list(self._grid.ranges), proposed=True))
+            new = self._expansion.add(GridPoint(changes, list(self._grid.ranges), proposed=True))
             self._expansion.faults.clear()
             if new:
                 return new

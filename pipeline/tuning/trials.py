@@ -44,7 +44,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Point:
+class GridPoint:
     """What one trial changes, before it has a name."""
 
     changes: dict[str, Any]
@@ -64,7 +64,7 @@ class Expansion:
         self._place = str(Path(config.out).absolute() / config.name / "trials")
         self._seed_in_names = len(grid.axes.get("seed", ())) > 1
 
-    def add(self, point: Point) -> list[Trial]:
+    def add(self, point: GridPoint) -> list[Trial]:
         """The trials of a point that are new: one, or one for each seed, and their soup."""
         seeds: Sequence[int | None] = self._grid.seeds or (None,)
         made = [one for seed in seeds if (one := self._trial(point, seed)) is not None]
@@ -74,7 +74,7 @@ class Expansion:
             self.trials.append(replace(one, id=f"{len(self.trials):04d}-{digest(one.config)}"))
         return self.trials[len(self.trials) - len(made) :]
 
-    def _trial(self, point: Point, seed: int | None) -> Trial | None:
+    def _trial(self, point: GridPoint, seed: int | None) -> Trial | None:
         changes = point.changes if seed is None else {**point.changes, "seed": seed}
         try:
             made = override(self._config, changes)
@@ -91,7 +91,7 @@ class Expansion:
         baseline = point.baseline is not None
         return Trial("", name, label, changes, placed, baseline, configuration, proposed=point.proposed)
 
-    def _names(self, made: Config, changes: dict[str, Any], point: Point, seed: int | None) -> tuple[str, str]:
+    def _names(self, made: Config, changes: dict[str, Any], point: GridPoint, seed: int | None) -> tuple[str, str]:
         seeds = self._seed_in_names or len(self._grid.seeds) > 1
         given = point.baseline
         name = name_of(made, changes, point.varied, seeds=seeds, given=given.name if given else None)
@@ -122,22 +122,22 @@ def expand(config: Config, grid: Grid, stored: Sequence[Mapping[str, Any]] = ())
     return expansion.trials
 
 
-def points_of(grid: Grid) -> Iterator[Point]:
+def points_of(grid: Grid) -> Iterator[GridPoint]:
     """The points of a grid and its baselines; a search without points starts from the config itself."""
     for changes in _product(grid.axes) if grid.axes or grid.search is not None else ():
-        yield Point(changes, _varied(grid.axes))
+        yield GridPoint(changes, _varied(grid.axes))
     for each in grid.baselines:
         for changes in _product(each.changes):
-            yield Point(changes, _varied(each.changes), each)
+            yield GridPoint(changes, _varied(each.changes), each)
 
 
-def proposed_points(grid: Grid, stored: Sequence[Mapping[str, Any]]) -> list[Point]:
+def proposed_points(grid: Grid, stored: Sequence[Mapping[str, Any]]) -> list[GridPoint]:
     """What a sampler proposed in an earlier call, each configuration once, in the order of the proposals."""
-    found: dict[str, Point] = {}
+    found: dict[str, GridPoint] = {}
     for entry in stored:
         if entry.get("proposed"):
             changes = {key: value for key, value in entry["changes"].items() if key != "seed"}
-            found.setdefault(_canonical(changes), Point(changes, list(grid.ranges), proposed=True))
+            found.setdefault(_canonical(changes), GridPoint(changes, list(grid.ranges), proposed=True))
     return list(found.values())
 
 

@@ -102,7 +102,7 @@ def test_mistakes_with_auto_are_told_in_a_line(run: Path) -> None:
         evaluate_command(run, EvalRequest(strength=("auto",)))
     with pytest.raises(ConfigError, match="no dataset of a group other than id"):
         evaluate_command(run, EvalRequest(strength=("auto",), floor=0.5, datasets=["ours"]))
-    with pytest.raises(ConfigError, match="auto is one strength"):
+    with pytest.raises(ConfigError, match="auto is a single strength"):
         evaluate_command(run, EvalRequest(strength=("auto", 0.5), floor=0.5))
     with pytest.raises(ConfigError, match="above 0"):
         evaluate_command(run, EvalRequest(strength=(0.0,)))

@@ -7,7 +7,7 @@ from statistics import mean, stdev
 import pytest
 from scipy.stats import ttest_ind
 
-from pipeline.selection.candidates import Candidate, Spread, take
+from pipeline.selection.candidates import Candidate, SeedSpread, take
 from pipeline.selection.frontier import AtStrength
 from pipeline.selection.ranking import Point
 
@@ -34,7 +34,7 @@ def test_the_mean_decides_and_its_nearest_seed_is_taken() -> None:
 def test_the_pooled_interval_is_that_of_a_t_test() -> None:
     """Two groups: scipy's test with equal variances calls them different exactly where the interval leaves out 0."""
     groups = [0.40, 0.42, 0.41], [0.425, 0.43, 0.44]
-    spread = Spread.of(groups)
+    spread = SeedSpread.of(groups)
     one, other = map(spread.estimate, groups)
     assert spread.deviation == pytest.approx(((stdev(groups[0]) ** 2 + stdev(groups[1]) ** 2) / 2) ** 0.5)
     interval = ttest_ind(*groups).confidence_interval(0.95)
