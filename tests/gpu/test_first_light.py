@@ -52,7 +52,6 @@ def test_a_stage_that_breaks_fails_the_programme(tmp_path: Path, monkeypatch: py
     assert check["found"].startswith("AttributeError")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
 def test_the_full_size_needs_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--out", str(tmp_path)])

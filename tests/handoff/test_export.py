@@ -150,7 +150,7 @@ def test_mistakes_are_told_before_anything_is_written(
         ({"to": "peft", "merged": True}, "merged weights are --to hf"),
         ({"to": "hf", "base_name": "x"}, "only a PEFT adapter"),
         ({"to": "hf", "step": 7}, "no checkpoint step-00000007"),
-        ({"to": "hf", "out": tmp_path / "full", "force": True}, "is no export"),
+        ({"to": "hf", "out": tmp_path / "full", "force": True}, "is not an export"),
     ]
     for request, message in cases:
         with pytest.raises(ConfigError, match=message):

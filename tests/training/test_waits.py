@@ -96,6 +96,8 @@ def objective(folder: Path, kind: str, micro: int | None, checkpointing: bool) -
 
 @pytest.fixture
 def control(monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.ProcessGroup]:
+    if dist.is_initialized():  # by a test that trained in this process
+        dist.destroy_process_group()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
