@@ -167,6 +167,84 @@ def vit_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def word_tokenizer() -> Callable[[Path], None]:
+    """save(directory) -> a tokenizer of single words there, as transformers writes one."""
+
+    def save(directory: Path) -> None:
+        from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+        from transformers import PreTrainedTokenizerFast
+
+        text = "a the of photo picture class_0 class_1 class_2 class_3 cat dog red"
+        words = ["<pad>", "</s>", "<unk>", *text.split()]
+        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+        tokenizer.normalizer = normalizers.Lowercase()
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+        names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(str(directory))
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def trunk_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make(architecture, **model_args) -> a directory that timm builds by local-dir:, without weights, for 32 x 32."""
+
+    def make(architecture: str = "vit_base_patch16_siglip_224", **changes: Any) -> Path:
+        args = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2} | changes
+        args = {key: value for key, value in args.items() if value is not None}
+        directory = tmp_path_factory.mktemp("trunk")
+        size = {"input_size": [3, args["img_size"], args["img_size"]]} if "img_size" in args else {}
+        config = {"architecture": architecture, "model_args": args, "pretrained_cfg": size}
+        (directory / "config.json").write_text(json.dumps(config))
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def siglip_dir(
+    tmp_path_factory: pytest.TempPathFactory,
+    trunk_dir: Callable[..., Path],
+    word_tokenizer: Callable[[Path], None],
+) -> Path:
+    """A tiny SigLIP 2 as stock open_clip builds it, with its tokenizer; every weight moved away from its start."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    directory = tmp_path_factory.mktemp("siglip")
+    vision = {"image_size": 32, "timm_model_name": f"local-dir:{trunk_dir()}", "timm_pool": "map", "timm_proj": "none"}
+    text = {
+        "context_length": 8,
+        "vocab_size": 20,
+        "width": 32,
+        "heads": 2,
+        "layers": 2,
+        "hf_tokenizer_name": "words",
+        "no_causal_mask": True,
+        "proj_bias": True,
+        "pool_type": "last",
+        "norm_kwargs": {"eps": 1e-6},
+        "act_kwargs": {"approximate": "tanh"},
+    }
+    model_cfg = {"embed_dim": 32, "init_logit_bias": -10, "custom_text": True, "vision_cfg": vision, "text_cfg": text}
+    preprocess_cfg = {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"}
+    config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+    (directory / "open_clip_config.json").write_text(json.dumps(config))
+    word_tokenizer(directory)
+    torch.manual_seed(1)
+    model = open_clip.create_model(f"local-dir:{directory}")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            if name == "logit_scale":
+                parameter.fill_(4.77)  # that of the published models, above CLIP's bound of ln 100
+    save_file(model.state_dict(), directory / "open_clip_model.safetensors")
+    return directory
+
+
+@pytest.fixture(scope="session")
 def make_vit_run(vit_dir: Callable[..., Path]) -> Callable[..., Path]:
     """make(run, classes, steps=(5, 10, 15, 20)) -> gated LoRA over a tiny ViT, as `selora train` leaves it.
 

@@ -86,6 +86,7 @@ def _add_blocks(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="share kept that --strength auto looks for (default: promote.min_kept, promote.max_forgetting)",
     )
+    parser.add_argument("--base", metavar="PATH", help="new place of the run's base, if it has moved")
     parser.add_argument(
         "--base-name", metavar="NAME", help="name of the base model in the PEFT adapter (default: its path)"
     )
@@ -121,6 +122,7 @@ def run_export(arguments: argparse.Namespace) -> int:
     from pipeline.handoff.export import export
     from pipeline.handoff.hub import check_push, push
     from pipeline.handoff.source import Mismatch
+    from pipeline.model.restore import move_base
 
     if arguments.push is not None:
         check_push(arguments.push, arguments.dry_run)
@@ -130,6 +132,8 @@ def run_export(arguments: argparse.Namespace) -> int:
     run_dir, chosen = chosen_run(Path(arguments.target))
     if chosen:
         print(chosen, file=sys.stderr)
+    if arguments.base is not None:
+        move_base(run_dir, arguments.base)
     alpha = strength_at_floor(Path(arguments.target), run_dir) or 1.0 if arguments.strength is None else 1.0
     if arguments.strength is not None:
         alpha, told = _strength_of_export(arguments, run_dir)
@@ -211,6 +215,7 @@ def _add_promote(commands: Any) -> None:
         help="register the model at this strength, above 0, up to 1 (default), or auto: at the largest strength that "
         "keeps the floor of the rule, min_kept or max_forgetting",
     )
+    parser.add_argument("--base", metavar="PATH", help="new place of the run's base, if it has moved")
     parser.add_argument("--champion", action="store_true", help="also give it the alias champion")
     parser.add_argument("--rollback", action="store_true", help="give the alias champion back to the previous champion")
     parser.add_argument("--uri", help="MLflow tracking server or database (default: the run's own)")
@@ -221,8 +226,9 @@ def _add_promote(commands: Any) -> None:
 
 
 def run_promote(arguments: argparse.Namespace) -> int:
-    from pipeline.handoff.choice import rule_of
+    from pipeline.handoff.choice import chosen_run, rule_of
     from pipeline.handoff.promote import promote, rollback
+    from pipeline.model.restore import move_base
 
     if arguments.rollback:
         if arguments.target is not None or arguments.champion:
@@ -232,10 +238,13 @@ def run_promote(arguments: argparse.Namespace) -> int:
         return OK
     if arguments.target is None:
         raise ConfigError("RUN_OR_SWEEP: name the directory of a run or of a sweep")
+    rule = rule_of(Path(arguments.target), arguments.rule or [])
+    if arguments.base is not None:
+        move_base(chosen_run(Path(arguments.target), rule)[0], arguments.base)
     done = promote(
         arguments.target,
         arguments.name,
-        rule_of(Path(arguments.target), arguments.rule or []),
+        rule,
         champion=arguments.champion,
         uri=arguments.uri,
         class_names=None if arguments.classnames is None else _lines(arguments.classnames),

@@ -73,6 +73,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Which models are evaluated on which datasets."""
     parser.add_argument("model", metavar="RUN_OR_MODEL", help="directory of a run, or a name as in model.name")
     parser.add_argument("--pretrained", metavar="TAG", help="open_clip tag or weights file of a plain model")
+    parser.add_argument("--base", metavar="PATH", help="new place of the run's base, if it has moved")
     parser.add_argument(
         "--benchmark", metavar="NAME", help="paper, quick, vision, wds or a YAML file (default: the run's own)"
     )
@@ -144,6 +145,10 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     options = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(EvalRequest)}
     if arguments.strength == []:
         options["strength"] = ALPHAS
+    if arguments.base is not None:
+        from pipeline.model.restore import move_base
+
+        move_base(arguments.model, arguments.base)
     return evaluate_command(arguments.model, EvalRequest(**options))
 
 

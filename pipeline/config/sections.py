@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from pipeline.config.effects import Measurement, Place, Promotion, Record, Result, Speed
 
-Tower = Literal["image", "text"]
+Tower = Literal["image", "text", "pool"]
 Projection = Literal["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 _FromList = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 Towers = Annotated[tuple[Tower, ...], _FromList]
@@ -31,13 +31,19 @@ class Model(Section):
     name: Result[str] = Field(
         default="ViT-B-16-quickgelu",
         min_length=1,
-        description="open_clip architecture, local-dir:PATH or hf-hub:ORG/NAME of a CLIP; with the prefix timm: a ViT, "
-        "which is trained as a classifier",
+        description="open_clip architecture, local-dir:PATH or hf-hub:ORG/NAME of a CLIP, or hf:ORG/NAME in the layout "
+        "of transformers; with the prefix timm: a ViT, which is trained as a classifier",
     )
     pretrained: Result[str | None] = Field(
         default=None,
         description="open_clip tag such as openai, or a weights file; null: the weights that come with the name, or "
         "random ones",
+    )
+    image_size: Result[int | None] = Field(
+        default=None,
+        ge=1,
+        description="pixels a side of the images, to which the positions of the image tower are resized; null: the "
+        "model's own",
     )
     precision: Result[Literal["fp32", "bf16"]] = Field(
         default="fp32", description="precision of the frozen weights and activations"
@@ -56,7 +62,11 @@ class Adapter(Section):
     alpha: Result[float | None] = Field(
         default=None, gt=0, description="blocks are scaled by alpha / rank; null: scale 1"
     )
-    towers: Result[Towers] = Field(default=("image", "text"), min_length=1, description="towers that carry blocks")
+    towers: Result[Towers] = Field(
+        default=("image", "text"),
+        min_length=1,
+        description="towers that carry blocks; pool: the attention pooling behind the image tower of SigLIP",
+    )
     projections: Result[Projections] = Field(
         default=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
         min_length=1,
@@ -124,6 +134,11 @@ class Train(Section):
         default="all",
         description="what trains outside the transformer layers; proj_ln: the projections and the outer layer norms",
     )
+    loss: Result[Literal["auto", "contrastive", "sigmoid"]] = Field(
+        default="auto",
+        description="contrastive: softmax over the batch (CLIP, FLYP); sigmoid: each pair on its own (SigLIP); auto: "
+        "sigmoid for a model with a logit bias, which SigLIP has, otherwise contrastive",
+    )
     positives: Result[Literal["own", "class"]] = Field(
         default="own",
         description="captions that an image is drawn to; own: its own (FLYP); class: those of its class in the batch",
@@ -135,7 +150,7 @@ class Train(Section):
     optimizer: Result[Literal["adamw", "sgd"]] = Field(default="adamw", description="adamw, or sgd with train.momentum")
     momentum: Result[float] = Field(default=0.9, ge=0, lt=1, description="momentum of SGD")
     weight_decay: Result[float] = Field(
-        default=0.1, ge=0, description="weight decay; never applied to scores, magnitudes and the logit scale"
+        default=0.1, ge=0, description="weight decay; never applied to scores, magnitudes, the logit scale and its bias"
     )
     betas: Result[Pair] = Field(default=(0.9, 0.999), description="decay rates of AdamW's two moments")
     eps: Result[float] = Field(default=1e-8, gt=0, description="AdamW's epsilon")

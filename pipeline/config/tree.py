@@ -164,6 +164,12 @@ def _learning_rules(config: Config) -> Iterator[tuple[set[str], str]]:
             {"train.positives", "model.name"},
             f"train.positives: class is for a CLIP, and {config.model.name} is trained as a classifier; use own",
         )
+    if config.train.loss != "auto" and config.classifies:
+        yield (
+            {"train.loss", "model.name"},
+            f"train.loss: {config.train.loss} is for a CLIP, and {config.model.name} is trained as a classifier; use "
+            "auto",
+        )
     if keep.weight and keep.images is None and (keep.texts is None or config.classifies):
         texts = "" if config.classifies else "keep.texts=general or "
         yield (

@@ -23,7 +23,7 @@ from pipeline.costs.cost import (
 )
 from pipeline.display import text_table
 from pipeline.method.adapter import AdapterKind
-from pipeline.model.clip import CONFIG_FILE, Clip, load_clip
+from pipeline.model.clip import CONFIG_FILE, Clip, is_clip_directory, load_clip
 from pipeline.model.load import as_clip
 from pipeline.model.restore import check_exists, find_run, load_base
 from pipeline.runs.run import is_run
@@ -95,7 +95,7 @@ def _subject(
     check_exists(name)
     if not is_run(name):
         if Path(name).is_dir():
-            if not (Path(name) / CONFIG_FILE).is_file():
+            if not is_clip_directory(Path(name)):
                 raise ConfigError(f"{name}: neither a run (no config.yaml) nor an open_clip model (no {CONFIG_FILE})")
             name = f"local-dir:{name}"
         chosen = wanted or KINDS

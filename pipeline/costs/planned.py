@@ -53,7 +53,10 @@ def _shape_of_config(config: Config) -> Shape | None:
 
     if config.classifies:
         return None if ":" in config.model.name.removeprefix("timm:") else vit_shape(config.model.name)
-    return shape_of(config.model.name, model_config(config.model.name))
+    model_cfg = model_config(config.model.name)
+    if config.model.image_size is not None:
+        model_cfg["vision_cfg"]["image_size"] = config.model.image_size
+    return shape_of(config.model.name, model_cfg)
 
 
 def describe(

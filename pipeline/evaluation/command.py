@@ -32,7 +32,7 @@ from pipeline.evaluation.strength import (
     strength_name,
 )
 from pipeline.evaluation.summary import Summary, format_summary
-from pipeline.model.clip import CONFIG_FILE
+from pipeline.model.clip import CONFIG_FILE, is_clip_directory
 from pipeline.model.load import Model, load_model
 from pipeline.model.restore import check_exists, find_run
 from pipeline.runs.results import STRENGTH_FILE
@@ -312,10 +312,10 @@ def places(run: Path, options: EvalRequest) -> tuple[Path, Path]:
 
 
 def load_plain(name: str, pretrained: str | None) -> Model:
-    """A model by its name, `local-dir:`, `hf-hub:`, `timm:`, or as a directory with open_clip_config.json."""
+    """A model by its name, `local-dir:`, `hf-hub:`, `hf:`, `timm:`, or as a directory of open_clip or transformers."""
     folder = Path(name)
     if folder.is_dir():
-        if not (folder / CONFIG_FILE).is_file():
+        if not is_clip_directory(folder):
             raise ConfigError(f"{folder}: neither a run (no config.yaml) nor an open_clip model (no {CONFIG_FILE})")
         name = f"local-dir:{folder}"
     return load_model(name, pretrained)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -18,6 +19,7 @@ from pipeline.method.lowrank import LowRank
 
 AdapterKind = Literal["lora", "dora"]
 Targets = Mapping[str, tuple[nn.Module, str]]
+_PART = re.compile(r"(?<=\.fc1)_[gx]$")
 FORMS: dict[str, type[Block]] = {"lora": LoRALinear, "dora": DoRALinear}
 
 
@@ -43,14 +45,17 @@ def select_targets(
 ) -> list[str]:
     """The chosen target names, in the order of `names`.
 
-    globs (fnmatch patterns over "tower.layer.projection") replace towers x projections. A tower, projection or pattern
+    A projection takes its parts with it: fc1 of a gated MLP is fc1_g and fc1_x. globs (fnmatch patterns over
+    "tower.layer.projection") replace towers x projections. A tower, projection or pattern
     that matches nothing is a ValueError that shows the nearest names.
     """
     if globs is not None:
         chosen = {name for glob in globs for name in _matching(names, glob, "targets")}
     else:
         by_tower = {name for tower in towers for name in _matching(names, f"{tower}.*", "towers")}
-        by_kind = {name for kind in projections for name in _matching(names, f"*.{kind}", "projections")}
+        whole = {name: _PART.sub("", name) for name in names}
+        wanted = {found for kind in projections for found in _matching([*whole.values()], f"*.{kind}", "projections")}
+        by_kind = {name for name in names if whole[name] in wanted}
         chosen = by_tower & by_kind
     return [name for name in names if name in chosen]
 

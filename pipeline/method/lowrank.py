@@ -27,7 +27,7 @@ class LowRank(nn.Module):
         super().__init__()
         if rank < 1:
             raise ValueError(f"rank={rank}: must be at least 1")
-        self.rank = rank
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.scaling = 1.0 if alpha is None else alpha / rank
         self.lora_A = nn.Parameter(torch.empty(rank, in_features))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank))
@@ -43,4 +43,4 @@ class LowRank(nn.Module):
         return self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide))
 
     def extra_repr(self) -> str:
-        return f"in={self.lora_A.shape[1]}, out={self.lora_B.shape[0]}, rank={self.rank}, scaling={self.scaling:g}"
+        return f"in={self.in_features}, out={self.out_features}, rank={self.rank}, scaling={self.scaling:g}"

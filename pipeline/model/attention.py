@@ -11,25 +11,47 @@ from torch.nn import functional as F
 from pipeline.config import ConfigError
 from pipeline.method.stacked import project
 
+QKV = ("q_proj", "k_proj", "v_proj")
+
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """An nn.Linear around copies of the given tensors; draws no random numbers."""
+    """An nn.Linear around the given tensors, which may be parts of a larger one; draws no random numbers."""
     out_features, in_features = weight.shape
     linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
     if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
     return linear
 
 
-class SplitAttention(nn.Module):
-    """Self-attention with q, k, v and out as four nn.Linear, where open_clip and timm keep q, k and v in one parameter.
+class Split(nn.Module):
+    """A module whose projections are linears of their own, where open_clip and timm keep several in one parameter.
 
-    `stock_qkv`, `stock_out`: how those call them. `causal`: the mask of this tower is the causal one, which the
-    kernel then applies by itself; a mask in memory would keep it off its fast form.
+    `stock`: the name that those give a parameter -> the names of the parameters here that make it, put together.
     """
 
-    stock_qkv, stock_out = "in_proj_", "out_proj."
+    stock: dict[str, tuple[str, ...]]
+    num_heads: int
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(N, L, C) -> (N, heads, L, C / heads)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def _name(self, **stock: tuple[str, ...]) -> None:
+        """Set `stock`, of modules: qkv=("q_proj", "k_proj", "v_proj") is their weights and, where there are, biases."""
+        own = {name for name, _ in self.named_parameters()}
+        parts = [(theirs, names, part) for theirs, names in stock.items() for part in ("weight", "bias")]
+        named = {f"{theirs}.{part}": tuple(f"{name}.{part}" for name in names) for theirs, names, part in parts}
+        self.stock = {theirs: names for theirs, names in named.items() if own.issuperset(names)}
+
+
+class SplitAttention(Split):
+    """Self-attention with q, k, v and out as four nn.Linear.
+
+    `causal`: the mask of this tower is the causal one, which the kernel then applies by itself; a mask in memory would
+    keep it off its fast form.
+    """
+
     causal = False
 
     def __init__(self, in_weight: Tensor, in_bias: Tensor | None, out: nn.Linear, num_heads: int) -> None:
@@ -39,10 +61,9 @@ class SplitAttention(nn.Module):
         biases = (None, None, None) if in_bias is None else in_bias.chunk(3)
         self.q_proj, self.k_proj, self.v_proj = (_linear(w, b) for w, b in zip(weights, biases, strict=True))
         self.out_proj = _linear(out.weight, out.bias)
-
-    def heads(self, x: Tensor) -> Tensor:
-        """(N, L, C) -> (N, heads, L, C / heads)."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        self._name(in_proj=QKV, out_proj=("out_proj",))
+        # nn.MultiheadAttention and open_clip's own write in_proj_weight
+        self.stock = {theirs.replace("in_proj.", "in_proj_"): own for theirs, own in self.stock.items()}
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float = 0.0) -> Tensor:
         """Softmax attention of (N, heads, L, C / heads) each -> (N, heads, L, C / heads).
@@ -130,25 +151,49 @@ class SplitCustomAttention(SplitAttention):
         return self.out_drop(self.out_proj(self.ln_inner(out.transpose(1, 2).flatten(2))))
 
 
-class SplitTimmAttention(SplitAttention):
-    """Stands for timm's `Attention`, of its vision transformers, with all of its options but the sigmoid gate."""
+class SplitTimmAttention(Split):
+    """Stands for timm's attention modules: `Attention`, `AttentionRope`, and `EvaAttention`, with rotary positions.
 
-    stock_qkv, stock_out = "qkv.", "proj."
+    All of their options but the sigmoid gate and fewer heads for k and v than for q.
+    """
 
     def __init__(self, attention: Any) -> None:
-        super().__init__(attention.qkv.weight, attention.qkv.bias, attention.proj, attention.num_heads)
+        super().__init__()
         if getattr(attention, "gate", None) is not None:
             raise ConfigError("model: timm's gated attention is not supported")
+        if getattr(attention, "num_kv_heads", attention.num_heads) != attention.num_heads:
+            raise ConfigError("model: attention with fewer heads for k and v than for q is not supported")
+        self.num_heads = attention.num_heads
+        if attention.qkv is None:
+            self.q_proj, self.k_proj, self.v_proj = attention.q_proj, attention.k_proj, attention.v_proj
+        else:
+            # EVA's q and v have a bias and its k has none
+            biases = (getattr(attention, "q_bias", None), None, getattr(attention, "v_bias", None))
+            if attention.qkv.bias is not None:
+                biases = attention.qkv.bias.chunk(3)
+            weights = attention.qkv.weight.chunk(3)
+            self.q_proj, self.k_proj, self.v_proj = (_linear(w, b) for w, b in zip(weights, biases, strict=True))
+        self.out_proj = attention.proj
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
         self.norm = getattr(attention, "norm", nn.Identity())
         self.attn_drop, self.proj_drop = attention.attn_drop, attention.proj_drop
+        self.num_prefix_tokens = getattr(attention, "num_prefix_tokens", 0)
+        self.rotate_half = getattr(attention, "rotate_half", False)
+        self._name(**({"qkv": QKV} if attention.qkv is not None else {}), proj=("out_proj",))
+        if getattr(attention, "q_bias", None) is not None:
+            self.stock |= {"q_bias": ("q_proj.bias",), "v_bias": ("v_proj.bias",)}
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """(N, L, C) -> (N, L, C)."""
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """(N, L, C) -> (N, L, C). rope: rotary embeddings of the patches, behind `num_prefix_tokens`."""
         q, k, v = map(self.heads, project(x, (self.q_proj, self.k_proj, self.v_proj)))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = self._rotated(q, rope).type_as(v), self._rotated(k, rope).type_as(v)
         out = F.scaled_dot_product_attention(
-            self.q_norm(q),
-            self.k_norm(k),
+            q,
+            k,
             v,
             attn_mask=attn_mask,
             dropout_p=self.attn_drop.p if self.training else 0.0,
@@ -156,16 +201,58 @@ class SplitTimmAttention(SplitAttention):
         )
         return self.proj_drop(self.out_proj(self.norm(out.transpose(1, 2).flatten(2))))
 
+    def _rotated(self, x: Tensor, rope: Tensor) -> Tensor:
+        """(N, heads, L, C / heads), those of the patches turned by their position."""
+        from timm.layers import apply_rot_embed_cat
 
-def split(attention: nn.Module | None) -> SplitAttention:
+        first = self.num_prefix_tokens
+        turned = apply_rot_embed_cat(x[:, :, first:], rope, half=self.rotate_half)
+        return torch.cat([x[:, :, :first], turned], dim=2)
+
+
+class SplitAttentionPool(Split):
+    """Stands for timm's `AttentionPoolLatent`: a learned query attends to all patches (the pooling of SigLIP)."""
+
+    def __init__(self, pool: Any) -> None:
+        super().__init__()
+        self.num_heads, self.pool = pool.num_heads, pool.pool
+        self.latent, self.pos_embed = pool.latent, pool.pos_embed
+        weights = pool.kv.weight.chunk(2)
+        biases = (None, None) if pool.kv.bias is None else pool.kv.bias.chunk(2)
+        self.k_proj, self.v_proj = (_linear(w, b) for w, b in zip(weights, biases, strict=True))
+        self.q_proj, self.out_proj = pool.q, pool.proj
+        self.q_norm, self.k_norm = pool.q_norm, pool.k_norm
+        self.norm, self.mlp, self.proj_drop = pool.norm, pool.mlp, pool.proj_drop
+        self._name(kv=("k_proj", "v_proj"), q=("q_proj",), proj=("out_proj",))
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """(N, L, C) -> (N, C)."""
+        if self.pos_embed is not None:
+            x = x + self.pos_embed.to(x.dtype)
+        latent = self.latent.expand(len(x), -1, -1)
+        q, k, v = (self.heads(proj(each)) for proj, each in ((self.q_proj, latent), (self.k_proj, x), (self.v_proj, x)))
+        out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=attn_mask)
+        out = self.proj_drop(self.out_proj(out.transpose(1, 2).flatten(2)))
+        if self.mlp is not None:
+            out = out + self.mlp(self.norm(out))
+        if self.pool == "token":
+            return out[:, 0]
+        return out.mean(1) if self.pool == "avg" else out
+
+
+def split(attention: nn.Module | None) -> Split:
     """The same with q, k and v apart; ConfigError for a form that is not known."""
     from open_clip.transformer import Attention
+    from timm.layers import AttentionPoolLatent, AttentionRope
     from timm.layers.attention import Attention as TimmAttention
+    from timm.models.eva import EvaAttention
 
     if isinstance(attention, nn.MultiheadAttention):
         return SplitMultiheadAttention.of(attention)
     if isinstance(attention, Attention):
         return SplitCustomAttention(attention)
-    if type(attention) is TimmAttention:  # its subclasses compute something else
+    if type(attention) in (TimmAttention, AttentionRope, EvaAttention):  # their subclasses compute something else
         return SplitTimmAttention(attention)
-    raise ConfigError(f"model: cannot split attention of type {type(attention).__name__}")
+    if type(attention) is AttentionPoolLatent:
+        return SplitAttentionPool(attention)
+    raise ConfigError(f"model: attention of type {type(attention).__name__} has no split form here")

@@ -88,6 +88,7 @@ def write_peft(clip: Clip, directory: Path, base_name: str) -> None:
     base_name: what adapter_config.json calls the base. BASE holds everything but the blocks: what trains outside of
     them has no place in an adapter, so the base carries it. The model is left merged into its base, without blocks.
     """
+    hf_config(clip.model_cfg)  # refuses what CLIPModel has no place for
     active = {target: block for target, block in blocks(clip.model).items() if block.is_open()}
     if not active:
         raise ConfigError("every gate is closed: no adapter is left; export the merged model (--to hf)")
@@ -158,10 +159,11 @@ def own_logits(model: Model, *batch: Tensor) -> Tensor:
 
 @torch.no_grad()
 def clip_logits(model: Any, images: Tensor, tokens: Tensor) -> Tensor:
-    """(images, captions) logits of an open_clip model: cosines times the scale, in fp32."""
+    """(images, captions) logits of an open_clip model: cosines times the scale plus the bias, if any; in fp32."""
     image = nn.functional.normalize(model.encode_image(images), dim=-1)
     text = nn.functional.normalize(model.encode_text(tokens), dim=-1)
-    return model.logit_scale.exp() * image @ text.T
+    logits = model.logit_scale.exp() * image @ text.T
+    return logits if model.logit_bias is None else logits + model.logit_bias
 
 
 def logits_by_open_clip(directory: Path, images: Tensor, tokens: Tensor) -> Tensor:

@@ -10,12 +10,18 @@ Model = Clip | Vit
 
 
 def load_model(
-    name: str, pretrained: str | None = None, *, seed: int = 0, classes: tuple[str, ...] | None = None
+    name: str,
+    pretrained: str | None = None,
+    *,
+    seed: int = 0,
+    classes: tuple[str, ...] | None = None,
+    image_size: int | None = None,
+    hollow: bool = False,
 ) -> Model:
     """`load_clip` or `load_vit`, as the name says. classes: class names of a ViT's classifier."""
     if is_vit(name):
-        return load_vit(name, pretrained, seed=seed, classes=classes)
-    return load_clip(name, pretrained, seed=seed)
+        return load_vit(name, pretrained, seed=seed, classes=classes, image_size=image_size)
+    return load_clip(name, pretrained, seed=seed, image_size=image_size, hollow=hollow)
 
 
 def as_clip(model: Model, what: str) -> Clip:

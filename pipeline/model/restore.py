@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.config import ConfigError
+from pipeline.config import VIT_SCHEMA as SCHEMA
+from pipeline.config import ConfigError, is_vit
 from pipeline.config.yaml_file import read_chain
 from pipeline.method.adapter import attach_adapter, merge_adapter
 from pipeline.method.contrastive import MAX_LOGIT_SCALE
+from pipeline.model.clip import Clip, with_logit_bias
 from pipeline.model.load import Model, load_model
 from pipeline.model.towers import adapter_targets, apply_trainable
-from pipeline.runs.run import CONFIG_FILE, checkpoint_dir, is_run, kept_steps, latest_step, read_checkpoint
+from pipeline.model.weights import has_bias
+from pipeline.runs.run import (
+    CONFIG_FILE,
+    checkpoint_dir,
+    is_run,
+    kept_steps,
+    latest_step,
+    read_base,
+    read_checkpoint,
+    write_base,
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +79,46 @@ def find_run(run_dir: str | Path, step: int | None = None) -> RunSource:
     train_rest = read_chain(run_dir / CONFIG_FILE).get("train.train_rest")
     if train_rest is None:
         raise ConfigError(f"{run_dir / CONFIG_FILE}: has no train.train_rest, so it is not the config of a run")
-    return RunSource(found.path, found.state, train_rest.value)
+    state = found.state
+    if _missing(state["model"]):
+        state = {**state, "model": state["model"] | read_base(run_dir)}
+    return RunSource(found.path, state, train_rest.value)
+
+
+def move_base(run_dir: str | Path, place: str | Path) -> None:
+    """Remember the new place of a run's base.
+
+    Args:
+        place: directory or weight file.
+
+    Raises:
+        ConfigError: the base is not a path, or there are other weights at `place`.
+    """
+    source, new = find_run(run_dir), str(Path(place).expanduser().absolute())
+    said = source.state["model"]
+    schema = SCHEMA if is_vit(said["name"]) else ""
+    if _path(said["pretrained"]) and not (_path(said["name"]) and "name" in _missing(said)):
+        moved = said | {"pretrained": new}
+    elif _path(said["name"]):
+        moved = said | {"name": f"{schema}local-dir:{new}"}
+    else:
+        raise ConfigError(f"--base: the base of {run_dir} is {said['name']}, which is not a path")
+    _start(replace(source, state={**source.state, "model": moved}), None)  # checks the digest
+    write_base(Path(run_dir), moved["name"], moved["pretrained"])
+
+
+def _path(name: str | None) -> Path | None:
+    """The path that model.name or model.pretrained is; None for an architecture, a tag or a hub entry."""
+    plain = (name or "").removeprefix(SCHEMA)
+    if plain.startswith("local-dir:"):
+        return Path(plain.removeprefix("local-dir:"))
+    return Path(plain) if Path(plain).is_absolute() else None
+
+
+def _missing(said: Mapping[str, Any]) -> dict[str, Path]:
+    """{"name" or "pretrained": path} of the places of a base where nothing is."""
+    paths = {key: _path(said[key]) for key in ("name", "pretrained")}
+    return {key: path for key, path in paths.items() if path is not None and not path.exists()}
 
 
 def load_base(source: RunSource) -> Model:
@@ -79,7 +131,13 @@ def load_base(source: RunSource) -> Model:
 
 def _start(source: RunSource, classes: tuple[str, ...] | None) -> Model:
     said = source.state["model"]
-    model = load_model(said["name"], said["pretrained"], seed=said["seed"], classes=classes)
+    for path in _missing(said).values():
+        raise ConfigError(
+            f"{source.checkpoint}: its base {path} is not there; if it has moved, give its new place with --base PATH"
+        )
+    model = load_model(
+        said["name"], said["pretrained"], seed=said["seed"], classes=classes, image_size=said.get("image_size")
+    )
     check_base(model, source.base_digest, source.checkpoint)
     return model
 
@@ -108,6 +166,8 @@ def load_run(run_dir: str | Path, step: int | None = None) -> Model:
 def load_adapted(source: RunSource) -> Model:
     """Like `load_run`, with the blocks not merged into their linears."""
     model = _start(source, tuple(source.state["model"].get("classes") or ()) or None)
+    if isinstance(model, Clip) and source.state["model"].get("added_bias") is not None:
+        model = with_logit_bias(model, source.state["model"]["added_bias"])
     adapter = source.state["adapter"]
     if adapter["kind"] in ("lora", "dora"):
         try:
@@ -152,5 +212,6 @@ def copy_parameters(model: Model, names: list[str], checkpoint: Path) -> None:
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(saved[name])
-            if name == "logit_scale":  # earlier versions trained and saved it beyond the bound of their loss
+            # earlier versions trained and saved it beyond the bound of their loss
+            if name == "logit_scale" and not has_bias(model.model):
                 parameter.clamp_(max=math.log(MAX_LOGIT_SCALE))

@@ -55,7 +55,7 @@ class Vit:
 
     preprocess_cfg: as in `Clip`; the whole image is resized to the model's size, as the paper's target sets are.
     digest: sha256 of the untouched trunk. classes: what the classifier tells apart, in the order of its outputs; None
-    where there is no classifier.
+    where there is no classifier. image_size: pixels a side, where it was changed.
     """
 
     model: VitClassifier
@@ -64,6 +64,7 @@ class Vit:
     name: str
     pretrained: str | None
     classes: tuple[str, ...] | None
+    image_size: int | None = None
 
 
 def untagged(name: str) -> str:
@@ -71,18 +72,29 @@ def untagged(name: str) -> str:
     return name if not is_vit(name) or ":" in name.removeprefix(SCHEMA) else name.partition(".")[0]
 
 
-def load_vit(name: str, pretrained: str | None = None, *, seed: int = 0, classes: tuple[str, ...] | None = None) -> Vit:
+def load_vit(
+    name: str,
+    pretrained: str | None = None,
+    *,
+    seed: int = 0,
+    classes: tuple[str, ...] | None = None,
+    image_size: int | None = None,
+) -> Vit:
     """Load or build a ViT through timm.
 
     name: "timm:" and an architecture with its tag (vit_small_patch16_224.dino: weights from the hub), an architecture
     alone (a random start from `seed`), local-dir:PATH or hf-hub:ORG/NAME. pretrained: a weight file instead, DINO's own
-    included. classes: the classifier that is to be trained, which starts from `seed`. Wrong names, files and models
-    whose layers are no plain transformer raise ConfigError.
+    included. classes: the classifier that is to be trained, which starts from `seed`. image_size: pixels a side, to
+    which the positions are resized in fp32. Wrong names, files, sizes and models whose layers are not a plain
+    transformer raise ConfigError.
     """
     import timm
     from safetensors import SafetensorError
 
-    plain = name.removeprefix(SCHEMA)
+    plain, pretrained = name.removeprefix(SCHEMA), None if pretrained is None else str(Path(pretrained).absolute())
+    if plain.startswith("local-dir:"):
+        plain = f"local-dir:{Path(plain.removeprefix('local-dir:')).expanduser().absolute()}"
+    name = f"{SCHEMA}{plain}"
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -91,6 +103,14 @@ def load_vit(name: str, pretrained: str | None = None, *, seed: int = 0, classes
     except (RuntimeError, ValueError, TypeError, OSError, KeyError, SafetensorError, UnpicklingError) as error:
         raise ConfigError(f"model.name={name!r}, model.pretrained={pretrained!r}: {error}{_near(plain)}") from error
     cfg = trunk.pretrained_cfg
+    split_attention(model)
+    state, own = stock_state(trunk), tuple(cfg["input_size"][1:])
+    if image_size is None or own == (image_size, image_size):
+        image_size = None
+    else:
+        state["image_size"] = torch.tensor(image_size)
+        _resize_images(trunk, image_size)
+        cfg = trunk.pretrained_cfg
     preprocess_cfg = {
         "size": tuple(cfg["input_size"][1:]),
         "mean": tuple(cfg["mean"]),
@@ -98,9 +118,19 @@ def load_vit(name: str, pretrained: str | None = None, *, seed: int = 0, classes
         "interpolation": cfg.get("interpolation", "bicubic"),
         "resize_mode": "squash",
     }
-    lean_activations(split_attention(model))
-    digest = weights_digest(stock_state(model.trunk))
-    return Vit(model, preprocess_cfg, digest, name, pretrained, classes)
+    lean_activations(model)
+    return Vit(model, preprocess_cfg, weights_digest(state), name, pretrained, classes, image_size)
+
+
+def _resize_images(trunk: Any, size: int) -> None:
+    """Let a ViT take images of size x size pixels, in place, and remember it as if it had been built so."""
+    if not hasattr(trunk, "set_input_size"):
+        raise ConfigError(f"model.image_size={size}: a {type(trunk).__name__} of timm takes one size of images")
+    try:
+        trunk.set_input_size(img_size=(size, size))
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"model.image_size={size}: {error}") from error
+    trunk.pretrained_cfg = {**trunk.pretrained_cfg, "input_size": (3, size, size)}
 
 
 @dataclass(frozen=True)

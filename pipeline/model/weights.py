@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.method.adapter import blocks
-from pipeline.model.attention import SplitAttention
+from pipeline.model.attention import Split
 
 SCALARS = ("logit_scale", "logit_bias")
 
@@ -35,11 +35,17 @@ def stock_state(model: nn.Module) -> dict[str, Tensor]:
         raise ValueError(f"{len(left)} blocks are not merged ({left[0]}, ..): call merge_adapter first")
     state = stock_scalars({name: tensor.detach() for name, tensor in model.state_dict().items()})
     for path, module in model.named_modules():
-        if isinstance(module, SplitAttention):
-            for part in ("weight", "bias"):
-                names = [f"{path}.{projection}.{part}" for projection in ("q_proj", "k_proj", "v_proj")]
-                if names[0] in state:
-                    state[f"{path}.{module.stock_qkv}{part}"] = torch.cat([state.pop(name) for name in names])
-                if f"{path}.out_proj.{part}" in state:
-                    state[f"{path}.{module.stock_out}{part}"] = state.pop(f"{path}.out_proj.{part}")
+        if isinstance(module, Split):
+            own = {theirs: [f"{path}.{name}" for name in names] for theirs, names in module.stock.items()}
+            for theirs, names in own.items():
+                state[f"{path}.{theirs}"] = _joined([state.pop(name) for name in names])
     return state
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def has_bias(model: nn.Module) -> bool:
+    """Whether the model adds a bias to its logits, as SigLIP does; CLIP's bound on the scale is not for it."""
+    return getattr(model, "logit_bias", None) is not None

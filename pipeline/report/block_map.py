@@ -18,6 +18,8 @@ PROJECTIONS = {
     "v_proj": "value",
     "out_proj": "attention out",
     "fc1": "MLP 1 (fc1)",
+    "fc1_g": "MLP 1, gate",
+    "fc1_x": "MLP 1, value",
     "fc2": "MLP 2 (fc2)",
 }
 

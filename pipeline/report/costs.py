@@ -28,13 +28,13 @@ def run_costs(collection: Collection) -> dict[str, RunCost]:
     costs: dict[str, RunCost] = {}
     if sum(_counts(run) for run in collection.runs) < 2:
         return costs  # a single cost has nothing to compare with, and building a model takes seconds
-    by_model: dict[str, list[Run]] = {}
+    by_model: dict[tuple[str, int | None], list[Run]] = {}
     for run in collection.runs:
         if _counts(run):
-            by_model.setdefault(run.settings.model, []).append(run)
-    for model, runs in by_model.items():
-        if "hf-hub:" not in model:
-            costs |= _of_model(model, runs)
+            by_model.setdefault((run.settings.model, run.settings.image_size), []).append(run)
+    for (model, image_size), runs in by_model.items():
+        if not model.startswith(("hf-hub:", "hf:", "timm:hf-hub:")):
+            costs |= _of_model(model, image_size, runs)
     return costs
 
 
@@ -42,14 +42,14 @@ def _counts(run: Run) -> bool:
     return run.settings.rank is not None and bool(run.gates) and run.summary is not None
 
 
-def _of_model(model: str, runs: list[Run]) -> dict[str, RunCost]:
+def _of_model(model: str, image_size: int | None, runs: list[Run]) -> dict[str, RunCost]:
     from pipeline.costs.cost import OWN_RULE, model_cost
     from pipeline.model.load import load_model
     from pipeline.model.vit import untagged
 
     try:
         with _open_clip_silent():
-            cost = model_cost(load_model(untagged(model)))
+            cost = model_cost(load_model(untagged(model), image_size=image_size))
     except ConfigError:  # the report may be written on a machine without the run's model
         return {}
     base = sum(cost.base.values())

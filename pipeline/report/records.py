@@ -40,6 +40,7 @@ class RunSettings:
     train_rest: str
     keeps: bool = False  # held near the untouched model on reference data
     soup: bool = False  # the mean of several seeds, not a training
+    image_size: int | None = None  # where it is not the model's own
 
     @staticmethod
     def of(flat: Flat) -> RunSettings:
@@ -61,6 +62,7 @@ class RunSettings:
             str(flat.get("train.train_rest")),
             bool(flat.get("keep.weight")),
             bool(flat.get("soup")),
+            None if flat.get("model.image_size") is None else int(flat["model.image_size"]),
         )
 
     @property

@@ -3,6 +3,7 @@
 OUT/NAME/config.yaml                                the resolved config
 OUT/NAME/checkpoints/latest                         name of the newest complete checkpoint
 OUT/NAME/checkpoints/step-00000200/state.json       step, base, adapter, gates, versions; tensors are next to it
+OUT/NAME/base.json                                  where the base is now, if it has moved
 OUT/NAME/gate_map.json                              gates at the end of the training
 OUT/NAME/eval/summary.json                          results (results.py)
 """
@@ -20,8 +21,10 @@ from pipeline.files import read_json, replace_json, replace_text
 from pipeline.runs.formats import Format
 
 CONFIG_FILE, GATES_FILE, STATE_FILE = "config.yaml", "gate_map.json", "state.json"
+BASE_FILE = "base.json"
 CHECKPOINTS, LATEST = "checkpoints", "latest"
 STATE = Format("selora-checkpoint", 1, ("step",))
+BASE = Format("selora-base", 1, ("name", "pretrained"))
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,20 @@ def latest_checkpoint(run_dir: Path) -> StoredCheckpoint | None:
         raise ConfigError(
             f"{pointer} names {name}, which is missing or incomplete: restore it or remove `{LATEST}`"
         ) from None
+
+
+def read_base(run_dir: Path) -> dict[str, str | None]:
+    """{"name", "pretrained"}: where the base of a run has moved to; {} where nobody has said so."""
+    try:
+        found = BASE.read(run_dir / BASE_FILE)
+    except FileNotFoundError:
+        return {}
+    return {key: found[key] for key in BASE.keys}
+
+
+def write_base(run_dir: Path, name: str, pretrained: str | None) -> None:
+    """Remember where the base of a run is now."""
+    BASE.write(run_dir / BASE_FILE, {"name": name, "pretrained": pretrained})
 
 
 def steps_done(run_dir: Path) -> int:

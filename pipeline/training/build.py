@@ -20,12 +20,14 @@ from pipeline.data.shards.index import ShardIndex
 from pipeline.data.train.stream import Batch, TrainDataset, train_loader
 from pipeline.method.adapter import GradientWatch
 from pipeline.method.budget import BlockBudget
-from pipeline.method.contrastive import MAX_LOGIT_SCALE
+from pipeline.method.contrastive import MAX_LOGIT_SCALE, gather
 from pipeline.method.settle import Settling
+from pipeline.model.clip import Clip
 from pipeline.model.load import Model
 from pipeline.model.text import TooLong, batch_tokenizer
 from pipeline.model.towers import inside_layers
 from pipeline.model.vit import Vit
+from pipeline.model.weights import has_bias
 from pipeline.training.checkpoint import Checkpoint, Writer, save_checkpoint
 from pipeline.training.cluster.distributed import World
 from pipeline.training.cluster.lease import Lease
@@ -52,7 +54,10 @@ from pipeline.training.model import (
 )
 from pipeline.training.monitor import Monitor, Sink, TrainingFailed
 from pipeline.training.optim import Rates, lr_factor, parameter_groups
+from pipeline.training.reference import encoding
 from pipeline.training.settings import compiles
+
+MOST_PAIRS = 2048  # that the start of a logit bias is found on
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ def build_training(
         schedule=lambda step: lr_factor(step, settings.warmup_steps, job.total),
         after_step=[
             _gradient_check(watch),
-            _cap_scale(engine, dict(named)),
+            _cap_scale(engine, None if has_bias(net) else dict(named).get("logit_scale")),
             _settle(engine, model, settling),
             _spend(engine, config, budget),
             monitor.after_step,
@@ -179,6 +184,31 @@ def _write(job: TrainingJob, parameters: dict[str, Tensor], moments: dict[str, T
     save_checkpoint(job.run_dir, parameters, moments, state, keep_last=job.config.train.keep_last)
 
 
+def start_logit_bias(job: TrainingJob, model: Clip) -> float:
+    """Where the logit bias of a model without one starts: where the sigmoid loss of the first batch is least.
+
+    That is where the probabilities of all pairs add up to the number of positives. Far from it, as with the constant of
+    a training from scratch, the bias would have to travel before the weights matter. Collective.
+    """
+    batch = next(iter(_batches(job, model, None, 0, stop=1, workers=0)))
+    with encoding(model, job.world.device) as untouched:
+        assert batch.tokens is not None, "of a CLIP"
+        sides = untouched.images(batch.images), untouched.texts(batch.tokens)  # type: ignore[misc]
+    images, texts = (torch.cat(gather(each, job.control))[:MOST_PAIRS].double() for each in sides)
+    logits = model.model.get_parameter("logit_scale").detach().double().exp().cpu() * images @ texts.T
+    # Of a larger batch a part is looked at, whose negatives stand for all.
+    weights = torch.full_like(logits, (job.config.train.global_batch_size - 1) / max(1, len(logits) - 1))
+    weights.fill_diagonal_(1)
+    low, high = -float(logits.max()) - 50, -float(logits.min()) + 50
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = float((weights * (logits + middle).sigmoid()).sum()) < len(logits)
+        low, high = (middle, high) if below else (low, middle)
+    found = torch.tensor([low])
+    dist.broadcast(found, 0, group=job.control)
+    return round(float(found), 4)
+
+
 def _refuse_what_is_not_finite(parameters: Mapping[str, Tensor], done: int) -> None:
     """A gradient can be infinite while the loss is not; every rank holds the same values here and decides the same."""
     names = [name for name, value in parameters.items() if not value.isfinite().all()]
@@ -218,9 +248,11 @@ def _gradient_check(watch: GradientWatch) -> Callable[[Step], None]:
     return check
 
 
-def _cap_scale(engine: Any, named: Mapping[str, nn.Parameter]) -> Callable[[Step], None]:
-    """Keep the stored logit scale at or below ln 100, where it trains; the loss does not see more than that."""
-    scale = named.get("logit_scale")
+def _cap_scale(engine: Any, scale: nn.Parameter | None) -> Callable[[Step], None]:
+    """Keep the stored logit scale at or below ln 100, where it trains; the loss does not see more than that.
+
+    None for a scale that has no such bound.
+    """
     pieces = [] if scale is None else pieces_of(engine, scale)
 
     @torch.no_grad()
@@ -297,7 +329,15 @@ def _monitor(
     )
 
 
-def _batches(job: TrainingJob, model: Model, reference: ReferenceData | None, start: int) -> Batches[Batch]:
+def _batches(
+    job: TrainingJob,
+    model: Model,
+    reference: ReferenceData | None,
+    start: int,
+    stop: int | None = None,
+    workers: int | None = None,
+) -> Batches[Batch]:
+    """Those of the steps from `start` to `stop`. None: the end of the run, and its number of workers."""
     config, data = job.config, job.config.data
     dataset = TrainDataset(
         job.index,
@@ -315,14 +355,14 @@ def _batches(job: TrainingJob, model: Model, reference: ReferenceData | None, st
         dataset,
         global_batch=config.train.global_batch_size,
         start_step=start,
-        stop_step=job.total,
+        stop_step=job.total if stop is None else stop,
         tokenizer=None if isinstance(model, Vit) else batch_tokenizer(model.model, model.tokenizer),
         find_cut=None if isinstance(model, Vit) else TooLong.of(model.tokenizer),
         reference=reference,
         rank=job.world.rank,
         world=job.world.world_size,
         sharing=job.world.local_world_size,
-        workers=data.workers,
+        workers=data.workers if workers is None else workers,
         ahead=data.read_ahead,
         pin=job.world.device.type == "cuda",
         # NCCL's threads are running by now, and a process that is forked among them may hang.

@@ -133,11 +133,11 @@ def build_engine(
         _import_muon_uncompiled()
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         if whole and config.train.zero_stage == 3:
-            from deepspeed.utils import set_z3_leaf_modules
-
-            set_z3_leaf_modules(model, list(whole))
+            deepspeed.utils.set_z3_leaf_modules(model, list(whole))
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         with card_as_local_rank(world.device):
+            if config.train.zero_stage == 3:  # initialize itself would first put the whole model on each device
+                deepspeed.zero.Init(module=model, config_dict_or_path=settings)
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.config import Config, ConfigError
@@ -13,31 +16,58 @@ from pipeline.data.train.stream import Batch
 from pipeline.method.adapter import attach_adapter, blocks, gate_map, gate_scores, random_targets, select_targets
 from pipeline.method.budget import BlockBudget, blocks_of_budget
 from pipeline.method.settle import Settling
+from pipeline.model.clip import Clip
 from pipeline.model.load import Model, load_model
 from pipeline.model.restore import check_base, copy_parameters
 from pipeline.model.towers import adapter_targets, apply_trainable, compile_layers, layers, towers_of
 from pipeline.model.vit import Vit
+from pipeline.model.weights import has_bias
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.cluster.distributed import World
 from pipeline.training.objective import Classification, Contrastive, KeepSettings, Objective, PenaltySettings
 
 
-def load_untouched(config: Config, classes: tuple[str, ...] | None = None) -> Model:
-    """The pretrained model alone. classes: what the classifier of a ViT tells apart."""
-    return load_model(config.model.name, config.model.pretrained, seed=config.seed, classes=classes)
+def load_untouched(config: Config, classes: tuple[str, ...] | None = None, *, hollow: bool = False) -> Model:
+    """The pretrained model alone.
+
+    Args:
+        classes: what the classifier of a ViT tells apart.
+        hollow: a CLIP without values, which come from another rank.
+    """
+    model = config.model
+    return load_model(
+        model.name,
+        model.pretrained,
+        seed=config.seed,
+        classes=classes,
+        image_size=model.image_size,
+        hollow=hollow,
+    )
+
+
+def load_once(config: Config, classes: tuple[str, ...] | None, world: World, control: dist.ProcessGroup) -> Model:
+    """The pretrained model, read by every rank; under ZeRO-3 by rank 0 alone where nothing runs it before the engine.
+
+    The engine takes each parameter from rank 0 and keeps a rank's partition of it, so that no other rank ever holds the
+    whole base. Collective.
+    """
+    early = config.keep.weight or config.train.loss == "sigmoid"  # both encode samples with the untouched model
+    if config.train.zero_stage < 3 or world.world_size == 1 or config.classifies or early:
+        return load_untouched(config, classes)
+    model = load_untouched(config, hollow=not world.is_main)
+    assert isinstance(model, Clip)
+    facts: list[Any] = [model.digest, model.model_cfg, model.preprocess_cfg]
+    dist.broadcast_object_list(facts, 0, group=control)
+    return replace(model, digest=facts[0], model_cfg=facts[1], preprocess_cfg=facts[2])
 
 
 def attach_blocks(config: Config, model: Model) -> Model:
     """Attach the blocks of a run, in place, and let only the chosen parameters train. Returns `model`."""
+    check_trainable(model)
     adapter, gate = config.adapter, config.gate
     if adapter.kind in ("lora", "dora"):
         targets = adapter_targets(model.model)
-        # A ViT has one tower; options of the other do not apply.
-        towers = [tower for tower in adapter.towers if tower in towers_of(model.model)] or adapter.towers
         try:
-            names = select_targets(list(targets), towers, adapter.projections, adapter.targets)
-            if adapter.random_k is not None:
-                names = random_targets(names, adapter.random_k, config.seed)
             attach_adapter(
                 targets,
                 rank=adapter.rank,
@@ -47,12 +77,22 @@ def attach_blocks(config: Config, model: Model) -> Model:
                 gate_init=gate.init,
                 threshold=gate.threshold,
                 seed=config.seed,
-                select=names,
+                select=chosen_targets(config, list(targets)),
             )
         except ValueError as error:
             raise ConfigError(f"adapter.{error}") from error
     apply_trainable(model.model, config.train.train_rest, adapter.kind)
     return model
+
+
+def chosen_targets(config: Config, targets: Sequence[str]) -> list[str]:
+    """The targets that carry blocks, of those that the model has; ValueError for an option that matches none."""
+    adapter = config.adapter
+    # A ViT has no text tower; what is said of that one does not concern it.
+    has_text = any(target.startswith("text.") for target in targets)
+    towers = [tower for tower in adapter.towers if tower != "text" or has_text] or adapter.towers
+    names = select_targets(targets, towers, adapter.projections, adapter.targets)
+    return names if adapter.random_k is None else random_targets(names, adapter.random_k, config.seed)
 
 
 def classes_of(config: Config, index: ShardIndex) -> tuple[str, ...] | None:
@@ -96,7 +136,7 @@ def objective_of(config: Config, model: Model, compiled: bool = False) -> Object
         compile_layers(model.model)
     return Objective(
         model.model,
-        Classification(with_features=config.keep.weight > 0) if isinstance(model, Vit) else Contrastive(),
+        _task_of(config, model),
         [block.gate for block in blocks(model.model).values() if block.gate is not None],
         PenaltySettings(gate.penalty, gate.reduction, gate.lam, gate.threshold, gate.delay_steps),
         mean=model.preprocess_cfg["mean"],
@@ -105,6 +145,20 @@ def objective_of(config: Config, model: Model, compiled: bool = False) -> Object
         micro_batch=config.train.micro_batch_size,
         keep=KeepSettings(config.keep.weight, config.keep.replay) if config.keep.weight else None,
     )
+
+
+def check_trainable(model: Model) -> None:
+    """Refuse a model that no loss of this package is for: ConfigError."""
+    kind = type(model.model).__name__
+    if kind == "CoCa":
+        raise ConfigError(f"model.name={model.name}: a {kind} has a caption decoder, whose loss is not implemented")
+
+
+def _task_of(config: Config, model: Model) -> Classification | Contrastive:
+    if isinstance(model, Vit):
+        return Classification(with_features=config.keep.weight > 0)
+    loss = config.train.loss
+    return Contrastive(sigmoid=has_bias(model.model) if loss == "auto" else loss == "sigmoid")
 
 
 def layer_classes(model: Model) -> list[type[nn.Module]]:
@@ -190,7 +244,8 @@ def checkpoint_state(
             "name": model.name,
             "pretrained": model.pretrained,
             "seed": config.seed,
-            **({"classes": list(model.classes or ())} if isinstance(model, Vit) else {}),
+            **({} if model.image_size is None else {"image_size": model.image_size}),
+            **({"classes": list(model.classes or ())} if isinstance(model, Vit) else {"added_bias": model.added_bias}),
         },
         "adapter": {
             "kind": config.adapter.kind,

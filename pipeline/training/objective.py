@@ -1,6 +1,6 @@
 """What one step minimises: the task's loss of a batch plus the gate penalty, as one module.
 
-The task is FLYP's contrastive loss of a CLIP, or the cross entropy of a classifier.
+The task is the contrastive or the sigmoid loss of a CLIP, or the cross entropy of a classifier.
 
 It is a module so that ZeRO-3 gathers every parameter it touches, the scores of the penalty included.
 """
@@ -8,6 +8,7 @@ It is a module so that ZeRO-3 gathers every parameter it touches, the scores of 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from pipeline.method.contrastive import MAX_LOGIT_SCALE, flyp_loss
 from pipeline.method.gate import Gate, read_gates
 from pipeline.method.keep import drift, keep_loss
 from pipeline.method.penalty import PenaltyKind, Reduction, gate_penalty
+from pipeline.method.sigmoid import sigmoid_loss
 
 
 @dataclass(frozen=True)
@@ -87,30 +89,51 @@ class Task(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class Contrastive:
-    """A CLIP under the FLYP loss (arXiv 2212.00638). Targets: tokens (B, context) of the captions."""
+    """A CLIP under the FLYP loss (arXiv 2212.00638). Targets: tokens (B, context) of the captions.
+
+    sigmoid: under SigLIP's loss instead (arXiv 2303.15343); the model has a logit bias.
+    """
+
+    sigmoid: bool = False
 
     def joined(self, images: Tensor, targets: Tensor, reference: Reference) -> tuple[Tensor, Tensor]:
         tokens = _stacked(targets, reference.tokens) if len(reference.tokens) else targets
         return _joined_images(images, reference), tokens
 
     def outputs(self, model: Any, pixels: Tensor, targets: Tensor) -> Outputs:
-        """Normalised features (B, D) of both towers and the logit scale."""
+        """Normalised features (B, D) of both towers, the logit scale and, where the model has one, the logit bias."""
         return model(pixels, targets)
 
     def parted(self, outputs: Outputs, images: int, targets: int) -> tuple[Outputs, Features]:
-        image, text, scale = outputs
-        return (image[:images], text[:targets], scale), (_rest(image, images), _rest(text, targets))
+        image, text, *logit = outputs
+        return (image[:images], text[:targets], *logit), (_rest(image, images), _rest(text, targets))
 
     def features(self, model: Any, pixels: Tensor, tokens: Tensor) -> Features:
-        image, text, _ = model(pixels if len(pixels) else None, tokens if len(tokens) else None)
+        image, text, *_ = model(pixels if len(pixels) else None, tokens if len(tokens) else None)
         return image, text
 
     def losses(self, outputs: Outputs, targets: Tensor, labels: Tensor | None) -> dict[str, Tensor]:  # noqa: ARG002
         """labels: classes (B,) where captions of the same class are positives too, else None."""
-        image_features, text_features, scale = outputs
-        scale = _CapScale.apply(scale.squeeze())
-        return {"task": flyp_loss(image_features, text_features, scale, labels=labels), "logit_scale": scale}
+        image, text, scale, *bias = outputs
+        # CLIP's bound is not SigLIP's: the published models are above it.
+        logit = {"logit_scale": scale.squeeze() if bias else _CapScale.apply(scale.squeeze())}
+        if bias:
+            logit["logit_bias"] = bias[0].squeeze()
+        return {"task": self.of_pairs(image, text, logit, labels), **logit}
+
+    def of_pairs(
+        self, image: Tensor, text: Tensor, logit: Mapping[str, Tensor], labels: Tensor | None = None
+    ) -> Tensor:
+        """The loss of features (B, D) that belong together row by row. logit: logit_scale, and logit_bias or not."""
+        scale, bias = logit["logit_scale"], logit.get("logit_bias")
+        if self.sigmoid:
+            assert bias is not None, "objective_of sees to it"
+            return sigmoid_loss(image, text, scale, bias, labels=labels)
+        loss = flyp_loss(image, text, scale, labels=labels)
+        # A softmax does not see what is added to all logits: the gradient of the bias is zero.
+        return loss if bias is None else loss + 0 * bias
 
 
 @dataclass(frozen=True)
@@ -261,7 +284,8 @@ class Objective(nn.Module):
         if settings.replay:
             assert image is not None, "replay needs images"
             assert text is not None, "replay needs captions"
-            found["replay"] = settings.replay * flyp_loss(image, text[: len(image)], parts["logit_scale"])
+            assert isinstance(self._task, Contrastive), "replay is for a CLIP"
+            found["replay"] = settings.replay * self._task.of_pairs(image, text[: len(image)], parts)
         return found
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 # Weight decay must not shrink these: only the penalty may move scores, and magnitudes are norms, not weights.
-_NO_DECAY = ("gate.score", "magnitude", "logit_scale")
+_NO_DECAY = ("gate.score", "magnitude", "logit_scale", "logit_bias")
 
 
 @dataclass(frozen=True)

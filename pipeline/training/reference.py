@@ -45,7 +45,7 @@ def build_reference(config: Config, model: Model, world: World) -> ReferenceData
     size = size_pair(model.preprocess_cfg["size"])
     cache = Cache.from_environment()
     lines = None if keep.texts is None or config.classifies else reference_texts(keep.texts)
-    with _untouched(model, world.device) as untouched:
+    with encoding(model, world.device) as untouched:
         images = None if keep.images is None else _images(config, untouched, cache, world, streams)
         texts = None
         if lines is not None:
@@ -86,7 +86,7 @@ def _images(config: Config, untouched: Untouched, cache: Cache, world: World, st
 
 
 @contextmanager
-def _untouched(model: Model, device: torch.device) -> Iterator[Untouched]:
+def encoding(model: Model, device: torch.device) -> Iterator[Untouched]:
     """The model ready to encode, in fp32 on `device`; afterwards it is in its mode and place of before."""
     net, cfg = model.model, model.preprocess_cfg
     trained, place = net.training, next(net.parameters()).device

@@ -14,9 +14,11 @@ import torch.distributed as dist
 from pipeline.config import Config, ConfigError
 from pipeline.data.reference.samples import ReferenceData
 from pipeline.data.shards.index import ShardIndex, load_index
+from pipeline.model.clip import Clip, with_logit_bias
 from pipeline.model.load import Model
+from pipeline.model.weights import has_bias
 from pipeline.tracking.tracker import Tracker
-from pipeline.training.build import TrainingJob, build_training
+from pipeline.training.build import TrainingJob, build_training, start_logit_bias
 from pipeline.training.checkpoint import Checkpoint, latest_checkpoint
 from pipeline.training.cluster.cards import hidden_cards, own_cards
 from pipeline.training.cluster.distributed import World, keep_heap, label_logs, read_world, share_threads
@@ -25,7 +27,7 @@ from pipeline.training.cluster.peers import meet, watched_peers
 from pipeline.training.directory import claim, leave_mark, say, tracked
 from pipeline.training.engine import start_process_group
 from pipeline.training.loop import StopRequest, train_steps
-from pipeline.training.model import attach_blocks, classes_of, load_trainable, load_untouched
+from pipeline.training.model import attach_blocks, classes_of, load_once, load_trainable
 from pipeline.training.monitor import Sink
 from pipeline.training.optim import lr_factor
 from pipeline.training.reference import build_reference
@@ -116,8 +118,11 @@ def _train_held(
     for warning in warnings_of(config, total, index.samples):
         say(world, f"warning: {warning}")
     with watched_peers(store, world):
-        model = load_untouched(config, classes_of(config, index))
+        model = load_once(config, classes_of(config, index), world, control)
         reference = build_reference(config, model, world)
+        job = TrainingJob(config, run_dir, world, index, total, control, lease)
+        if config.train.loss == "sigmoid" and isinstance(model, Clip) and not has_bias(model.model):
+            model = with_logit_bias(model, _start_of_bias(job, model, checkpoint))
         attach_blocks(config, model)
         if checkpoint is not None:
             _check_data(checkpoint, index)
@@ -126,9 +131,16 @@ def _train_held(
         digests = {"selora.base_digest": model.digest, "selora.data_digest": index.digest}
         with tracked(config, run_dir, world, digests, total) as tracker:
             sink = tracker if watch is None else _Watched(tracker, watch)
-            job = TrainingJob(config, run_dir, world, index, total, control, lease)
             step = _train(job, model, reference, checkpoint, sink, watch)
     return TrainResult(run_dir, step, total), control
+
+
+def _start_of_bias(job: TrainingJob, model: Clip, checkpoint: Checkpoint | None) -> float:
+    if checkpoint is not None:
+        return checkpoint.state["model"]["added_bias"]
+    start = start_logit_bias(job, model)
+    say(job.world, f"train.loss=sigmoid: {model.name} has no logit bias and gets one, which starts at {start:g}")
+    return start
 
 
 def _check_data(checkpoint: Checkpoint, index: ShardIndex) -> None:

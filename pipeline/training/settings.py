@@ -6,8 +6,9 @@ import importlib.util
 import math
 import os
 import shutil
+from pathlib import Path
 
-from pipeline.config import Config, affects_result, flatten
+from pipeline.config import VIT_SCHEMA, Config, affects_result, flatten
 
 # With fewer images a rank, an eager step of a GPU is bound by the launches of its kernels and not by their work.
 COMPILED_BELOW = 256
@@ -16,11 +17,23 @@ COMPILED_BELOW = 256
 def changed_settings(old: Config, new: Config) -> list[str]:
     """A line `  key: old -> new` for each option that differs and affects the result: a run cannot go on with it."""
     before, after = flatten(old), flatten(new)
+    before |= {key: after[key] for key in ("model.name", "model.pretrained") if _same_base(before.get(key), after[key])}
     return [
         f"  {key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and affects_result(key)
     ]
+
+
+def _same_base(old: object, new: object) -> bool:
+    """Whether two paths are the same place, or the old one is gone: the digest is compared before a run continues."""
+    places = []
+    for each in (old, new):
+        plain = str(each or "").removeprefix(VIT_SCHEMA)
+        if not plain.startswith("local-dir:") and not Path(plain).is_absolute():
+            return False
+        places.append(Path(plain.removeprefix("local-dir:")).absolute())
+    return places[0] == places[1] or not places[0].exists()
 
 
 def total_steps(config: Config, samples: int) -> int:

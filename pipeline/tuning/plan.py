@@ -237,8 +237,8 @@ def trained_parameters(trials: Sequence[Trial]) -> dict[str, int]:
 def _count(clip: Model, config: Config) -> int:
     """r (inputs + outputs) per block, 1 per gate, `outputs` for DoRA's magnitude, and other trained parameters."""
     from pipeline.costs.cost import trained_parameters as beside_blocks
-    from pipeline.method.adapter import random_targets, select_targets
     from pipeline.model.towers import adapter_targets
+    from pipeline.training.model import chosen_targets
 
     adapter = config.adapter
     total = beside_blocks(clip, config.train.train_rest, adapter.kind)
@@ -246,11 +246,9 @@ def _count(clip: Model, config: Config) -> int:
         return total
     targets = adapter_targets(clip.model)
     try:
-        names = select_targets(list(targets), adapter.towers, adapter.projections, adapter.targets)
+        names = chosen_targets(config, list(targets))
     except ValueError as error:
         raise ConfigError(f"{config.name}: adapter.{error}") from error
-    if adapter.random_k is not None:
-        names = random_targets(names, adapter.random_k, config.seed)
     for name in names:
         module, attribute = targets[name]
         linear = getattr(module, attribute)

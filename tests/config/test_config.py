@@ -97,7 +97,7 @@ def test_unknown_key_lists_the_keys_of_its_section(write):
         ("data.crop_scale=0.5", "should be a valid tuple, got 0.5"),
         ("name=42", "should be a valid string, got 42; put it in quotes"),
         ("name=a/b", "should match pattern"),
-        ("adapter.towers=[image, sound]", "should be 'image' or 'text', got 'sound'"),
+        ("adapter.towers=[image, sound]", "should be 'image', 'text' or 'pool', got 'sound'"),
         ("adapter.towers=[]", "at least 1 item"),
         ("adapter.towers=image", "should be a valid tuple, got 'image'"),
         ("data.max_bad_share=1.5", "should be less than or equal to 1, got 1.5"),

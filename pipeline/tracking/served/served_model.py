@@ -10,7 +10,8 @@ classes of its classifier.
                path   of an image file that the process may read; refused by a server
                text   for embed_texts; of a CLIP
     params   task: classify | embed_images | embed_texts; class_names, templates: instead of a CLIP's own; top_k
-    output   classify: label, score, and labels, scores (best first, top_k of them); embed_*: embedding
+    output   classify: label, score, and labels, scores (best first, top_k of them; they add up to 1 over all classes,
+             but for a SigLIP, which judges each class on its own); embed_*: embedding
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class Served(PythonModel):
         top_k = int(options["top_k"])
         if top_k < 1:
             raise BadRequest(f"top_k={top_k}: should be at least 1")
-        scores = self._images(table, logits, len(names)).softmax(dim=-1)
+        scores = self.kind.scores(self._images(table, logits, len(names)))
         best = scores.topk(min(top_k, len(names)), dim=-1)
         labels = [[names[index] for index in row] for row in best.indices.tolist()]
         values = best.values.tolist()
@@ -175,8 +176,12 @@ class ServedClip:
     def classifier(self, names: list[str], templates: list[str]) -> tuple[list[str], Callable[[Tensor], Tensor]]:
         """The K names, those of the request before the model's own, and what makes logits (N, K) of pixels."""
         names, head = self._head(names, templates)
-        scale = self.model.logit_scale.exp()
-        return names, lambda pixels: scale * self.images(pixels) @ head.T
+        scale, bias = self.model.logit_scale.exp(), 0.0 if self.model.logit_bias is None else self.model.logit_bias
+        return names, lambda pixels: scale * self.images(pixels) @ head.T + bias
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Shares of the classes; of a SigLIP the probability of each class on its own, as it was trained."""
+        return logits.softmax(dim=-1) if self.model.logit_bias is None else logits.sigmoid()
 
     def _head(self, names: list[str], templates: list[str]) -> tuple[list[str], Tensor]:
         """Names, and a (K, D) unit vector for each."""
@@ -233,6 +238,10 @@ class ServedVit:
                     f"{option}: this model knows the classes that it was trained on and no others: {known}"
                 )
         return self.class_names, self.model
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Shares of the classes."""
+        return logits.softmax(dim=-1)
 
 
 def _rgb(row: int, read: Any, value: Any) -> Image.Image:

@@ -1,0 +1,1 @@
+"""Base weights in other forms than open_clip's and timm's own."""
