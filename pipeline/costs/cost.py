@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.method.adapter import AdapterKind, attach_adapter
-from pipeline.model.attention import Split, SplitAttentionPool
+from pipeline.model.attention import SplitAttentionPool, SplitProjections
 from pipeline.model.clip import Clip
 from pipeline.model.load import Model
 from pipeline.model.towers import adapter_targets, apply_trainable
@@ -200,13 +200,13 @@ def _trace(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[tuple[Site, 
     def see_convolution(module: nn.Conv2d, _: Any, out: Tensor) -> None:
         macs.append(module.weight.numel() * out.shape[0] * out.shape[2] * out.shape[3])
 
-    def see_attention(module: Split, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
+    def see_attention(module: SplitProjections, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
         batch, length, width = (args[0] if args else kwargs["query"]).shape
         queries = module.latent.shape[1] if isinstance(module, SplitAttentionPool) else length
         macs.append(2 * batch * queries * length * width)  # q k' and its product with v
 
     for module in model.modules():
-        if isinstance(module, Split):
+        if isinstance(module, SplitProjections):
             module.register_forward_pre_hook(see_attention, with_kwargs=True)
         elif isinstance(module, nn.Linear):
             module.register_forward_pre_hook(see_linear)

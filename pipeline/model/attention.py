@@ -24,7 +24,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
-class Split(nn.Module):
+class SplitProjections(nn.Module):
     """A module whose projections are linears of their own, where open_clip and timm keep several in one parameter.
 
     `stock`: the name that those give a parameter -> the names of the parameters here that make it, put together.
@@ -45,7 +45,7 @@ class Split(nn.Module):
         self.stock = {theirs: names for theirs, names in named.items() if own.issuperset(names)}
 
 
-class SplitAttention(Split):
+class SplitAttention(SplitProjections):
     """Self-attention with q, k, v and out as four nn.Linear.
 
     `causal`: the mask of this tower is the causal one, which the kernel then applies by itself; a mask in memory would
@@ -151,7 +151,7 @@ class SplitCustomAttention(SplitAttention):
         return self.out_drop(self.out_proj(self.ln_inner(out.transpose(1, 2).flatten(2))))
 
 
-class SplitTimmAttention(Split):
+class SplitTimmAttention(SplitProjections):
     """Stands for timm's attention modules: `Attention`, `AttentionRope`, and `EvaAttention`, with rotary positions.
 
     All of their options but the sigmoid gate and fewer heads for k and v than for q.
@@ -210,7 +210,7 @@ class SplitTimmAttention(Split):
         return torch.cat([x[:, :, :first], turned], dim=2)
 
 
-class SplitAttentionPool(Split):
+class SplitAttentionPool(SplitProjections):
     """Stands for timm's `AttentionPoolLatent`: a learned query attends to all patches (the pooling of SigLIP)."""
 
     def __init__(self, pool: Any) -> None:
@@ -240,7 +240,7 @@ class SplitAttentionPool(Split):
         return out.mean(1) if self.pool == "avg" else out
 
 
-def split(attention: nn.Module | None) -> Split:
+def split(attention: nn.Module | None) -> SplitProjections:
     """The same with q, k and v apart; ConfigError for a form that is not known."""
     from open_clip.transformer import Attention
     from timm.layers import AttentionPoolLatent, AttentionRope

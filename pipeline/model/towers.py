@@ -14,7 +14,7 @@ from torch import nn
 from pipeline.config import ConfigError
 from pipeline.method.adapter import adapter_parameters
 from pipeline.method.linear import Block
-from pipeline.model.attention import Split, split
+from pipeline.model.attention import SplitProjections, split
 
 TOWERS = ("image", "text")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
@@ -108,11 +108,11 @@ def split_attention(model: nn.Module) -> nn.Module:
         found, linears = _layers(model, tower)
         for layer in found if linears is _OWN else []:
             attention = getattr(layer, "attn", None)
-            if not isinstance(attention, Split):
+            if not isinstance(attention, SplitProjections):
                 layer.add_module("attn", split(attention).train(layer.training))
     for path in _POOLS:
         pool = _submodule(model, path)
-        if pool is not None and not isinstance(pool, Split):
+        if pool is not None and not isinstance(pool, SplitProjections):
             model.set_submodule(path, split(pool).train(pool.training))
     return model
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.method.adapter import blocks
-from pipeline.model.attention import Split
+from pipeline.model.attention import SplitProjections
 
 SCALARS = ("logit_scale", "logit_bias")
 
@@ -35,7 +35,7 @@ def stock_state(model: nn.Module) -> dict[str, Tensor]:
         raise ValueError(f"{len(left)} blocks are not merged ({left[0]}, ..): call merge_adapter first")
     state = stock_scalars({name: tensor.detach() for name, tensor in model.state_dict().items()})
     for path, module in model.named_modules():
-        if isinstance(module, Split):
+        if isinstance(module, SplitProjections):
             own = {theirs: [f"{path}.{name}" for name in names] for theirs, names in module.stock.items()}
             for theirs, names in own.items():
                 state[f"{path}.{theirs}"] = _joined([state.pop(name) for name in names])

@@ -337,7 +337,7 @@ def _batches(
     stop: int | None = None,
     workers: int | None = None,
 ) -> Batches[Batch]:
-    """Those of the steps from `start` to `stop`. None: the end of the run, and its number of workers."""
+    """Batches of the steps from `start` to `stop`. None: the end of the run, and its number of workers."""
     config, data = job.config, job.config.data
     dataset = TrainDataset(
         job.index,
