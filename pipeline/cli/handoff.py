@@ -113,8 +113,12 @@ def _add_graph(parser: argparse.ArgumentParser) -> None:
         help="class names of the zero-shot head, one per line (default: those of the training)",
     )
     options.add_argument("--templates", metavar="NAME", help="caption templates of the head (default: data.templates)")
-    options.add_argument("--benchmark", metavar="NAME", help="of --int8: name or file (default: the run's own)")
-    options.add_argument("--limit", type=count, metavar="N", help="of --int8: only N images of each dataset")
+    options.add_argument(
+        "--benchmark",
+        metavar="NAME",
+        help="with --int8: benchmark that measures the loss, a name or a file (default: the run's own)",
+    )
+    options.add_argument("--limit", type=count, metavar="N", help="with --int8: use only N images of each dataset")
 
 
 def run_export(arguments: argparse.Namespace) -> int:

@@ -123,7 +123,9 @@ def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
         help="decoding processes per rank (default: the run's, or 2, on a GPU up to 12)",
     )
     parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), help="of the activations (default: the run's eval.precision, or fp32)"
+        "--precision",
+        choices=("fp32", "bf16"),
+        help="precision of the activations (default: the run's eval.precision, or fp32)",
     )
     parser.add_argument(
         "--preprocessing",

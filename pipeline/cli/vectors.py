@@ -46,7 +46,9 @@ def _add_embed(commands: Any) -> None:
     parser.add_argument("--image-column", metavar="NAME", help="csv, json: column with image paths")
     parser.add_argument("--caption-column", metavar="NAME", help="csv, json: column with texts")
     parser.add_argument("--image-root", type=Path, metavar="DIR", help="csv, json: what image paths are relative to")
-    parser.add_argument("--batch-size", type=count, default=64, metavar="N", help="of a forward (default: 64)")
+    parser.add_argument(
+        "--batch-size", type=count, default=64, metavar="N", help="images or texts of one forward pass (default: 64)"
+    )
     parser.add_argument("--workers", type=count, default=4, metavar="N", help="decoding threads per rank (default: 4)")
     _add_model_options(parser)
 
