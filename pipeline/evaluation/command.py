@@ -306,9 +306,9 @@ def places(run: Path, options: EvalRequest) -> tuple[Path, Path]:
     """Where the results of the run and of its untouched base go."""
     if options.out is not None:
         return Path(options.out), Path(options.out) / "baselines"
-    beside = run.absolute().parent
+    folder = run.absolute().parent
     # The trials of a sweep share one folder, one level up.
-    return run / "eval", (beside.parent if is_sweep(beside.parent) and beside.name == TRIALS else beside) / BASELINES
+    return run / "eval", (folder.parent if is_sweep(folder.parent) and folder.name == TRIALS else folder) / BASELINES
 
 
 def load_plain(name: str, pretrained: str | None) -> Model:

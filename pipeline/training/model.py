@@ -88,7 +88,7 @@ def attach_blocks(config: Config, model: Model) -> Model:
 def chosen_targets(config: Config, targets: Sequence[str]) -> list[str]:
     """The targets that carry blocks, of those that the model has; ValueError for an option that matches none."""
     adapter = config.adapter
-    # A ViT has no text tower; what is said of that one does not concern it.
+    # A ViT has no text tower, so `text` among the towers does not apply to it.
     has_text = any(target.startswith("text.") for target in targets)
     towers = [tower for tower in adapter.towers if tower != "text" or has_text] or adapter.towers
     names = select_targets(targets, towers, adapter.projections, adapter.targets)

@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,6 +126,16 @@ def _crops(photos: Path, folder: Path, number: int = 2048) -> Path:
 
 def run(out: Path, case: Case, steps: int) -> None:
     """Train and evaluate one case in this process."""
+    train = {"clothes": "clothing_train", "cartoons": "cartoons_train"}[case.world]
+    options = {"seed": case.seed, "train.steps": steps, "model.name": f"local-dir:{asset(MODEL)}"}
+    fine_tune(out, case.world, case.name, train, options | METHODS[case.method] | REFERENCES[case.reference])
+
+
+def fine_tune(out: Path, world: str, name: str, train_set: str, options: Mapping[str, object]) -> None:
+    """Train a run into OUT/WORLD/NAME on a set of OUT/data, and evaluate it on OUT/data/WORLD.yaml at each strength.
+
+    {foreign} and {reference} in options are the shards of reference images.
+    """
     import torch
 
     from pipeline.data.storage.cache import Cache
@@ -134,31 +145,13 @@ def run(out: Path, case: Case, steps: int) -> None:
     from pipeline.training.run import train
 
     torch.set_num_threads(1)
-    data = out / "data"
-    places = {"foreign": str(data / "foreign"), "reference": str(data / "reference")}
-    changes = {
-        "name": case.name,
-        "out": str(out / case.world),
-        "seed": str(case.seed),
-        "model.name": f"local-dir:{asset(MODEL)}",
-        "data.train": str(data / {"clothes": "clothing_train", "cartoons": "cartoons_train"}[case.world]),
-        "train.steps": str(steps),
-        "tracking.enabled": "false",
-        **METHODS[case.method],
-        **{key: value.format(**places) for key, value in REFERENCES[case.reference].items()},
-    }
-    config = load_config(asset(FINETUNE), [f"{key}={value}" for key, value in changes.items()])
-    train(config)
-    run_dir = out / case.world / case.name
+    data, folder = out / "data", out / world
+    fixed = {"name": name, "out": folder, "data.train": data / train_set, "tracking.enabled": "false"}
+    filled = {k: str(v).format(foreign=data / "foreign", reference=data / "reference") for k, v in options.items()}
+    train(load_config(asset(FINETUNE), [f"{key}={value}" for key, value in (fixed | filled).items()]))
     settings = Settings(batch_size=128, workers=0, preprocessing="fast", cache=Cache(out / "cache", 2 * 10**9))
-    evaluate_strength(
-        run_dir,
-        load_benchmark(data / f"{case.world}.yaml"),
-        run_dir / "eval",
-        settings,
-        baselines=out / case.world / "baselines",
-        alphas=ALPHAS,
-    )
+    benchmark, results = load_benchmark(data / f"{world}.yaml"), folder / name / "eval"
+    evaluate_strength(folder / name, benchmark, results, settings, baselines=folder / "baselines", alphas=ALPHAS)
 
 
 class Curve(NamedTuple):
@@ -281,15 +274,18 @@ def main() -> None:
 
 
 def _spawn(out: Path, case: Case, steps: int) -> None:
-    """A process a run: an engine leaves state behind that the next one must not see."""
-    command = [sys.executable, __file__, "--out", str(out), "--steps", str(steps), "--case", *map(str, case)]
-    log = out / case.world / f"{case.name}.log"
+    spawn(__file__, out, steps, out / case.world / f"{case.name}.log", case)
+    curve = read_curve(out, case)
+    found = f"id {100 * curve.own[-1]:.1f}, kept {100 * curve.kept[-1]:.1f}" if curve else "failed, see its log"
+    print(f"{case.world} {case.name}: {found}", flush=True)
+
+
+def spawn(script: str, out: Path, steps: int, log: Path, case: Iterable[object]) -> None:
+    """A process for each run: an engine leaves state behind that the next one must not see."""
+    command = [sys.executable, script, "--out", str(out), "--steps", str(steps), "--case", *map(str, case)]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file:
-        done = subprocess.run(command, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
-    curve = read_curve(out, case)
-    found = f"id {100 * curve.own[-1]:.1f}, kept {100 * curve.kept[-1]:.1f}" if curve else f"failed, see {log}"
-    print(f"{case.world} {case.name}: {found}" if done.returncode == 0 or curve is None else found, flush=True)
+        subprocess.run(command, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
 
 
 if __name__ == "__main__":

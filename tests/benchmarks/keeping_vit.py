@@ -13,24 +13,19 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import yaml
-from keeping import FLOORS, prepare
+from keeping import ALPHAS, FLOORS, fine_tune, prepare, spawn
 
-from pipeline.config import load_config
 from pipeline.data.eval.wds_layout import pack_eval
 from pipeline.data.shards.index import load_index, open_shard
 from pipeline.data.shards.members import sample_texts
-from pipeline.demo.assets import FINETUNE, MODEL, asset
+from pipeline.demo.assets import MODEL, asset
 
-ALPHAS = (0.0, 0.3, 0.5, 0.7, 1.0)
 METHODS = {
     "lora16": {"adapter.rank": "16", "adapter.towers": "[image]", "gate.enabled": "false", "train.lr": "2e-3"},
     "gated16": {"adapter.rank": "16", "adapter.towers": "[image]", "gate.lam": "0.3", "train.lr": "2e-3"},
@@ -124,35 +119,8 @@ def _groceries(data: Path) -> Path:
 
 def run(out: Path, case: Case, steps: int) -> None:
     """Train and evaluate one case in this process."""
-    import torch
-
-    from pipeline.data.storage.cache import Cache
-    from pipeline.evaluation.datasets.benchmark import load_benchmark
-    from pipeline.evaluation.datasets.dataset import Settings
-    from pipeline.evaluation.strength import evaluate_strength
-    from pipeline.training.run import train
-
-    torch.set_num_threads(1)
-    data = out / "data"
-    places = {"foreign": str(data / "foreign"), "reference": str(data / "reference")}
-    changes = {
-        "name": case.name,
-        "out": str(out / "vit"),
-        "seed": str(case.seed),
-        "model.name": f"timm:local-dir:{data / 'vit'}",
-        "data.train": str(data / "clothing_train"),
-        "train.steps": str(steps),
-        "tracking.enabled": "false",
-        **METHODS[case.method],
-        **{key: value.format(**places) for key, value in REFERENCES[case.reference].items()},
-    }
-    train(load_config(asset(FINETUNE), [f"{key}={value}" for key, value in changes.items()]))
-    run_dir = out / "vit" / case.name
-    settings = Settings(batch_size=128, workers=0, preprocessing="fast", cache=Cache(out / "cache", 2 * 10**9))
-    benchmark = load_benchmark(data / "vit.yaml")
-    evaluate_strength(
-        run_dir, benchmark, run_dir / "eval", settings, baselines=out / "vit" / "baselines", alphas=ALPHAS
-    )
+    options = {"seed": case.seed, "train.steps": steps, "model.name": f"timm:local-dir:{out / 'data' / 'vit'}"}
+    fine_tune(out, "vit", case.name, "clothing_train", options | METHODS[case.method] | REFERENCES[case.reference])
 
 
 class Curve(NamedTuple):
@@ -225,11 +193,7 @@ def main() -> None:
 
 
 def _spawn(out: Path, case: Case, steps: int) -> None:
-    """A process a run: an engine leaves state behind that the next one must not see."""
-    command = [sys.executable, __file__, "--out", str(out), "--steps", str(steps), "--case", *map(str, case)]
-    (out / "vit").mkdir(parents=True, exist_ok=True)
-    with (out / "vit" / f"{case.name}.log").open("w", encoding="utf-8") as file:
-        subprocess.run(command, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    spawn(__file__, out, steps, out / "vit" / f"{case.name}.log", case)
     curve = read_curve(out, case)
     print(case.name, f"{curve.own[-1]:.3f} {curve.source[-1]:.3f}" if curve else "failed, see its log", flush=True)
 

@@ -124,7 +124,7 @@ def _sure_end(path: Path, sure: dict[Any, Any]) -> int:
 
 
 class Store:
-    """A tracking store in memory that dies, before or after it has taken what it was sent, wherever it is told to."""
+    """An in-memory tracking store that dies at chosen calls, before or after it has stored the entries."""
 
     def __init__(self, faults: Iterator[int]) -> None:
         self.runs: dict[str, Any] = {}
