@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.report.records import Collection, Run
 from pipeline.report.style import CYCLE, GREY, GROUPS, INK, MARKERS, ORANGE, NoData, legend, measure, panels
@@ -14,6 +14,38 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_NAMED = 6  # runs with a colour of their own; more colours could not be told apart
+FEWEST_DRIFTS = 3  # two points always lie on a line
+
+
+class Look(NamedTuple):
+    """How a run is drawn in every figure: of its own where there are few runs, of its method otherwise."""
+
+    label: str
+    colour: str
+    marker: str
+
+
+def looks(collection: Collection) -> dict[str, Look]:
+    """{run: how it is drawn}, the same in all figures of a report."""
+    few = len(collection.runs) <= MOST_NAMED
+    keys = {run.name: run.name if few else run.settings.method for run in collection.runs}
+    order = list(keys) if few else sorted(set(keys.values()))
+    found = {}
+    for run in collection.runs:
+        number = order.index(keys[run.name])
+        label = run.label if few else run.settings.method
+        found[run.name] = Look(label, CYCLE[number % len(CYCLE)], MARKERS[number % len(MARKERS)])
+    return found
+
+
+def _by_look(collection: Collection, names: Iterable[str]) -> list[tuple[Look, list[str]]]:
+    """The runs of each look, in the order of the looks."""
+    found, chosen = looks(collection), set(names)
+    members: dict[Look, list[str]] = {}
+    for name, look in found.items():
+        if name in chosen:
+            members.setdefault(look, []).append(name)
+    return sorted(members.items(), key=lambda item: MARKERS.index(item[0].marker))
 
 
 def groups(collection: Collection, *, narrow: bool) -> Figure:
@@ -27,7 +59,8 @@ def groups(collection: Collection, *, narrow: bool) -> Figure:
     figure, (axes,) = panels("Accuracy by group", 1, narrow=narrow, height=3.4)
     before = [collection.untouched.get(name) for name in names]
     bars = [("untouched model", before, GREY)] if collection.untouched else []
-    bars += [(run.label, [run.group(name) for name in names], CYCLE[i]) for i, run in enumerate(runs)]
+    look = looks(collection)
+    bars += [(run.label, [run.group(name) for name in names], look[run.name].colour) for run in runs]
     width = 0.84 / len(bars)
     for number, (label, values, colour) in enumerate(bars):
         shift = (number - (len(bars) - 1) / 2) * width
@@ -60,15 +93,12 @@ def pareto(collection: Collection, *, narrow: bool) -> Figure:
         axes.plot([100 * one.kept for one in front], [100 * one.id for one in front], color=GREY, linewidth=1.2,
                   zorder=1.5, label="Pareto front")  # fmt: skip
     runs = [run for run in collection.runs if run.name in points]
-    methods = sorted({run.settings.method for run in runs})
-    for number, method in enumerate(methods):
-        members = [points[run.name] for run in runs if run.settings.method == method]
-        axes.plot([100 * one.kept for one in members], [100 * one.id for one in members], linestyle="none",
-                  marker=MARKERS[number % len(MARKERS)], color=CYCLE[number % len(CYCLE)], label=method,
-                  markersize=7)  # fmt: skip
-        for run in (run for run in runs if run.settings.method == method and run.curve):
-            axes.plot([100 * one.kept for one in run.curve], [100 * one.id for one in run.curve],
-                      color=CYCLE[number % len(CYCLE)], linewidth=1, alpha=0.7, zorder=1.8)  # fmt: skip
+    for look, members in _by_look(collection, points):
+        axes.plot([100 * points[name].kept for name in members], [100 * points[name].id for name in members],
+                  linestyle="none", marker=look.marker, color=look.colour, label=look.label, markersize=7)  # fmt: skip
+    for run in (run for run in runs if run.curve):
+        axes.plot([100 * one.kept for one in run.curve], [100 * one.id for one in run.curve],
+                  color=looks(collection)[run.name].colour, linewidth=1, alpha=0.7, zorder=1.8)  # fmt: skip
     chosen = collection.chosen
     if chosen is not None:
         at = None if collection.floor is None else chosen.floors.get(collection.floor)
@@ -99,14 +129,12 @@ def drift(collection: Collection, *, narrow: bool) -> Figure:
         for run in collection.runs
         if run.name in collection.points and (last := last_drift(run.history)) is not None
     }
-    if len(found) < 2:
-        raise NoData("needs two runs with reference data (section keep) and results")
+    if len(found) < FEWEST_DRIFTS:
+        raise NoData(f"needs {FEWEST_DRIFTS} runs with reference data (section keep) and results")
     figure, (axes,) = panels("Drift against kept", 1, narrow=narrow, height=3.4)
-    methods = sorted({run.settings.method for run in collection.runs if run.name in found})
-    for number, method in enumerate(methods):
-        own = [found[run.name] for run in collection.runs if run.name in found and run.settings.method == method]
-        axes.plot([x for x, _ in own], [100 * y for _, y in own], linestyle="none", label=method, markersize=7,
-                  marker=MARKERS[number % len(MARKERS)], color=CYCLE[number % len(CYCLE)])  # fmt: skip
+    for look, members in _by_look(collection, found):
+        axes.plot([found[name][0] for name in members], [100 * found[name][1] for name in members],
+                  linestyle="none", label=look.label, markersize=7, marker=look.marker, color=look.colour)  # fmt: skip
     if collection.floor is not None:
         axes.axhline(100 * collection.floor, color=GREY, linestyle=":", linewidth=1.3, label="floor")
         if (limit := learned_limit(found.values(), collection.floor)) is not None:
@@ -155,9 +183,12 @@ def training(collection: Collection, *, narrow: bool) -> Figure:
         raise NoData("no run has recorded a loss yet")
     gated = [run for run in runs if run.history.get("adapter/active_share")]
     figure, axes = panels("Training", 2 if gated else 1, narrow=narrow, height=3.4)
-    colours = _colours(collection, runs)
+    found, labelled = looks(collection), set[Look]()
     for run in runs:
-        colour, width, label = colours[run.name]
+        look = found[run.name]
+        colour, label = look.colour, None if look in labelled else look.label
+        labelled.add(look)
+        width = 2.4 if collection.chosen is not None and run.name == collection.chosen.name else 1.2
         steps, losses = zip(*run.history["train/loss"], strict=True)
         axes[0].plot(steps, losses, color=colour, linewidth=width, label=label)
         if run in gated:
@@ -174,22 +205,6 @@ def training(collection: Collection, *, narrow: bool) -> Figure:
         axes[1].set_ylim(0, 105)
     legend(figure, axes)
     return figure
-
-
-def _colours(collection: Collection, runs: Sequence[Run]) -> dict[str, tuple[str, float, str | None]]:
-    """{run: colour, line width, legend}. Few runs have a colour each, many one per method; the chosen run is thick."""
-    found: dict[str, tuple[str, float, str | None]] = {}
-    methods: dict[str, int] = {}
-    for number, run in enumerate(runs):
-        chosen = collection.chosen is not None and run.name == collection.chosen.name
-        if len(runs) <= MOST_NAMED:
-            colour, label = CYCLE[number], run.label
-        else:
-            method = run.settings.method
-            label = method if method not in methods else None
-            colour = CYCLE[methods.setdefault(method, len(methods)) % len(CYCLE)]
-        found[run.name] = colour, 2.4 if chosen else 1.2, label
-    return found
 
 
 def scores(collection: Collection, *, narrow: bool) -> Figure:
@@ -224,17 +239,17 @@ def scores(collection: Collection, *, narrow: bool) -> Figure:
 def strength(collection: Collection, *, narrow: bool) -> Figure:
     """Draw each group against in-distribution accuracy while α rises from 0 (untouched) to 1 (fine-tuned)."""
     runs = [run for run in collection.runs if run.strength][:MOST_NAMED]
-    curves = {run.name: _curve(run) for run in runs}
+    curves, found = {run.name: _curve(run) for run in runs}, looks(collection)
     names = [name for name in GROUPS if name != "id" and any(name in curve for curve in curves.values())]
     if not names:
         raise NoData("no run was evaluated at several strengths")
     figure, axes = panels("Strength: from the untouched model (α 0) to the fine-tuned one (α 1)", len(names),
                           narrow=narrow, columns=3)  # fmt: skip
     for name, one in zip(names, axes, strict=True):
-        for number, run in enumerate(runs):
+        for run in runs:
             curve = curves[run.name]
             if name in curve and "id" in curve:
-                colour = CYCLE[number]
+                colour = found[run.name].colour
                 one.plot(curve["id"], curve[name], color=colour, marker="o", markersize=3.5, label=run.label)
                 for end, alpha in ((0, "α 0"), (-1, "α 1")):
                     one.annotate(alpha, (curve["id"][end], curve[name][end]), xytext=(5, 4),

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.colors import to_hex
 
 from pipeline.files import replace_json
-from pipeline.report.by_run import drift
+from pipeline.report.by_run import drift, groups, looks, pareto
 from pipeline.report.directories import collect
 from pipeline.report.run import report
+from pipeline.report.style import NoData
 from pipeline.runs.blocks import describe_blocks
 from pipeline.runs.results import reported_at, write_floors
 from pipeline.tracking.tracker import open_tracker
@@ -74,10 +76,34 @@ def test_drift_is_drawn_against_kept_with_the_limit_it_teaches(search: Path) -> 
     """No trial keeps 97 % unweakened; at 80 % the mild ones do."""
     collection = collect(search)
     figure = drift(collection, narrow=False)
-    assert [line.get_label() for line in figure.axes[0].lines] == ["gated LoRA", "floor"]
+    assert [line.get_label() for line in figure.axes[0].lines] == [*(run.label for run in collection.runs), "floor"]
     object.__setattr__(collection, "floor", 0.8)
     figure = drift(collection, narrow=False)
     assert "largest drift above the floor: 0.05" in [line.get_label() for line in figure.axes[0].lines]
+
+
+def test_a_run_has_one_colour_in_all_figures(search: Path) -> None:
+    """Few runs have a colour each; of many, those of a method share one."""
+    collection = collect(search)
+    expected = {run.label: to_hex(looks(collection)[run.name].colour) for run in collection.runs}
+    assert len(set(expected.values())) == len(collection.runs) == 4
+    drawn = [
+        {str(bars.get_label()): to_hex(bars.patches[0].get_facecolor()) for bars in axes.containers}
+        | {str(line.get_label()): to_hex(line.get_color()) for line in axes.lines}
+        for figure in (groups, pareto, drift)
+        for axes in figure(collection, narrow=False).axes
+    ]
+    assert [{label: colours[label] for label in expected} for colours in drawn] == [expected] * 3
+    object.__setattr__(collection, "runs", collection.runs * 2)
+    assert {look.label for look in looks(collection).values()} == {"gated LoRA"}
+    assert len(set(looks(collection).values())) == 1
+
+
+def test_two_runs_teach_no_limit_of_drift(search: Path) -> None:
+    collection = collect(search)
+    object.__setattr__(collection, "runs", collection.runs[:2])
+    with pytest.raises(NoData, match="needs 3 runs"):
+        drift(collection, narrow=False)
 
 
 def test_the_budget_is_drawn_and_printed(make_run: MakeRun, tmp_path: Path) -> None:
