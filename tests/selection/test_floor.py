@@ -36,6 +36,15 @@ def test_the_largest_strength_that_keeps_the_floor(kept: Callable[[float], float
     assert alpha == 0 or margins[alpha] >= 0
 
 
+@pytest.mark.parametrize("power", [1.2, 1.6, 2.2])
+@pytest.mark.parametrize("loss", [0.1, 0.3, 0.6])
+def test_a_smooth_curve_takes_few_tries(power: float, loss: float) -> None:
+    """By hand: α = (0.05 / loss)^(1 / power), down to the next twentieth."""
+    alpha, margins = strongest(lambda alpha: 0.05 - loss * alpha**power, untouched=0.05)
+    assert alpha == int(20 * (0.05 / loss) ** (1 / power)) / 20
+    assert len(margins) <= 4
+
+
 def test_a_floor_that_forbids_any_loss_is_looked_for_from_below() -> None:
     assert strongest(lambda alpha: -alpha, untouched=0.0)[0] == 0
     assert strongest(lambda _: 0.0, untouched=0.0)[0] == 1
