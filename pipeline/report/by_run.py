@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.report.records import Collection, Run
 from pipeline.report.style import CYCLE, GREY, GROUPS, INK, MARKERS, ORANGE, NoData, legend, measure, panels
-from pipeline.selection.drift import last_drift, learned_limit
+from pipeline.selection.drift import PREFIX, last_drift, learned_limit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -103,8 +103,8 @@ def pareto(collection: Collection, *, narrow: bool) -> Figure:
     if chosen is not None:
         at = None if collection.floor is None else chosen.floors.get(collection.floor)
         one = points[chosen.name] if at is None else at
-        axes.plot(100 * one.kept, 100 * one.id, linestyle="none", marker="*", markersize=17, color=ORANGE,
-                  markeredgecolor=INK, label=f"chosen: {chosen.label}", zorder=4)  # fmt: skip
+        axes.plot(100 * one.kept, 100 * one.id, linestyle="none", marker="*", markersize=17,
+                  color=looks(collection)[chosen.name].colour, markeredgecolor=INK, label=f"chosen: {chosen.label}", zorder=4)  # fmt: skip
     if "id" in collection.untouched:
         axes.plot(100, 100 * collection.untouched["id"], linestyle="none", marker="o", markersize=7, color=GREY,
                   label="untouched model")  # fmt: skip
@@ -177,34 +177,41 @@ def _name_points(axes: Axes, collection: Collection, runs: Sequence[Run]) -> Non
 
 
 def training(collection: Collection, *, narrow: bool) -> Figure:
-    """Draw the loss over steps, and the share of blocks whose gate is still open."""
+    """Draw over the steps the loss, the share of open blocks, and the distance to the untouched model."""
     runs = [run for run in collection.runs if run.history.get("train/loss")]
     if not runs:
         raise NoData("no run has recorded a loss yet")
-    gated = [run for run in runs if run.history.get("adapter/active_share")]
-    figure, axes = panels("Training", 2 if gated else 1, narrow=narrow, height=3.4)
-    found, labelled = looks(collection), set[Look]()
-    for run in runs:
-        look = found[run.name]
-        colour, label = look.colour, None if look in labelled else look.label
-        labelled.add(look)
-        width = 2.4 if collection.chosen is not None and run.name == collection.chosen.name else 1.2
-        steps, losses = zip(*run.history["train/loss"], strict=True)
-        axes[0].plot(steps, losses, color=colour, linewidth=width, label=label)
-        if run in gated:
-            steps, shares = zip(*run.history["adapter/active_share"], strict=True)
-            axes[1].plot(steps, [100 * share for share in shares], color=colour, linewidth=width)
-    axes[0].set_title("loss", loc="left")
     kind = "cross entropy" if collection.classifies else "contrastive loss"
-    axes[0].set_ylabel(f"{kind} + penalty (nats)" if gated else f"{kind} (nats)")
-    for one in axes:
+    penalty = " + penalty" if any(run.history.get("adapter/active_share") for run in runs) else ""
+    curves = [
+        ("train/loss", 1, "loss", f"{kind}{penalty} (nats)"),
+        ("adapter/active_share", 100, "gates closing", "active blocks (% of all blocks)"),
+        (f"{PREFIX}image", 1, "drift, images", "1 − cosine, held-out reference images"),
+        (f"{PREFIX}text", 1, "drift, texts", "1 − cosine, held-out reference texts"),
+    ]
+    drawn = [curve for curve in curves if any(run.history.get(curve[0]) for run in runs)]
+    figure, axes = panels("Training", len(drawn), narrow=narrow, height=3.4, columns=2)
+    for (metric, scale, title, unit), one in zip(drawn, axes, strict=True):
+        _curves(one, collection, runs, metric, scale)
+        one.set_title(title, loc="left")
         one.set_xlabel("optimizer step")
-    if gated:
-        axes[1].set_title("gates closing", loc="left")
-        axes[1].set_ylabel("active blocks (% of all blocks)")
-        axes[1].set_ylim(0, 105)
+        one.set_ylabel(unit)
+        if scale == 100:
+            one.set_ylim(0, 105)
     legend(figure, axes)
     return figure
+
+
+def _curves(axes: Axes, collection: Collection, runs: Sequence[Run], metric: str, scale: float) -> None:
+    """Draw a metric of each run that has it over the steps; the chosen run is thick."""
+    found, labelled = looks(collection), set[Look]()
+    for run in (run for run in runs if run.history.get(metric)):
+        look = found[run.name]
+        chosen = collection.chosen is not None and run.name == collection.chosen.name
+        steps, values = zip(*run.history[metric], strict=True)
+        axes.plot(steps, [scale * value for value in values], color=look.colour, linewidth=2.4 if chosen else 1.2,
+                  label=None if look in labelled else look.label)  # fmt: skip
+        labelled.add(look)
 
 
 def scores(collection: Collection, *, narrow: bool) -> Figure:

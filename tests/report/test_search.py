@@ -12,7 +12,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from pipeline.files import replace_json
-from pipeline.report.by_run import drift, groups, looks, pareto
+from pipeline.report.by_run import drift, groups, looks, pareto, training
 from pipeline.report.directories import collect
 from pipeline.report.run import report
 from pipeline.report.style import NoData
@@ -97,6 +97,11 @@ def test_a_run_has_one_colour_in_all_figures(search: Path) -> None:
     object.__setattr__(collection, "runs", collection.runs * 2)
     assert {look.label for look in looks(collection).values()} == {"gated LoRA"}
     assert len(set(looks(collection).values())) == 1
+
+
+def test_drift_is_drawn_over_the_steps(search: Path) -> None:
+    titles = [axes.get_title(loc="left") for axes in training(collect(search), narrow=False).axes]
+    assert titles == ["loss", "gates closing", "drift, images", "drift, texts"]
 
 
 def test_two_runs_teach_no_limit_of_drift(search: Path) -> None:
