@@ -103,8 +103,8 @@ def pareto(collection: Collection, *, narrow: bool) -> Figure:
     if chosen is not None:
         at = None if collection.floor is None else chosen.floors.get(collection.floor)
         one = points[chosen.name] if at is None else at
-        axes.plot(100 * one.kept, 100 * one.id, linestyle="none", marker="*", markersize=17,
-                  color=looks(collection)[chosen.name].colour, markeredgecolor=INK, label=f"chosen: {chosen.label}", zorder=4)  # fmt: skip
+        axes.plot(100 * one.kept, 100 * one.id, linestyle="none", marker="*", markersize=17, markeredgecolor=INK,
+                  color=looks(collection)[chosen.name].colour, label=f"chosen: {chosen.label}", zorder=4)  # fmt: skip
     if "id" in collection.untouched:
         axes.plot(100, 100 * collection.untouched["id"], linestyle="none", marker="o", markersize=7, color=GREY,
                   label="untouched model")  # fmt: skip
