@@ -180,7 +180,7 @@ def word_tokenizer() -> Callable[[Path], None]:
         tokenizer.normalizer = normalizers.Lowercase()
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-        names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+        names = {"pad_token": "<pad>", "eos_token": "</s>", "sep_token": "</s>", "unk_token": "<unk>"}
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(str(directory))
 
     return save

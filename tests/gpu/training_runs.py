@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -129,12 +130,16 @@ class Run:
                 found.append(record)
         return found
 
-    def losses(self) -> dict[int, list[float]]:
-        """Step -> its loss, twice where the step was done twice."""
+    def losses(self) -> dict[int, float]:
+        """Step -> its loss; the journal keeps the first of a step that was done twice."""
+        found = [(record["step"], record["values"].get("train/loss")) for record in self.records()]
+        return {step: loss for step, loss in found if loss is not None}
+
+    def printed(self) -> dict[int, list[float]]:
+        """Step -> its losses in the log, two where the step was done before and after the kill."""
         found: dict[int, list[float]] = {}
-        for record in self.records():
-            if "train/loss" in record["values"]:
-                found.setdefault(record["step"], []).append(record["values"]["train/loss"])
+        for step, loss in re.findall(r"^step (\d+)/\d+ loss (\S+)", self.log.read_text(), flags=re.MULTILINE):
+            found.setdefault(int(step), []).append(float(loss))
         return found
 
     def scores(self) -> dict[str, float]:
@@ -146,7 +151,7 @@ class Run:
 
     def twice(self) -> list[float]:
         """Relative differences of the losses of steps that were done before and after the kill."""
-        return [abs(v[0] - v[-1]) / max(1e-9, abs(v[0])) for v in self.losses().values() if len(v) > 1]
+        return [abs(v[0] - v[-1]) / max(1e-9, abs(v[0])) for v in self.printed().values() if len(v) > 1]
 
 
 def _plans(setting: Setting) -> dict[str, tuple[str, ...]]:
@@ -189,10 +194,10 @@ def _compare(setting: Setting, every: list[Run]) -> None:
     findings, reference, rows = setting.findings, every[0], []
     for run in every:
         own, other = run.losses(), reference.losses()
-        off = [abs(own[s][-1] - other[s][-1]) / abs(other[s][-1]) for s in own if s in other]
+        off = [abs(own[s] - other[s]) / abs(other[s]) for s in own if s in other]
         scores = [abs(value - reference.scores().get(name, value)) for name, value in run.scores().items()]
         worst, last = max(run.twice(), default=float("nan")), max(own, default=0)
-        final = own[last][-1] if own else float("nan")
+        final = own[last] if own else float("nan")
         rows.append((run.name, run.code, run.killed_at, len(run.twice()), worst, last, final,
                      max(off, default=float("nan")), max(scores, default=float("nan"))))  # fmt: skip
         findings.check(f"{run.name} ends by itself", run.code == 0, f"code {run.code} at step {last}")

@@ -18,8 +18,11 @@ from PIL import Image
 
 from pipeline.cli import main
 from pipeline.config import Promote
+from pipeline.handoff.card.facts import CardFacts
+from pipeline.handoff.card.text import write_card
 from pipeline.handoff.export import export
 from pipeline.handoff.promote import promote
+from pipeline.handoff.source import read_source
 from pipeline.vectors.embedder import load_embedder
 
 
@@ -43,6 +46,22 @@ def test_a_card_says_what_was_learned_and_where_it_comes_from(
     export(run, "peft", tmp_path / "peft", verify=False)
     text = (tmp_path / "peft/README.md").read_text()
     assert "names its base `base`" in text and "move the two together" in text
+
+
+def test_results_of_retrieval_have_a_task_of_their_own(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_run("lora", True, directory=tmp_path / "run", seed=2)
+    source = read_source(run)
+    row = {"value": 0.5, "baseline": None, "change": None, "n": 8}
+    datasets = {
+        "pets": row | {"group": "zero-shot", "metric": "acc1"},
+        "flickr30k": row | {"group": "retrieval", "metric": "mean_recall"},
+    }
+    results = {"benchmark": "b", "precision": "fp32", "groups": {}, "datasets": datasets}
+    write_card(tmp_path, CardFacts("clip", source, "open_clip", results))
+    found = {
+        each.dataset_name: each.task_type for each in ModelCard.load(tmp_path / "README.md").data.eval_results or ()
+    }
+    assert found == {"pets": "zero-shot-image-classification", "flickr30k": "image-text-retrieval"}
 
 
 def test_results_of_other_weights_are_not_in_a_card(make_run: Callable[..., Path], tmp_path: Path) -> None:

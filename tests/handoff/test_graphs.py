@@ -59,10 +59,10 @@ def pixels_for(count: int, size: int) -> Tensor:
     return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
 
 
-def labels_for(clip: Any) -> Labels:
-    names = ["shoe", "hat", "coat"]
-    head = own(clip, pixels_for(1, clip.preprocess_cfg["size"][0]), [f"a {name}." for name in names])[1]
-    return Labels(names, ["a {c}."], head)
+def labels_for(clip: Any, *names: str, template: str = "a {c}.") -> Labels:
+    names = names or ("shoe", "hat", "coat")
+    texts = [template.format(c=name) for name in names]
+    return Labels(list(names), [template], own(clip, pixels_for(1, clip.preprocess_cfg["size"][0]), texts)[1])
 
 
 def test_onnxruntime_reads_both_towers_and_the_head(toy_run: Path, tmp_path: Path) -> None:
@@ -157,3 +157,26 @@ def test_the_demos_model_in_every_precision(
     losses = facts.get("loss_of_8_bits", [])
     assert [row["dataset"] for row in losses] == (["ours", "others"] if precision == "int8" else [])
     assert np.isfinite([row["after"] for row in losses]).all()
+
+
+@pytest.mark.slow
+def test_a_siglips_graphs_are_its_own(siglip_dir: Path, make_run: Callable[..., Path], tmp_path: Path) -> None:
+    """The pooling of its image tower, its whole texts, the bias in its head, and its own tokenizer's files."""
+    from transformers import AutoTokenizer
+
+    run = make_run(directory=tmp_path / "run", changes=(f"model.name={siglip_dir}",))
+    clip: Any = load_run(run)
+    labels = labels_for(clip, "cat", "dog", "red", template="a {c}")
+    report = export(run, "onnx", tmp_path / "out", graph=lambda _: GraphOptions(labels=labels))
+    assert report.difference is not None and report.difference < 1e-3
+    assert any("HFTokenizer" in note for note in report.notes)
+    pixels, texts = pixels_for(5, 32), ["a photo of a cat", "red dog"]
+    images, wanted = own(clip, pixels, texts)
+    found = run_graph(tmp_path / "out/image.onnx", pixels=pixels)
+    assert (found - images).abs().max() < 1e-5
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = tokenizer(texts, return_tensors="pt", padding="max_length", max_length=8, truncation=True).input_ids
+    assert (run_graph(tmp_path / "out/text.onnx", input_ids=ids) - wanted).abs().max() < 1e-5
+    logits = clip.model.logit_scale.exp() * images @ labels.head.T + clip.model.logit_bias
+    assert float(clip.model.logit_bias) < -9
+    assert (run_graph(tmp_path / "out/head.onnx", image_embeds=found) - logits).abs().max() < 1e-3

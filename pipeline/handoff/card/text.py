@@ -14,6 +14,8 @@ CARD, FIGURE = "README.md", "results.png"
 
 LIBRARIES = {"open_clip": "open_clip", "hf": "transformers", "peft": "peft", "timm": "timm", "onnx": "onnx"}
 LIBRARIES |= {"triton": "onnx", "mlflow": "mlflow"}
+# The hub's own list of tasks has none for images and texts that are found by each other.
+RETRIEVAL = "image-text-retrieval"
 # What the digests and settings of `TrainedModel.facts` are called in the card.
 ORIGIN = {
     "base_model": "base",
@@ -140,7 +142,7 @@ def _metadata(facts: CardFacts) -> dict[str, Any]:
     if facts.results is not None:
         found = [
             {
-                "task": {"type": task},
+                "task": {"type": RETRIEVAL if row["group"] == "retrieval" else task},
                 "dataset": {"name": key, "type": key},
                 "metrics": [{"type": row["metric"], "value": round(row["value"], 6)}],
             }
