@@ -49,13 +49,13 @@ class ClassCounts:
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Count one batch: logits (B, K) fp32, labels (B,) int64 in [0, K). A class at -inf is never predicted."""
         classes = self.confusion.shape[0]
-        logits, labels = logits.cpu(), labels.cpu()
-        best = logits.topk(min(TOP_K, classes), dim=1)
-        hits = (best.indices == labels[:, None]) & (best.values > -torch.inf)
+        values, best = (each.cpu() for each in logits.topk(min(TOP_K, classes), dim=1))  # few numbers leave the device
+        labels, predicted = labels.cpu(), logits.argmax(dim=1).cpu()
+        hits = (best == labels[:, None]) & (values > -torch.inf)
         self.top1 += int(hits[:, 0].sum())
         self.top5 += int(hits.sum())
         self.n += len(labels)
-        cells = labels * classes + logits.argmax(dim=1)
+        cells = labels * classes + predicted
         self.confusion.view(-1).index_add_(0, cells, torch.ones_like(cells))
 
     def metrics(self) -> dict[str, float | None]:
