@@ -185,7 +185,7 @@ def test_the_step_is_task_and_distance_by_their_formulas(config_file, reference_
     torch.testing.assert_close(micro(images, tokens, 0, part)["total"], expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2, 3))])
 def test_a_killed_run_with_keep_resumes_bit_for_bit(launch, reference_shards, stage: int) -> None:
     common = (*KEEP, f"keep.images={reference_shards}", "data.workers=1", f"train.zero_stage={stage}")
     undisturbed = launch("name=undisturbed", *common)
