@@ -76,10 +76,13 @@ def gradients(folder: str, kind: str, stage: int, precision: str, way: str) -> d
     named, rank, world = trainable(clip.model), dist.get_rank(), dist.get_world_size()
     labels = (torch.arange(BATCH) % 5)[rank * BATCH // world : (rank + 1) * BATCH // world]
     set_learning_rates(engine, 0.0)
-    # measured before the step as well: nothing of it may stay in the step
+    batch = *inputs(rank, world), 0, reference(rank, world), labels if way == "class" else None
+    # A step that changes nothing, then the drift, as in a run: nothing of them may stay in the step that is compared.
+    engine.backward(engine(*batch)["total"])
+    engine.step()
     with torch.no_grad():
         drift = engine(None, None, 0, reference(0, 1))
-    losses = engine(*inputs(rank, world), 0, reference(rank, world), labels if way == "class" else None)
+    losses = engine(*batch)
     engine.backward(losses["total"])
     found = {}
     for name, parameter in named:
