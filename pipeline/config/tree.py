@@ -131,7 +131,7 @@ def _budget_rules(config: Config) -> Iterator[tuple[set[str], str]]:
             {key, "gate.enabled", "adapter.kind", "adapter.random_k"},
             f"{key}: {budget:g} needs gates: gate.enabled=true, adapter.kind lora or dora, no adapter.random_k",
         )
-    if gate.lam > 0:
+    elif gate.lam > 0:
         yield (
             {key, "gate.lam"},
             f"{key}: {budget:g} and gate.lam: {gate.lam:g} both decide which blocks close; set gate.lam=0",

@@ -141,7 +141,7 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
     if not axes and not baselines and "ranges" not in named:
         faults.append("grid: names no option to vary, as in grid: {rank: [2, 8], lam: [0.3, 1.0]}")
     if faults:
-        raise ConfigError(f"{path}:\n" + "\n".join(faults))
+        raise ConfigError("\n".join([f"{path}:", *faults]) if len(faults) > 1 else f"{path}: {faults[0]}")
     source = {key: one.value for key, one in raw.items()}
     return Grid(axes, baselines, search, ranges, seeds, soup, floor, drift, resources or Resources(), asha, source)
 

@@ -249,6 +249,10 @@ def _count(clip: Model, config: Config) -> int:
         names = chosen_targets(config, list(targets))
     except ValueError as error:
         raise ConfigError(f"{config.name}: adapter.{error}") from error
+    if config.gate.budget is not None and config.gate.budget > len(names):
+        raise ConfigError(
+            f"{config.name}: gate.budget={config.gate.budget:g}: must be between 1 and the {len(names)} gated blocks"
+        )
     for name in names:
         module, attribute = targets[name]
         linear = getattr(module, attribute)

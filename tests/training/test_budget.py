@@ -75,7 +75,7 @@ def test_more_blocks_than_there_are_is_a_mistake(launch) -> None:
     ("overrides", "message"),
     [
         (["gate.budget=3"], "both decide which blocks close; set gate.lam=0"),
-        (["gate.budget=3", "gate.lam=0", "gate.enabled=false"], "needs gates"),
+        (["gate.budget=3", "gate.enabled=false"], "^gate.budget: 3 needs gates: .*no adapter.random_k$"),
         (["gate.budget_parameters=300"], "both decide which blocks close; set gate.lam=0"),
         (["gate.budget=3", "gate.budget_parameters=300", "gate.lam=0"], "give one of them"),
         (["gate.budget=2.5", "gate.lam=0"], "whole number of blocks, or a share below 1"),

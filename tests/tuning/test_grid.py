@@ -98,6 +98,13 @@ def test_every_fault_of_the_file_comes_in_one_message(make_grid) -> None:
     assert "grid.yaml:1" in text
 
 
+def test_a_single_fault_is_a_single_line(make_grid) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^\S+grid.yaml: ranges.train.lr: log: is empty, 0.001 is not below 0.001 \(\S+\)$"
+    ):
+        make_grid("search: {trials: 4}\nranges: {train.lr: {log: [1.0e-3, 1.0e-3]}}\nfloor: 0.95\n")
+
+
 def test_a_repeated_key_of_the_grid_is_an_error(make_grid) -> None:
     with pytest.raises(ConfigError, match="given twice"):
         make_grid("grid:\n  rank: [2]\n  rank: [4]\n")

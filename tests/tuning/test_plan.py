@@ -93,3 +93,9 @@ def test_what_trains_is_counted_as_it_is_built(make_config, make_grid) -> None:
         built = sum(parameter.numel() for _, parameter in trainable(model))
         assert counted[trial.name] == built, trial.name
     assert checkpoint_bytes(trials, counted) == sum(counted.values()) * 12 * 3
+
+
+def test_more_blocks_than_the_model_has_are_refused(make_config, make_grid) -> None:
+    trials = expand(make_config("gate.lam=0"), make_grid("grid: {gate.budget: [24, 25]}"))
+    with pytest.raises(ConfigError, match=r"budget25: gate.budget=25: must be between 1 and the 24 gated blocks$"):
+        trained_parameters(trials)
