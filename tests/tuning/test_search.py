@@ -74,7 +74,7 @@ def test_a_proposal_follows_from_what_was_tried_alone() -> None:
 def test_mistakes_are_told_in_a_line(make_grid, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         make_grid(text)
-    assert len(str(caught.value).splitlines()) == 2  # the file, the fault
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_ends_that_an_option_does_not_take_are_told(make_config, make_grid) -> None:

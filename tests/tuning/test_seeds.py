@@ -57,7 +57,7 @@ def test_a_soup_follows_the_seeds_of_its_configuration(make_config, make_grid) -
 def test_mistakes_are_told_in_a_line(make_grid, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         make_grid(text)
-    assert len(str(caught.value).splitlines()) == 2  # the file, the fault
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_sweep_of_one_seed_continues_with_three(make_config, make_grid, tmp_path: Path) -> None:
