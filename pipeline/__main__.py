@@ -1,8 +1,27 @@
-"""`python -m pipeline`, the form that torchrun and deepspeed start; the same as `selora`."""
+"""`selora`, and `python -m pipeline`, the form that torchrun and deepspeed start."""
 
+import signal
 import sys
 
-from pipeline.cli import main
+
+def main() -> int:
+    """Run one command. Ctrl-C ends it in a line also while its modules are loaded, and without a word at its end.
+
+    Returns:
+        The exit code of `pipeline.cli.main`.
+    """
+    try:
+        from pipeline.cli import main as command
+
+        return command()
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    finally:
+        # What is left is Python's own end. Where a shell had Ctrl-C ignored, it stays so.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""The command line. `main` is the entry point of `selora`."""
+"""The command line; `pipeline.__main__` is the entry point of `selora`."""
 
 from pipeline.cli.main import build_parser, main
 

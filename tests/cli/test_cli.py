@@ -179,6 +179,20 @@ def test_an_interrupt_while_options_are_read_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+def test_an_interrupt_while_modules_load_is_one_line(repository):
+    """Ctrl-C comes when the command line asks for its first module, which takes most of a second."""
+    script = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "Now = type('Now', (), {'find_spec': lambda *name: 'pipeline.config' in name and "
+        "os.kill(os.getpid(), signal.SIGINT) or None});"
+        "sys.meta_path.insert(0, Now());"
+        "from pipeline.__main__ import main; code = main();"
+        "print(code, signal.getsignal(signal.SIGINT) is signal.SIG_DFL)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=repository, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("130 True\n", "interrupted\n")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_every_command_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as caught:
