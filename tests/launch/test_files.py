@@ -26,6 +26,7 @@ RAYJOB_FIELDS = {
     "ttlSecondsAfterFinished": int,
     "backoffLimit": int,
     "rayClusterSpec": dict,
+    "submitterPodTemplate": dict,
 }
 CLUSTER_FIELDS = {"rayVersion": str, "authOptions": dict, "headGroupSpec": dict, "workerGroupSpecs": list}
 GROUP_FIELDS = {
@@ -103,11 +104,11 @@ def test_the_ray_job_is_valid_for_kuberay_and_kubernetes(tmp_path: Path) -> None
                     "apiVersion": "v1",
                     "kind": "PodTemplate",
                     "metadata": {"name": f"group-{number}"},
-                    "template": group["template"],
+                    "template": template,
                 }
             )
             + "\n"
-            for number, group in enumerate(groups)
+            for number, template in enumerate([*(group["template"] for group in groups), spec["submitterPodTemplate"]])
         )
     )
     check(tool("kubernetes-validate"), "--strict", "--quiet", templates)
@@ -130,7 +131,7 @@ def test_training_pods_are_confined(name: str) -> None:
 def test_no_container_runs_as_root_or_writes_its_image() -> None:
     """Every pod: a plain user, no rights to gain, a root that is read only, behind a network policy, and no token."""
     templates = [template for path in MANIFESTS for template in _templates(documents(path))]
-    assert len(templates) == 6
+    assert len(templates) == 7
     policies = [one for one in documents(KUBERNETES / "network.yaml") if one["kind"] == "NetworkPolicy"]
     assert {"matchLabels": {"part-of": "selora"}} in [one["spec"]["podSelector"] for one in policies]
     for template in templates:
@@ -139,6 +140,7 @@ def test_no_container_runs_as_root_or_writes_its_image() -> None:
         assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] > 0
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         assert not pod.keys() & {"hostNetwork", "hostPID", "hostIPC"}
+        assert pod["automountServiceAccountToken"] is False
         for container in pod["containers"]:
             locked = {
                 "readOnlyRootFilesystem": True,
@@ -175,9 +177,21 @@ def test_no_file_that_ships_holds_a_password() -> None:
     assert not re.search(r"^[A-Z_]+=.", (DOCKER / "env.example").read_text(), re.MULTILINE)
 
 
+def test_pods_that_track_log_in_to_mlflow() -> None:
+    """Trainings and sweeps have a user and a password of MLflow, by a secret that the example has."""
+    secrets = {one["metadata"]["name"]: one["stringData"] for one in documents(KUBERNETES / "secrets.example.yaml")}
+    assert {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"} == secrets["selora-mlflow"].keys()
+    for name in ("train.yaml", "sweep.yaml"):
+        for template in _templates(documents(KUBERNETES / name)):
+            for container in template["spec"]["containers"]:
+                assert {"secretRef": {"name": "selora-mlflow"}} in container["envFrom"]
+
+
 def _templates(node: Any) -> list[dict[str, Any]]:
+    """All pods of a document, under whatever key."""
     if isinstance(node, dict):
-        found = [node["template"]] if "containers" in node.get("template", {}).get("spec", {}) else []
+        pods = [node[key] for key in ("template", "submitterPodTemplate") if key in node]
+        found = [pod for pod in pods if "containers" in pod.get("spec", {})]
         return found + [each for value in node.values() for each in _templates(value)]
     return [each for value in node for each in _templates(value)] if isinstance(node, list) else []
 
