@@ -46,7 +46,7 @@ chaos: env
 
 # Advisories that do not concern selora, each with its reason: AUDIT_EXCEPT = PYSEC-… PYSEC-…
 AUDIT_EXCEPT :=
-audit:
+audit: env
 	@mkdir -p build
 	$(UV) export --quiet --frozen --all-groups --all-extras --no-emit-project --output-file build/requirements.txt
 	$(UV) tool run pip-audit --requirement build/requirements.txt --disable-pip --strict $(AUDIT_EXCEPT:%=--ignore-vuln %)
