@@ -34,6 +34,11 @@ WAYS_OUT = {
     errno.ENOMEM: "not enough memory: fewer workers or a smaller batch need less",
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENXIO), _PLACE),
 }
+NO_SHARED_MEMORY = (
+    "/dev/shm has no room for a batch: give it more, as by `docker run --shm-size=4g`, or load the data without "
+    "workers: data.workers=0, --workers 0"
+)
+_KILLED = re.compile(r"killed by signal: ([^.]+)")
 _NUMBER = re.compile(r"\[Errno (\d+)\]|\(os error (\d+)\)")
 _QUOTED = re.compile(r"\[Errno \d+\] [^:\n]*: '([^'\n]+)'")
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -77,6 +82,25 @@ def one_line(error: BaseException) -> str | None:
     reason = os.strerror(number) if number in WAYS_OUT else (getattr(error, "strerror", None) or _last_line(error))
     way_out = WAYS_OUT.get(number or 0)
     return f"{place + ': ' if place else ''}{reason}{'; ' + way_out if way_out else ''}"
+
+
+def lost_worker(error: BaseException) -> str | None:
+    """The line for the user where a process that loads data has ended, None for another error.
+
+    Args:
+        error: torch's, which may be raised at any moment of the process that waits for the data.
+    """
+    if not isinstance(error, RuntimeError) or "DataLoader worker (pid" not in str(error):
+        return None
+    killed = _KILLED.search(str(error))
+    if killed is None:
+        return "a loader worker ended, see its line above; the same command continues"
+    if killed[1] == "Bus error":
+        return f"a loader worker was killed: {NO_SHARED_MEMORY}"
+    return (
+        f"a loader worker was killed ({killed[1]}): where the machine ran out of memory, fewer workers or a smaller "
+        "batch need less; the same command continues"
+    )
 
 
 def _place_of(error: BaseException) -> str:

@@ -1,16 +1,19 @@
-"""Sockets between the processes of one machine: their addresses are paths, and a path may be too long for one.
+"""Sockets between the processes of one machine: no proxy comes between them, and no path is too long for one.
 
-Where TMPDIR is, as in the directory of a batch system's job, these go to a short directory instead; everything else
-that is temporary stays in TMPDIR.
+The address of a Unix socket is a path. Where TMPDIR is too long for one, as in the directory of a batch system's job,
+sockets go to a short directory instead; everything else that is temporary stays in TMPDIR.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import MutableMapping
 from multiprocessing import util
 
 LONGEST = 107  # bytes of an address
+_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _SHORT = ("/tmp", "/var/tmp", "/dev/shm")
 _OF_WORKERS = len("/pymp-01234567/listener-01234567")
 
@@ -34,3 +37,16 @@ def use_short_sockets() -> None:
         util.get_temp_dir()  # made once for the process, and removed by it
     finally:
         tempfile.tempdir = before
+
+
+def reach_loopback(environment: MutableMapping[str, str]) -> None:
+    """Let no proxy be asked for servers of this machine, such as MLflow's and the dashboard of Ray.
+
+    Args:
+        environment: where a proxy is set, NO_PROXY and no_proxy get the loopback addresses; libraries read either.
+    """
+    if not any(environment.get(spelled) for name in _PROXIES for spelled in (name, name.lower())):
+        return
+    given = ",".join(environment.get(name, "") for name in ("no_proxy", "NO_PROXY"))
+    hosts = dict.fromkeys([*filter(None, map(str.strip, given.split(","))), *_LOOPBACK])
+    environment.update(dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(hosts)))

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pipeline.cli import cost, data, demo, doctor, handoff, report, runs, sweep, vectors
 from pipeline.cli.options import FAILED, INTERRUPTED, OK, USER_MISTAKE
 from pipeline.config import ConfigError, Ended
-from pipeline.faults import one_line
+from pipeline.faults import lost_worker, one_line
+from pipeline.sockets import reach_loopback
 
 # In the order of `selora --help`.
 FAMILIES = (data, runs, sweep, cost, report, handoff, vectors, doctor, demo)
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv is None:
             _use_utf8()
+            reach_loopback(os.environ)
         return _run(_parse(_without_local_rank(sys.argv[1:] if argv is None else argv)))
     except KeyboardInterrupt:
         print(f"{_rank()}interrupted", file=sys.stderr)
@@ -59,12 +61,13 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"{_rank()}selora {arguments.command}: {error}", file=sys.stderr)
         return FAILED
     except Exception as error:
-        line = one_line(error)
+        lost = lost_worker(error)
+        line = lost or one_line(error)
         if line is None:
             raise
         print(f"{_rank()}selora {arguments.command}: {line}", file=sys.stderr)
         _drop_output()
-        return USER_MISTAKE
+        return FAILED if lost else USER_MISTAKE
 
 
 def _use_utf8() -> None:

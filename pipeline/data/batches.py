@@ -11,19 +11,24 @@ import atexit
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
+from multiprocessing import queues
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pipeline.config import ConfigError
+from pipeline.faults import NO_SHARED_MEMORY, one_line
 from pipeline.sockets import use_short_sockets
 
 Made = TypeVar("Made", covariant=True)
 
+_END_SECONDS = 10.0  # for the workers to leave at the end of the process
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _running: weakref.WeakSet[Generator[Any]] = weakref.WeakSet()
 
@@ -117,11 +122,20 @@ def _as_it_is(made: Any) -> Any:
 def _calm_worker(_worker: int) -> None:
     """A launcher signals every process of the job; workers must outlive it until the trainer has saved."""
     threading.Thread(target=_leave_with_the_trainer, daemon=True).start()
+    queues.Queue._on_queue_feeder_error = staticmethod(_tell_and_leave)  # type: ignore[attr-defined]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # SIGTERM cannot be ignored for good, for it is also how a stuck worker is ended: a minute is the time to save.
     signal.signal(signal.SIGTERM, _leave_in_a_minute)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+def _tell_and_leave(error: Exception, _batch: object) -> None:
+    """In the thread that sends batches: it would drop this one, and the trainer would wait for it without end."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = NO_SHARED_MEMORY if "shared memory" in text else one_line(error) or text
+    sys.stderr.write(f"loader worker {os.getpid()}: {reason}\n")
+    os._exit(1)
 
 
 def _leave_with_the_trainer() -> None:
@@ -138,7 +152,15 @@ def _leave_in_a_minute(_number: int, _frame: object) -> None:
 
 
 @atexit.register
-def _close_running() -> None:
-    """Ends the workers of streams that nobody read to the end. multiprocessing would end them by SIGTERM, and wait."""
+def _end_workers() -> None:
+    """End the workers of streams that nobody read to the end, and kill those that are stuck.
+
+    multiprocessing would send them SIGTERM, and wait for them without bound.
+    """
     for stream in list(_running):
         stream.close()
+    deadline = time.monotonic() + _END_SECONDS
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.join(max(0.0, deadline - time.monotonic()))
+            worker.kill()

@@ -24,6 +24,7 @@ from pipeline.runs.results import EVAL, read_floors, read_summary, reported_at
 from pipeline.selection.frontier import floors_of
 from pipeline.selection.kept import kept_of
 from pipeline.selection.rule import Clause, check
+from pipeline.tracking.mlflow.moved import found_again
 from pipeline.tracking.mlflow.registry import CHAMPION, DIGEST_TAG, REGISTRY_VARIABLE, Registry
 from pipeline.tracking.mlflow.sync import sync
 from pipeline.tracking.mlflow.uris import resolve_uri
@@ -84,7 +85,7 @@ def promote(
     run_dir, chosen = chosen_run(Path(target), rule)
     config = load_config(run_dir / "config.yaml", [])
     rule = config.promote if rule is None else rule
-    uri = resolve_uri(uri or config.tracking.uri, run_dir.absolute().parent)
+    uri = resolve_uri(uri or found_again(config.tracking.uri, run_dir), run_dir.absolute().parent)
     registry = Registry(uri, name, config.tracking.experiment)
     notes = [*([chosen] if chosen else []), *_other_registry(uri)]
     if strength is None:

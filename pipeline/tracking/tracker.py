@@ -18,6 +18,7 @@ from pipeline.tracking.environment import environment_tags
 from pipeline.tracking.identity import settle_identity
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.mlflow.delivery import load_state, pending
+from pipeline.tracking.mlflow.moved import found_again
 from pipeline.tracking.mlflow.shipper import LOG_FILE, Shipper
 from pipeline.tracking.mlflow.uris import PasswordMissing, checked_uri, sqlite_path, with_password
 
@@ -186,13 +187,15 @@ def open_tracker(
         uri: the store; None: MLFLOW_TRACKING_URI, else sqlite:///<run_dir/..>/mlflow.db.
         enabled: False: the journal only.
         system_metrics: (node, seconds): sample this machine every so many seconds.
-        owns_status: False for a later stage (an evaluation) that adds to a run and must not change how it ended.
+        owns_status: False for a later stage (an evaluation) that adds to a run and must not change how it ended;
+            where the run was moved with its SQLite store, it finds that.
         below: a folder of run directories; one process ships them with this run.
 
     Raises:
         ConfigError: a malformed address, or a run directory that cannot be written or is being written.
     """
     run_dir = run_dir.absolute()
+    uri = uri if owns_status else found_again(uri, run_dir)
     address = checked_uri(uri, run_dir.parent) if enabled else None
     if address is not None and importlib.util.find_spec("mlflow") is None:
         logger.warning("tracking: mlflow is not installed; %s has the journal only", run_dir)

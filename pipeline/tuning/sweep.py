@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,12 +44,14 @@ from pipeline.tuning.plan import (
     Speed,
     checkpoint_bytes,
     describe_plan,
+    fitting_faults,
     make_plan,
     trained_parameters,
 )
 from pipeline.tuning.trials import Trial
 
 _GRACE_SECONDS = 120.0
+_ROOM_SECONDS = 30.0  # between two looks at the nodes of the cluster
 
 
 @dataclass(frozen=True)
@@ -199,12 +201,18 @@ def _run(
     address: str | None,
     seconds_per_step: float | None,
 ) -> None:
+    from pipeline.tuning.cluster.connect import capacity as look
     from pipeline.tuning.cluster.connect import cluster
     from pipeline.tuning.mlflow_runs import MACHINE_SECONDS
     from pipeline.tuning.progress import Progress
     from pipeline.tuning.scheduler import Interrupted, TrialJob, run_trials, watch_nodes
 
-    stop = _Stop(sweep_dir, trials)
+    stop, room = _Stop(sweep_dir, trials), _Room(grid.resources, look)
+
+    def tick() -> None:
+        stop.tick()
+        room.tick()
+
     with stop, cluster(address, grid.resources) as capacity:
         stop.listen()  # Ray has replaced it by its own handler
         plan = _plan(sweep_dir, trials, totals, grid, capacity, seconds_per_step, proposals.left)
@@ -214,7 +222,7 @@ def _run(
         job = TrialJob(sweep_dir, Path.cwd(), grid.resources, on_gpu, grid.asha is not None, spared)
         machines = watch_nodes(sweep_dir, MACHINE_SECONDS)
         steps = max([*totals.values(), plan.steps_to_come])
-        run = partial(run_trials, job, concurrent=plan.concurrent, steps=steps, tick=stop.tick)
+        run = partial(run_trials, job, concurrent=plan.concurrent, steps=steps, tick=tick)
         lost: dict[str, str] = {}
         with Progress(sweep_dir, trials, grid.floor), suppress(Interrupted):
             training = [trial.name for trial in _left(sweep_dir, trials) if not trial.soup_of]
@@ -268,6 +276,32 @@ def _settle(sweep_dir: Path, trials: Sequence[Trial], lost: dict[str, str], inte
                 f"stopped at step {at}: its loss {values.get('train/loss', float('nan')):.4f} was behind the others'"
             )
             write_state(run_dir, status="stopped", step=at, error=reason)
+
+
+class _Room:
+    """Says when the cluster has no room for a trial any more, such as after a node came back with fewer GPUs.
+
+    Ray itself waits for room without a word and without end.
+    """
+
+    def __init__(self, resources: Resources, look: Callable[[], Capacity]) -> None:
+        self._resources, self._look = resources, look
+        self._lacks, self._looked = False, time.monotonic()
+
+    def tick(self) -> None:
+        """Look at the nodes now and then; a line when the room goes, and a line when it is back."""
+        if time.monotonic() - self._looked < _ROOM_SECONDS:
+            return
+        faults = fitting_faults((), self._resources, self._look())
+        self._looked = time.monotonic()
+        if faults and not self._lacks:
+            sys.stderr.write(
+                f"{faults[0]}; trials wait for a node with room. Ctrl-C ends the sweep, and the same command "
+                "continues it\n"
+            )
+        elif self._lacks and not faults:
+            sys.stderr.write("the cluster has room for a trial again\n")
+        self._lacks = bool(faults)
 
 
 class _Stop:

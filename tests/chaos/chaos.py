@@ -58,16 +58,18 @@ class Tally:
 
 def _command(argv: list[str], log: Path, mark: str) -> None:
     """A command in a session of its own, in a process that has the slow imports behind it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.setsid()
     os.environ[MARK] = mark
+    sys.argv = ["selora", *argv]
     with log.open("ab") as said:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    from pipeline.cli import main
+    from pipeline.__main__ import main
 
-    code = main(argv)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = main()
     sys.stdout.flush()
     os._exit(code)
 
@@ -258,7 +260,14 @@ def prepared() -> Any:
     """What starts processes that have the slow imports behind them, with the environment of now."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(
-        ["pipeline.cli", "pipeline.training.run", "deepspeed", "open_clip", "pipeline.handoff.promote"]
+        [
+            "pipeline.__main__",
+            "pipeline.cli",
+            "pipeline.training.run",
+            "deepspeed",
+            "open_clip",
+            "pipeline.handoff.promote",
+        ]
     )
     return server
 

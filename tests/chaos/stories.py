@@ -64,7 +64,7 @@ def base_of(folder: Path, run: Callable[[list[str]], None]) -> Path:
         encoding="utf-8",
     )
     run(["train", str(folder / "config.yaml"), f"out={folder}", "name=run", "train.steps=6"])
-    run(["evaluate", str(folder / "run")])
+    run(["evaluate", str(folder / "run"), "--datasets", DATASET, "clipart"])
     shutil.copy(folder / "mlflow.db", folder / "store.db")
     return folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 
 from pipeline.config import ConfigError
 from pipeline.data.batches import Batches
+from pipeline.faults import lost_worker
 
 SCRIPT = """
 import os, signal, sys, time
@@ -35,16 +37,17 @@ found += stream
 assert found == [2 * i for i in range(60)], found
 unread = iter(Batches(make, plan, workers=2))
 next(unread)
-print(time.time(), *[child.pid for child in psutil.Process().children()])
+workers = psutil.Process().children()
+os.kill(workers[0].pid, signal.SIGSTOP)
+print(time.time(), *[worker.pid for worker in workers])
 """
 
 
 def test_workers_outlive_signals_but_not_the_trainer() -> None:
-    """Workers outlive signals and end with a trainer that stops in the middle."""
+    """Workers outlive signals and end with a trainer that stops in the middle, also one that is stuck."""
     root = Path(__file__).parent.parent.parent
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], cwd=root, capture_output=True, text=True, timeout=240, check=False
-    )
+    command = [sys.executable, "-W", "ignore::UserWarning", "-c", SCRIPT]  # torch warns of workers on a single core
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240, check=False)
     ended = time.time()
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -53,6 +56,42 @@ def test_workers_outlive_signals_but_not_the_trainer() -> None:
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
     # A worker that was told to leave by SIGTERM alone would take its minute.
     assert ended - float(stopped) < 50
+
+
+SMALL_SHM = """
+import torch
+from pipeline.data.batches import Batches
+from pipeline.faults import lost_worker
+
+def full(storage):
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)")
+
+torch.UntypedStorage._share_fd_cpu_ = full
+try:
+    list(Batches(torch.tensor, [[1, 2], [3]], workers=1))
+except RuntimeError as error:
+    print(lost_worker(error))
+"""
+
+
+def test_a_small_dev_shm_ends_in_a_line_and_not_in_a_wait() -> None:
+    """A worker cannot hand over its batch: one line says why, the trainer learns of it and ends."""
+    root = Path(__file__).parent.parent.parent
+    done = subprocess.run([sys.executable, "-c", SMALL_SHM], cwd=root, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "a loader worker ended, see its line above; the same command continues\n"
+    (line,) = done.stderr.splitlines()
+    assert re.fullmatch(r"loader worker \d+: /dev/shm has no room for a batch: .* data.workers=0, --workers 0", line)
+
+
+@pytest.mark.parametrize(
+    ("signal_name", "expected"),
+    [("Bus error", "/dev/shm has no room for a batch"), ("Killed", "was killed (Killed): where the machine ran out")],
+)
+def test_a_killed_loader_worker_is_told_in_a_line(signal_name: str, expected: str) -> None:
+    """As torch says it; any other error is none of a worker's."""
+    told = lost_worker(RuntimeError(f"DataLoader worker (pid 7) is killed by signal: {signal_name}. "))
+    assert told is not None and expected in told
+    assert lost_worker(RuntimeError("size mismatch")) is None
 
 
 KILLED = """

@@ -1,13 +1,18 @@
-"""Loader processes hand over tensors by sockets, whose addresses a long TMPDIR must not make too long."""
+"""Sockets of one machine: a long TMPDIR makes no address too long, and a proxy is not asked for them."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import requests
+
+from pipeline.sockets import reach_loopback
 
 SCRIPT = """
 import tempfile, torch
@@ -39,3 +44,42 @@ def test_workers_pass_tensors_whatever_the_length_of_tmpdir(tmp_path: Path, repo
     assert temporary == str(long), "only the sockets move"
     assert len(sockets) + len("/listener-01234567") <= 107
     assert not Path(sockets).exists(), "the directory ends with its process"
+
+
+class _Here(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.mark.parametrize("given", [{}, {"no_proxy": "intern"}, {"NO_PROXY": "intern, ::1"}])
+def test_http_proxy_is_not_asked_for_loopback(given: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proxy is a port where nobody listens."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Here)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"http_proxy": "http://127.0.0.1:9", **given}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("no_proxy", "NO_PROXY"):  # what is set below is also taken back
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    address = f"http://127.0.0.1:{server.server_port}/"
+    try:
+        with pytest.raises(requests.exceptions.ProxyError):
+            requests.get(address, timeout=10)
+        reach_loopback(os.environ)
+        assert requests.get(address, timeout=10).status_code == 204
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert os.environ["no_proxy"] == os.environ["NO_PROXY"]
+    assert os.environ["no_proxy"].split(",").count("::1") == 1
+    assert ("intern" in os.environ["no_proxy"].split(",")) == bool(given)
+
+
+def test_without_a_proxy_the_environment_stays() -> None:
+    environment = {"HTTP_PROXY": "", "PATH": "x"}
+    reach_loopback(environment)
+    assert environment == {"HTTP_PROXY": "", "PATH": "x"}

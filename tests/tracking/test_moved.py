@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.tracking.identity import read_identity
 from pipeline.tracking.mlflow.delivery import load_state
 from pipeline.tracking.mlflow.moved import found_again, relocate
 from pipeline.tracking.mlflow.reader import read_experiment
@@ -52,6 +53,18 @@ def test_a_sync_goes_to_the_moved_store_and_makes_no_other(moved: tuple[Path, st
     report = sync(out / "run")
     assert (report.uri, report.run_id, report.pending) == (sqlite_uri(out / "mlflow.db"), run_id, 0)
     assert not list(out.parents[1].glob("before*/runs")), "nothing is made anew where the runs were"
+
+
+def test_a_later_stage_finds_the_store_of_a_moved_run(moved: tuple[Path, str], monkeypatch) -> None:
+    """An evaluation gives the address that the run's config has kept, as a trial of a moved sweep does."""
+    out, _ = moved
+    monkeypatch.setenv(SHIPPED_VARIABLE, "by nobody")
+    old = next(out.parents[1].glob("before*")) / "runs" / "mlflow.db"
+    with open_tracker(out / "run", run_name="run", uri=sqlite_uri(old), owns_status=False) as tracker:
+        tracker.metrics(1, {"eval/x/acc1": 0.5})
+    identity = read_identity(out / "run")
+    assert identity is not None and identity.uri == sqlite_uri(out / "mlflow.db")
+    assert not old.parent.exists(), "nothing is made anew where the runs were"
 
 
 def test_new_files_go_next_to_the_moved_store(moved: tuple[Path, str]) -> None:

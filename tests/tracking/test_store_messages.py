@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sqlite3
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +15,11 @@ import pytest
 
 from pipeline.config import ConfigError
 from pipeline.tracking.mlflow.reader import read_experiment
+from pipeline.tracking.mlflow.registry import load_registered
 from pipeline.tracking.mlflow.shipper import LOG_FILE
-from pipeline.tracking.mlflow.store import MlflowStore
+from pipeline.tracking.mlflow.store import Away, MlflowStore
 from pipeline.tracking.mlflow.sync import sync
+from pipeline.tracking.mlflow.uris import checked_uri
 from pipeline.tracking.tracker import open_tracker
 
 
@@ -44,6 +50,69 @@ def test_tables_of_another_mlflow_name_the_command(
     report = sync(journal_only(), uri)
     assert not report.complete
     assert report.error == advice
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\x8f\x11 no database \x00" * 500, "it is not a SQLite database: name another file, or move it away"),
+        (None, "its file is damaged: put a backup in its place, or move it away"),
+    ],
+)
+def test_a_corrupt_database_is_told_at_once(
+    content: bytes | None, reason: str, other_schema: Callable[[str], str], journal_only: Callable[..., Path]
+) -> None:
+    """Garbage, and a database cut off in the middle; MLflow alone would try for minutes. The file stays as it is."""
+    uri = other_schema("0")
+    file = Path(uri.removeprefix("sqlite:///"))
+    file.write_bytes(file.read_bytes()[:100_000] if content is None else content)
+    found = file.read_bytes()
+    began = time.monotonic()
+    report = sync(journal_only(), uri)
+    assert report.error is not None and report.error.startswith(reason)
+    assert "`selora track sync RUN --full`" in report.error
+    for call in (lambda: read_experiment("selora", uri), lambda: load_registered("models:/m@champion", uri)):
+        with pytest.raises(ConfigError, match=re.escape(f"{uri}: {reason}")):
+            call()
+    assert time.monotonic() - began < 60
+    assert file.read_bytes() == found
+
+
+def test_a_locked_database_names_what_to_do(store: str, journal_only: Callable[..., Path], monkeypatch) -> None:
+    """Another program holds the lock, the journal keeps all, and the next sync delivers it."""
+    MlflowStore(store, "selora").find_runs("none")
+    monkeypatch.setattr("pipeline.tracking.mlflow.moved._LOCKED_SECONDS", 0.2)
+    text = (
+        "import sqlite3, sys; c = sqlite3.connect(sys.argv[1], isolation_level=None); c.execute('begin exclusive');"
+        "print(flush=True); input()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", text, store.removeprefix("sqlite:///")], **pipes) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        report = sync(run := journal_only("locked"), store)
+        other.communicate(b"\n")
+    assert report.error == "another program keeps the database locked: end it, or wait until it is done"
+    assert report.pending > 0
+    assert sync(run, store).complete
+
+
+def test_a_database_deleted_while_it_is_open_is_noticed(store: str, store_dir: Path) -> None:
+    """SQLite would go on writing into a file without a name."""
+    MlflowStore(store, "selora").find_runs("none")
+    copy = store_dir / "deleted.db"
+    shutil.copy(store_dir / "mlflow.db", copy)
+    opened = MlflowStore(f"sqlite:///{copy}", "selora")
+    opened.find_runs("none")
+    copy.rename(store_dir / "elsewhere.db")
+    for _ in range(2):
+        with pytest.raises(Away, match=r"removed or replaced while it was open; `selora track sync RUN` fills the new"):
+            opened.find_runs("none")
+        shutil.copy(store_dir / "mlflow.db", copy)
+
+
+def test_a_directory_is_no_database(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a directory; name a file in it, as in sqlite:///"):
+        checked_uri(f"sqlite:///{tmp_path}", tmp_path)
 
 
 def test_the_log_says_why_a_late_shipment_was_ended(tmp_path: Path, monkeypatch, caplog) -> None:

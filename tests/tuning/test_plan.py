@@ -17,6 +17,7 @@ from pipeline.tuning.plan import (
     make_plan,
     trained_parameters,
 )
+from pipeline.tuning.sweep import _Room
 from pipeline.tuning.trials import expand
 
 EIGHT_CARDS = Capacity((Node("a", 32, 4), Node("b", 32, 4)))
@@ -82,6 +83,25 @@ def test_a_trial_that_cannot_fit_is_refused(trials) -> None:
     assert "an evaluation needs 64 CPUs" in text
     assert "lower them in section resources of the grid file, or name a larger cluster with --address" in text
     assert f"{trials[0].name}: train.global_batch_size: 16 cannot be shared by 3 workers" in text
+
+
+def test_a_node_that_comes_back_with_fewer_gpus_is_told(monkeypatch, capsys) -> None:
+    """Once when the room goes, once when it is back; a node that is merely smaller is no news."""
+    monkeypatch.setattr("pipeline.tuning.sweep._ROOM_SECONDS", 0.0)
+    gpus = iter([8, 4, 2, 2, 0, 8, 8])
+    room = _Room(
+        Resources(workers=4, cpus_per_worker=1, gpus_per_worker=1), lambda: Capacity((Node("n", 32, next(gpus)),))
+    )
+    said = []
+    for _ in range(7):
+        room.tick()
+        said.append(capsys.readouterr().err)
+    assert [bool(text) for text in said] == [False, False, True, False, False, True, False]
+    assert said[2] == (
+        "resources: a trial needs 4 workers with 1 CPU and 1 GPUs each, and the cluster has room for 2: 1 node (n: 32 "
+        "CPUs 2 GPUs); trials wait for a node with room. Ctrl-C ends the sweep, and the same command continues it\n"
+    )
+    assert said[5] == "the cluster has room for a trial again\n"
 
 
 def test_what_trains_is_counted_as_it_is_built(make_config, make_grid) -> None:

@@ -9,6 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 from pipeline.tracking.mlflow.uris import artifact_root, sqlite_path, sqlite_uri
 
+_LOCKED_SECONDS = 30.0
 # Where MLflow keeps the address of a file or of a directory of files.
 _COLUMNS = (
     ("experiments", "artifact_location"),
@@ -39,17 +40,23 @@ def found_again(uri: str | None, run_dir: Path) -> str | None:
 def relocate(uri: str) -> None:
     """Let a SQLite store that was moved with its `mlartifacts` find them: its addresses follow where the old are gone.
 
-    A copy of a store whose original is still there is left as it is.
+    A copy of a store whose original is still there is left as it is. MLflow opens the store after this, and would try
+    for minutes where it cannot.
+
+    Raises:
+        sqlite3.Error: the file is not a database, is damaged or locked, or cannot be opened.
     """
     file, new = sqlite_path(uri), artifact_root(uri, Path())
-    if file is None or new is None or not file.is_file() or not _path(new).is_dir():
+    if file is None or new is None or not file.exists():
         return
-    with closing(sqlite3.connect(file, timeout=60)) as connection, connection:
+    with closing(sqlite3.connect(file, timeout=_LOCKED_SECONDS)) as connection, connection:
         try:
             found = connection.execute("select distinct artifact_location from experiments").fetchall()
-        except sqlite3.OperationalError:  # no tables yet
-            return
-        for (old,) in found:
+        except sqlite3.OperationalError as error:
+            if "no such table" in str(error):  # a new store
+                return
+            raise
+        for (old,) in found if _path(new).is_dir() else ():
             if old and old != new and _path(old).name == _path(new).name and not _path(old).exists():
                 for table, column in _COLUMNS:
                     connection.execute(

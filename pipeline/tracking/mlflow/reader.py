@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,12 +11,10 @@ from typing import TYPE_CHECKING
 from pipeline.config import ConfigError
 from pipeline.passwords import redact
 from pipeline.tracking.mlflow.moved import relocate
-from pipeline.tracking.mlflow.store import PARENT_TAG, client_environment, reason_of
+from pipeline.tracking.mlflow.store import PARENT_TAG, client_environment, told
 from pipeline.tracking.mlflow.uris import resolve_uri, sqlite_path
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
@@ -60,7 +57,7 @@ def read_experiment(
     file = sqlite_path(uri)
     if file is not None and not file.is_file():
         raise ConfigError(f"tracking.uri={uri!r}: there is no such file")
-    with client_environment(), _told(uri):
+    with client_environment(), told(uri):
         from mlflow import MlflowClient
 
         relocate(uri)
@@ -71,17 +68,6 @@ def read_experiment(
             raise ConfigError(f"{redact(uri)} has no experiment {experiment!r}; there are: {known}")
         runs = _all_runs(client, found.experiment_id)
         return [_read(client, run, histories, files) for run in sorted(runs, key=_age)]
-
-
-@contextmanager
-def _told(uri: str) -> Iterator[None]:
-    """MLflow's own errors, and those of drivers below it, as the user's: a wrong address, a server that is away."""
-    from mlflow import MlflowException
-
-    try:
-        yield
-    except (MlflowException, OSError) as error:
-        raise ConfigError(f"{redact(uri)}: {reason_of(error, uri)}") from error
 
 
 def _all_runs(client: MlflowClient, experiment_id: str) -> list[Run]:

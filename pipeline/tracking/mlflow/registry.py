@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import ConfigError
 from pipeline.passwords import redact
 from pipeline.tracking.mlflow.moved import relocate
-from pipeline.tracking.mlflow.store import Away, Gone, MlflowStore, Refused, client_environment, reason_of
+from pipeline.tracking.mlflow.store import Away, Gone, MlflowStore, Refused, client_environment, told
 from pipeline.tracking.served.served import load_served, quiet
 
 if TYPE_CHECKING:
@@ -195,29 +195,18 @@ class Registry:
 
 def load_registered(model_uri: str, uri: str) -> Any:
     """A model by models:/NAME@champion, models:/NAME/3, runs:/… or a directory, as `mlflow.pyfunc.load_model` does."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        with client_environment(PATIENT), _default_store(uri):
-            relocate(uri)
-            return load_served(model_uri)
-    except (MlflowException, OSError) as error:
-        reason = reason_of(error, uri)
-        raise ConfigError(f"{model_uri}: cannot be loaded from {redact(uri)}: {reason}") from error
+    with told(uri, f"{model_uri}: cannot be loaded from "), client_environment(PATIENT), _default_store(uri):
+        relocate(uri)
+        return load_served(model_uri)
 
 
 def registered_files(model_uri: str, uri: str, folder: Path) -> Path:
     """Fetch a registered model's files into `folder`. Returns its directory; names as in `load_registered`."""
     import mlflow
-    from mlflow.exceptions import MlflowException
 
-    try:
-        with client_environment(PATIENT), _default_store(uri), quiet():
-            relocate(uri)
-            return Path(mlflow.artifacts.download_artifacts(model_uri, dst_path=str(folder)))
-    except (MlflowException, OSError) as error:
-        reason = reason_of(error, uri)
-        raise ConfigError(f"{model_uri}: cannot be loaded from {redact(uri)}: {reason}") from error
+    with told(uri, f"{model_uri}: cannot be loaded from "), client_environment(PATIENT), _default_store(uri), quiet():
+        relocate(uri)
+        return Path(mlflow.artifacts.download_artifacts(model_uri, dst_path=str(folder)))
 
 
 @contextmanager

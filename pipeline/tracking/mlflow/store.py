@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
@@ -30,10 +31,15 @@ PARENT_TAG = "mlflow.parentRunId"
 MAX_METRICS, MAX_PAIRS = 1000, 100  # per log_batch call
 _MAX_NAME, _MAX_PARAM, _MAX_TAG = 250, 6000, 8000
 _CREATE_WAIT_SECONDS = 120.0  # a new SQLite store runs all of MLflow's migrations first
+_ANEW = "move it away and fill a new one by `selora track sync RUN --full`"
 # What an error's first line holds, and how it is put.
 _SIGNS = {
     **{sign: sign for sign in ("Connection refused", "timed out", "Name or service not known", "Connection reset")},
-    "database is locked": "database is locked",
+    "database is locked": "another program keeps the database locked: end it, or wait until it is done",
+    "file is not a database": f"it is not a SQLite database: name another file, or {_ANEW}",
+    "database disk image is malformed": f"its file is damaged: put a backup in its place, or {_ANEW}",
+    "unable to open database file": "its file cannot be opened: it is a directory, or not yours to read and write",
+    "readonly database": "its file cannot be written by this user",
     "out-of-date database schema": "its tables are of another MLflow: back it up, then run `mlflow db upgrade '{uri}'`",
     "Can't locate revision": "the tables of {uri} are of a newer MLflow than the one installed here: upgrade mlflow",
 }
@@ -89,6 +95,7 @@ class MlflowStore:
         self._out = out
         self._client: MlflowClient | None = None
         self._experiment_id = ""
+        self._file: tuple[int, int] | None = None
 
     def experiment_id(self, run_id: str | None) -> str:
         """The experiment of a run; without one, the one this store was opened for, made if it is missing."""
@@ -156,7 +163,12 @@ class MlflowStore:
     def calling(self) -> Iterator[MlflowClient]:
         """The connected client; whatever is raised in the block comes out as Away, Refused, Gone or ConfigError."""
         with _translated(self.uri):
-            yield self._client or self._open()
+            client = self._client or self._open()
+            if self._file != _file_of(self.uri):
+                raise Away(
+                    "its file was removed or replaced while it was open; `selora track sync RUN` fills the new one"
+                )
+            yield client
 
     def _open(self) -> MlflowClient:
         """Connect, and make store and experiment if they are missing; SQLite by one process at a time."""
@@ -174,7 +186,7 @@ class MlflowStore:
                 relocate(self.uri)
                 client = MlflowClient(self.uri, registry_uri=self.uri)
                 self._experiment_id = self._settle_experiment(client)
-        self._client = client
+        self._client, self._file = client, _file_of(self.uri)
         return client
 
     def _settle_experiment(self, client: MlflowClient) -> str:
@@ -193,6 +205,26 @@ class MlflowStore:
                 f"the experiment {self.experiment!r} is deleted there; restore it or choose another tracking.experiment"
             )
         return found.experiment_id
+
+
+@contextmanager
+def told(uri: str, what: str = "") -> Iterator[None]:
+    """The errors of MLflow and of drivers below it as the user's: a wrong address, a store that is away or damaged.
+
+    Args:
+        uri: the store's address.
+        what: begins the message.
+
+    Raises:
+        ConfigError: in place of these errors.
+    """
+    from mlflow import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
+        raise ConfigError(f"{what}{redact(uri)}: {reason_of(error, uri)}") from error
 
 
 @contextmanager
@@ -234,6 +266,15 @@ def reason_of(error: Exception, uri: str) -> str:
         if sign in text:
             return reason.format(uri=redact(uri))
     return text if len(text) <= 300 else text[:300] + "…"
+
+
+def _file_of(uri: str) -> tuple[int, int] | None:
+    """Device and number of a SQLite store's file, which the name may lose to another; None for any other store."""
+    path = sqlite_path(uri)
+    if path is None or not path.exists():
+        return None
+    found = path.stat()
+    return found.st_dev, found.st_ino
 
 
 def legal_name(name: str) -> str:

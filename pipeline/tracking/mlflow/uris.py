@@ -128,6 +128,10 @@ def _absolute_sqlite(uri: str, rest: str) -> str:
     if not rest.startswith("/") or not file or file == ":memory:":
         raise ConfigError(f"tracking.uri={uri!r}: name a file, as in sqlite:///runs/mlflow.db")
     path = Path(file).absolute()
+    if path.is_dir():
+        raise ConfigError(
+            f"tracking.uri={uri!r}: is a directory; name a file in it, as in {sqlite_uri(path / 'mlflow.db')}"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

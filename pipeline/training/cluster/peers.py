@@ -75,7 +75,10 @@ def _connect(world: World, timeout: timedelta, env: Mapping[str, str]) -> dist.S
         )
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         where = "could not open" if serves else f"did not reach rank 0 at {address}, within {timeout.seconds} s,"
-        raise PeerLost(f"rank {world.rank} on {world.host} {where} port {port}: {_first_line(error)}") from None
+        way_out = "; set another MASTER_PORT on every host" if serves else ""
+        raise PeerLost(
+            f"rank {world.rank} on {world.host} {where} port {port}: {_first_line(error)}{way_out}"
+        ) from None
     # Restarted workers meet at the same store as those before them.
     return dist.PrefixStore(f"selora/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 

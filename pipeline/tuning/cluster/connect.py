@@ -66,7 +66,7 @@ def cluster(address: str | None, resources: Resources) -> Iterator[Capacity]:
 
         _connect(address, resources)
         try:
-            yield _capacity()
+            yield capacity()
         finally:
             ray.shutdown()
 
@@ -132,7 +132,8 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _capacity() -> Capacity:
+def capacity() -> Capacity:
+    """The nodes that are there at this moment."""
     import ray
 
     alive = [node for node in ray.nodes() if node["Alive"]]

@@ -52,6 +52,21 @@ def test_a_leading_host_that_cannot_be_reached_is_named() -> None:
         meet(world(1, 2, "n2"), timedelta(seconds=1), env)
 
 
+def test_a_port_that_another_job_has_names_the_variable() -> None:
+    with socket.socket(socket.AF_INET6) as other:
+        other.bind(("::", 0))
+        other.listen()
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(other.getsockname()[1])}
+        with pytest.raises(PeerLost, match=f"could not open port {env['MASTER_PORT']}: .*; set another MASTER_PORT"):
+            meet(world(0, 2, "n1"), timedelta(seconds=1), env)
+
+
+def test_ranks_meet_at_an_address_of_ipv6() -> None:
+    """Rank 0 serves there and finds itself; the message about the other rank shows it."""
+    with pytest.raises(PeerLost, match="1 of 2 ranks did not come within 1 s: rank 1. Those on n1 are here"):
+        meet(world(0, 2, "n1"), timedelta(seconds=1), meeting(MASTER_ADDR="::1"))
+
+
 def _be(rank: int, env: dict[str, str], talk: Connection, work: Callable[[], Any]) -> None:
     peers.BEAT_SECONDS = 0.2
     peers.Pulse.__init__.__defaults__ = (0.2,)

@@ -17,6 +17,15 @@ MPIRUN = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }
 TORCHRUN = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}
+SALLOC_STEP = {
+    "SLURM_NTASKS": "8",
+    "SLURM_STEP_ID": "4294967290",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NUM_TASKS": "1",
+    "SLURM_STEP_NUM_NODES": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "1",
+}
 MEETING = {"MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
 
 
@@ -32,6 +41,14 @@ MEETING = {"MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
         (TORCHRUN | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"}, (2, 4, 0, 4)),
         # a batch script of 8 tasks is one process
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, (0, 1, 0, 1)),
+        # the shell of salloc on 2 nodes, and its interactive step, which is one task
+        (
+            {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_TASKS_PER_NODE": "4(x2)"},
+            (0, 1, 0, 1),
+        ),
+        (SALLOC_STEP, (0, 1, 0, 1)),
+        (SALLOC_STEP | MEETING, (0, 1, 0, 1)),
+        (TORCHRUN | SALLOC_STEP, (2, 4, 0, 4)),
         ({}, (0, 1, 0, 1)),
     ],
 )
