@@ -3,6 +3,7 @@
     python tests/benchmarks/keeping.py --out build/keeping                        # everything: hours on two cores
     python tests/benchmarks/keeping.py --out build/keeping --world clothes --seeds 0 --methods lora64
     python tests/benchmarks/keeping.py --out build/keeping --table                # the tables of what is finished
+    python tests/benchmarks/keeping.py --out build/keeping --figure docs/keeping.png
 
 A finished run is not repeated. Each trains by `train`, is evaluated at five strengths by `evaluate_strength`, and
 leaves its directory below OUT/WORLD. Foreign reference images are random crops of the photographs in --foreign FOLDER.
@@ -29,6 +30,7 @@ from pipeline.config import load_config
 from pipeline.data.eval.wds_layout import open_eval_set, pack_eval
 from pipeline.data.shards.index import pack
 from pipeline.demo.assets import FINETUNE, MODEL, asset, unpack
+from pipeline.report.style import CYCLE, MARKERS, legend, panels
 from pipeline.selection.kept import kept_of
 
 ALPHAS = (0.0, 0.3, 0.5, 0.7, 1.0)
@@ -239,6 +241,26 @@ def _line(method: str, reference: str, curves: list[Curve]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+SHOWN = {"none": "no reference", "texts": "texts", "foreign": "foreign images, texts", "own": "own world, texts"}
+
+
+def figure(out: Path, worlds: list[str], seeds: list[int], file: Path, method: str = "lora64-fast") -> None:
+    """Draw each reference's curve from the untouched model (strength 0) to the fine-tuned one: means over the seeds."""
+    titles = {"clothes": "photos of clothes", "cartoons": "emoji in a new style"}
+    drawing, axes = panels("Learned against kept, by reference data", len(worlds), narrow=False, height=3.6)
+    for world, one in zip(worlds, axes, strict=True):
+        for number, (reference, label) in enumerate(SHOWN.items()):
+            cases = [Case(world, method, reference, seed) for seed in seeds]
+            curves = [curve for case in cases if (curve := read_curve(out, case)) is not None]
+            own, kept = (100 * np.mean([getattr(each, name) for each in curves], axis=0) for name in ("own", "kept"))
+            one.plot(kept, own, label=label, color=CYCLE[number], marker=MARKERS[number], markersize=5)
+        one.set_title(titles[world], loc="left")
+        one.set_xlabel("kept (% of the untouched model, mean over the other datasets)")
+        one.set_ylabel("accuracy on the own task (%)")
+    legend(drawing, axes)
+    drawing.savefig(file, dpi=120, facecolor="white")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -250,12 +272,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="print the tables and run nothing")
+    parser.add_argument("--figure", type=Path, help="draw the curves of what is finished, and run nothing")
     parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     out = asked.out.absolute()
     if asked.case:
         world, method, reference, seed = asked.case
         run(out, Case(world, method, reference, int(seed)), asked.steps)
+        return
+    if asked.figure:
+        figure(out, asked.world, asked.seeds, asked.figure)
         return
     if not asked.table:
         prepare(out, asked.foreign)
