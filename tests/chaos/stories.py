@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 Result = dict[str, Any]
-DATASET, LIMIT = "clothing", "96"
+DATASET, OTHER, LIMIT = "clothing", "clipart", "96"
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ def base_of(folder: Path, run: Callable[[list[str]], None]) -> Path:
         "data.streams": 8,
         "data.workers": 1,
         "eval.benchmark": str(folder / "data" / "benchmark.yaml"),
+        "eval.datasets": [DATASET, OTHER],
         "adapter.rank": 4,
         "train.steps": 40,
         "train.global_batch_size": 16,
@@ -64,7 +65,7 @@ def base_of(folder: Path, run: Callable[[list[str]], None]) -> Path:
         encoding="utf-8",
     )
     run(["train", str(folder / "config.yaml"), f"out={folder}", "name=run", "train.steps=6"])
-    run(["evaluate", str(folder / "run"), "--datasets", DATASET, "clipart"])
+    run(["evaluate", str(folder / "run")])
     shutil.copy(folder / "mlflow.db", folder / "store.db")
     return folder
 
@@ -156,7 +157,7 @@ def _pack_whole(box: Path) -> list[str]:
 
 
 def _evaluate(_: Path, box: Path) -> list[str]:
-    return ["evaluate", str(box / "run"), "--datasets", DATASET, "emoji", "--limit", LIMIT, "--out", str(box / "eval")]
+    return ["evaluate", str(box / "run"), "--datasets", DATASET, OTHER, "--limit", LIMIT, "--out", str(box / "eval")]
 
 
 def _json_whole(folder: str) -> Callable[[Path], list[str]]:
