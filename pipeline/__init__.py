@@ -7,9 +7,11 @@ any other library.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # typing and what it imports take longer than the rest of this module
 if TYPE_CHECKING:
+    from typing import Any
+
     from pipeline.config import Config, ConfigError, load_config
     from pipeline.evaluation.command import evaluate_model as evaluate
     from pipeline.method.adapter import attach_adapter, gate_map, gate_scores, merge_adapter

@@ -1,6 +1,5 @@
 """`selora`, and `python -m pipeline`, the form that torchrun and deepspeed start."""
 
-import signal
 import sys
 
 
@@ -18,6 +17,8 @@ def main() -> int:
         sys.stderr.write("interrupted\n")
         return 130
     finally:
+        import signal  # as late as the rest: it imports other modules
+
         # What is left is Python's own end. Where a shell had Ctrl-C ignored, it stays so.
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
