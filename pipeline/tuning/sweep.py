@@ -292,8 +292,12 @@ class _Room:
         """Look at the nodes now and then; a line when the room goes, and a line when it is back."""
         if time.monotonic() - self._looked < _ROOM_SECONDS:
             return
-        faults = fitting_faults((), self._resources, self._look())
         self._looked = time.monotonic()
+        try:
+            nodes = self._look()
+        except Exception:  # noqa: BLE001 - a head that does not answer is Ray's to report, and may be back
+            return
+        faults = fitting_faults((), self._resources, nodes)
         if faults and not self._lacks:
             sys.stderr.write(
                 f"{faults[0]}; trials wait for a node with room. Ctrl-C ends the sweep, and the same command "

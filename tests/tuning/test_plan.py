@@ -88,10 +88,14 @@ def test_a_trial_that_cannot_fit_is_refused(trials) -> None:
 def test_a_node_that_comes_back_with_fewer_gpus_is_told(monkeypatch, capsys) -> None:
     """Once when the room goes, once when it is back; a node that is merely smaller is no news."""
     monkeypatch.setattr("pipeline.tuning.sweep._ROOM_SECONDS", 0.0)
-    gpus = iter([8, 4, 2, 2, 0, 8, 8])
-    room = _Room(
-        Resources(workers=4, cpus_per_worker=1, gpus_per_worker=1), lambda: Capacity((Node("n", 32, next(gpus)),))
-    )
+    gpus = iter([8, 4, 2, None, 0, 8, 8])
+
+    def look() -> Capacity:
+        if (found := next(gpus)) is None:
+            raise ConnectionError("the head does not answer")
+        return Capacity((Node("n", 32, found),))
+
+    room = _Room(Resources(workers=4, cpus_per_worker=1, gpus_per_worker=1), look)
     said = []
     for _ in range(7):
         room.tick()
