@@ -20,7 +20,7 @@ MOST, OF_A_CLASS, CAPTIONED, SIZE = 400, 4, 60, 224
 _STYLE = """
 :root{color-scheme:light dark}
 body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem}
-h1{font-size:1.35rem}h2{font-size:1rem;margin:1.6rem 0 .5rem}
+h1{font-size:1.35rem;overflow-wrap:anywhere}h2{font-size:1rem;margin:1.6rem 0 .5rem}
 .row{display:flex;flex-wrap:wrap;gap:.8rem}
 figure{margin:0;width:11rem}img,.bad{width:11rem;height:11rem;border-radius:.3rem;display:block}
 .bad{background:#b3261e22;padding:.6rem;box-sizing:border-box;overflow:auto}

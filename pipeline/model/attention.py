@@ -229,7 +229,7 @@ class SplitAttentionPool(SplitProjections):
         """(N, L, C) -> (N, C)."""
         if self.pos_embed is not None:
             x = x + self.pos_embed.to(x.dtype)
-        latent = self.latent.expand(len(x), -1, -1)
+        latent = self.latent.expand(x.shape[0], -1, -1)  # an export would read len(x) as a constant
         q, k, v = (self.heads(proj(each)) for proj, each in ((self.q_proj, latent), (self.k_proj, x), (self.v_proj, x)))
         out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=attn_mask)
         out = self.proj_drop(self.out_proj(out.transpose(1, 2).flatten(2)))

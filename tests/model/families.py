@@ -263,6 +263,14 @@ least over the bias. The sigmoid loss is exact over ranks: the gradient of any n
 whole batch. With `train.positives=class`, all captions of an image's class are positives of it. CLIP's upper limit of
 100 on the logit scale is not applied to models with a bias, whose published weights are above it. In the served model,
 the scores of a SigLIP are probabilities of each class on its own, which need not add up to 1.
+
+The demo's CLIP under both losses, all else equal (gated LoRA of rank 64, 100 steps on 3,068 photos of clothes; percent,
+and points against the untouched model):
+
+| `train.loss` | active blocks | own images | other datasets, shift | zero-shot | retrieval | kept |
+| --- | --: | --: | --: | --: | --: | --: |
+| contrastive | 34 of 144 | 42.8 (+10.8) | 70.5 | 16.8 | 6.4 | 71.3 |
+| sigmoid | 35 of 144 | 40.7 (+8.7) | 71.5 | 16.9 | 5.7 | 69.8 |
 """
 
 
