@@ -1,7 +1,7 @@
-"""What the operating system refused, in one line: where, what, and the way out.
+"""Errors of the operating system in one line: where, what, and the way out.
 
-Python names the file of an error when it opens one, and not when it writes to it; safetensors keeps the number of the
-error in a text, and a loading process sends only its traceback. All come to the same line.
+Python names the file of an error when it opens one, but not when it writes to it; safetensors keeps the error number in
+a text, and a loading process sends only its traceback. All of them become the same line.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def number_of(error: BaseException) -> int | None:
-    """The system's number of an error, None where none is behind it.
+    """The system's error number behind an error; None if there is none.
 
     Args:
-        error: an OSError, or what safetensors or a loading process made of one.
+        error: an OSError, or an error into which safetensors or a loading process turned one.
 
     Returns:
         A number as in `errno`.
@@ -62,13 +62,13 @@ def number_of(error: BaseException) -> int | None:
 
 
 def one_line(error: BaseException) -> str | None:
-    """The line for the user, None where the error is not the system's.
+    """The line for the user; None if the error does not come from the system.
 
     Args:
         error: as it was caught, with its traceback.
 
     Returns:
-        "PATH: REASON; WAY OUT", without PATH where no file is known.
+        "PATH: REASON; WAY OUT", without PATH if no file is known.
     """
     if isinstance(error, UnicodeEncodeError):
         where = error.object if isinstance(error.object, str) else ""
@@ -104,7 +104,7 @@ def lost_worker(error: BaseException) -> str | None:
 
 
 def _place_of(error: BaseException) -> str:
-    """The file of the error; where it has none, the one that the innermost frames were busy with."""
+    """The file of the error; if it names none, the file that the innermost frames were working on."""
     name = getattr(error, "filename", None)
     if isinstance(name, str | bytes | os.PathLike):
         return os.fsdecode(name)

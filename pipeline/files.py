@@ -1,4 +1,4 @@
-"""Files that are whole or not there: replaced in one step, with what they hold on the disk first."""
+"""Atomic writes: a file is replaced in one step, after its content has reached the disk."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
-    """Give the block a temporary name to write under; the file takes the place of `path` after the block.
+    """Yield a temporary path to write to; after the block the file replaces `path`.
 
-    A reader, or a crash, finds the old file or the new one and never a part. After an error in the block the old file
-    stays and the new one is removed.
+    A reader sees, and a crash leaves, either the old file or the new one, never a part. After an error in the block the
+    old file stays and the new one is removed.
 
     Args:
-        path: the file to be written; its directory is made.
+        path: the file to be written; its directory is created.
         temporary: a name in the same directory (None: one that no other writer uses).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def replace_bytes(path: Path, content: bytes) -> None:
 
 
 def replace_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object in one step, a line for each key; `nan` and `inf` are a ValueError."""
+    """Write a JSON object in one step, a line for each key; `nan` and `inf` raise a ValueError."""
     replace_text(path, json_text(content))
 
 
@@ -74,7 +74,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        OSError: the file cannot be read; FileNotFoundError where there is none.
+        OSError: the file cannot be read; FileNotFoundError if there is none.
         ValueError: it holds something else; the message names the file.
     """
     try:

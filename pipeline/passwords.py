@@ -6,7 +6,7 @@ import re
 from urllib.parse import unquote
 
 MASK = "***"
-# A database's password may hold a slash, as SQLAlchemy takes it; in an address of the web that would end the host.
+# A database's password may hold a slash, which SQLAlchemy accepts; in a web address it would end the host.
 _DATABASE = re.compile(r"(?<![\w+])((?:postgresql|mysql|mssql)[+\w]*://[^/@\s:]*):[^@\s]*@", re.IGNORECASE)
 _ANY = re.compile(r"(?<=://)([^/@\s:]*):[^/@\s]*@")
 # ?password=…, and PWD=… inside of the quoted odbc_connect of SQL Server.

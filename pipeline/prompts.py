@@ -1,4 +1,4 @@
-"""Class names and captions: what a class folder is called, and the sentences about it."""
+"""Class names and captions: the readable name of a class folder, and the sentences about it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def caption(template: str, classname: str) -> str:
 
 
 def readable_name(folder: str) -> str:
-    """What a caption calls a class folder: ``ankle_boot`` -> ``ankle boot``; a hyphen belongs to the word and stays."""
+    """The name of a class folder in captions: ``ankle_boot`` -> ``ankle boot``; a hyphen is part of the word."""
     return " ".join(unicodedata.normalize("NFC", folder).replace("_", " ").split())
 
 
@@ -54,13 +54,13 @@ def read_classnames(path: str | Path, folders: Sequence[str], encoding: str | No
     Args:
         path: The file.
         folders: Names of the class folders, or labels of a table, in the order of their labels.
-        encoding: Of a file that is not UTF-8.
+        encoding: Encoding of a file that is not UTF-8.
 
     Returns:
         A name for each folder, in the order of ``folders``.
 
     Raises:
-        ConfigError: When a folder has no name, or it cannot be known which name belongs to which folder.
+        ConfigError: When a folder has no name, or names cannot be matched with folders.
     """
     if Path(path).suffix.lower() == ".json":
         lines, names = _names_in_json(path, encoding)
@@ -85,7 +85,7 @@ def read_classnames(path: str | Path, folders: Sequence[str], encoding: str | No
 
 
 def _names_in_json(path: str | Path, encoding: str | None) -> tuple[list[str], dict[str, str] | None]:
-    """The names of a list, or name by folder of an object; of several names (["n01440764", "tench"]) the last one."""
+    """The names of a list, or an object's name by folder; the last of several names (["n01440764", "tench"])."""
     found = read_json(path, encoding, option=True)
     listed = found if isinstance(found, list) else list(found.values()) if isinstance(found, dict) else [None]
     listed = [name[-1] if isinstance(name, list) and name else name for name in listed]
@@ -96,13 +96,13 @@ def _names_in_json(path: str | Path, encoding: str | None) -> tuple[list[str], d
     if isinstance(found, list):
         return lines, None
     names = dict(zip(map(_nfc, found), lines, strict=True))
-    # {"0": ["n01440764", "tench"], …}, which comes with Keras, names by both.
+    # Keras ships {"0": ["n01440764", "tench"], …}, with label and folder.
     names |= {_nfc(name[0]): name[-1] for name in found.values() if isinstance(name, list)}
     return lines, names
 
 
 def _names_by_folder(path: str | Path, lines: Sequence[str], folders: Sequence[str]) -> dict[str, str] | None:
-    """Name by folder, where lines have keys; None where they are just names."""
+    """Name by folder if lines have keys; None if they are just names."""
     names: dict[str, str] = {}
     if any("\t" in line for line in lines):
         for line in lines:
@@ -134,7 +134,7 @@ def _names_of(path: str | Path, names: dict[str, str], folders: Sequence[str]) -
 
 
 def _nfc(text: str) -> str:
-    """macOS writes é as two characters, most others as one."""
+    """macOS writes é as two characters, most other systems as one."""
     return unicodedata.normalize("NFC", str(text))
 
 

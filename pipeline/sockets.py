@@ -1,7 +1,7 @@
-"""Sockets between the processes of one machine: no proxy comes between them, and no path is too long for one.
+"""Sockets between the processes of one machine: no proxy in between, and no path that is too long for an address.
 
-The address of a Unix socket is a path. Where TMPDIR is too long for one, as in the directory of a batch system's job,
-sockets go to a short directory instead; everything else that is temporary stays in TMPDIR.
+The address of a Unix socket is a path. If TMPDIR is too long for one, as in the directory of a batch system's job, sockets
+go to a short directory instead; all other temporary files stay in TMPDIR.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _OF_WORKERS = len("/pymp-01234567/listener-01234567")
 
 
 def short_place() -> str | None:
-    """A short directory in which directories can be made, None where there is none."""
+    """A short directory in which directories can be created; None if there is none."""
     return next((place for place in _SHORT if os.access(place, os.W_OK | os.X_OK)), None)
 
 
 def use_short_sockets() -> None:
-    """Let this process and its workers pass tensors on, whatever TMPDIR; to be called before they start.
+    """Let this process and its workers exchange tensors, whatever TMPDIR is; call it before the workers start.
 
-    Torch's loader processes hand over tensors by a socket in multiprocessing's directory. With too long an address each
-    dies of it in a thread, and the one that waits for the tensor waits for ever.
+    Torch's loader processes pass tensors through a socket in multiprocessing's directory. If its address is too long, a
+    thread of each process fails, and the process that waits for the tensor waits forever.
     """
     place = short_place()
     if place is None or len(os.fsencode(tempfile.gettempdir())) + _OF_WORKERS <= LONGEST:

@@ -1,4 +1,4 @@
-"""The command cost: what a model's blocks cost, before anything is trained."""
+"""The command cost: parameters, compute and latency of a model's blocks, before anything is trained."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def _add_inspect(commands: Any) -> None:
         "--duplicate",
         type=share,
         metavar="COSINE",
-        help="with --with: from which two images are near-duplicates (0.985)",
+        help="with --with: similarity from which two images are near-duplicates (default: 0.985)",
     )
 
 
@@ -89,7 +89,7 @@ def run_inspect(arguments: argparse.Namespace) -> int:
 
 
 def _look(arguments: argparse.Namespace, source: Source) -> int:
-    """The sheet of a source, or what a model finds in it."""
+    """Write the sheet of a source, or of a model's findings in it."""
     if arguments.model is not None:
         return _look_over(arguments, source)
     if arguments.sheet is not None:
@@ -167,7 +167,7 @@ def _add_pack(commands: Any) -> None:
 
 
 def _add_checks(parser: argparse.ArgumentParser) -> None:
-    """Options about which images are used."""
+    """Options that select images."""
     parser.add_argument(
         "--check", choices=("decode", "none"), default="decode", help="decode every image once (default), or none"
     )
@@ -209,9 +209,9 @@ def run_pack(arguments: argparse.Namespace) -> int:
 
         return pack_dataset(arguments)
     if arguments.part is not None:
-        raise ConfigError("--part goes with --dataset imagenet-train")
+        raise ConfigError("--part needs --dataset imagenet-train")
     if arguments.split is not None:
-        raise ConfigError("--split goes with --dataset")
+        raise ConfigError("--split needs --dataset")
     if arguments.eval:
         return _pack_eval(arguments)
     from pipeline.data.shards.index import pack
@@ -231,7 +231,7 @@ def run_pack(arguments: argparse.Namespace) -> int:
 
 
 def _end_of_pack(arguments: argparse.Namespace, report: PackReport | PackEvalReport, index: ShardIndex | None) -> int:
-    """What was written, notes on the source, and totals."""
+    """Print the files written, notes on the source, and totals."""
     from pipeline.data.sources.classes import shown_mapping
 
     if index is not None:
@@ -289,7 +289,7 @@ def _add_index(commands: Any) -> None:
         "selora index 'imagenet/train-{0000..0146}.tar' --classnames names.txt",
     )
     parser.add_argument("source", help="folder of tars, or a pattern as in 'shards/{00000..00010}.tar'")
-    parser.add_argument("--classnames", type=Path, metavar="FILE", help="names of the classes in cls, a line each")
+    parser.add_argument("--classnames", type=Path, metavar="FILE", help="names of the classes in cls, one per line")
     parser.add_argument("--force", action="store_true", help="replace the index.json that is there")
     _add_checks(parser)
 
@@ -352,17 +352,19 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         "--image-root",
         type=Path,
         metavar="DIR",
-        help="csv, json: what image paths are relative to (default: found by looking next to the file, in its image "
+        help="csv, json: folder of relative image paths (default: found by looking next to the file, in its image "
         "folders, in the working directory and above the file)",
     )
     parser.add_argument(
-        "--encoding", metavar="NAME", help="of text files that are not UTF-8, as in cp1252, utf-16-le, shift_jis"
+        "--encoding",
+        metavar="NAME",
+        help="encoding of text files that are not UTF-8, as in cp1252, utf-16-le, shift_jis",
     )
     parser.add_argument(
         "--quotes",
         choices=("auto", "csv", "none"),
         default="auto",
-        help="csv: whether quotes enclose fields or are letters (default: found out; tsv is often written without)",
+        help="csv: whether quotes enclose fields or are letters (default: detected)",
     )
 
 

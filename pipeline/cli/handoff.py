@@ -1,4 +1,4 @@
-"""The commands export, promote and predict: a finished run for other libraries, for the registry, and its use there."""
+"""The commands export, promote and predict: a run for other libraries, for the registry, and predictions from it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _add_export(commands: Any) -> None:
 
 
 def _add_blocks(parser: argparse.ArgumentParser) -> None:
-    """Options about which weights are exported."""
+    """Options that select the exported weights."""
     kept = parser.add_mutually_exclusive_group()
     kept.add_argument(
         "--merged",
@@ -104,7 +104,7 @@ def _add_graph(parser: argparse.ArgumentParser) -> None:
     options.add_argument(
         "--pixels",
         choices=("uint8", "normalized"),
-        help="what the image graph takes: bytes that it normalizes itself (default), or what the caller has normalized",
+        help="input of the image graph: bytes, which it normalizes (default), or floats that the caller has normalized",
     )
     options.add_argument(
         "--classnames",
@@ -131,7 +131,7 @@ def run_export(arguments: argparse.Namespace) -> int:
     if arguments.push is not None:
         check_push(arguments.push, arguments.dry_run)
     elif arguments.public or arguments.dry_run:
-        raise ConfigError("--public and --dry-run go with --push ORG/NAME")
+        raise ConfigError("--public and --dry-run need --push ORG/NAME")
 
     run_dir, chosen = chosen_run(Path(arguments.target))
     if chosen:
@@ -168,12 +168,12 @@ GRAPH_OPTIONS = ("precision", "pixels", "classnames", "templates", "benchmark", 
 
 
 def _graph_options(arguments: argparse.Namespace, run_dir: Path) -> Callable[[TrainedModel], GraphOptions] | None:
-    """What makes the options of an ONNX or Triton export of its model; ConfigError where another format gets them."""
+    """A function from the model to the options of an ONNX or Triton export; ConfigError for other formats."""
     given = {name: value for name in GRAPH_OPTIONS if (value := getattr(arguments, name)) is not None}
     if arguments.to not in ("onnx", "triton"):
         if given:
             option = f"--{given['precision']}" if "precision" in given else f"--{next(iter(given))}"
-            raise ConfigError(f"{option} goes with --to onnx and --to triton")
+            raise ConfigError(f"{option} needs --to onnx or --to triton")
         return None
     if "classnames" in given:
         given["classnames"] = _lines(given["classnames"])
@@ -187,7 +187,7 @@ def _strength_of_export(arguments: argparse.Namespace, run_dir: Path) -> tuple[f
     from pipeline.handoff.strength import strength_of_export
 
     if arguments.step is not None and arguments.strength == "auto":
-        raise ConfigError("--strength auto is looked for with the newest checkpoint: leave out --step")
+        raise ConfigError("--strength auto uses the newest checkpoint: leave out --step")
     config = load_config(run_dir / "config.yaml")
     rule = config.promote if arguments.floor is None else Promote(min_kept=arguments.floor)
     return strength_of_export(run_dir, arguments.strength, rule, config)
@@ -198,7 +198,7 @@ def _add_promote(commands: Any) -> None:
         commands,
         "promote",
         run_promote,
-        "register a run, or the best trial of a sweep, as a model version in MLflow, if the config's rule holds",
+        "register a run, or the best trial of a sweep, as a model version in MLflow, if the promotion rule holds",
         "selora promote runs/my_run --name my-clip --rule min_id=0.75 max_forgetting=0.02",
         "selora promote runs/my_sweep --name my-clip --champion",
         "selora promote runs/my_run --name my-clip --strength auto --rule min_kept=0.95",

@@ -1,7 +1,7 @@
 """The command line: one function per command; a stage is imported only when its command is chosen.
 
-No option duplicates a key of the config: the config file and key=value say what a run computes, and ranks come from the
-launcher's environment. No option may be a prefix of one of torchrun's, which accepts abbreviations in its whole line.
+No option duplicates a key of the config: the config file and key=value define a run, and ranks come from the launcher's
+environment. No option may be a prefix of one of torchrun's, which accepts abbreviations anywhere in its command line.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code. 0: done; 1: it failed or found something wrong; 2: a mistake of the user or a full disk, which is
-        printed; 130: a signal stopped it, and what it had done is saved where the command can be continued.
+        The exit code. 0: done; 1: it failed or found something wrong; 2: a mistake of the user or a full disk, with a
+        message; 130: a signal stopped it, and its progress is saved if the command can be continued.
     """
     try:
         if argv is None:
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    """The exit code of a command; what the user can do something about is printed in a line."""
+    """Run a command and return its exit code; errors that the user can act on are printed in one line."""
     try:
         code = arguments.run(arguments)
         sys.stdout.flush()
@@ -52,7 +52,7 @@ def _run(arguments: argparse.Namespace) -> int:
         _drop_output()
         if arguments.text_only:  # `selora config … | head` ends silently
             return OK
-        print(f"{_rank()}selora {arguments.command}: ended early: the reader of its output left", file=sys.stderr)
+        print(f"{_rank()}selora {arguments.command}: ended early: its output was closed", file=sys.stderr)
         return FAILED
     except ConfigError as error:
         print(f"{_rank()}selora {arguments.command}: {_message(error)}", file=sys.stderr)
@@ -71,9 +71,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _use_utf8() -> None:
-    """A locale of plain ASCII could name no file that a config may name: Python starts again in its UTF-8 mode.
+    """Restart Python in UTF-8 mode under an ASCII locale, which could not name every file that a config may name.
 
-    Under any other locale only what is printed is adapted to it.
+    Under any other locale only the printed output is adapted.
     """
     if codecs.lookup(sys.getfilesystemencoding()).name == "ascii" and not sys.flags.utf8_mode:
         os.environ["PYTHONUTF8"] = "1"
@@ -84,7 +84,7 @@ def _use_utf8() -> None:
 
 
 def _drop_output() -> None:
-    """Python's own flush at exit must not find the pipe closed, or the disk full, a second time."""
+    """Keep Python's flush at exit from failing on the closed pipe or full disk a second time."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -125,7 +125,7 @@ def _without_local_rank(argv: Sequence[str]) -> list[str]:
 
 
 def _rank() -> str:
-    """Prefix of a message: every rank finds the same mistake, and all but rank 0 name themselves."""
+    """Prefix of a message: every rank finds the same mistake, so all but rank 0 print their number."""
     rank = os.environ.get("RANK", "0")
     return "" if rank == "0" else f"[rank {rank}] "
 

@@ -1,4 +1,4 @@
-"""Shared by all commands: exit codes, declaration of a command, types of arguments."""
+"""Shared by all commands: exit codes, the declaration of a command, and argument types."""
 
 from __future__ import annotations
 

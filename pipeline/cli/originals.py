@@ -1,4 +1,4 @@
-"""`selora pack --dataset`: public datasets as distributed by their authors, with counts and names of the benchmark."""
+"""`selora pack --dataset`: public datasets as distributed by their authors, with the benchmark's counts and names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.evaluation.datasets.rows import Row
 
 TRAIN = "imagenet-train"
 SAMPLES_PER_SHARD = 5000
-# Options of `selora pack` that are for the user's own images, and those that only training shards have.
+# Options of `selora pack` for the user's own images, and options for training shards only.
 _FOR_OWN_IMAGES = (
     *(each.name for each in fields(SourceOptions)),
     "eval",
@@ -38,8 +38,8 @@ def pack_dataset(arguments: argparse.Namespace) -> int:
     given = [name for name in useless if getattr(arguments, name) != arguments.default_of(name)]
     if given:
         listed = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise ConfigError(f"--dataset {arguments.dataset}: does not go with {listed}")
-    # Only counts and names are read from the rows, so any root will do.
+        raise ConfigError(f"--dataset {arguments.dataset}: cannot be combined with {listed}")
+    # Only counts and names are read from the rows, so the root does not matter.
     rows = {row.key: row for name in ("vision", "paper") for row in load_benchmark(name, root=".").rows}
     work = _pack_train if whole else _pack_shards if training else _pack_evaluation
     return work(arguments, rows)

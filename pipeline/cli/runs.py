@@ -70,7 +70,7 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which models are evaluated on which datasets."""
+    """Options for the models and datasets to evaluate."""
     parser.add_argument("model", metavar="RUN_OR_MODEL", help="directory of a run, or a name as in model.name")
     parser.add_argument("--pretrained", metavar="TAG", help="open_clip tag or weights file of a plain model")
     parser.add_argument("--base", metavar="PATH", help="new place of the run's base, if it has moved")
@@ -109,7 +109,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
-    """How the work is done."""
+    """Options for how the work is done."""
     parser.add_argument(
         "--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: this rank's GPU if there is one)"
     )

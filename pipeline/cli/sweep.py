@@ -30,19 +30,21 @@ def add(commands: Any) -> None:
         metavar="key=value",
         help="options that replace those of CONFIG, as in name=first; floor=0.97 replaces that of GRID",
     )
-    parser.add_argument("--plan", action="store_true", help="print trials, hours and disk space, and start nothing")
+    parser.add_argument(
+        "--plan", action="store_true", help="print trials, hours and disk space without starting anything"
+    )
     parser.add_argument(
         "--samples",
         type=count,
         metavar="N",
-        help="with --plan: number of training images, where there are no shards yet",
+        help="with --plan: number of training images, if there are no shards yet",
     )
     parser.add_argument(
         "--address",
         metavar="HOST:PORT",
         help="address of a Ray cluster (default: RAY_ADDRESS, or start Ray on this machine)",
     )
-    parser.add_argument("--retry-failed", action="store_true", help="also run the trials again that failed")
+    parser.add_argument("--retry-failed", action="store_true", help="also rerun trials that failed")
     parser.add_argument(
         "--seconds-per-step",
         type=float,
@@ -64,7 +66,7 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     from pipeline.tuning.sweep import plan_sweep, sweep
 
     if arguments.samples is not None and not arguments.plan:
-        raise ConfigError("--samples is for --plan: a sweep counts the images in the shards")
+        raise ConfigError("--samples needs --plan: a sweep counts the images in the shards")
     if arguments.plan:
         print(
             describe_plan(

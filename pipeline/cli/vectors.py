@@ -1,4 +1,4 @@
-"""The commands embed and search: vectors of images and texts, and the nearest of them."""
+"""The commands embed and search: vectors of images and texts, and nearest neighbours among them."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def _add_embed(commands: Any) -> None:
     )
     parser.add_argument("--image-column", metavar="NAME", help="csv, json: column with image paths")
     parser.add_argument("--caption-column", metavar="NAME", help="csv, json: column with texts")
-    parser.add_argument("--image-root", type=Path, metavar="DIR", help="csv, json: what image paths are relative to")
+    parser.add_argument("--image-root", type=Path, metavar="DIR", help="csv, json: folder of relative image paths")
     parser.add_argument(
-        "--batch-size", type=count, default=64, metavar="N", help="images or texts of one forward pass (default: 64)"
+        "--batch-size", type=count, default=64, metavar="N", help="images or texts per forward pass (default: 64)"
     )
     parser.add_argument("--workers", type=count, default=4, metavar="N", help="decoding threads per rank (default: 4)")
     _add_model_options(parser)
@@ -74,7 +74,7 @@ def run_embed(arguments: argparse.Namespace) -> int:
     )
     read = texts_of if arguments.texts else images_of
     with launched_ranks() as ranks:
-        # standard input is rank 0's alone
+        # only rank 0 has the standard input
         items = ranks.from_first(lambda: read(STDIN, options)) if arguments.source == STDIN else None
         embedder = _embedder(arguments, arguments.model)
         done = embed(
@@ -111,8 +111,8 @@ def _add_search(commands: Any) -> None:
     )
     parser.add_argument("vectors", type=Path, metavar="VECTORS", help="file that `selora embed` wrote")
     parser.add_argument("question", metavar="TEXT_OR_IMAGE", help="text, or name of an image file")
-    parser.add_argument("--top", type=count, default=10, metavar="N", help="how many (default: 10)")
-    parser.add_argument("--with", dest="model", metavar="MODEL", help="the model, where it has moved since")
+    parser.add_argument("--top", type=count, default=10, metavar="N", help="number of results (default: 10)")
+    parser.add_argument("--with", dest="model", metavar="MODEL", help="new place of the model, if it has moved")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     _add_model_options(parser)
 

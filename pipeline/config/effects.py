@@ -1,9 +1,9 @@
-"""What each option affects, written on the option itself; every list of options by their effect is derived from here.
+"""The effect of each option, declared on the option itself; every list of options by effect is derived from here.
 
     rank: Result[int] = Field(default=16, ge=1, description="rank of each block")
 
-A run is continued, two runs are averaged over their seeds and a digest is taken by the options that affect the result;
-the others may differ.
+Only the options that affect the result decide whether a run may continue, whether two runs differ by their seed alone
+and what their digests are; the others may differ.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Effect(Enum):
     """What changes when an option changes."""
 
     RESULT = "the trained weights"
-    MEASUREMENT = "what is measured of the trained weights"
-    SPEED = "time, memory and patience, for the same weights"
+    MEASUREMENT = "what is measured on the trained weights"
+    SPEED = "time and memory, for the same weights"
     PLACE = "where files are"
     RECORD = "what is logged, kept and sent to MLflow"
     PROMOTION = "what a run must reach to enter the registry"

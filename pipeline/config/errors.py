@@ -1,4 +1,4 @@
-"""Messages about mistakes in a config: the option, what it should be, what it is, and where that was written."""
+"""Messages about mistakes in a config: the option, the expected value, the value given and where it was written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.passwords import redact
 class ConfigError(Exception):
     """A mistake of the user, described in the user's terms; the command line prints it and exits with 2.
 
-    Its message is printed, logged and kept with the run, so it holds no password of an address that it names.
+    Its message is printed, logged and kept with the run, so passwords are removed from the addresses in it.
     """
 
     def __init__(self, message: str) -> None:
@@ -23,7 +23,7 @@ class ConfigError(Exception):
 
 
 class Ended(Exception):
-    """What ends a command through no mistake of the user; the command line prints it and exits with 1."""
+    """The end of a command for a reason that is not the user's mistake; the command line prints it and exits with 1."""
 
 
 class Raw(NamedTuple):
@@ -34,7 +34,7 @@ class Raw(NamedTuple):
 
 
 def faults_of(error: ValidationError, known: Mapping[str, str], raw: Mapping[str, Raw]) -> list[tuple[str, str]]:
-    """(dotted key, or "" for a rule between options; message) of everything pydantic found.
+    """(dotted key, or "" for a rule between options; message) of every fault that pydantic found.
 
     known: {dotted key: description} of every option; raw: the values as they were written.
     """
@@ -42,7 +42,7 @@ def faults_of(error: ValidationError, known: Mapping[str, str], raw: Mapping[str
 
 
 def _fault(detail: ErrorDetails, known: Mapping[str, str], raw: Mapping[str, Raw]) -> tuple[str, str]:
-    """(dotted key or "", message) of one fault found by pydantic."""
+    """(dotted key or "", message) of one fault that pydantic found."""
     parts = [str(part) for part in detail["loc"]]
     if not parts:
         return "", str(detail["msg"]).removeprefix("Value error, ")
@@ -63,7 +63,7 @@ def _other_branch(detail: ErrorDetails) -> bool:
 
 
 def did_you_mean(key: str, known: list[str]) -> str:
-    """The option most likely meant: the same name in another section, a near miss, else what the section has."""
+    """The option most likely meant: the same name in another section, a near miss, else the options of the section."""
     section, _, last = key.rpartition(".")
     by_name: dict[str, list[str]] = {}
     for each in known:

@@ -42,7 +42,7 @@ class Model(Section):
     image_size: Result[int | None] = Field(
         default=None,
         ge=1,
-        description="pixels a side of the images, to which the positions of the image tower are resized; null: the "
+        description="side of the images in pixels; the image tower's position embeddings are resized to it; null: the "
         "model's own",
     )
     precision: Result[Literal["fp32", "bf16"]] = Field(
@@ -78,7 +78,7 @@ class Adapter(Section):
         description="glob patterns over target names such as image.3.q_proj, instead of towers and projections",
     )
     random_k: Result[int | None] = Field(
-        default=None, ge=1, description="baseline: this number of blocks, drawn by seed, without gates"
+        default=None, ge=1, description="baseline: this number of blocks without gates, drawn by seed"
     )
 
 
@@ -141,11 +141,12 @@ class Train(Section):
     )
     positives: Result[Literal["own", "class"]] = Field(
         default="own",
-        description="captions that an image is drawn to; own: its own (FLYP); class: those of its class in the batch",
+        description="captions that count as positives of an image; own: its own (FLYP); class: those of its "
+        "class in the batch",
     )
     lr: Result[float] = Field(default=1e-5, gt=0, description="peak learning rate")
     rest_lr: Result[float | None] = Field(
-        default=None, gt=0, description="peak learning rate of what train_rest names; null: train.lr"
+        default=None, gt=0, description="peak learning rate of the weights that train_rest adds; null: train.lr"
     )
     optimizer: Result[Literal["adamw", "sgd"]] = Field(default="adamw", description="adamw, or sgd with train.momentum")
     momentum: Result[float] = Field(default=0.9, ge=0, lt=1, description="momentum of SGD")
@@ -203,8 +204,8 @@ class Keep(Section):
     texts: Result[str | None] = Field(
         default="general",
         min_length=1,
-        description="reference texts: general (a list that ships with selora) or a UTF-8 file with a sentence a line; "
-        "null: none but captions",
+        description="reference texts: general (a list that ships with selora) or a UTF-8 file with one sentence per "
+        "line; null: captions only",
     )
     images: Result[str | None] = Field(
         default=None,
@@ -255,7 +256,7 @@ class Data(Section):
     crop_scale: Result[Pair] = Field(
         default=(0.9, 1.0), description="smallest and largest share of the image area that the random crop keeps"
     )
-    flip: Result[bool] = Field(default=False, description="mirror images at random, half of them")
+    flip: Result[bool] = Field(default=False, description="mirror a random half of the images")
     preprocessing: Result[Literal["fast", "reference"]] = Field(
         default="fast", description="fast: torchvision; reference: PIL, for published numbers"
     )

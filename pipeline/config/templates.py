@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 
 PLACEHOLDER = "{c}"
-# How other tools write the place of the class name.
+# Placeholders of the class name in other tools.
 _PLACEHOLDERS = re.compile(r"\{[^{}]*\}|%s")
 
 # "openai" are the 80 ImageNet sentences of CLIP's authors, which FLYP trains on; "openai7" their best seven. "cifar"
@@ -142,7 +142,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 
 
 def fault_of_templates(templates: str | Sequence[str]) -> str | None:
-    """What is wrong with a name of ``TEMPLATES`` or a list of sentences; None where nothing is."""
+    """What is wrong with a name from ``TEMPLATES`` or a list of sentences; None if nothing is."""
     if isinstance(templates, str):
         known = templates in TEMPLATES
         return None if known else f"no set is called {templates!r}; there are {', '.join(sorted(TEMPLATES))}"

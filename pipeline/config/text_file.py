@@ -1,7 +1,7 @@
-"""Text from outside: the one way in which tables, class names, templates, json and captions become strings.
+"""Text files: tables, class names, templates, JSON and captions all become strings here.
 
 A byte order mark names the encoding and is dropped; anything else must be UTF-8, or in the encoding that the caller
-was given. What is not is refused with file, line and byte.
+passes on from the user. Other content is refused with file, line and byte.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def read_text(path: str | Path, encoding: str | None = None, *, option: bool = F
 
     Args:
         path: The file.
-        encoding: What the user says it is in; None: UTF-8.
+        encoding: The encoding that the user names; None: UTF-8.
         option: Whether the user can give an encoding (``--encoding``), which the message then offers.
 
     Returns:
@@ -51,7 +51,7 @@ def read_text(path: str | Path, encoding: str | None = None, *, option: bool = F
 
 
 def decode_text(data: bytes, name: str, encoding: str | None = None, *, option: bool = False) -> str:
-    """The text in ``data``; ``name`` is what messages call it, the rest is as in `read_text`."""
+    """The text in ``data``, which messages call ``name``; otherwise like `read_text`."""
     mark, marked = next(((mark, marked) for mark, marked in _MARKS if data.startswith(mark)), (b"", None))
     wanted = marked or encoding or "utf-8"
     data = data[len(mark) :]
@@ -72,10 +72,10 @@ def decode_text(data: bytes, name: str, encoding: str | None = None, *, option: 
 
 
 def read_json(path: str | Path, encoding: str | None = None, *, option: bool = False) -> Any:
-    """The value in a json file, as `read_text` reads it.
+    """The value in a JSON file, decoded by `read_text`.
 
     Raises:
-        ConfigError: When the file cannot be read, is not json, or holds text that no file can hold.
+        ConfigError: When the file cannot be read, is not JSON, or holds text that cannot be encoded.
     """
     return parse_json(read_text(path, encoding, option=option), str(path))
 
@@ -84,7 +84,7 @@ def parse_json(text: str, name: str) -> Any:
     """The value in ``text``, which messages call ``name``. Raises ConfigError with line and column."""
     try:
         value = json.loads(text)
-        # "\ud800" is json, but half a character: it can be written nowhere.
+        # "\ud800" is valid JSON but half a character, which cannot be encoded.
         text if "\\u" not in text else json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise ConfigError(f"{name}:{error.lineno}: not json: {error.msg} (column {error.colno})") from None

@@ -99,7 +99,7 @@ def broken_rules(config: Config) -> Iterator[tuple[set[str], str]]:
     yield from _learning_rules(config)
     for key, values in (("adapter.towers", adapter.towers), ("adapter.projections", adapter.projections)):
         if len(set(values)) < len(values):
-            yield {key}, f"{key}: {', '.join(values)} names one twice"
+            yield {key}, f"{key}: {', '.join(values)} names a value twice"
     if not all(0 <= beta < 1 for beta in train.betas):
         yield {"train.betas"}, f"train.betas: {list(train.betas)} should be in 0 <= beta < 1"
     if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
@@ -152,7 +152,7 @@ def _compiling_rules(train: Train) -> Iterator[tuple[set[str], str]]:
         if value and train.compile is True and train.zero_stage == 3:
             yield (
                 {"train.compile", "train.zero_stage", key},
-                f"train.compile: true does not go with {key} under train.zero_stage=3, which then reduces gradients "
+                f"train.compile: true excludes {key} under train.zero_stage=3, which would reduce gradients "
                 "twice; take stage 2 or leave one of them out",
             )
 
@@ -192,7 +192,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def load_config_with_origin(path: str | Path, overrides: list[str] | None = None) -> tuple[Config, dict[str, str]]:
-    """Like `load_config`, and for each dotted key where its value came from: default, file:line or command line."""
+    """Like `load_config`, with the origin of each dotted key's value: default, file:line or command line."""
     changes, faults = read_overrides(overrides or [])
     raw = read_chain(path) | changes
     config = _resolve(raw, faults)
@@ -218,8 +218,8 @@ def flatten(config: Config) -> dict[str, str | int | float | bool | None]:
 def to_yaml(config: Config) -> str:
     """The whole config as YAML that `load_config` reads back as an equal config.
 
-    Only the passwords of addresses are left out as ***: the file is kept, copied and uploaded. Where one is needed
-    again, tracking/mlflow/uris.py finds that of `tracking.uri`, and data/storage/folders.py that of a store.
+    Only passwords in addresses are left out, as ***, because the file is kept, copied and uploaded. If one is needed
+    again, tracking/mlflow/uris.py finds that of `tracking.uri` and data/storage/folders.py that of a store.
     """
     return dump_yaml(_without_passwords(config.model_dump(mode="json")))
 
@@ -247,7 +247,7 @@ def effects() -> Mapping[str, Effect]:
 
 
 def affects_result(key: str) -> bool:
-    """Whether an option affects the trained weights; an option that is unknown to this version may."""
+    """Whether an option affects the trained weights; one that this version does not know is taken to."""
     return effects().get(key, Effect.RESULT) is Effect.RESULT
 
 
@@ -304,7 +304,7 @@ def _validate(values: dict[str, Any], raw: Mapping[str, Raw]) -> tuple[Config | 
     except ValidationError as error:
         found = faults_of(error, describe(), raw)
     wrong = {key for key, _ in found if key}
-    if wrong:  # what the sound values say about each other: they are reported in the same message
+    if wrong:  # conflicts among the valid values are reported in the same message
         found += _rules_without(values, wrong)
     return None, list(dict.fromkeys(message for _, message in found))
 

@@ -38,13 +38,13 @@ MAX_VALUES = 100_000
 class _Loader(yaml.SafeLoader):
     """Safe loader of the core schema."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # none of the 1.1 ones  # noqa: RUF012
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # none of YAML 1.1's  # noqa: RUF012
 
     def construct_core_int(self, node: yaml.ScalarNode) -> int:
         text = node.value
         try:
             return int(text, 0) if text[:2] in ("0o", "0x") else int(text)  # "010" is ten in 1.2, not eight
-        except ValueError:  # Python reads no more than a few thousand digits
+        except ValueError:  # Python parses at most a few thousand digits
             raise yaml.constructor.ConstructorError(
                 None, None, f"a number of {len(text)} digits", node.start_mark
             ) from None
@@ -84,7 +84,7 @@ def parse_value(text: str) -> Any:
 
 
 def read_chain(path: str | Path) -> dict[str, Raw]:
-    """The file and everything it names by `base:`, the nearest file winning. Lists and scalars are leaves.
+    """The file and all files it inherits from by `base:`; the nearest one wins. Lists and scalars are leaves.
 
     Raises ConfigError for a missing or unreadable file, bad YAML, repeated keys and a circle of bases.
     """
@@ -92,7 +92,7 @@ def read_chain(path: str | Path) -> dict[str, Raw]:
 
 
 def read_overrides(overrides: list[str]) -> tuple[dict[str, Raw], list[str]]:
-    """`["adapter.rank=4", …]` -> (values, faults); of a repeated key the last one counts, as in a shell."""
+    """`["adapter.rank=4", …]` -> (values, faults); the last value of a repeated key counts, as in a shell."""
     values: dict[str, Raw] = {}
     faults: list[str] = []
     for text in overrides:
@@ -156,7 +156,7 @@ def _read_file(path: Path, named_by: Path | None) -> dict[str, Raw]:
 
 
 def _weight(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node has once each alias is expanded; a few lines can expand to billions."""
+    """Number of values in a node once each alias is expanded; a few lines can expand to billions."""
     if id(node) not in known:
         inner: list[yaml.Node] = []
         if isinstance(node, yaml.MappingNode):
@@ -170,7 +170,7 @@ def _weight(node: yaml.Node, known: dict[int, int]) -> int:
 def _walk(
     loader: _Loader, node: yaml.MappingNode, prefix: str, file: str, values: dict[str, Raw], faults: list[str]
 ) -> None:
-    """Leaves of a mapping node into `values`, repeated and nameless keys into `faults`."""
+    """Collect the leaves of a mapping node in `values`, and repeated or nameless keys in `faults`."""
     seen: dict[str, int] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1

@@ -1,1 +1,1 @@
-"""What blocks, training steps and trials cost: counted, traced and simulated."""
+"""Costs of blocks, training steps and trials: counted, traced and simulated."""

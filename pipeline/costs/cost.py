@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-accumulates (MAC) per image and per text, and latency.
+"""The cost of a model: parameters, multiply-accumulates (MAC) per image and per text, and latency.
 
 One MAC is two FLOPs. Every count here has a closed form; `counted_macs` gives the same number by torch's counter.
 """
@@ -29,11 +29,11 @@ Macs = dict[str, int]  # tower -> MAC of one image or one text
 
 
 @dataclass(frozen=True)
-class Rule:
-    """One way to compute a block that is not merged: the kinds it can serve, and what it adds to the base linear.
+class Convention:
+    """One way to compute and count an unmerged block: the kinds it serves, and the MAC that it adds to the base linear.
 
-    `overhead`: (in, out, rank, tokens) -> MAC of one forward. What does not depend on the tokens is spent once per
-    forward, so its share shrinks as the batch grows.
+    `overhead`: (in, out, rank, tokens) -> MAC of one forward. Terms that do not depend on the tokens are spent once per
+    forward, so their share shrinks as the batch grows.
     """
 
     kinds: tuple[AdapterKind, ...]
@@ -68,31 +68,33 @@ def _sum(*parts: Callable[[int, int, int, int], int]) -> Callable[[int, int, int
 
 _LORA: tuple[AdapterKind, ...] = ("lora",)
 _DORA: tuple[AdapterKind, ...] = ("dora",)
-RULES: dict[str, Rule] = {
-    "merged": Rule(("lora", "dora"), "delta folded into the weight once", lambda *_: 0),
-    "two_path": Rule(_LORA, "x W0 + (x A) B", _factors),
-    "folded": Rule(_LORA, "BA formed, added to W0, one product", _dense_delta),
-    "dense_delta": Rule(_LORA, "BA formed, and x (BA) added to x W0", _sum(_dense_delta, _base)),
-    "dense_and_two_path": Rule(_LORA, "BA formed and not used, two paths", _sum(_dense_delta, _factors)),
-    "dora_two_path": Rule(_DORA, "norm by the r x r identity, two paths: selora", _sum(_norm_by_factors, _factors)),
-    "dora_dense_norm": Rule(_DORA, "BA formed for the norm, two paths", _sum(_dense_delta, _factors)),
-    "dora_nvlabs": Rule(_DORA, "BA for the norm, a second x W0, two paths", _sum(_dense_delta, _base, _factors)),
-    "dora_peft_0_13": Rule(
+CONVENTIONS: dict[str, Convention] = {
+    "merged": Convention(("lora", "dora"), "delta folded into the weight once", lambda *_: 0),
+    "two_path": Convention(_LORA, "x W0 + (x A) B", _factors),
+    "folded": Convention(_LORA, "BA formed, added to W0, one product", _dense_delta),
+    "dense_delta": Convention(_LORA, "BA formed, and x (BA) added to x W0", _sum(_dense_delta, _base)),
+    "dense_and_two_path": Convention(_LORA, "BA formed and not used, two paths", _sum(_dense_delta, _factors)),
+    "dora_two_path": Convention(
+        _DORA, "norm by the r x r identity, two paths: selora", _sum(_norm_by_factors, _factors)
+    ),
+    "dora_dense_norm": Convention(_DORA, "BA formed for the norm, two paths", _sum(_dense_delta, _factors)),
+    "dora_nvlabs": Convention(_DORA, "BA for the norm, a second x W0, two paths", _sum(_dense_delta, _base, _factors)),
+    "dora_peft_0_13": Convention(
         _DORA, "BA through an identity input, a second x W0, two paths", _sum(_identity_delta, _base, _factors)
     ),
-    "dora_peft": Rule(_DORA, "BA through an identity input, two paths", _sum(_identity_delta, _factors)),
+    "dora_peft": Convention(_DORA, "BA through an identity input, two paths", _sum(_identity_delta, _factors)),
 }
-OWN_RULE: dict[AdapterKind, str] = {"lora": "two_path", "dora": "dora_two_path"}
+OWN_CONVENTION: dict[AdapterKind, str] = {"lora": "two_path", "dora": "dora_two_path"}
 
 
-def block_macs(inputs: int, outputs: int, rank: int, tokens: int, rule: str = "two_path") -> int:
+def block_macs(inputs: int, outputs: int, rank: int, tokens: int, convention: str = "two_path") -> int:
     """MAC that one block of this rank adds to its (inputs -> outputs) linear in a forward over `tokens` rows.
 
-    rule: a key of RULES. ValueError for another.
+    convention: a key of CONVENTIONS; any other is a ValueError.
     """
-    if rule not in RULES:
-        raise ValueError(f"rule={rule!r}: expected one of {', '.join(RULES)}")
-    return RULES[rule].overhead(inputs, outputs, rank, tokens)
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention={convention!r}: expected one of {', '.join(CONVENTIONS)}")
+    return CONVENTIONS[convention].overhead(inputs, outputs, rank, tokens)
 
 
 @dataclass(frozen=True)
@@ -111,19 +113,19 @@ class Site:
 
 @dataclass(frozen=True)
 class Cost:
-    """Counts of a plain model. `base` is the closed form, `counted` torch's count of the same forward pass."""
+    """Counts of a plain model. `base` is the closed form, `counted` is torch's count of the same forward pass."""
 
     parameters: int
     sites: tuple[Site, ...]
     base: Macs
     counted: Macs
 
-    def overhead(self, rank: int, rule: str, targets: Iterable[str] | None = None) -> Macs:
+    def overhead(self, rank: int, convention: str, targets: Iterable[str] | None = None) -> Macs:
         """MAC that blocks on `targets` (None: on all sites) add to one image and to one text."""
         chosen = {site.target for site in self.sites} if targets is None else set(targets)
         return {
             tower: sum(
-                block_macs(site.inputs, site.outputs, rank, site.tokens, rule)
+                block_macs(site.inputs, site.outputs, rank, site.tokens, convention)
                 for site in self.sites
                 if site.tower == tower and site.target in chosen
             )
@@ -131,7 +133,7 @@ class Cost:
         }
 
     def adapter_parameters(self, rank: int, kind: AdapterKind, targets: Iterable[str] | None = None) -> int:
-        """Trainable numbers of the blocks: A, B, the magnitude of DoRA and the score of the gate."""
+        """Number of trainable parameters of the blocks: A, B, the magnitude of DoRA and the score of the gate."""
         chosen = {site.target for site in self.sites} if targets is None else set(targets)
         return sum(
             rank * (site.inputs + site.outputs) + (site.outputs if kind == "dora" else 0) + 1
@@ -140,32 +142,32 @@ class Cost:
         )
 
 
-def model_cost(clip: Model) -> Cost:
-    """Count a plain (or merged) model; nothing is computed, it is only traced on shapes. A ViT has no text tower."""
-    model = deepcopy(clip.model).to("meta").eval()
-    sites, base = _trace(model, _inputs(clip, "meta"))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Cost(parameters, sites, base, counted_macs(model, _inputs(clip, "meta")))
+def model_cost(model: Model) -> Cost:
+    """Count a plain (or merged) model by tracing shapes, without computing anything. A ViT has no text tower."""
+    module = deepcopy(model.model).to("meta").eval()
+    sites, base = _trace(module, _inputs(model, "meta"))
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    return Cost(parameters, sites, base, counted_macs(module, _inputs(model, "meta")))
 
 
-def trained_parameters(clip: Model, train_rest: str, kind: str) -> int:
+def trained_parameters(model: Model, train_rest: str, kind: str) -> int:
     """Number of trained parameters other than the adapters (kind "full": of all parameters)."""
-    model = deepcopy(clip.model).to("meta")
-    apply_trainable(model, train_rest, kind)
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    module = deepcopy(model.model).to("meta")
+    apply_trainable(module, train_rest, kind)
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
-def counted_adapter_macs(clip: Clip, rank: int, kind: AdapterKind, targets: Iterable[str] | None = None) -> Macs:
+def counted_adapter_macs(model: Clip, rank: int, kind: AdapterKind, targets: Iterable[str] | None = None) -> Macs:
     """MAC of one image and one text by torch's counter, with unmerged blocks on `targets` (None: on all)."""
-    model = deepcopy(clip.model).to("meta").eval()
-    attach_adapter(adapter_targets(model), rank=rank, kind=kind, gated=False, select=targets)
-    return counted_macs(model, _inputs(clip, "meta"))
+    module = deepcopy(model.model).to("meta").eval()
+    attach_adapter(adapter_targets(module), rank=rank, kind=kind, gated=False, select=targets)
+    return counted_macs(module, _inputs(model, "meta"))
 
 
 def counted_macs(model: nn.Module, inputs: Mapping[str, Tensor]) -> Macs:
     """MAC of one forward of each tower by torch's counter.
 
-    torch's plain attention is used meanwhile, because fused attention is not counted on a CPU.
+    Meanwhile torch's plain attention is used, because fused attention is not counted on a CPU.
     """
     return {tower: _counted(partial(_encoder(model, tower), inputs[tower])) for tower in inputs}
 
@@ -180,12 +182,12 @@ def _encoder(model: Any, tower: str) -> Callable[[Tensor], Tensor]:
     return model.encode_image if tower == "image" else model.encode_text
 
 
-def _inputs(clip: Model, device: str | torch.device, batch: int = 1) -> dict[str, Tensor]:
+def _inputs(model: Model, device: str | torch.device, batch: int = 1) -> dict[str, Tensor]:
     """An input for each tower: zeros as image, and the tokens of an empty caption."""
-    size = clip.preprocess_cfg["size"]
+    size = model.preprocess_cfg["size"]
     height, width = (size, size) if isinstance(size, int) else size
     inputs = {"image": torch.zeros(batch, 3, height, width, device=device)}
-    return inputs if isinstance(clip, Vit) else inputs | {"text": clip.tokenizer([""] * batch).to(device)}
+    return inputs if isinstance(model, Vit) else inputs | {"text": model.tokenizer([""] * batch).to(device)}
 
 
 def _trace(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[tuple[Site, ...], Macs]:
@@ -227,7 +229,7 @@ def _trace(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[tuple[Site, 
 
 
 def _projection(model: nn.Module, tower: str) -> int:
-    """MAC of the last product of a tower where it is a bare matrix, applied to one pooled row."""
+    """MAC of a tower's last product if it is a bare matrix, applied to one pooled row."""
     paths = ("visual.proj",) if tower == "image" else ("text_projection", "text.text_projection")
     matrices = (parameter for name, parameter in model.named_parameters() if name in paths)
     return sum(matrix.numel() for matrix in matrices)
@@ -237,7 +239,7 @@ State = Literal["plain", "unmerged", "pruned"]
 
 
 def latencies(
-    clip: Clip,
+    model: Clip,
     rank: int,
     kind: AdapterKind,
     active: Iterable[str],
@@ -249,21 +251,21 @@ def latencies(
     """Median seconds of a forward pass of both towers over `batch` images and texts.
 
     Plain (or merged), with a block on every site, and with blocks on `active` only. The three alternate, so that other
-    load on the machine slows them alike.
+    load on the machine affects them alike.
     """
-    models: dict[State, nn.Module] = {}
+    modules: dict[State, nn.Module] = {}
     choices: dict[State, list[str] | None] = {"plain": [], "unmerged": None, "pruned": list(active)}
     for state, targets in choices.items():
-        model = deepcopy(clip.model).to(device).eval()
+        module = deepcopy(model.model).to(device).eval()
         if targets != []:
-            attach_adapter(adapter_targets(model), rank=rank, kind=kind, gated=False, select=targets)
-        models[state] = model
-    inputs = _inputs(clip, device, batch)
-    seconds: dict[State, list[float]] = {state: [] for state in models}
+            attach_adapter(adapter_targets(module), rank=rank, kind=kind, gated=False, select=targets)
+        modules[state] = module
+    inputs = _inputs(model, device, batch)
+    seconds: dict[State, list[float]] = {state: [] for state in modules}
     for turn in range(rounds + 1):
-        order = list(models) if turn % 2 else list(models)[::-1]
+        order = list(modules) if turn % 2 else list(modules)[::-1]
         for state in order:
-            spent = _seconds(models[state], inputs)
+            spent = _seconds(modules[state], inputs)
             if turn:  # the first round warms up
                 seconds[state].append(spent)
     return {state: median(spent) for state, spent in seconds.items()}

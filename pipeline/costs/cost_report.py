@@ -1,4 +1,4 @@
-"""The figures of `selora cost`: a model or a run with blocks, by every counting rule, and the paper's two claims."""
+"""The figures of `selora cost`: a model or run with blocks by every counting convention, and the paper's two claims."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 
 from pipeline.config import ConfigError, load_config
 from pipeline.costs.cost import (
-    OWN_RULE,
-    RULES,
+    CONVENTIONS,
+    OWN_CONVENTION,
     Cost,
     Macs,
     counted_adapter_macs,
@@ -40,7 +40,7 @@ PAPER_RANK, PAPER_BLOCKS = 256, 144
 class _Subject:
     """What to count. `open_targets` is known only for a run; otherwise the number of blocks is given."""
 
-    clip: Clip
+    model: Clip
     label: str
     kinds: tuple[AdapterKind, ...]
     ranks: tuple[int, ...]
@@ -60,13 +60,13 @@ def cost_report(
     latency_batches: Sequence[int] = (),
     device: str | None = None,
 ) -> dict[str, Any]:
-    """All figures as plain data: MAC per image and per text, parameters, the rules, the paper's claims, seconds.
+    """All figures as plain data: MAC per image and per text, parameters, conventions, the paper's claims, seconds.
 
-    Of a run, kind, rank and open blocks are its own unless given. Raises ConfigError for a run or model that is not
-    there, a run without blocks, and more open blocks than sites.
+    For a run, the kind, rank and open blocks default to its own. Raises ConfigError for a run or model that does not
+    exist, a run without blocks, and more open blocks than sites.
     """
     subject = _subject(run_or_model, pretrained, ranks, kinds, active)
-    cost = model_cost(subject.clip)
+    cost = model_cost(subject.model)
     sites = len(cost.sites if subject.targets is None else subject.targets)
     if most := [number for number in subject.active.values() if number > sites]:
         raise ConfigError(f"active: {most[0]} blocks of {sites} cannot be open")
@@ -78,7 +78,7 @@ def cost_report(
         "blocks": sites,
         "plain": {"macs": cost.base, "counted": cost.counted},
         "rows": rows,
-        "rules": _rules(subject, cost, max(subject.ranks)),
+        "conventions": _conventions(subject, cost, max(subject.ranks)),
         "paper": paper_claims(cost),
         "latency": [_latency(subject, cost, kind, batch, where) for kind in subject.kinds for batch in latency_batches],
     }
@@ -100,8 +100,8 @@ def _subject(
             name = f"local-dir:{name}"
         chosen = wanted or KINDS
         number: dict[AdapterKind, int] = {kind: active or PAPER_ACTIVE[kind] for kind in chosen}
-        clip = load_clip(name, pretrained)
-        return _Subject(clip, clip.name, chosen, tuple(ranks or RANKS), number, None, None, "all")
+        model = load_clip(name, pretrained)
+        return _Subject(model, model.name, chosen, tuple(ranks or RANKS), number, None, None, "all")
     if pretrained is not None:
         raise ConfigError("pretrained: a run brings its own weights; give it for a plain model only")
     source = find_run(name)
@@ -123,33 +123,33 @@ def _subject(
 
 
 def _row(subject: _Subject, cost: Cost, kind: AdapterKind, rank: int) -> dict[str, Any]:
-    """One kind and rank by the rule that selora itself follows while a model is not merged."""
-    rule = OWN_RULE[kind]
-    unmerged = _total(cost.base, cost.overhead(rank, rule, subject.targets))
-    pruned = _total(cost.base, _pruned(subject, cost, kind, rank, rule))
+    """One kind and rank by the convention that selora itself follows while a model is not merged."""
+    convention = OWN_CONVENTION[kind]
+    unmerged = _total(cost.base, cost.overhead(rank, convention, subject.targets))
+    pruned = _total(cost.base, _pruned(subject, cost, kind, rank, convention))
     return {
         "kind": kind,
         "rank": rank,
-        "rule": rule,
+        "convention": convention,
         "active": subject.active[kind],
         "adapter_parameters": cost.adapter_parameters(rank, kind, subject.targets),
         "trainable_parameters": cost.adapter_parameters(rank, kind, subject.targets)
-        + trained_parameters(subject.clip, subject.train_rest, "none"),
-        "unmerged": {"macs": unmerged, "counted": counted_adapter_macs(subject.clip, rank, kind, subject.targets)},
+        + trained_parameters(subject.model, subject.train_rest, "none"),
+        "unmerged": {"macs": unmerged, "counted": counted_adapter_macs(subject.model, rank, kind, subject.targets)},
         "pruned": {"macs": pruned},
         "merged": {"macs": cost.base},
         "unmerged_to_pruned": sum(unmerged.values()) / sum(pruned.values()),
     }
 
 
-def _pruned(subject: _Subject, cost: Cost, kind: AdapterKind, rank: int, rule: str) -> Macs:
-    """Overhead of the open blocks: exact if their names are known, else that of as many average blocks."""
+def _pruned(subject: _Subject, cost: Cost, kind: AdapterKind, rank: int, convention: str) -> Macs:
+    """Overhead of the open blocks: exact if their names are known, otherwise that of as many average blocks."""
     if subject.open_targets is not None:
-        return cost.overhead(rank, rule, subject.open_targets)
+        return cost.overhead(rank, convention, subject.open_targets)
     sites = len(cost.sites if subject.targets is None else subject.targets)
     return {
         tower: macs * subject.active[kind] // sites
-        for tower, macs in cost.overhead(rank, rule, subject.targets).items()
+        for tower, macs in cost.overhead(rank, convention, subject.targets).items()
     }
 
 
@@ -157,19 +157,19 @@ def _total(base: Macs, overhead: Macs) -> Macs:
     return {tower: base[tower] + overhead[tower] for tower in base}
 
 
-def _rules(subject: _Subject, cost: Cost, rank: int) -> list[dict[str, Any]]:
+def _conventions(subject: _Subject, cost: Cost, rank: int) -> list[dict[str, Any]]:
     base = sum(cost.base.values())
     rows = []
     for kind in subject.kinds:
-        for name in (name for name, rule in RULES.items() if kind in rule.kinds):
+        for name in (name for name, convention in CONVENTIONS.items() if kind in convention.kinds):
             overhead = sum(cost.overhead(rank, name, subject.targets).values())
             pruned = base + sum(_pruned(subject, cost, kind, rank, name).values())
             rows.append(
                 {
-                    "rule": name,
+                    "convention": name,
                     "kind": kind,
                     "rank": rank,
-                    "meaning": RULES[name].meaning,
+                    "meaning": CONVENTIONS[name].meaning,
                     "overhead": overhead,
                     "to_plain": (base + overhead) / base,
                     "to_pruned": (base + overhead) / pruned,
@@ -179,17 +179,17 @@ def _rules(subject: _Subject, cost: Cost, rank: int) -> list[dict[str, Any]]:
 
 
 def paper_claims(cost: Cost) -> list[dict[str, Any]]:
-    """The paper's "2.9 and 5 times fewer FLOPs" by each rule; which blocks stayed open is not published.
+    """The paper's "2.9 and 5 times fewer FLOPs" by each convention; which blocks stayed open is not published.
 
-    So a ratio is a range: from that number of fc1 blocks of the image tower, where most stay open, to average blocks.
-    Empty for models without the 144 blocks of ViT-B/16.
+    So a ratio is a range: from that number of fc1 blocks of the image tower, of which most stay open, to average
+    blocks. Empty for models without the 144 blocks of ViT-B/16.
     """
     if len(cost.sites) != PAPER_BLOCKS:
         return []
     base = sum(cost.base.values())
     found = []
-    for name, rule in RULES.items():
-        for kind in rule.kinds:
+    for name, convention in CONVENTIONS.items():
+        for kind in convention.kinds:
             number = PAPER_ACTIVE[kind]
             whole = base + sum(cost.overhead(PAPER_RANK, name).values())
             fc1 = [site.target for site in cost.sites if site.tower == "image" and site.target.endswith(".fc1")]
@@ -197,10 +197,10 @@ def paper_claims(cost: Cost) -> list[dict[str, Any]]:
             average = base + (whole - base) * number / PAPER_BLOCKS
             ratios = sorted((whole / average, whole / narrow))
             claim = PAPER_RATIO[kind]
-            # the claims have at most two digits, so their uncertainty is half a unit of the last one
+            # the claims have at most two digits, so their uncertainty is half a unit in the last place
             fits = ratios[0] - 0.05 <= claim <= ratios[1] + 0.05
             found.append(
-                {"kind": kind, "claim": claim, "rule": name, "low": ratios[0], "high": ratios[1], "fits": fits}
+                {"kind": kind, "claim": claim, "convention": name, "low": ratios[0], "high": ratios[1], "fits": fits}
             )
     return found
 
@@ -211,7 +211,7 @@ def _latency(subject: _Subject, cost: Cost, kind: AdapterKind, batch: int, devic
     number = subject.active[kind]
     spread = [names[index * len(names) // number] for index in range(number)] if number else []
     active = spread if subject.open_targets is None else subject.open_targets
-    seconds = latencies(subject.clip, rank, kind, active, batch=batch, device=device)
+    seconds = latencies(subject.model, rank, kind, active, batch=batch, device=device)
     return {
         "batch": batch,
         "kind": kind,
@@ -233,12 +233,12 @@ def format_report(report: dict[str, Any]) -> str:
         "",
         text_table(_HEAD, [_shown_row(row, sum(plain.values())) for row in report["rows"]]),
     ]
-    rules = report["rules"]
-    lines += ["", f"rank {rules[0]['rank']} by counting rule, one image and one text:"]
+    conventions = report["conventions"]
+    lines += ["", f"rank {conventions[0]['rank']} by counting convention, one image and one text:"]
     cells = [
-        (row["kind"], row["rule"], f"+{_gmac(row['overhead'])} GMAC", f"{row['to_plain']:.2f} x plain",
+        (row["kind"], row["convention"], f"+{_gmac(row['overhead'])} GMAC", f"{row['to_plain']:.2f} x plain",
          f"{row['to_pruned']:.2f} x pruned", f"({row['meaning']})")
-        for row in rules
+        for row in conventions
     ]  # fmt: skip
     lines.append(text_table((), cells, left=6))
     if report["paper"]:
@@ -274,14 +274,16 @@ def _shown_row(row: dict[str, Any], plain: int) -> tuple[str, ...]:
 
 
 def _shown_claims(rows: list[dict[str, Any]]) -> list[str]:
-    lines = [f"the paper's claims at rank {PAPER_RANK}, all blocks against the gated model, by counting rule:"]
+    lines = [f"the paper's claims at rank {PAPER_RANK}, all blocks against the gated model, by counting convention:"]
     for kind in KINDS:
-        own = next(row for row in rows if row["kind"] == kind and row["rule"] == "merged")
-        fitting = [f"{r['rule']} ({r['low']:.2f} to {r['high']:.2f})" for r in rows if r["kind"] == kind and r["fits"]]
-        two_path = next(row for row in rows if row["kind"] == kind and row["rule"] == OWN_RULE[kind])
+        own = next(row for row in rows if row["kind"] == kind and row["convention"] == "merged")
+        fitting = [
+            f"{r['convention']} ({r['low']:.2f} to {r['high']:.2f})" for r in rows if r["kind"] == kind and r["fits"]
+        ]
+        two_path = next(row for row in rows if row["kind"] == kind and row["convention"] == OWN_CONVENTION[kind])
         lines.append(
             f"  {kind} {own['claim']}x with {PAPER_ACTIVE[kind]} of {PAPER_BLOCKS} open: reproduced by "
-            f"{', '.join(fitting) or 'no rule'}; by selora's own rule {two_path['rule']} it is "
+            f"{', '.join(fitting) or 'no convention'}; by selora's own, {two_path['convention']}, it is "
             f"{two_path['low']:.2f} to {two_path['high']:.2f}, and 1.00 once merged"
         )
     return lines

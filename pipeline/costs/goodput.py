@@ -1,9 +1,9 @@
-"""How much of a long training's time ends in its result: stragglers, the store, checkpoints and failing nodes.
+"""The share of a long training's time that contributes to its result: stragglers, store, checkpoints, failing nodes.
 
 A simulation from failure to failure. Between two failures a run does whole rounds of `every` steps and a checkpoint;
-a failure takes it back to the newest checkpoint whose write had ended. Which interval loses least is found by trying
-(J. T. Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps", 2006, has a formula for a
-checkpoint that blocks while it is written; a test compares).
+a failure takes it back to the newest checkpoint that was completely written. The best interval is found by trying (J.
+T. Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps", 2006, has a formula for a
+checkpoint that blocks while it is written; a test compares with it).
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _HOUR = 3600.0
 
 @dataclass(frozen=True)
 class Nodes:
-    """Nodes and what is behind them.
+    """Nodes, their reliability and their store.
 
     Attributes:
-        nodes: that train one run.
+        nodes: number of nodes that train one run.
         mtbf_hours: mean time between two failures of one node. Meta's 54 days of Llama 3 on 2,048 nodes with 419
             interruptions (arXiv 2407.21783, section 3.3.4) make 6,300 hours.
-        restart_s: from a failure to the first step again: noticing it, meeting again, loading the model.
-        jitter: standard deviation of a node's step time, as a share of it; all wait for the slowest.
-        store_gbit: what the store gives one node.
-        read_ahead: whether shards are fetched while others train (`data.read_ahead`).
+        restart_s: seconds from a failure to the next step: noticing it, meeting again, loading the model.
+        jitter: standard deviation of a node's step time, as a share of it; all nodes wait for the slowest.
+        store_gbit: Gbit/s from the store to one node.
+        read_ahead: whether shards are fetched during training (`data.read_ahead`).
     """
 
     nodes: int
@@ -48,13 +48,13 @@ class Nodes:
 
 @dataclass(frozen=True)
 class Job:
-    """One run.
+    """One run, as the simulation sees it.
 
     Attributes:
-        step_s: seconds of a step without any disturbance.
-        node_bytes: that a node reads from the store for a step; 0 once they are cached.
-        copy_s: seconds for which a checkpoint stops the training: gathering it and copying it to the host.
-        write_s: seconds after which it is on the disk, while training goes on.
+        step_s: seconds of an undisturbed step.
+        node_bytes: bytes that a node reads from the store for a step; 0 once they are cached.
+        copy_s: seconds for which a checkpoint stops the training, while it is gathered and copied to the host.
+        write_s: seconds until it is on the disk, while training continues.
     """
 
     step_s: float
@@ -65,7 +65,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Goodput:
-    """What an interval gives: `share` of the time that is in the result, in [0, 1]."""
+    """The result of an interval: `share` of the time that contributes to the result, in [0, 1]."""
 
     every: int
     share: float
@@ -81,16 +81,16 @@ def slowest(nodes: int, jitter: float, seed: int = 0) -> float:
 
 
 def disturbed_step(job: Job, cluster: Nodes) -> float:
-    """Seconds of a step with stragglers, and with the store where it is slower than the cards."""
+    """Seconds of a step with stragglers, and with the store if it is slower than the cards."""
     step = job.step_s * slowest(cluster.nodes, cluster.jitter)
     fetch = job.node_bytes * 8 / (cluster.store_gbit * 1e9)
     return max(step, fetch) if cluster.read_ahead else step + fetch
 
 
 def simulate(job: Job, cluster: Nodes, every: int, failures: int = FAILURES, seed: int = 0) -> Goodput:
-    """Goodput with a checkpoint every `every` steps, over so many failures."""
+    """Goodput with a checkpoint every `every` steps, simulated over a number of failures."""
     draw = random.Random(seed)  # noqa: S311
-    # A checkpoint is begun when the one before it is written.
+    # A checkpoint starts when the previous one is written.
     period = max(every * disturbed_step(job, cluster) + job.copy_s, job.write_s)
     useful = wall = 0.0
     for _ in range(failures):
@@ -105,14 +105,14 @@ def simulate(job: Job, cluster: Nodes, every: int, failures: int = FAILURES, see
 
 
 def intervals(job: Job, cluster: Nodes) -> list[int]:
-    """Numbers of steps to try: round ones from a minute to a tenth of the time between failures."""
+    """Intervals to try, in steps: round numbers from a minute to a tenth of the time between failures."""
     first, last = 60 / job.step_s, max(600.0, cluster.mtbf_s / 10) / job.step_s
     tried = (factor * 10**power for power in range(8) for factor in (1, 2, 3, 5, 7))
     return [every for every in tried if first / 2 <= every <= last] or [max(1, round(first))]
 
 
 def recommend(job: Job, cluster: Nodes, tried: Iterable[int] | None = None) -> Goodput:
-    """The interval with the best goodput; of those within a thousandth of it the longest, which writes least."""
+    """The longest interval within a thousandth of the best goodput, because it writes least."""
     found = [simulate(job, cluster, every) for every in (tried or intervals(job, cluster))]
     best = max(each.share for each in found)
     return max((each for each in found if each.share > best - 1e-3), key=lambda each: each.every)

@@ -1,4 +1,4 @@
-"""What a planned training costs, in a few lines for `selora sweep --plan`."""
+"""The cost of a planned training, in a few lines for `selora sweep --plan`."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def describe(
     precision: str,
     recompute: Recompute,
 ) -> str:
-    """Some lines about a planned training, for `selora sweep --plan`."""
+    """A few lines about a planned training, for `selora sweep --plan`."""
     trained = shape.trained(rank, rest=rest, dora=dora)
     images = max(1, global_batch // ranks) + -(-reference // ranks)
     each = 2 if precision == "bf16" else 4
@@ -104,7 +104,7 @@ def describe(
 def checkpoint_advice(
     shape: Shape, stage: int, ranks: int, trained: int, images: int, recompute: Recompute, every: int
 ) -> str:
-    """How often to write checkpoints, and what the given interval keeps of the time, for nodes of H100s."""
+    """The best checkpoint interval, and the goodput of the given one, for nodes of H100s."""
     machine = Hardware()
     step = step_flops(shape, images, recompute) / machine.flops
     step += communication_seconds(shape, stage, ranks, trained=trained, images=images, machine=machine)

@@ -1,4 +1,4 @@
-"""What training costs at scale, on paper: bytes over the network, memory per rank, cores and bandwidth for the images.
+"""The computed cost of training at scale: network bytes, memory per rank, cores and bandwidth for the images.
 
 Every number follows from the shapes of the two towers, the adapter and the ZeRO stage by the formulas below; nothing
 here is measured. docs/scaling.md is printed from this module.
@@ -12,23 +12,23 @@ from typing import Any
 
 from pipeline.costs.goodput import Job
 
-# Weights are stored in fp32 and cast for the matrix products, so this also holds for model.precision=bf16.
+# Weights are stored in fp32 and cast for the matrix products, also with model.precision=bf16.
 WEIGHT_BYTES = 4
 MOMENT_BYTES = 8  # both of AdamW
-CAPTION_TOKENS = 16  # of the longest caption in a batch of short sentences
-WIDE_BYTES = 4  # what stays fp32 under autocast: the inputs of norms and layers, features, logits
+CAPTION_TOKENS = 16  # tokens of the longest caption in a batch of short sentences
+WIDE_BYTES = 4  # tensors that stay fp32 under autocast: the inputs of norms and layers, features, logits
 _MB, _GB = 1e6, 1e9
 
 
 @dataclass(frozen=True)
 class Recompute:
-    """What a step recomputes to save memory: train.micro_batch_size and train.activation_checkpointing."""
+    """The recomputation in a step to save memory: train.micro_batch_size and train.activation_checkpointing."""
 
     micro_batch: int | None = None
     layers: bool = False
 
     def pairs(self, images: int) -> int:
-        """Of a rank's `images`, how many pairs the towers keep at a time."""
+        """Number of pairs among a rank's `images` that the towers keep at a time."""
         return min(images, self.micro_batch or images)
 
     def passes(self, images: int) -> int:
@@ -74,12 +74,12 @@ class Tower:
         return self.layers * (pairs + 6 + (5 * w + m if dora else 0))
 
     def activation_bytes(self, pairs: int, bytes_each: int, *, recompute: bool = False) -> int:
-        """What all layers keep for the backward pass of `pairs`, without attention maps (fused attention).
+        """Bytes that all layers keep for the backward pass of `pairs`, without attention maps (fused attention).
 
-        Per layer and token the inputs of two norms, and of q/k/v, of out, of fc1, the outputs of q, k, v, and the
-        hidden layer of the mlp before and after its activation; frozen weights need no inputs of their own for a
-        gradient, adapters do. Per layer besides the six weights in effect. `recompute`: only what enters the layers,
-        and one layer's all.
+        Per layer and token: the inputs of the two norms, of q/k/v, of out and of fc1, the outputs of q, k and v, and
+            the hidden layer of the MLP before and after its activation; adapters need these inputs for their gradients,
+            frozen weights would not. Per layer also the six weights in effect. `recompute`: only the inputs of the
+            layers, and everything of one layer.
         """
         rows, weights = pairs * self.tokens, 4 * self.width**2 + 2 * self.width * self.mlp
         values = rows * (6 * self.width + 2 * self.mlp) + weights
@@ -108,7 +108,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """The logit scale of a CLIP included."""
+        """Number of parameters, including the logit scale of a CLIP."""
         return sum(tower.parameters for tower in self.towers) + (self.text is not None)
 
     @property
@@ -117,11 +117,11 @@ class Shape:
         return sum(tower.macs for tower in self.towers)
 
     def with_captions(self, tokens: int = CAPTION_TOKENS) -> Shape:
-        """The same for texts of so many tokens: a batch is cut to its longest caption."""
+        """The same shape for texts of this many tokens: a batch is cut to its longest caption."""
         return self if self.text is None else replace(self, text=replace(self.text, tokens=tokens))
 
     def activation_bytes(self, images: int, ranks: int, bytes_each: int, recompute: Recompute = PLAIN) -> int:
-        """What a rank with `images` keeps of a step: both towers of the pairs at a time, all features, the logits."""
+        """Bytes that a rank with `images` keeps in a step: both towers of the pairs at a time, all features, logits."""
         from pipeline.method.contrastive import MOST_LOGITS
 
         pairs = recompute.pairs(images)
@@ -148,7 +148,7 @@ def clip_shape(
     context: int = 77,
     vocabulary: int = 49408,
 ) -> Shape:
-    """From open_clip's numbers: image (layers, width, mlp, heads, patch), text (layers, width, heads)."""
+    """A CLIP's shape by open_clip's numbers: image (layers, width, mlp, heads, patch), text (layers, width, heads)."""
     layers, width, mlp, heads, patch = image
     grid = (pixels // patch) ** 2
     outside = 3 * patch**2 * width + width + (grid + 1) * width + 4 * width + width * embed
@@ -163,7 +163,7 @@ def clip_shape(
 
 
 def vit_shape(name: str) -> Shape:
-    """The shape of a ViT by its `timm:` name; what its layers have besides a plain one is counted as outside them."""
+    """The shape of a ViT by its `timm:` name; further parameters of its layers are counted as outside them."""
     from pipeline.model.vit import vit_layout
 
     layout = vit_layout(name)
@@ -172,7 +172,7 @@ def vit_shape(name: str) -> Shape:
 
 
 def shape_of(name: str, model_cfg: Mapping[str, Any]) -> Shape | None:
-    """The shape of an architecture as open_clip writes it; None where a tower is not open_clip's own transformer."""
+    """The shape of an open_clip architecture; None if a tower is not open_clip's own transformer."""
     image, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     if not all(isinstance(image.get(key), int) for key in ("layers", "width", "patch_size", "image_size")):
         return None
@@ -201,9 +201,9 @@ SHAPES = {
 def gradient_traffic(stage: int, total: int, trained: int, ranks: int) -> float:
     """Bytes that one rank sends in a step for weights and gradients, with ring collectives.
 
-    Stage 0 sums the gradients of what trains, an all-reduce that moves them twice. DeepSpeed's stages 1 and 2 do the
-    same, each rank keeps its part, and the new values are gathered. Stage 3 keeps nothing whole: all weights, the
-    frozen ones too, are gathered in the forward and again in the backward pass.
+    Stage 0 sums the gradients of the trained parameters by an all-reduce, which moves them twice. DeepSpeed's stages 1
+    and 2 do the same, each rank keeps its part, and the new values are gathered. Stage 3 keeps nothing whole: all
+    weights, including the frozen ones, are gathered in the forward and again in the backward pass.
     """
     share = (ranks - 1) / ranks
     moved = {0: 2 * trained, 1: 3 * trained, 2: 3 * trained}.get(stage, 2 * total + trained)
@@ -213,15 +213,15 @@ def gradient_traffic(stage: int, total: int, trained: int, ranks: int) -> float:
 def contrastive_traffic(batch: int, embed: int, ranks: int) -> float:
     """Bytes that one rank sends in a step for the loss over the global `batch`, with ring collectives, in fp32.
 
-    The texts' embeddings are gathered and their gradients come back by an all-reduce; the images stay where they are,
-    for which every rank sends the others a log-sum-exp for each text.
+    The texts' embeddings are gathered and their gradients return by an all-reduce; the images stay on their ranks, and
+    instead every rank sends the others a log-sum-exp for each text.
     """
     share, size = (ranks - 1) / ranks, batch * embed * 4
     return size * share + 2 * size * share + batch * 4 * (ranks - 1)
 
 
 def loss_traffic(shape: Shape, batch: int, ranks: int) -> float:
-    """Bytes that one rank sends in a step for the loss; a classifier's looks at the rank's own images alone."""
+    """Bytes that one rank sends in a step for the loss; a classifier's loss needs only the rank's own images."""
     return 0.0 if shape.text is None else contrastive_traffic(batch, shape.embed, ranks)
 
 
@@ -237,8 +237,8 @@ def rank_memory(
 ) -> float:
     """Bytes on one rank: weights, gradients, AdamW, fp32 masters (stages 1 to 3 keep them apart), activations.
 
-    Stage 1 shares out the optimizer's state, stage 2 the gradients besides, stage 3 the weights besides. `images` are
-    the rank's own in a step.
+    Stage 1 partitions the optimizer's state, stage 2 also the gradients, stage 3 also the weights. `images`: the rank's
+    own images in a step.
     """
     whole, part = trained * WEIGHT_BYTES, trained * WEIGHT_BYTES / ranks
     weights = shape.parameters * WEIGHT_BYTES / (ranks if stage == 3 else 1)
@@ -249,13 +249,13 @@ def rank_memory(
     return weights + gathered + gradients + optimizer + activations
 
 
-# Dense bf16 FLOPs a second of an H100, and the share of them that a compiled step is assumed to reach.
+# Dense bf16 FLOPS of an H100, and the share of them that a compiled step is assumed to reach.
 PEAK, MFU = 989e12, 0.33
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """A node: `flops` is what one card reaches in these products, `link_gbit` what the node's network gives."""
+    """A node: `flops` is the rate of one card in matrix products, `link_gbit` the bandwidth of the node's network."""
 
     cards: int = 8
     flops: float = MFU * PEAK
@@ -265,7 +265,7 @@ class Hardware:
 
 
 def step_flops(shape: Shape, images: int, recompute: Recompute = PLAIN) -> int:
-    """Of one rank in a step. A backward that skips the gradients of frozen weights costs what a forward costs."""
+    """FLOPs of one rank in a step. A backward that skips the gradients of frozen weights costs as much as a forward."""
     return 2 * shape.macs * images * recompute.passes(images)
 
 
@@ -277,7 +277,7 @@ def step_seconds(shape: Shape, images: int, machine: Hardware) -> float:
 def communication_seconds(
     shape: Shape, stage: int, ranks: int, *, trained: int, images: int, machine: Hardware
 ) -> float:
-    """Time of a step's collectives when nothing overlaps: a ring passes each node's link once, plus its hops."""
+    """Time of a step's collectives without overlap: a ring passes each node's link once, plus its hops."""
     traffic = gradient_traffic(stage, shape.parameters, trained, ranks)
     traffic += loss_traffic(shape, images * ranks, ranks)
     inside = ranks <= machine.cards
@@ -288,14 +288,14 @@ def communication_seconds(
 
 
 def efficiency(shape: Shape, stage: int, nodes: int, *, trained: int, images: int, machine: Hardware) -> float:
-    """Share of the time that computes, without any overlap: the lower bound."""
+    """Share of the time spent computing, without any overlap: a lower bound."""
     compute = step_seconds(shape, images, machine)
     waits = communication_seconds(shape, stage, nodes * machine.cards, trained=trained, images=images, machine=machine)
     return compute / (compute + waits)
 
 
 def loader_cores(images_per_second: float, milliseconds_each: float) -> float:
-    """Cores that decode what one card trains on."""
+    """Cores that decode the images of one card."""
     return images_per_second * milliseconds_each / 1000
 
 

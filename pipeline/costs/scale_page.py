@@ -1,4 +1,4 @@
-"""docs/scaling.md, printed from the formulas of scale.py and the measurements that are named in it."""
+"""docs/scaling.md, printed from the formulas of scale.py and the measurements named below."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _MB, _GB = 1e6, 1e9
 
 _INTRODUCTION = f"""# Scaling
 
-Printed from `pipeline/costs/scale.py`; a test holds this page to it. **Computed** numbers follow from shapes by the
-formulas there, **measured** ones name their machine. Adapters of rank {RANK} on all six projections of both towers,
-gates on, texts of {CAPTION_TOKENS} tokens, and `train.train_rest=none` unless stated otherwise.
+Printed from `pipeline/costs/scale.py`; a test checks that the page is current. **Computed** numbers follow from shapes
+by the formulas there, **measured** ones name their machine. Adapters of rank {RANK} on all six projections of both
+towers, gates on, texts of {CAPTION_TOKENS} tokens, and `train.train_rest=none` unless stated otherwise.
 """
 
 # Printed by tests/benchmarks/roofline.py, whose test compares them.
@@ -46,17 +46,17 @@ texts of 77 tokens, over 989 TFLOPS. Texts have 16 tokens and QuickGELU keeps it
 | full | 32.7 | 155 | 27 | 132 | 32 |
 """
 
-_MEASURED = """## Measured, and what is not
+_MEASURED = """## Measured and not measured
 
 - One and two ranks on two cores of an x86 server (`python tests/benchmarks/scaling.py`: the demo's gated LoRA of
-  rank 64, ZeRO 1, gloo, one thread a rank): 133 and 217 images/s, so 82 % of twice the speed, with 6.5 % of the time
-  in collectives. A rank sent 18.68 MB a step; the formulas say 18.68.
+  rank 64, ZeRO 1, gloo, one thread per rank): 133 and 217 images/s, so 82 % of twice the speed, with 6.5 % of the time
+  in collectives. A rank sent 18.68 MB per step; the formulas give 18.68.
 - One rank with two workers on two cores, shards of 64 MB from a web server held to about 7 MB/s, 256 steps of 0.3 s:
   after its first batch the rank waited 54 s for shards with `data.read_ahead=0`, up to 19 s at a time, and 1 s with
   1 or 2. The wait for the first batch, 19 to 24 s, stays.
-- Slurm, ssh hosts and a Ray cluster of hosts with addresses of their own, cut links and lost nodes were run for real on
-  one machine (tests/launch), for behaviour and not for speed.
-- This page has no multi-node GPU measurement behind it. Before you reserve 64 nodes, run `selora doctor --launch` on
+- Slurm, ssh hosts and a Ray cluster of hosts with their own addresses, cut links and lost nodes were run on one machine
+  (tests/launch), to test behaviour, not speed.
+- No number on this page was measured on several GPU nodes. Before you reserve 64 nodes, run `selora doctor --launch` on
   two of them: it measures the bandwidth of the collectives, which these tables take from the data sheet.
 """
 
@@ -118,9 +118,9 @@ def _large_batches() -> str:
     passes = ["passes over the towers", "", *(str(way.passes(512)) for way in ways)]
     return (
         "## Larger batches (computed, GB on each of 8 ranks, ZeRO 1, bf16 activations)\n\n"
-        "`train.activation_checkpointing` computes the inside of each layer again, `train.micro_batch_size=16` each\n"
+        "`train.activation_checkpointing` recomputes the inside of each layer, `train.micro_batch_size=16` each\n"
         "forward: less is kept, and a step makes 3 or 4 passes over the towers instead of 2, so it computes 1.5 or 2\n"
-        "times as long. A test measures on a small CLIP what the formulas say is kept and computed. With keep,\n"
+        "times as long. A test measures on a small CLIP that the formulas are right. With section keep,\n"
         f"`keep.batch_size={REFERENCE}` adds 8 reference images and texts to those of a rank.\n\n"
         + _table(["model", "images a rank", "whole", "checkpointing", "micro-batches", "both"], [*rows, passes])
     )

@@ -1,1 +1,1 @@
-"""The method: gated low-rank blocks, their penalty and the FLYP loss. Needs torch and nothing else."""
+"""The method: gated low-rank blocks, their penalty and the FLYP loss. Depends on torch only."""

@@ -88,10 +88,10 @@ def attach_adapter(
     seed: int = 0,
     select: Iterable[str] | None = None,
 ) -> list[str]:
-    """Put a block in the place of each chosen linear and freeze that linear. Returns the names, in target order.
+    """Replace each chosen linear by a block around it and freeze the linear. Returns the names, in target order.
 
     targets: name -> (parent module, attribute that holds an nn.Linear). select: names to take, None for all.
-    lora_A depends on (seed, name) only, so the same block starts the same whatever else is attached.
+    lora_A depends on (seed, name) only, so a block starts the same whatever else is attached.
     """
     if kind not in FORMS:
         raise ValueError(f"adapter kind={kind!r}: expected one of {', '.join(FORMS)}")
@@ -153,7 +153,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def merge_adapter(model: nn.Module) -> nn.Module:
     """Replace every block by its plain nn.Linear, in place: the base itself if closed, else with the delta folded in.
 
-    The folding is done in fp32, the dtype of the base is kept. Returns `model`.
+    The delta is folded in fp32; the dtype of the base is kept. Returns `model`.
     """
     for parent in list(model.modules()):
         for attribute, child in list(parent.named_children()):
@@ -165,9 +165,9 @@ def merge_adapter(model: nn.Module) -> nn.Module:
 
 
 class GradientWatch:
-    """Sees which adapter parameters get a gradient. Make it before the first backward, `check()` after it.
+    """Records which adapter parameters get a gradient. Create it before the first backward and call `check()` after it.
 
-    Hooks, because DeepSpeed ZeRO takes `.grad` away in the backward itself.
+    It uses hooks, because DeepSpeed ZeRO clears `.grad` during the backward.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -188,7 +188,7 @@ class GradientWatch:
         """Raise ValueError naming the blocks without gradient; removes the hooks.
 
         At the first step B = 0, so the gradients of A and of the score are exactly zero: a block counts as reached when
-        its score (if trained) and B have a gradient, and when that of B is not all zero in an open block.
+        its score (if trained) and B have a gradient, and the gradient of B in an open block is not all zero.
         """
         for handle in self._handles:
             handle.remove()

@@ -1,4 +1,4 @@
-"""An exact number of active blocks, or of their parameters: all open at first, the most useful ones to the end.
+"""An exact number of active blocks, or of their parameters: all are open at first, the most useful ones until the end.
 
 The usefulness of block l is a running mean of -dL/dI_l, the straight-through gradient of its indicator (paper eq. 3):
 by how much the loss falls, to first order, when the block acts. A closed block has this gradient as well, so it can
@@ -20,7 +20,7 @@ from pipeline.method.linear import Block
 
 # Share of the run with every block open: while B is about zero, the gradient of the indicator says nothing.
 WARM = 0.15
-# Share of the run, at its end, in which the set of active blocks is fixed: what is open needs time to learn.
+# Share of the run, at its end, in which the set of active blocks is fixed, because the open blocks need time to learn.
 FIXED = 0.5
 # Decay of the running mean of the usefulness, per step.
 DECAY = 0.9
@@ -29,7 +29,7 @@ MARGIN = 0.1
 
 
 class BudgetState(TypedDict):
-    """What a checkpoint keeps of a budget; all by target name."""
+    """The state of a budget in a checkpoint; all by target name."""
 
     usefulness: dict[str, float]
     open: list[str]
@@ -38,11 +38,11 @@ class BudgetState(TypedDict):
 
 @dataclass(frozen=True)
 class BudgetSchedule:
-    """What the open blocks may cost after each step of a run of `steps` steps.
+    """The largest cost of the open blocks after each step of a run of `steps` steps.
 
     Attributes:
-        total: what all blocks cost together: their number, or that of their parameters.
-        budget: what they may cost at the end.
+        total: cost of all blocks together: their number, or that of their parameters.
+        budget: largest cost at the end.
     """
 
     total: int
@@ -60,7 +60,7 @@ class BudgetSchedule:
         return max(self.start + 1, int((1 - FIXED) * self.steps))
 
     def open_after(self, done: int) -> int:
-        """What the open blocks may cost after `done` steps."""
+        """Largest cost of the open blocks after `done` steps."""
         if done <= self.start:
             return self.total
         left = 1 - min(1.0, (done - self.start) / (self.end - self.start))
@@ -72,19 +72,19 @@ class BudgetSchedule:
 
 
 class BlockBudget:
-    """Measures the usefulness of all gated blocks and says which of them are open.
+    """Measures the usefulness of all gated blocks and decides which of them are open.
 
-    Create it before the first backward: it reads the gradients of the scores by hooks, because DeepSpeed takes `.grad`
-    away. Nothing here trains or writes a score; the caller sets the scores of the gates that `observe` returns.
+    Create it before the first backward: it reads the gradients of the scores by hooks, because DeepSpeed clears
+    `.grad`. Nothing here trains or writes a score; the caller sets the scores of the gates that `observe` returns.
 
     Args:
         model: a model with gated blocks.
         budget: number of blocks that stay open, at least 1.
         steps: optimizer steps of the whole run.
-        parameters: whether `budget` is what the open blocks may have in parameters, and not their number.
+        parameters: whether `budget` counts the parameters of the open blocks instead of the blocks.
 
     Raises:
-        ValueError: the model has fewer gated blocks than `budget`, or none; or no block has so few parameters.
+        ValueError: the model has fewer gated blocks than `budget`, or none; or every block has more parameters.
     """
 
     def __init__(self, model: nn.Module, budget: int, steps: int, *, parameters: bool = False) -> None:
@@ -115,7 +115,7 @@ class BlockBudget:
         return self._gates[name]
 
     def observe(self, done: int, mean_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, bool]:
-        """Take in the gradients of step number `done`, and decide.
+        """Record the gradients of step `done` and decide which blocks change.
 
         Args:
             done: optimizer steps finished, this one included.
@@ -146,7 +146,7 @@ class BlockBudget:
         return dict(sorted(changes.items()))
 
     def shut_closed(self, done: int) -> list[Block]:
-        """Take the closed blocks out of training once the set is fixed; the blocks for which that is new."""
+        """Take the closed blocks out of training once the set is fixed; returns the blocks that this call took out."""
         if done < self.schedule.end:
             return []
         shut = [
@@ -159,7 +159,7 @@ class BlockBudget:
         return shut
 
     def state(self) -> BudgetState:
-        """What `restore` needs to go on as if nothing had happened."""
+        """The state from which `restore` continues exactly."""
         values = [0.0] * len(self._gates) if self._usefulness is None else self._usefulness.tolist()
         return {
             "usefulness": dict(zip(self._gates, values, strict=True)),
@@ -168,7 +168,7 @@ class BlockBudget:
         }
 
     def restore(self, state: BudgetState) -> None:
-        """Take up the state of a checkpoint. The scores themselves come with the checkpoint's parameters."""
+        """Continue from the state in a checkpoint. The scores themselves are among the checkpoint's parameters."""
         device = next(iter(self._gates.values())).score.device
         self._usefulness = torch.tensor([state["usefulness"][name] for name in self._gates], device=device)
         self._open = set(state["open"])
@@ -185,12 +185,12 @@ def most_useful(
     budget: int,
     costs: Mapping[str, int] | None = None,
 ) -> set[str]:
-    """The blocks that are most useful for what they cost, as many as the budget pays; ties by name.
+    """The blocks that are most useful for their cost, as many as the budget allows; ties by name.
 
     Args:
         usefulness: {target name: by how much the loss falls when the block acts}.
         is_open: the blocks that are open now, favoured by a margin.
-        budget: what the chosen blocks may cost together.
+        budget: largest cost of the chosen blocks together.
         costs: {target name: cost}; None: 1 each.
     """
     paid = dict.fromkeys(usefulness, 1) if costs is None else costs
@@ -211,5 +211,5 @@ def parameters_of(block: Block) -> int:
 
 
 def blocks_of_budget(budget: float, blocks: int) -> int:
-    """The number of blocks that `gate.budget` means: a count from 1 on; below 1 a share of all, at least one block."""
+    """`gate.budget` as a number of blocks: from 1 on it is a count, below 1 a share of all blocks, at least one."""
     return int(budget) if budget >= 1 else max(1, round(budget * blocks))

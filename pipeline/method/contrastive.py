@@ -28,19 +28,19 @@ def flyp_loss(
 ) -> Tensor:
     """Mean of the image-to-text and text-to-image cross entropies over the batch of all ranks (arXiv 2212.00638).
 
-    A rank computes its own images against the texts of all ranks, once for both directions; what it returns is the part
-    of its own rows. The mean over ranks of the parameter gradients (what DDP and DeepSpeed compute) equals the gradient
-    of one rank that holds the whole batch.
+    Each rank compares its own images with the texts of all ranks, once for both directions, and returns its own rows'
+    part of the loss. The mean over ranks of the parameter gradients (which DDP and DeepSpeed compute) equals the
+    gradient of one rank that holds the whole batch.
 
     Args:
-        image_features, text_features: (B, D), normalised by the caller; row i of both belongs together; B is the same
-            on every rank.
+        image_features, text_features: (B, D), normalised by the caller; row i of one belongs to row i of the other;
+            B is the same on every rank.
         logit_scale: the factor itself (the third output of a CLIP forward, exp of the parameter), () or (1,).
         labels: (B,) int64 classes. Rows of the same class on any rank are then positives of each other, and the target
             of a row is uniform over its positives (the supervised contrastive loss, arXiv 2004.11362, in the form of
             UniCL, arXiv 2204.03610); a negative label is a class of its own. None: rows of the same class stay
             negatives of each other, as in FLYP.
-        chunk_rows: rows of logits held at a time; None: as many as MOST_LOGITS.
+        chunk_rows: rows of logits held at a time; None: as many as MOST_LOGITS allows.
 
     Returns:
         A scalar in at least fp32.
@@ -61,7 +61,7 @@ def rank_and_world(group: dist.ProcessGroup | None) -> tuple[int, int]:
 
 
 def gather(local: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
-    """What every rank holds, in rank order."""
+    """The tensors of all ranks, in rank order."""
     _, world = rank_and_world(group)
     if world == 1:
         return [local]
@@ -75,7 +75,7 @@ class _SymmetricLoss(torch.autograd.Function):
 
     loss = mean over own i of (lse_row_i + lse_column_i) / 2 - sum_j T_ij S_ij, and dS = (P + Q - 2 T) / 2B, with T the
     targets: the identity, or uniform over the rows of the same class; T is symmetric, so it serves both directions. The
-    log-sum-exp of a column comes from those of its parts on all ranks, so that no rank needs the images of another.
+    log-sum-exp of a column is combined from its parts on all ranks, so no rank needs the images of another.
     """
 
     @staticmethod
@@ -104,7 +104,7 @@ class _SymmetricLoss(torch.autograd.Function):
             else:
                 positive[part] = (logits * _targets(classes, rank * rows, part, logits)).sum(1)
         column_lse = torch.stack(gather(column_lse, group)).logsumexp(0)
-        # what fits into one chunk is kept for the backward, the rest is computed again there
+        # a single chunk is kept for the backward; several are computed again there
         ctx.save_for_backward(image, texts, scale, row_lse, column_lse, classes, logits if chunk >= rows else None)
         ctx.group, ctx.chunk = group, chunk
         return (0.5 * (row_lse + column_lse[rank * rows : (rank + 1) * rows]) - positive).mean()
@@ -136,7 +136,7 @@ class _SymmetricLoss(torch.autograd.Function):
 
 
 def logits_in_chunks(image: Tensor, texts: Tensor, scale: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor]]:
-    """Rows and their logits (chunk, texts), of images (B, D) and texts (N, D), chunk by chunk."""
+    """Rows and their logits (chunk, texts) for images (B, D) and texts (N, D), chunk by chunk."""
     for start in range(0, len(image), chunk):
         part = slice(start, min(start + chunk, len(image)))
         yield part, (image[part] @ texts.T).mul_(scale)

@@ -5,14 +5,14 @@ Notation: W the weight in effect (out, in), s the scaling, D = dL/dW. With the g
     LoRA  W = W0 + I s B A
     DoRA  W = W0 + I (rho V - W0),  V = W0 + s B A,  rho = m / ||V||, the norm a constant in the backward
 
-and from D alone follow, straight through the gate,
+the gradients straight through the gate follow from D alone:
 
     c_j = B_j . (s D A')_j                       s <D, BA> by rows
     LoRA  dA = s B' D        dB = s D A'         dscore = sum c
     DoRA  dA = s (rho B)' D  dB = rho s D A'     dm = q / ||V||,  dscore = sum rho q - p
           p_j = <D_j, W0_j>,  q_j = <D_j, V_j> = p_j + c_j
 
-A closed block gives its pair the gradient zero. Nothing here reads a tensor on the host.
+The gradients of a closed block's pair are zero. Nothing here reads a tensor on the host.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 
 class Form(NamedTuple):
-    """What is constant in a block. `is_open` None: read the gate on the device; True, False: its state on the host."""
+    """The constants of a block. `is_open` None: read the gate on the device; True, False: its state on the host."""
 
     scaling: float
     threshold: float
@@ -44,7 +44,7 @@ class Pair(NamedTuple):
 
 
 class _Weight(NamedTuple):
-    """The weight in effect, of DoRA rho and the row norms (out, 1), and whether the block is closed."""
+    """The weight in effect, for DoRA also rho and the row norms (out, 1), and whether the block is closed."""
 
     value: Tensor
     rho: Tensor | None
@@ -59,7 +59,7 @@ class _Weight(NamedTuple):
 
 
 def full_precision(device: torch.device) -> nullcontext[None] | torch.autocast:
-    """Inside, an autocast around it has no effect. The meta device has no autocast."""
+    """Disable any surrounding autocast inside the block. The meta device has no autocast."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
@@ -74,7 +74,7 @@ def factor_linear(x: Tensor, bias: Tensor | None, pair: Pair, form: Form) -> Ten
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What autocast would make of the operands of a product."""
+    """The dtype to which autocast would cast the operands of a product."""
     kind = x.device.type
     casts = kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if casts else x.dtype
@@ -84,12 +84,12 @@ def _closed(score: Tensor | None, form: Form) -> bool | Tensor:
     """Known on the host, or (1,) on the device."""
     if form.is_open is not None or score is None:
         return form.is_open is False
-    score = score.detach()  # at least fp32: a framework may have cast the parameter itself, past Gate._apply
+    score = score.detach()  # at least fp32: a framework may have cast the parameter itself, bypassing Gate._apply
     return score.to(wide_dtype(score.dtype)) < form.threshold
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """At least fp32; torch.promote_types says the same and is an operation of its own."""
+    """At least fp32; torch.promote_types would give the same by an operation of its own."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -99,14 +99,14 @@ def times(scaling: float, value: Tensor) -> Tensor:
 
 
 def _unless(closed: bool | Tensor, grad: Tensor) -> Tensor:
-    """The gradient of an open block's parameter; of a closed block zeros."""
+    """The gradient of an open block's parameter; zeros for a closed block."""
     if isinstance(closed, Tensor):
         return grad.masked_fill(closed, 0.0)
     return torch.zeros_like(grad) if closed else grad
 
 
 def _weight(pair: Pair, form: Form, dtype: torch.dtype) -> _Weight:
-    """W, folded in at least fp32 and rounded to `dtype` once; a closed block's is the base weight itself."""
+    """W, folded in at least fp32 and rounded to `dtype` once; for a closed block, the base weight itself."""
     wide = wide_dtype(pair.base.dtype)
     closed = _closed(pair.score, form)
     base, magnitude = pair.base.to(wide), pair.magnitude
@@ -132,7 +132,7 @@ def _products(first: Tensor, second: Tensor, *, by_row: bool) -> Tensor:
 
 
 class _Fold(torch.autograd.Function):
-    """The weight in effect as a function of the pair, the magnitude and the score; its backward is given D."""
+    """The weight in effect as a function of the pair, the magnitude and the score; its backward receives D."""
 
     @staticmethod
     def forward(
@@ -171,7 +171,7 @@ class _Fold(torch.autograd.Function):
 
 
 class _DoraRows(NamedTuple):
-    """What the gradients of a DoRA block need for each row, all (out, 1).
+    """Row values for the gradients of a DoRA block, all (out, 1).
 
     Attributes:
         base: p, the product of D with the base.
@@ -261,7 +261,7 @@ def _base_and_folded(
 ) -> tuple[Tensor, Tensor]:
     """p and q without D: sum_t dy_tj (y_tj - bias_j) is <D_j, W_j>, p_j of a closed block and rho_j q_j of an open one.
 
-    A zero row of the base has next to no magnitude: its output is the bias and says nothing, but its p is 0.
+    A zero row of the base has hardly any magnitude: its output is the bias and carries no information, but its p is 0.
     """
     wide = wide_dtype(grad.dtype)
     grad = grad.to(wide)

@@ -23,7 +23,7 @@ class Gate(nn.Module):
     ) -> None:
         super().__init__()
         self.threshold = threshold
-        # Set for all gates at once by `read_gates`, so that a step waits for the device once and not once a block.
+        # Set for all gates at once by `read_gates`, so that a step waits for the device once and not for each block.
         self.known_open: bool | None = None
         self.score = nn.Parameter(torch.full((1,), init, dtype=torch.float32, device=device))
 
@@ -45,11 +45,11 @@ class Gate(nn.Module):
 
 @torch.no_grad()
 def read_gates(gates: Sequence[Gate]) -> None:
-    """Tell the host which gates are open, by one comparison and one transfer for all of them.
+    """Read on the host which gates are open, with one comparison and one transfer for all of them.
 
-    For the start of a training step on a CPU, where reading costs nothing: a block then does only what the state of its
-    gate asks for. On a GPU the host would wait for the step before, so there the gates stay unread, and every block
-    asks the device.
+    Call it at the start of a training step on a CPU, where reading costs nothing: a block then computes only what the
+    state of its gate requires. On a GPU the host would wait for the previous step, so there the gates are not read on
+    the host, and every block reads its gate on the device.
     """
     if not gates:
         return
@@ -89,7 +89,7 @@ class _GatedAdd(torch.autograd.Function):
 def gated_add(base_out: Tensor, delta_out: Tensor, gate: Gate) -> Tensor:
     """Add `delta_out` to `base_out` (same shape) if the gate is open; see `_GatedAdd` for the gradients."""
     score = gate.score
-    if torch.finfo(score.dtype).bits < 32:  # a framework cast the parameter itself, past Gate._apply
+    if torch.finfo(score.dtype).bits < 32:  # a framework has cast the parameter itself, bypassing Gate._apply
         score = score.float()
     out = _GatedAdd.apply(base_out, delta_out.to(base_out.dtype), score, gate.threshold)
     assert isinstance(out, Tensor)

@@ -17,7 +17,7 @@ def drift(features: Tensor, untouched: Tensor) -> Tensor:
     """Mean of 1 - cos(f, f0) over rows.
 
     Args:
-        features: (N, D) of the model that trains; any length of rows.
+        features: (N, D) of the model in training; rows of any length.
         untouched: (N, D) of the untouched model for the same inputs, a constant.
 
     Returns:

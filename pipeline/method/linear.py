@@ -12,7 +12,7 @@ from pipeline.method.route import Work, cheapest
 
 
 class Block(nn.Module):
-    """What both forms share: `y = base(x) + I(score) * delta_out`, or always on where `gate` is None.
+    """The base of both forms: `y = base(x) + I(score) * delta_out`; the change is always on if `gate` is None.
 
     `base` is the untouched linear and is frozen here. `target` is the block's name, as in "image.3.q_proj".
     The adapter takes the dtype and device of the base weight; the score is fp32 whatever happens.
@@ -54,13 +54,13 @@ class Block(nn.Module):
         if way == "two_path":
             return self.reference(x)
         form = Form(self.lowrank.scaling, 0.0 if self.gate is None else self.gate.threshold, self._known_open())
-        # Read as attributes of their modules, for that is what makes ZeRO-3 gather them.
+        # Read as attributes of their modules, because that makes ZeRO-3 gather them.
         score = None if self.gate is None else self.gate.score
         pair = Pair(self.base.weight, self.lowrank.lora_A, self.lowrank.lora_B, self.scale_parameter(), score)
         return (dense_linear if way == "dense" else factor_linear)(x, self.base.bias, pair, form)
 
     def reference(self, x: Tensor) -> Tensor:
-        """The same by two paths, as the method is written: slower, and what the fast ways are tested against."""
+        """The same by two paths, as the method is written: slower, and the reference for tests of the fast ways."""
         base_out = self.base(x)
         if self.gate is None:
             return base_out + self.delta_out(x, base_out)
@@ -72,37 +72,37 @@ class Block(nn.Module):
     def _known_open(self) -> bool | None:
         """State of the gate in this step on the host; None: read it on the device.
 
-        A compiled block always asks the device: its graph is then the same for an open and a closed gate.
+        A compiled block always reads the device: its graph is then the same for an open and a closed gate.
         """
         if self.gate is None:
             return True
         return None if torch.compiler.is_compiling() else self.gate.known_open
 
     def shut(self) -> None:
-        """Close the block for good: nothing of it trains or is in the graph any more. Its score must be below tau."""
+        """Close the block for good: it no longer trains or takes part in the graph. Its score must be below tau."""
         self.requires_grad_(False)
         if self.gate is not None:
             self.gate.known_open = False
 
     def is_shut(self) -> bool:
-        """Closed, known to be, and never to open again: nothing of the block is in the graph."""
+        """Whether the block is closed for good and has left the graph."""
         return self.gate is not None and not self.gate.score.requires_grad and self.gate.known_open is False
 
     def trains_base(self) -> bool:
-        """Whether the base trains as well, which the fast ways do not differentiate by."""
+        """Whether the base trains as well; the fast ways do not compute its gradient."""
         return any(parameter.requires_grad for parameter in self.base.parameters())
 
     def scale_parameter(self) -> Tensor | None:
-        """The magnitude (out,) where the form has one."""
+        """The magnitude (out,) if the form has one."""
         return None
 
     def undecayed(self) -> list[nn.Parameter]:
-        """What weight decay does not touch: the score and the magnitude, those that there are."""
+        """The parameters without weight decay: the score and the magnitude, as far as the block has them."""
         named = dict(self.named_parameters())
         return [named[name] for name in ("gate.score", "magnitude") if name in named]
 
     def delta_out(self, x: Tensor, base_out: Tensor) -> Tensor:
-        """What an open block adds to `base_out = base(x)`."""
+        """The output that an open block adds to `base_out = base(x)`."""
         raise NotImplementedError
 
     def open_weight(self) -> Tensor:
@@ -122,7 +122,7 @@ class Block(nn.Module):
 class LoRALinear(Block):
     """`W = W0 + I * s B A` (LoRA, arXiv 2106.09685; the gate: paper eq. 2)."""
 
-    def delta_out(self, x: Tensor, base_out: Tensor) -> Tensor:  # noqa: ARG002 - DoRA's needs it
+    def delta_out(self, x: Tensor, base_out: Tensor) -> Tensor:  # noqa: ARG002 - DoRA's form needs it
         return self.lowrank(x)
 
     def open_weight(self) -> Tensor:

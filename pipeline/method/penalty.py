@@ -22,7 +22,8 @@ def gate_penalty(
     """`lam * reduce_l f(s_l)` with f = |s| (l1), s^2 (l2) or max(0, s - threshold) (hinge); a scalar in fp32.
 
     "sum" is eq. 4 to the letter, "mean" divides by the number of gates. At the threshold, l2 has the slope of l1 when
-    its lam is l1's divided by 2 * threshold. Every rank adds it whole: it must not be divided by the number of ranks.
+    its lam is l1's divided by 2 * threshold. Every rank adds the whole penalty; it must not be divided by the number of
+    ranks.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'sum'")

@@ -1,4 +1,4 @@
-"""Which exact way to compute a block costs least, forward and backward together.
+"""The cheapest exact way to compute a block, forward and backward together.
 
 T tokens pass through a linear m -> n with a pair of rank r. With D = dL/dW (n, m), the three ways are
 
@@ -23,7 +23,7 @@ RIDGE = {"cpu": 24, "cuda": 370}
 
 
 class Work(NamedTuple):
-    """One block in one step. `is_open` None: not known on the host, so that it must be ready for both."""
+    """One block in one step. `is_open` None: not known on the host, so both cases must be covered."""
 
     tokens: int
     inputs: int
@@ -41,7 +41,7 @@ def cheapest(work: Work, device: str = "cpu") -> Way:
 
 
 def cost(way: Way, work: Work, device: str = "cpu") -> int:
-    """FLOPs of forward and backward; what only moves memory is counted by the FLOPs that fit into that time."""
+    """FLOPs of forward and backward; memory traffic counts as the FLOPs that fit into its time."""
     ridge = RIDGE.get(device, RIDGE["cuda"])
     products = sum(
         max(2 * rows * inner * columns, ridge * (rows * inner + inner * columns + rows * columns))
@@ -77,7 +77,7 @@ def _products(way: Way, work: Work) -> Iterator[Product]:
 
 
 def _passes(way: Way, work: Work) -> int:
-    """Element-wise walks over a (tokens, out) tensor, each reading or writing it once or twice."""
+    """Number of element-wise passes over a (tokens, out) tensor, each reading or writing it once or twice."""
     if way == "two_path":
         return 10 if work.dora else 6
     return 3 if way == "factors" and work.dora else 0

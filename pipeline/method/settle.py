@@ -1,4 +1,4 @@
-"""Gates that settle: a block that has stayed closed for long, and well below the threshold, is shut for good."""
+"""Gates that settle: a block whose gate has been closed for long, and well below the threshold, is shut for good."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pipeline.method.linear import Block
 
 
 class SettlingState(TypedDict):
-    """What a checkpoint keeps: names of the settled blocks, and steps in a row that each other one has been closed."""
+    """State in a checkpoint: the settled blocks, and for how many consecutive steps each other one has been closed."""
 
     settled: list[str]
     closed_for: dict[str, int]
 
 
 class Settling:
-    """Counts, step by step, for how long each gate has been closed, and shuts those that reach `steps`.
+    """Counts the consecutive steps for which each gate has been closed, and shuts the blocks that reach `steps`.
 
     A step counts if the score is below `threshold - margin`; any other step starts the count again. A settled
-    block leaves the graph: its forward is the base layer, it keeps no activation and nothing of it trains. All ranks
-    hold the same scores and so decide the same. The scores are read on the host once a step, in one transfer.
+    block leaves the graph: its forward is the base layer, it keeps no activation and does not train. All ranks hold the
+    same scores and so decide the same. The scores are read on the host once per step, in one transfer.
     """
 
     def __init__(self, model: nn.Module, steps: int, margin: float) -> None:

@@ -1,4 +1,4 @@
-"""The sigmoid loss of SigLIP: every pair of the global batch on its own, exact over ranks."""
+"""The sigmoid loss of SigLIP: each pair of the global batch is judged on its own; exact over ranks."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def sigmoid_loss(
 ) -> Tensor:
     """Sum over all texts, mean over images, of -log sigmoid(z (t cos + b)) (arXiv 2303.15343, equation 1).
 
-    A rank computes its own images against the texts of all ranks. The mean over ranks of the parameter gradients (what
+    Each rank compares its own images with the texts of all ranks. The mean over ranks of the parameter gradients (which
     DDP and DeepSpeed compute) equals the gradient of one rank that holds the whole batch.
 
     Args:
-        image_features, text_features: (B, D), normalised by the caller; row i of both belongs together; B is the same
-            on every rank.
+        image_features, text_features: (B, D), normalised by the caller; row i of one belongs to row i of the other;
+            B is the same on every rank.
         logit_scale: t, the factor itself (exp of the parameter), () or (1,).
         logit_bias: b, () or (1,).
         labels: (B,) int64 classes. Rows of the same class on any rank are then positives of each other (z = 1); a
             negative label is a class of its own. None: each text is the positive of its own image only.
-        chunk_rows: rows of logits held at a time; None: as many as MOST_LOGITS.
+        chunk_rows: rows of logits held at a time; None: as many as MOST_LOGITS allows.
 
     Returns:
         A scalar in at least fp32.
@@ -76,7 +76,7 @@ class _SigmoidLoss(torch.autograd.Function):
             logits += bias
             positive = _positives(classes, rank * rows, part, logits)
             total -= F.logsigmoid(torch.where(positive, logits, -logits)).sum()
-        # what fits into one chunk is kept for the backward, the rest is computed again there
+        # a single chunk is kept for the backward; several are computed again there
         ctx.save_for_backward(image, texts, scale, bias, classes, logits if chunk >= rows else None)
         ctx.group, ctx.chunk = group, chunk
         return total / rows

@@ -1,8 +1,8 @@
 """Several blocks that read one input, computed as one: q, k and v of a layer in a third of the kernels.
 
 Notation as in folded.py, with an index k over the blocks: W_k = W0_k + I_k s B_k A_k, or DoRA's. The weights in effect
-are one (K out, in) matrix, rows under rows, so that one product gives all outputs and one gives dx. What pairs a
-block with its own factors is a batched product. Each value is that of the block by itself, up to the order of sums.
+are stacked into one (K out, in) matrix, so that one product gives all outputs and one gives dx. Products of a block
+with its own factors are batched. Each value equals that of the block computed alone, up to the order of sums.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pipeline.method.folded import full_precision, product_dtype, times, wide_dt
 from pipeline.method.linear import Block
 from pipeline.method.route import Way, Work, cheapest
 
-# Where launching kernels costs more than stacking the weights. On a CPU a launch costs nothing, and a block that is
-# known to be closed computes less by itself.
+# Devices on which launching kernels costs more than stacking the weights. On a CPU a launch costs nothing, and a block
+# that is known to be closed computes less alone.
 DEVICES = {"cuda", "meta"}
 
 
@@ -34,7 +34,7 @@ class Stack(NamedTuple):
 
 
 class StackForm(NamedTuple):
-    """What is constant in a stack; `dtype` is that of the products."""
+    """The constants of a stack; `dtype` is that of the products."""
 
     scaling: float
     threshold: float
@@ -42,7 +42,7 @@ class StackForm(NamedTuple):
 
 
 class _Weight(NamedTuple):
-    """The weights in effect (K out, in); of DoRA rho and the row norms (K, out, 1); which are closed (K, 1, 1)."""
+    """The weights in effect (K out, in), DoRA's rho and row norms (K, out, 1), and which are closed (K, 1, 1)."""
 
     value: Tensor
     rho: Tensor | None
@@ -51,7 +51,7 @@ class _Weight(NamedTuple):
 
 
 def project(x: Tensor, linears: Sequence[nn.Module]) -> list[Tensor]:
-    """(..., in) by each of some linears of one shape -> (..., out) each; in one where all of them are alike blocks."""
+    """(..., in) through several linears of one shape -> (..., out) each; together if all are blocks of one form."""
     blocks = [linear for linear in linears if isinstance(linear, Block)]
     way = _way(x, blocks) if len(blocks) == len(linears) else None
     if way is None:
@@ -78,7 +78,7 @@ def project(x: Tensor, linears: Sequence[nn.Module]) -> list[Tensor]:
 
 
 def _way(x: Tensor, blocks: Sequence[Block]) -> Way | None:
-    """The way of these blocks where they are of one form and nothing is known of their gates; None: each by itself."""
+    """The way to compute these blocks together, if they have one form and unknown gates; None: each alone."""
     if x.device.type not in DEVICES or not torch.is_grad_enabled() or len({_form(block) for block in blocks}) > 1:
         return None
     first = blocks[0]
@@ -91,7 +91,7 @@ def _way(x: Tensor, blocks: Sequence[Block]) -> Way | None:
 
 
 def _form(block: Block) -> tuple[object, ...]:
-    """What blocks must have in common to be stacked."""
+    """The form that blocks must share to be stacked."""
     low, gate = block.lowrank, block.gate
     threshold = None if gate is None else gate.threshold
     return type(block), block.weight.shape, block.bias is None, low.rank, low.scaling, threshold
@@ -114,7 +114,7 @@ def _weight(stack: Stack, form: StackForm) -> _Weight:
 
 
 class _StackedFold(torch.autograd.Function):
-    """The weights in effect (K out, in) as a function of the stack; its backward is given D."""
+    """The weights in effect (K out, in) as a function of the stack; its backward receives D."""
 
     @staticmethod
     def forward(
@@ -216,7 +216,7 @@ def _gradients(
     rho: Tensor | None,
     norm: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Of A, B, m and the scores, from those straight through the gates; names as in the head of folded.py."""
+    """Gradients of A, B, m and the scores from those straight through the gates; names as at the top of folded.py."""
     grad_m, through = None, c
     if p is not None and q is not None and rho is not None and norm is not None:
         grad_m, grad_b, through = (q / norm).squeeze(2), rho * grad_b, rho * q - p
@@ -229,7 +229,7 @@ def _gradients(
 def _as_stored(
     gradients: tuple[Tensor, Tensor, Tensor | None, Tensor], a: Tensor, b: Tensor, score: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """In the dtypes of the parameters: of A, B, m and the scores."""
+    """The gradients of A, B, m and the scores, in the dtypes of these parameters."""
     grad_a, grad_b, grad_m, grad_score = gradients
     return (
         grad_a.to(a.dtype),

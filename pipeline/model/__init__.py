@@ -1,1 +1,1 @@
-"""CLIP models: loading, splitting and naming. The only row that imports open_clip."""
+"""CLIP models and ViTs: loading, splitting and naming. The only package that imports open_clip and timm."""

@@ -1,4 +1,4 @@
-"""QuickGELU with the memory of one tensor: only its input is kept for the backward."""
+"""QuickGELU that keeps a single tensor, its input, for the backward."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class _QuickGELU(torch.autograd.Function):
 class QuickGELU(nn.Module):
     """x sigmoid(1.702 x), the activation of OpenAI's CLIP (GELU's sigmoid form, arXiv 1606.08415, section 2).
 
-    Written out, autograd keeps x, 1.702 x and the sigmoid; this keeps x and computes the rest again.
+    With the formula written out, autograd would keep x, 1.702 x and the sigmoid; this module keeps x and recomputes the
+    rest.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Self-attention whose q, k, v and out are four linears, for each of the fused forms that open_clip and timm have."""
+"""Self-attention with q, k, v and out as four linears, for each of the fused forms in open_clip and timm."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 class SplitProjections(nn.Module):
-    """A module whose projections are linears of their own, where open_clip and timm keep several in one parameter.
+    """A module with a separate linear for each projection, where open_clip and timm keep several in one parameter.
 
-    `stock`: the name that those give a parameter -> the names of the parameters here that make it, put together.
+    `stock`: name of a parameter there -> names of the parameters here that form it when concatenated.
     """
 
     stock: dict[str, tuple[str, ...]]
@@ -38,7 +38,7 @@ class SplitProjections(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def _name(self, **stock: tuple[str, ...]) -> None:
-        """Set `stock`, of modules: qkv=("q_proj", "k_proj", "v_proj") is their weights and, where there are, biases."""
+        """Set `stock` by modules: qkv=("q_proj", "k_proj", "v_proj") means their weights and, if present, biases."""
         own = {name for name, _ in self.named_parameters()}
         parts = [(theirs, names, part) for theirs, names in stock.items() for part in ("weight", "bias")]
         named = {f"{theirs}.{part}": tuple(f"{name}.{part}" for name in names) for theirs, names, part in parts}
@@ -48,8 +48,8 @@ class SplitProjections(nn.Module):
 class SplitAttention(SplitProjections):
     """Self-attention with q, k, v and out as four nn.Linear.
 
-    `causal`: the mask of this tower is the causal one, which the kernel then applies by itself; a mask in memory would
-    keep it off its fast form.
+    `causal`: the tower has the causal mask, which the kernel then applies itself; with a mask in memory it could not
+    use its fast form.
     """
 
     causal = False
@@ -85,7 +85,7 @@ class SplitAttention(SplitProjections):
 
 
 class SplitMultiheadAttention(SplitAttention):
-    """Stands for the `nn.MultiheadAttention` of open_clip's ResidualAttentionBlock."""
+    """Replaces the `nn.MultiheadAttention` of open_clip's ResidualAttentionBlock."""
 
     @classmethod
     def of(cls, attention: nn.MultiheadAttention) -> SplitMultiheadAttention:
@@ -108,7 +108,7 @@ class SplitMultiheadAttention(SplitAttention):
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """(N, L, C) each -> ((N, L, C), None): the call and the return of nn.MultiheadAttention."""
+        """(N, L, C) each -> ((N, L, C), None), with the signature of nn.MultiheadAttention."""
         if need_weights:
             raise NotImplementedError("attention weights are not computed")
         linears = (self.q_proj, self.k_proj, self.v_proj)
@@ -122,7 +122,7 @@ class SplitMultiheadAttention(SplitAttention):
 
 
 class SplitCustomAttention(SplitAttention):
-    """Stands for open_clip's own `Attention`, of its CustomResidualAttentionBlock, with all of its options."""
+    """Replaces the `Attention` of open_clip's CustomResidualAttentionBlock, with all of its options."""
 
     def __init__(self, attention: Any) -> None:
         super().__init__(
@@ -152,9 +152,9 @@ class SplitCustomAttention(SplitAttention):
 
 
 class SplitTimmAttention(SplitProjections):
-    """Stands for timm's attention modules: `Attention`, `AttentionRope`, and `EvaAttention`, with rotary positions.
+    """Replaces timm's attention modules `Attention`, `AttentionRope` and `EvaAttention`, including rotary positions.
 
-    All of their options but the sigmoid gate and fewer heads for k and v than for q.
+    All of their options are supported except the sigmoid gate and fewer heads for k and v than for q.
     """
 
     def __init__(self, attention: Any) -> None:
@@ -186,7 +186,7 @@ class SplitTimmAttention(SplitProjections):
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """(N, L, C) -> (N, L, C). rope: rotary embeddings of the patches, behind `num_prefix_tokens`."""
+        """(N, L, C) -> (N, L, C). rope: rotary embeddings of the patches, which follow `num_prefix_tokens` tokens."""
         q, k, v = map(self.heads, project(x, (self.q_proj, self.k_proj, self.v_proj)))
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
@@ -202,7 +202,7 @@ class SplitTimmAttention(SplitProjections):
         return self.proj_drop(self.out_proj(self.norm(out.transpose(1, 2).flatten(2))))
 
     def _rotated(self, x: Tensor, rope: Tensor) -> Tensor:
-        """(N, heads, L, C / heads), those of the patches turned by their position."""
+        """(N, heads, L, C / heads) with the tokens of the patches rotated by their position."""
         from timm.layers import apply_rot_embed_cat
 
         first = self.num_prefix_tokens
@@ -211,7 +211,7 @@ class SplitTimmAttention(SplitProjections):
 
 
 class SplitAttentionPool(SplitProjections):
-    """Stands for timm's `AttentionPoolLatent`: a learned query attends to all patches (the pooling of SigLIP)."""
+    """Replaces timm's `AttentionPoolLatent`: a learned query attends to all patches (the pooling of SigLIP)."""
 
     def __init__(self, pool: Any) -> None:
         super().__init__()
@@ -241,7 +241,7 @@ class SplitAttentionPool(SplitProjections):
 
 
 def split(attention: nn.Module | None) -> SplitProjections:
-    """The same with q, k and v apart; ConfigError for a form that is not known."""
+    """The same attention with q, k and v split; ConfigError for an unknown form."""
     from open_clip.transformer import Attention
     from timm.layers import AttentionPoolLatent, AttentionRope
     from timm.layers.attention import Attention as TimmAttention

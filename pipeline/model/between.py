@@ -1,6 +1,6 @@
 """Models between an untouched and a fine-tuned one: weights W0 + α (W1 − W0), with α the strength of the fine-tuning.
 
-Right for whatever trained, DoRA and full fine-tuning included, because what is mixed are merged weights.
+Merged weights are mixed, so this is right for every kind of training, DoRA and full fine-tuning included.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pipeline.model.restore import find_run, load_base, load_run
 
 @dataclass(frozen=True)
 class Between:
-    """One model that takes any strength; of the weights only those that training moved are held twice more.
+    """One model that can be set to any strength; only weights that training changed are held in two further copies.
 
     Attributes:
-        model: has the strength that was asked for last.
+        model: the model at the strength of the latest call.
         moved: name -> (W0, W1), on the CPU.
     """
 
@@ -34,7 +34,7 @@ class Between:
     def of(base: Model, tuned: Model) -> Between:
         """Between two merged models of one layout; `tuned` is taken over and changed by `at`.
 
-        What the base does not have, the classifier of a ViT, stays that of `tuned`.
+        The classifier of a ViT, which the base does not have, stays that of `tuned`.
         """
         start = base.model.state_dict()
         moved = {
@@ -46,9 +46,9 @@ class Between:
 
     @torch.no_grad()
     def at(self, alpha: float) -> Model:
-        """The model with weights W0 + α (W1 − W0), bit for bit the untouched at 0 and the fine-tuned at 1.
+        """The model with weights W0 + α (W1 − W0), bit for bit the untouched one at 0 and the fine-tuned one at 1.
 
-        It is the one model that there is: what an earlier call gave changes with it.
+        There is only one model: the result of an earlier call changes with this one.
         """
         own = self.model.model.state_dict()
         for name, (start, end) in self.moved.items():
@@ -66,8 +66,8 @@ def load_at(run_dir: str | Path, alpha: float, step: int | None = None) -> Model
 def weaken(adapted: nn.Module, base: nn.Module, alpha: float) -> None:
     """Bring a model that still carries its LoRA blocks to a strength in (0, 1].
 
-    The delta of a block is linear in its scale (paper eq. 2), so scaling that by α is exact; what trained outside the
-    blocks becomes W0 + α (W1 − W0). A DoRA block is not such a product: ValueError.
+    The delta of a block is linear in its scale (paper eq. 2), so multiplying the scale by α is exact; weights trained
+    outside the blocks become W0 + α (W1 − W0). DoRA blocks are not linear in their scale and raise a ValueError.
     """
     if alpha == 1:
         return
@@ -84,5 +84,5 @@ def weaken(adapted: nn.Module, base: nn.Module, alpha: float) -> None:
 def _mixed(start: Tensor, end: Tensor, alpha: float) -> Tensor:
     if not start.is_floating_point():
         return end if alpha >= 0.5 else start
-    # What did not train stays as it is, to the last bit, whatever the rounding in between would do.
+    # Weights that did not train stay as they are to the last bit, whatever the rounding would do.
     return torch.where(start == end, start, torch.lerp(start, end, alpha))

@@ -43,9 +43,9 @@ class Clip:
     model: open_clip's module, attention split, logit_scale of shape (1,). tokenizer: list of N captions -> LongTensor
     (N, context). preprocess_cfg: size, mean, std, interpolation, resize_mode, .. as open_clip names them. model_cfg:
     open_clip's architecture, activation included. digest: sha256 of the untouched weights in open_clip's own layout,
-    with positions as they were stored, and of the image size where it was changed. name and pretrained: paths in them
-    are absolute. image_size: pixels a side, where it was changed. added_bias: start of a logit bias that the base does
-    not have.
+    with positions as they were stored, and over the image size if it was changed. name and pretrained: paths in them
+    are absolute. image_size: side in pixels, if it was changed. added_bias: initial value of a logit bias that the
+    base does not have.
     """
 
     model: nn.Module
@@ -60,7 +60,7 @@ class Clip:
 
 
 def with_logit_bias(clip: Clip, start: float) -> Clip:
-    """The same model, changed in place, with a logit bias of shape (1,), as the sigmoid loss needs one."""
+    """The same model, changed in place, with a logit bias of shape (1,) for the sigmoid loss."""
     model: Any = clip.model
     model.logit_bias = nn.Parameter(torch.full((1,), start))
     clip.model_cfg["init_logit_bias"] = start
@@ -75,10 +75,10 @@ def load_clip(
     name: an open_clip architecture, a directory with open_clip_config.json ("local-dir:PATH" or the path alone; weights
     optional), "hf-hub:ORG/NAME" of such an entry, or "hf:ORG/NAME" or a directory in the layout of transformers'
     CLIPModel. pretrained: a tag of the architecture, a weight file or a directory that holds
-    open_clip_model.safetensors; None takes the weights of the named directory or hub entry, and where an architecture
-    or a directory comes without weights a random start from `seed`. image_size: pixels a side, to which the positions
-    of the image tower are resized in fp32. hollow: the parameters have no values and take no memory, no weights are
-    read, and the digest is empty; the preprocess_cfg may lack what a tag says. Wrong names, tags, files, sizes and
+    open_clip_model.safetensors; None takes the weights of the named directory or hub entry, and for an architecture or
+    a directory without weights a random start from `seed`. image_size: side in pixels, to which the positions of the
+    image tower are resized in fp32. hollow: the parameters have no values and take no memory, no weights are read, and
+    the digest is empty; the preprocess_cfg may lack the values of a tag. Wrong names, tags, files, sizes and
     activations raise ConfigError.
     """
     name, pretrained = _full_name(name), _full_path(pretrained)
@@ -104,10 +104,10 @@ def load_clip(
 
 
 def resize_images(model: Any, size: int) -> tuple[int, int]:
-    """Let a CLIP take images of size x size pixels, in place: its positions are resized in fp32, as open_clip does it.
+    """Change a CLIP in place to take images of size x size pixels: its positions are resized in fp32, as in open_clip.
 
     Returns:
-        The size as open_clip has it in a preprocess_cfg.
+        The size in the form of open_clip's preprocess_cfg.
 
     Raises:
         ConfigError: for a timm image tower, or a size that its patches do not divide.
@@ -157,12 +157,12 @@ def _by_open_clip(
 
 
 def model_config(name: str) -> dict[str, Any]:
-    """The architecture that `load_clip` would build, as open_clip names its parts. Raises ConfigError."""
+    """The architecture that `load_clip` would build, in open_clip's terms. Raises ConfigError."""
     return _model_config(_full_name(name))
 
 
 def hub_entry(name: str, pretrained: str | None) -> str | None:
-    """ORG/NAME at the Hugging Face hub that a model's weights come from; None where they come from elsewhere."""
+    """ORG/NAME on the Hugging Face hub of a model's weights; None if they come from elsewhere."""
     import open_clip
 
     plain = name.removeprefix("timm:")
@@ -180,9 +180,9 @@ def hub_entry(name: str, pretrained: str | None) -> str | None:
 def _create(
     name: str, pretrained: str | None, weight_file: str | None, quick_gelu: bool, seed: int, *, empty: bool = False
 ) -> Any:
-    """open_clip's module, by open_clip's own loading code; the global random generator is left as it was.
+    """open_clip's module, loaded by open_clip itself; the state of the global random generator is preserved.
 
-    empty: no weights are loaded, those of the name neither.
+    empty: no weights are loaded, not even those that belong to the name.
     """
     import open_clip
 
@@ -207,7 +207,7 @@ def _create(
 
 @contextmanager
 def _open_clip_silent(silent: bool) -> Iterator[None]:
-    """Hide open_clip's "initialized randomly", which is not true where the weights come right after."""
+    """Hide open_clip's "initialized randomly", which is wrong when the weights are loaded right after."""
     before = logging.root.manager.disable
     if silent:
         logging.disable(logging.WARNING)
@@ -230,7 +230,7 @@ def is_clip_directory(directory: Path) -> bool:
 
 
 def _full_path(pretrained: str | None) -> str | None:
-    """A weight file or directory by its absolute path; a tag as it is."""
+    """The absolute path of a weight file or directory; a tag unchanged."""
     if pretrained is None or not Path(pretrained).expanduser().exists():
         return pretrained
     return str(Path(pretrained).expanduser().absolute())
@@ -278,7 +278,7 @@ def _weight_file(name: str, pretrained: str | None) -> str | None:
 
 
 def _quick_gelu(name: str, pretrained: str | None, model_cfg: Mapping[str, Any]) -> bool:
-    """Whether QuickGELU must be forced: a tag names weights that were trained with a certain activation."""
+    """Whether QuickGELU must be forced, because the tag's weights were trained with it."""
     import open_clip
 
     tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
@@ -307,8 +307,8 @@ def save_open_clip(
 ) -> Path:
     """Write a merged model so that open_clip itself loads it by "local-dir:DIRECTORY". Returns the directory.
 
-    tokenizer: needed (ValueError) where model_cfg names a Hugging Face tokenizer, which open_clip then reads from the
-    directory. dtype: floating weights are stored in it (None: as they are); open_clip casts to fp32 when it loads.
+    tokenizer: required (ValueError) if model_cfg names a Hugging Face tokenizer, which open_clip then reads from the
+    directory. dtype: floating-point weights are stored in it (None: unchanged); open_clip casts to fp32 on loading.
     """
     from open_clip.tokenizer import HFTokenizer
     from safetensors.torch import save_file

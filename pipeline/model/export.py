@@ -1,4 +1,4 @@
-"""A fine-tuned model as directories of other libraries, safetensors only; open_clip and timm reading their own."""
+"""A fine-tuned model as directories for other libraries, in safetensors; open_clip's and timm's logits of their own."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write_timm(vit: Vit, directory: Path) -> None:
 
 
 def write_hf(clip: Clip, directory: Path) -> None:
-    """A directory that transformers' CLIPModel, CLIPTokenizer and CLIPImageProcessor load, of a merged model."""
+    """Write a merged model as a directory for transformers' CLIPModel, CLIPTokenizer and CLIPImageProcessor."""
     config = hf_config(clip.model_cfg)
     files: dict[str, Any] = {
         "config.json": config,
@@ -60,7 +60,7 @@ def write_onnx(
     pixels: Pixels,
     classes: Tensor | None,
 ) -> None:
-    """The ONNX graphs of a merged model, at `files` (see `write_graphs`), and in the directory what feeds them."""
+    """Write the ONNX graphs of a merged model to `files` (see `write_graphs`), with tokenizer and preprocessing."""
     write_graphs(model, files, precision=precision, pixels=pixels, classes=classes)
     preprocessor = hf_preprocessor(model.preprocess_cfg)
     if pixels == "uint8":
@@ -76,19 +76,19 @@ def write_onnx(
 
 
 def _write_files(files: Mapping[str, Any], directory: Path) -> None:
-    """Texts as they are, everything else as JSON."""
+    """Write texts unchanged and everything else as JSON."""
     for name, content in files.items():
         text = content if isinstance(content, str) else json.dumps(content, indent=1, ensure_ascii=False) + "\n"
         (directory / name).write_text(text, encoding="utf-8")
 
 
 def write_peft(clip: Clip, directory: Path, base_name: str) -> None:
-    """A PEFT adapter of the active blocks of a model whose blocks are not merged, and BASE, the model it belongs to.
+    """A PEFT adapter of the active blocks of an unmerged model, and BASE, the model it belongs to.
 
-    base_name: what adapter_config.json calls the base. BASE holds everything but the blocks: what trains outside of
-    them has no place in an adapter, so the base carries it. The model is left merged into its base, without blocks.
+    base_name: name of the base in adapter_config.json. BASE holds everything but the blocks, including the weights that
+    were trained outside them, because an adapter cannot hold those. The model is left as its base, without blocks.
     """
-    hf_config(clip.model_cfg)  # refuses what CLIPModel has no place for
+    hf_config(clip.model_cfg)  # refuses a model that CLIPModel cannot hold
     active = {target: block for target, block in blocks(clip.model).items() if block.is_open()}
     if not active:
         raise ConfigError("every gate is closed: no adapter is left; export the merged model (--to hf)")
@@ -135,7 +135,7 @@ def peft_config(active: Mapping[str, Block], base_name: str) -> dict[str, Any]:
 
 
 def _strip_blocks(model: nn.Module) -> None:
-    """Put every block's untouched linear back in its place."""
+    """Replace every block by its untouched linear."""
     for parent in list(model.modules()):
         for attribute, child in list(parent.named_children()):
             if isinstance(child, Block):
@@ -143,7 +143,7 @@ def _strip_blocks(model: nn.Module) -> None:
 
 
 def fixed_batch(model: Model) -> tuple[Tensor, ...]:
-    """Four seeded images (4, 3, H, W), for a CLIP four captions' tokens (4, context): what an export is compared on."""
+    """Inputs to compare an export on: four seeded images (4, 3, H, W) and, for a CLIP, four captions (4, context)."""
     size = model.preprocess_cfg["size"]
     height, width = (size, size) if isinstance(size, int) else size
     images = torch.randn(4, 3, height, width, generator=torch.Generator().manual_seed(0))
@@ -167,7 +167,7 @@ def clip_logits(model: Any, images: Tensor, tokens: Tensor) -> Tensor:
 
 
 def logits_by_open_clip(directory: Path, images: Tensor, tokens: Tensor) -> Tensor:
-    """The same by stock open_clip on an exported directory."""
+    """The same logits from stock open_clip on an exported directory."""
     import open_clip
 
     model: Any = open_clip.create_model(f"local-dir:{directory}", require_pretrained=True)
@@ -176,7 +176,7 @@ def logits_by_open_clip(directory: Path, images: Tensor, tokens: Tensor) -> Tens
 
 @torch.no_grad()
 def logits_by_timm(directory: Path, images: Tensor) -> Tensor:
-    """(images, classes) logits by stock timm on an exported directory."""
+    """(images, classes) logits from stock timm on an exported directory."""
     import timm
 
     model: Any = timm.create_model(f"local-dir:{directory}", pretrained=True)
@@ -191,7 +191,7 @@ def _write_tensors(state: Mapping[str, Tensor], file: Path) -> None:
 
 
 def _as_readable_as_others(directory: Path) -> None:
-    """safetensors makes its files readable for their owner only; an export is for others, as the umask allows."""
+    """Apply the umask to the files: safetensors makes them readable for their owner only."""
     umask = os.umask(0)
     os.umask(umask)
     for file in directory.glob("*.safetensors"):

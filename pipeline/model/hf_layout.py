@@ -1,6 +1,6 @@
 """open_clip's CLIP in the layout of transformers.CLIPModel: names, config and preprocessing, as data.
 
-transformers itself is not needed. What CLIPModel has no place for is refused, option by option.
+transformers itself is not needed. Options that CLIPModel does not have are refused one by one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ OUTER = {
     "logit_scale": "logit_scale",
 }
 TRANSPOSED = ("visual.proj", "text_projection")  # open_clip multiplies by these from the right
-# Options that CLIPModel has as well; any other must be at its default.
+# Options that CLIPModel also has; all others must be at their defaults.
 VISION_OPTIONS = ("image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio")
 TEXT_OPTIONS = ("context_length", "layers", "width", "heads", "mlp_ratio")
 IGNORED = ("patch_dropout", "output_tokens")  # they change nothing in eval mode
@@ -69,7 +69,7 @@ def hf_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def hf_name(name: str) -> str | None:
-    """CLIPModel's name of a parameter, or None where it has none. Text names come without "text."."""
+    """CLIPModel's name of a parameter, or None if it has none. Names of the text tower are given without "text."."""
     found = re.fullmatch(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)", name)
     if found is None:
         return OUTER.get(name)
@@ -86,7 +86,7 @@ def hf_target(target: str) -> str:
 
 
 def hf_config(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of the CLIPModel that computes what open_clip makes of `model_cfg`."""
+    """config.json of the CLIPModel that computes the same as open_clip with `model_cfg`."""
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
     vision = _plain(CLIPVisionCfg, model_cfg["vision_cfg"], VISION_OPTIONS, "vision_cfg")
@@ -129,7 +129,7 @@ def hf_config(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(kind: Any, given: Mapping[str, Any], options: tuple[str, ...], section: str) -> dict[str, Any]:
-    """All options of a tower; ConfigError for one that differs from its default and that CLIPModel does not have."""
+    """All options of a tower; ConfigError for one that CLIPModel does not have, unless it is at its default."""
     default, values = asdict(kind()), dict(given)
     strange = [
         f"{section}.{key}={value!r}"

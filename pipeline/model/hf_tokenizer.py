@@ -1,8 +1,8 @@
-"""CLIP's tokenizer as files of the tokenizers library, with open_clip's cleaning of texts as far as they can hold it.
+"""CLIP's tokenizer as files of the tokenizers library, with as much of open_clip's text cleaning as they can express.
 
 open_clip repairs a text before it reads it: ftfy's fix_text, then HTML entities. transformers' own CLIPTokenizer does
-neither. The normalizer of tokenizer.json is a list of replacements, which holds most of it: curly quotes, ligatures,
-full-width characters, control characters, the entities of HTML 4, and numeric entities of Latin-1. What remains: text
+neither. The normalizer of tokenizer.json is a list of replacements, which covers most of it: curly quotes, ligatures,
+full-width characters, control characters, the entities of HTML 4, and numeric entities of Latin-1. Not covered: text
 that was decoded with a wrong encoding ("cafÃ©"), other entities, quotes as entities in a text with "<", C1 control
 characters, terminal escapes, a final capital sigma, and special tokens that are written out.
 """
@@ -20,7 +20,7 @@ from typing import Any
 START, END = "<|startoftext|>", "<|endoftext|>"
 START_ID, END_ID = 49406, 49407
 _PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-# As in ftfy: what is cut apart, narrowed, straightened and dropped.
+# As in ftfy: characters that are split, narrowed, straightened and dropped.
 _LIGATURES = "ĲĳŉǄǅǆǇǈǉǊǋǌǱǲǳﬀﬁﬂﬃﬄﬅﬆ"
 _QUOTES = {"[\u02bc\u2018-\u201b]": "'", "[\u201c-\u201f]": '"'}
 _CONTROLS = r"[\x00-\x08\x0B\x0E-\x1F\x7F\x{206A}-\x{206F}\x{FEFF}\x{FFF9}-\x{FFFC}]"
@@ -49,7 +49,7 @@ def tokenizer_files(context_length: int) -> dict[str, Any]:
         "tokenizer.json": json.dumps(_fast(vocabulary, merges, context_length), ensure_ascii=False) + "\n",
         "special_tokens_map.json": special,
         "tokenizer_config.json": {
-            # AutoTokenizer takes tokenizer.json as it is; as a CLIPTokenizer it would put its own normalizer there
+            # AutoTokenizer uses tokenizer.json unchanged; CLIPTokenizer would replace its normalizer
             "tokenizer_class": "PreTrainedTokenizerFast",
             "do_lower_case": True,
             "model_max_length": context_length,
@@ -127,7 +127,7 @@ def _entities() -> Iterator[tuple[str, str]]:
     spellings: dict[str, list[str]] = {}
     for name in (*name2codepoint, "LT", "GT", "QUOT", "COPY", "REG", "apos"):
         if name != "amp":
-            end = ";?" if name in html5 else ";"  # HTML reads the oldest ones without it
+            end = ";?" if name in html5 else ";"  # HTML accepts the oldest ones without it
             spellings.setdefault(unescape(f"&{name};"), []).append(name + end)
     for number in _NUMBERS:
         spelling = f"#(?:0*{number}|[xX]0*(?i:{number:x}))(?![0-9a-fA-F]);?"

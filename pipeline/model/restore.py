@@ -1,4 +1,4 @@
-"""The fine-tuned model of a run directory: base, blocks and checkpoint put together and merged."""
+"""The fine-tuned model of a run directory: base, blocks and checkpoint, combined and merged."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from pipeline.runs.run import (
 
 @dataclass(frozen=True)
 class RunSource:
-    """Where a run's weights come from: its newest (or a chosen) checkpoint and the base it was trained on."""
+    """The sources of a run's weights: its newest (or a chosen) checkpoint and the base it was trained on."""
 
     checkpoint: Path
     state: dict[str, Any]
@@ -54,7 +54,7 @@ class RunSource:
 
 
 def check_exists(run_or_model: str | Path) -> None:
-    """Refuse a path that leads nowhere, before it is looked up as a model's name (`ViT-B/16` is one)."""
+    """Refuse a path that does not exist before it is taken for a model's name (such as `ViT-B/16`)."""
     from pipeline.model.clip import is_architecture
 
     name = str(run_or_model)
@@ -86,7 +86,7 @@ def find_run(run_dir: str | Path, step: int | None = None) -> RunSource:
 
 
 def move_base(run_dir: str | Path, place: str | Path) -> None:
-    """Remember the new place of a run's base.
+    """Record the new place of a run's base.
 
     Args:
         place: directory or weight file.
@@ -108,7 +108,7 @@ def move_base(run_dir: str | Path, place: str | Path) -> None:
 
 
 def _path(name: str | None) -> Path | None:
-    """The path that model.name or model.pretrained is; None for an architecture, a tag or a hub entry."""
+    """model.name or model.pretrained as a path; None for an architecture, a tag or a hub entry."""
     plain = (name or "").removeprefix(SCHEMA)
     if plain.startswith("local-dir:"):
         return Path(plain.removeprefix("local-dir:"))
@@ -116,7 +116,7 @@ def _path(name: str | None) -> Path | None:
 
 
 def _missing(said: Mapping[str, Any]) -> dict[str, Path]:
-    """{"name" or "pretrained": path} of the places of a base where nothing is."""
+    """{"name" or "pretrained": path} of the places of a base that do not exist."""
     paths = {key: _path(said[key]) for key in ("name", "pretrained")}
     return {key: path for key, path in paths.items() if path is not None and not path.exists()}
 
@@ -124,7 +124,7 @@ def _missing(said: Mapping[str, Any]) -> dict[str, Path]:
 def load_base(source: RunSource) -> Model:
     """The untouched model that the run started from; other weights under its name are a ConfigError.
 
-    A ViT comes without the classifier, which the run has made.
+    A ViT comes without the classifier, which the run adds.
     """
     return _start(source, None)
 
@@ -143,7 +143,7 @@ def _start(source: RunSource, classes: tuple[str, ...] | None) -> Model:
 
 
 def check_base(model: Model, digest: str, checkpoint: Path) -> None:
-    """Raise ConfigError unless `model` came from the weights of this digest, on which the checkpoint was trained."""
+    """Raise ConfigError unless `model` has the weights of this digest, on which the checkpoint was trained."""
     if model.digest != digest:
         raise ConfigError(
             f"{checkpoint}: was trained on base weights {digest[:12]}, but model.name={model.name!r} with "
@@ -189,7 +189,7 @@ def load_adapted(source: RunSource) -> Model:
 
 
 def copy_parameters(model: Model, names: list[str], checkpoint: Path) -> None:
-    """Fill the named parameters from the checkpoint; nothing is copied when a name or a shape does not fit."""
+    """Fill the named parameters from the checkpoint; if a name or a shape does not match, nothing is copied."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -1,7 +1,7 @@
 """The uniform mean of several fine-tuned models (arXiv 2203.05482, "uniform soup").
 
-What is averaged are merged weights, so the mean is exact for LoRA, DoRA and full fine-tuning alike: the mean of A times
-the mean of B is not the mean of B A.
+Merged weights are averaged, so the mean is exact for LoRA, DoRA and full fine-tuning alike; the mean of B times the
+mean of A would not be the mean of B A.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def mean_weights(run_dirs: Sequence[Path]) -> dict[str, Tensor]:
 
 
 def state_of_mean(run_dirs: Sequence[Path]) -> dict[str, Any]:
-    """The state.json of a checkpoint with the mean of several runs: that of a full fine-tuning.
+    """The state.json of a checkpoint with the mean of several runs, which is stored as a full fine-tuning.
 
     Raises:
         ConfigError: the runs started from different weights, or one cannot be read.

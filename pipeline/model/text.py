@@ -1,9 +1,9 @@
-"""Captions to tokens, no longer than the longest caption of a batch where a shorter text gives the same features.
+"""Captions to tokens, cut to the longest caption of a batch if shorter texts give the same features.
 
-A text tower with a causal mask that takes its feature at the end-of-text token never reads what follows that token: the
-padding of CLIP's 77 tokens is computed and thrown away. Without a causal mask (SigLIP) every token reads the padding,
-and a feature taken at the first or last position or from a class token (CoCa) moves with the length, so those towers
-get their whole context.
+A text tower with a causal mask that takes its feature at the end-of-text token never reads the tokens after it: the
+padding to CLIP's 77 tokens is computed in vain. Without a causal mask (SigLIP) every token reads the padding, and the
+position of a feature taken at the end or from a class token (CoCa) depends on the length, so those towers get their
+whole context.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MULTIPLE = 8
 class ShortTokenizer:
     """A tokenizer whose tokens are cut to the longest text of the call, rounded up to a multiple of 8.
 
-    tokenizer: N texts -> (N, context) int64. end_id: the end-of-text id where the tower looks for it; None where it
+    tokenizer: N texts -> (N, context) int64. end_id: the end-of-text id, if the tower looks for it; None if it
     takes the largest id of a row.
     """
 
@@ -49,7 +49,7 @@ class ShortTokenizer:
 
 @dataclass(frozen=True)
 class TooLong:
-    """Finds the texts that have more tokens than the context of a tower, so that their end is not read.
+    """Finds the texts with more tokens than the context of a tower, whose end is therefore not read.
 
     Attributes:
         tokenizer: open_clip's, which takes ``context_length``.
@@ -65,9 +65,9 @@ class TooLong:
         return TooLong(tokenizer, int(tokenizer([""])[0, -1]))
 
     def __call__(self, texts: list[str], tokens: Tensor) -> list[int]:
-        """The numbers of such texts among N, whose tokens are (N, L) with L up to the context.
+        """The indices of such texts among N with tokens (N, L), L up to the context.
 
-        Only texts that fill the context, or all but its last token, are tokenized again, with one token more.
+        Only texts that fill the context, or all but its last token, are tokenized again, with one more token.
         """
         context = self.tokenizer.context_length
         if tokens.shape[1] < context:
@@ -81,7 +81,7 @@ class TooLong:
 
 
 def batch_tokenizer(model: nn.Module, tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer to use for a batch: short texts where the tower allows them, `tokenizer` itself elsewhere.
+    """The tokenizer to use for a batch: for short texts if the tower allows them, otherwise `tokenizer` itself.
 
     It is picklable and needs no device, so the loader's workers can use it.
     """
@@ -94,7 +94,7 @@ def batch_tokenizer(model: nn.Module, tokenizer: Tokenizer) -> Tokenizer:
 
 
 def why_whole(model: nn.Module) -> str | None:
-    """Why this model must get its whole context; None where texts may be cut behind their end-of-text token."""
+    """Why this model must get its whole context; None if texts may be cut after their end-of-text token."""
     tower = _tower(model)
     pooled = getattr(tower, "pool_type", None) or getattr(tower, "text_pool_type", None)
     if getattr(tower, "cls_emb", None) is not None:
@@ -108,8 +108,8 @@ def why_whole(model: nn.Module) -> str | None:
 
 
 def is_causal(mask: Tensor) -> bool:
-    """Whether an additive mask (L, L) hides exactly what comes later."""
-    if mask.is_meta:  # shapes alone; open_clip builds no other square mask
+    """Whether an additive mask (L, L) hides exactly the later positions."""
+    if mask.is_meta:  # no values, only shapes; open_clip builds no other square mask
         return mask.ndim == 2
     causal = torch.full(mask.shape[-2:], float("-inf")).triu_(1)
     return mask.ndim == 2 and torch.equal(mask.cpu().to(causal.dtype), causal)
@@ -118,8 +118,8 @@ def is_causal(mask: Tensor) -> bool:
 def accept_short_texts(model: Any) -> Any:
     """Let a CLIP of open_clip take texts shorter than its context, and mark its causal attention; in place.
 
-    open_clip adds all positions in `CLIP.encode_text` and hands on the whole mask. Its TextTransformer (of
-    CustomTextCLIP) takes short texts as it is, and only its mask must go.
+    open_clip's `CLIP.encode_text` adds all positions and passes on the whole mask. Its TextTransformer (of
+    CustomTextCLIP) already takes short texts, and only its mask must be removed.
     """
     tower = _tower(model)
     mask = getattr(tower, "attn_mask", None)

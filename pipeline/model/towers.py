@@ -1,4 +1,4 @@
-"""The towers of a model: their layers, target names, and what trains outside the layers.
+"""The towers of a model: their layers, target names, and the parameters that train outside the layers.
 
 A CLIP of open_clip has two, "image" and "text"; a classifier on a ViT of timm (vit.py) has the first.
 """
@@ -26,9 +26,9 @@ _PROJ_LN = re.compile(
     r"|(text\.)?(text_projection(\..*)?|ln_final\..*)|text\.proj\..*|text\.transformer\.(layer_norm|final_layer_norm)\..*"
     r"|(visual\.)?trunk\.(norm_pre|norm|fc_norm|attn_pool\.norm|head)\..*)$"
 )
-Linears = Mapping[str, tuple[str, ...]]  # target -> the paths that its linear may have in a layer
+Linears = Mapping[str, tuple[str, ...]]  # target -> possible paths of its linear in a layer
 _ATTENTION = {name: (f"attn.{name}",) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
-# A gated MLP of timm (SwiGLU) has two linears in the place of fc1, unless they are packed into one.
+# A gated MLP of timm (SwiGLU) has two linears instead of fc1, unless they are packed into one.
 _MLP = {
     "fc1": ("mlp.c_fc", "mlp.fc1"),
     "fc1_g": ("mlp.fc1_g",),
@@ -50,8 +50,8 @@ _T5 = {
     "fc1_x": ("layer.1.DenseReluDense.wi_1",),
     "fc2": ("layer.1.DenseReluDense.wo",),
 }
-# Where the layers of a tower are, and their linears: in timm's ViT, alone or in a CLIP, in open_clip's two forms of a
-# CLIP, and in the text models of Hugging Face.
+# Paths of a tower's layers and their linears: in timm's ViT, alone or in a CLIP, in open_clip's two forms of a CLIP,
+# and in the text models of Hugging Face.
 _PATHS: dict[str, dict[str, Linears]] = {
     "image": {"trunk.blocks": _OWN, "visual.trunk.blocks": _OWN, "visual.transformer.resblocks": _OWN},
     "text": {
@@ -68,12 +68,12 @@ _POOL = {name: (name,) for name in _ATTENTION} | {"fc1": ("mlp.fc1",), "fc2": ("
 
 
 def towers_of(model: nn.Module) -> tuple[str, ...]:
-    """The towers that a model has: both of a CLIP, "image" of a classifier."""
+    """The towers of a model: both for a CLIP, "image" for a classifier."""
     return TOWERS if hasattr(model, "encode_text") else ("image",)
 
 
 def layers(model: nn.Module, tower: str) -> list[nn.Module]:
-    """The residual layers of a tower ("image" or "text"), wherever this model keeps them.
+    """The residual layers of a tower ("image" or "text").
 
     Raises:
         ConfigError: the tower is not a plain transformer, a ResNet for example.
@@ -118,7 +118,7 @@ def split_attention(model: nn.Module) -> nn.Module:
 
 
 def adapter_targets(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Where blocks may go.
+    """The linears that may carry blocks.
 
     Returns:
         {"image.3.q_proj": (parent module, attribute of the linear)}, tower by tower and layer by layer, and
@@ -143,7 +143,7 @@ def adapter_targets(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 
 def _linears(layer: nn.Module, linears: Linears) -> dict[str, tuple[nn.Module, str]]:
-    """{projection: (parent module, attribute)} of the linears that this layer has."""
+    """{projection: (parent module, attribute)} of the linears in a layer."""
     found = {}
     for name, paths in linears.items():
         for path in paths:
@@ -158,8 +158,9 @@ def _linears(layer: nn.Module, linears: Linears) -> dict[str, tuple[nn.Module, s
 def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     """torch.compile the forward of every residual layer, in place: one graph serves all layers of a tower.
 
-    The forward alone, so that hooks of the layer stay outside the graph: those of ZeRO-3 gather its parameters. Opening
-    and closing gates leave the graph as it is; blocks that settle leave it, which asks for a graph per pattern of them.
+    Only the forward is compiled, so that hooks of the layer stay outside the graph: those of ZeRO-3 gather its
+    parameters. Gates that open or close do not change the graph; blocks that settle leave it, so each pattern of
+    settled blocks needs its own graph.
     """
     torch._dynamo.config.recompile_limit = 64
     for tower in towers_of(model):
@@ -173,10 +174,10 @@ def inside_layers(name: str) -> bool:
 
 
 def rest_parameters(model: nn.Module, train_rest: str) -> dict[str, nn.Parameter]:
-    """Parameters outside the residual layers that train: "all", "proj_ln" or "none" of them.
+    """The parameters outside the residual layers that train: "all", "proj_ln" or "none".
 
     proj_ln: both projections, the layer norms before and after the layers, and the logit scale. A classifier's head,
-    which starts from nothing, always trains.
+    which is new, always trains.
     """
     if train_rest not in ("all", "proj_ln", "none"):
         raise ConfigError(f"train.train_rest={train_rest!r}: expected all, proj_ln or none")
@@ -187,9 +188,9 @@ def rest_parameters(model: nn.Module, train_rest: str) -> dict[str, nn.Parameter
 
 
 def apply_trainable(model: nn.Module, train_rest: str, kind: str) -> list[str]:
-    """Set requires_grad everywhere; call after attaching. Returns the names of what trains.
+    """Set requires_grad everywhere; call it after attaching. Returns the names of the parameters that train.
 
-    kind "full": everything. Otherwise ("none", "lora", "dora") the adapters and what `train_rest` names.
+    kind "full": everything. Otherwise ("none", "lora", "dora") the adapters and the parameters of `train_rest`.
     """
     if kind == "full":
         chosen = dict(model.named_parameters())

@@ -24,7 +24,7 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class VitClassifier(nn.Module):
-    """timm's ViT without its head (`trunk`), and one linear over its features (`head`); None where none was trained."""
+    """timm's ViT without its head (`trunk`), and one linear over its features (`head`), None if none was trained."""
 
     def __init__(self, trunk: Any, classes: int | None) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class VitClassifier(nn.Module):
             nn.init.zeros_(self.head.bias)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, D): what timm pools, for DINO the class token after the final norm."""
+        """(B, 3, H, W) -> (B, D): timm's pooled feature, for DINO the class token after the final norm."""
         return self.trunk(images)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class VitClassifier(nn.Module):
         return self.head(self.encode_image(images))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """The inside of each layer is computed again in the backward."""
+        """Recompute the activations inside each layer in the backward."""
         self.trunk.set_grad_checkpointing(enable)
 
 
@@ -54,8 +54,8 @@ class Vit:
     """A model in fp32 on the CPU, with everything needed to feed it; the counterpart of `Clip`.
 
     preprocess_cfg: as in `Clip`; the whole image is resized to the model's size, as the paper's target sets are.
-    digest: sha256 of the untouched trunk. classes: what the classifier tells apart, in the order of its outputs; None
-    where there is no classifier. image_size: pixels a side, where it was changed.
+    digest: sha256 of the untouched trunk. classes: class names of the classifier, in the order of its outputs; None
+    without a classifier. image_size: side in pixels, if it was changed.
     """
 
     model: VitClassifier
@@ -83,10 +83,10 @@ def load_vit(
     """Load or build a ViT through timm.
 
     name: "timm:" and an architecture with its tag (vit_small_patch16_224.dino: weights from the hub), an architecture
-    alone (a random start from `seed`), local-dir:PATH or hf-hub:ORG/NAME. pretrained: a weight file instead, DINO's own
-    included. classes: the classifier that is to be trained, which starts from `seed`. image_size: pixels a side, to
-    which the positions are resized in fp32. Wrong names, files, sizes and models whose layers are not a plain
-    transformer raise ConfigError.
+    alone (a random start from `seed`), local-dir:PATH or hf-hub:ORG/NAME. pretrained: a weight file instead, such as
+    DINO's own. classes: class names of the classifier to be trained, which starts from `seed`. image_size: side in
+    pixels, to which the positions are resized in fp32. Wrong names, files, sizes and models whose layers are not a
+    plain transformer raise ConfigError.
     """
     import timm
     from safetensors import SafetensorError
@@ -123,7 +123,7 @@ def load_vit(
 
 
 def _resize_images(trunk: Any, size: int) -> None:
-    """Let a ViT take images of size x size pixels, in place, and remember it as if it had been built so."""
+    """Change a ViT in place to take images of size x size pixels, as if it had been built for them."""
     if not hasattr(trunk, "set_input_size"):
         raise ConfigError(f"model.image_size={size}: a {type(trunk).__name__} of timm takes one size of images")
     try:
@@ -135,7 +135,7 @@ def _resize_images(trunk: Any, size: int) -> None:
 
 @dataclass(frozen=True)
 class VitLayout:
-    """The sizes of a ViT: what its layers have, how many tokens pass through them, all its parameters."""
+    """The sizes of a ViT: its layers, the number of tokens that pass through them, and the number of its parameters."""
 
     layers: int
     width: int
@@ -146,10 +146,10 @@ class VitLayout:
 
 
 def vit_layout(name: str) -> VitLayout:
-    """The sizes of an architecture of timm, without its weights and without memory.
+    """The sizes of a timm architecture, without loading weights or allocating memory.
 
     Raises:
-        ConfigError: timm has no such architecture, or its layers are no plain transformer.
+        ConfigError: timm has no such architecture, or its layers are not a plain transformer.
     """
     import timm
 
@@ -171,7 +171,7 @@ def vit_layout(name: str) -> VitLayout:
 
 
 def _weights(name: str, pretrained: str | None) -> dict[str, Any]:
-    """Where timm takes the weights from, as arguments of its `create_model`."""
+    """The source of the weights, as arguments of timm's `create_model`."""
     if pretrained is not None:
         if not Path(pretrained).is_file():
             raise ConfigError(f"model.pretrained={pretrained!r}: with a timm: model it must be a weight file")

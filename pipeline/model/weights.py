@@ -1,4 +1,4 @@
-"""A model's weights under the names that open_clip and timm give them, and their digest."""
+"""A model's weights under open_clip's and timm's names, and their digest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
 
 
 def stock_scalars(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """0-dim logit scale and bias, as every open_clip checkpoint has them."""
+    """0-dim logit scale and bias, as in every open_clip checkpoint."""
     return {name: t.reshape(()) if name in SCALARS else t for name, t in state.items()}
 
 
@@ -47,5 +47,5 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def has_bias(model: nn.Module) -> bool:
-    """Whether the model adds a bias to its logits, as SigLIP does; CLIP's bound on the scale is not for it."""
+    """Whether the model adds a bias to its logits, as SigLIP does; CLIP's bound on the scale does not apply to it."""
     return getattr(model, "logit_bias", None) is not None

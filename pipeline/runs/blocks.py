@@ -1,4 +1,4 @@
-"""The blocks of a run as text: which are active, and with a budget when each of the others was dropped."""
+"""The blocks of a run as text: which are active and, with a budget, when each of the others was dropped."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pipeline.runs.run import latest_checkpoint, open_gates
 
 
 def read_budget(run_dir: Path) -> dict[str, Any] | None:
-    """What the newest checkpoint holds of a budget: `usefulness`, `open` and `dropped_at`; None without one."""
+    """The budget's state in the newest checkpoint: `usefulness`, `open` and `dropped_at`; None without a budget."""
     try:
         newest = latest_checkpoint(run_dir)
-    except ConfigError:  # a training that goes on has replaced it since
+    except ConfigError:  # replaced since by a training that is still running
         return None
     return None if newest is None else newest.state.get("budget")
 
 
 def describe_blocks(run_dir: Path) -> str:
-    """A map of the blocks, layer by projection, and with a budget a line for each block by its usefulness.
+    """A map of the blocks, layer by projection; with a budget also a line for each block, the most useful first.
 
     Raises:
         ConfigError: the run has no checkpoint or no blocks.
@@ -53,7 +53,7 @@ def _tower(tower: str, gates: Mapping[str, bool]) -> list[str]:
 
 
 def _by_usefulness(budget: Mapping[str, Any]) -> list[str]:
-    """Usefulness and the step at which a block was dropped; open ones have none."""
+    """Usefulness of each block and the step at which it was dropped; open blocks have no such step."""
     lines = ["", f"{'usefulness':>12}  {'dropped at':>10}  block"]
     ranked = sorted(budget["usefulness"].items(), key=lambda item: (-item[1], item[0]))
     return lines + [

@@ -1,4 +1,4 @@
-"""What all JSON files of runs and sweeps have in common: the name of their format and its version."""
+"""The format of the JSON files of runs and sweeps: each holds the name and the version of its format."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pipeline.files import read_json, replace_json
 
 @dataclass(frozen=True)
 class Format:
-    """A JSON object with its own `format` and `version` in front; a file without them is of the first version."""
+    """A JSON object that begins with its `format` and `version`; a file without them has the first version."""
 
     name: str
     version: int
-    keys: tuple[str, ...]  # that each such file has
+    keys: tuple[str, ...]  # that each such file holds
 
     def stamped(self, content: Mapping[str, Any]) -> dict[str, Any]:
-        """The content with format and version in front."""
+        """The content, preceded by format and version."""
         return {"format": self.name, "version": self.version} | dict(content)
 
     def write(self, path: Path, content: Mapping[str, Any]) -> None:
@@ -29,11 +29,11 @@ class Format:
         replace_json(path, self.stamped(content))
 
     def read(self, path: Path) -> dict[str, Any]:
-        """What a file holds, checked.
+        """The checked content of a file.
 
         Raises:
             FileNotFoundError: there is none.
-            ConfigError: it is damaged, of another format or of a later version.
+            ConfigError: it is damaged, has another format or a later version.
         """
         try:
             content = read_json(path)
@@ -44,7 +44,7 @@ class Format:
         return self._checked(content, str(path))
 
     def parse(self, text: str, where: str) -> dict[str, Any]:
-        """Like `read`, from the text of a file that came from elsewhere."""
+        """Like `read`, for the text of a file that was obtained elsewhere."""
         try:
             content = json.loads(text)
         except ValueError as error:

@@ -4,7 +4,7 @@
 <folder>/summary.json       all of them by group, against the untouched model
 <folder>/strength.json      the curve between the untouched and the trained model
 <folder>/checkpoints.json   all kept checkpoints by the mean of id
-<folder>/floors.json        what the model reaches while it keeps 99, 95, 90 %, and the floor of its sweep
+<folder>/floors.json        results at the strengths that keep 99, 95, 90 %, and at the floor of its sweep
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def read_summary(path: str | Path) -> dict[str, Any]:
     """A summary.json, or the one in a folder.
 
     Raises:
-        ConfigError: there is none, or it is damaged, something else or of a later version.
+        ConfigError: there is none, or it is damaged, of another kind or of a later version.
     """
     path = Path(path)
     file = path / SUMMARY_FILE if path.is_dir() else path
@@ -47,15 +47,15 @@ def read_summary(path: str | Path) -> dict[str, Any]:
 
 
 def write_floors(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write what a model reaches at each floor."""
+    """Write the results of a model at each floor."""
     FLOORS.write(folder / FLOORS_FILE, content)
 
 
 def read_floors(folder: Path) -> dict[str, Any] | None:
-    """What floors.json in a folder holds; None where there is none.
+    """The content of floors.json in a folder; None if there is none.
 
     Raises:
-        ConfigError: it is damaged, something else or of a later version.
+        ConfigError: it is damaged, of another kind or of a later version.
     """
     try:
         return FLOORS.read(folder / FLOORS_FILE)
@@ -64,5 +64,5 @@ def read_floors(folder: Path) -> dict[str, Any] | None:
 
 
 def reported_at(alpha: float) -> Path:
-    """Where in a run the results at a strength are, on the images on which no strength was chosen."""
+    """Folder within a run of the results at a strength, measured on images that were not used to choose a strength."""
     return Path(EVAL, "strength", "auto", "reporting", f"{alpha:g}")

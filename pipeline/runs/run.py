@@ -1,4 +1,4 @@
-"""A run directory: its config, its checkpoints and what else is in it.
+"""A run directory: its config, its checkpoints and its other files.
 
 OUT/NAME/config.yaml                                the resolved config
 OUT/NAME/checkpoints/latest                         name of the newest complete checkpoint
@@ -29,7 +29,7 @@ BASE = Format("selora-base", 1, ("name", "pretrained"))
 
 @dataclass(frozen=True)
 class StoredCheckpoint:
-    """One complete checkpoint: its directory and what its state.json holds."""
+    """One complete checkpoint: its directory and the content of its state.json."""
 
     path: Path
     state: dict[str, Any]
@@ -53,12 +53,12 @@ def write_config(run_dir: Path, config: Config) -> Path:
 
 
 def checkpoint_dir(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
+    """Directory of the checkpoint of a step."""
     return run_dir / CHECKPOINTS / f"step-{step:08d}"
 
 
 def kept_steps(run_dir: Path) -> list[int]:
-    """Steps of the complete checkpoints, rising."""
+    """Steps of the complete checkpoints, in rising order."""
     found = (run_dir / CHECKPOINTS).glob(f"step-*/{STATE_FILE}")
     return sorted(int(file.parent.name.removeprefix("step-")) for file in found)
 
@@ -80,7 +80,7 @@ def read_checkpoint(run_dir: Path, step: int) -> StoredCheckpoint:
     """The checkpoint of a step.
 
     Raises:
-        FileNotFoundError: there is no complete one.
+        FileNotFoundError: there is no complete checkpoint at this step.
         ConfigError: its state.json is damaged, or of a later version.
     """
     path = checkpoint_dir(run_dir, step)
@@ -106,7 +106,7 @@ def latest_checkpoint(run_dir: Path) -> StoredCheckpoint | None:
 
 
 def read_base(run_dir: Path) -> dict[str, str | None]:
-    """{"name", "pretrained"}: where the base of a run has moved to; {} where nobody has said so."""
+    """{"name", "pretrained"}: where the base of a run has moved to; {} if no move was recorded."""
     try:
         found = BASE.read(run_dir / BASE_FILE)
     except FileNotFoundError:
@@ -115,7 +115,7 @@ def read_base(run_dir: Path) -> dict[str, str | None]:
 
 
 def write_base(run_dir: Path, name: str, pretrained: str | None) -> None:
-    """Remember where the base of a run is now."""
+    """Record where the base of a run is now."""
     BASE.write(run_dir / BASE_FILE, {"name": name, "pretrained": pretrained})
 
 
@@ -137,9 +137,9 @@ def write_gates(run_dir: Path, gates: Mapping[str, Any] | None) -> Path:
 
 
 def read_gates(run_dir: Path, step: int | None = None) -> dict[str, bool]:
-    """{target: whether its block is open}, of the checkpoint of `step` or as the run has them now; {} without any.
+    """{target: whether its block is open}, at the checkpoint of `step`, or now; {} without gates.
 
-    The file gate_map.json is written when a training ends; before that, the newest checkpoint holds them.
+    gate_map.json is written when a training ends; before that, the newest checkpoint holds the gates.
     """
     if step is not None and (checkpoint_dir(run_dir, step) / STATE_FILE).is_file():
         gates = read_checkpoint(run_dir, step).state.get("gate_map")
@@ -162,12 +162,12 @@ def _newest_gates(run_dir: Path) -> Mapping[str, Any] | None:
 
 
 def open_gates(gates: Mapping[str, Any]) -> dict[str, bool]:
-    """{target: whether its block is open} of what gate_map.json holds."""
+    """{target: whether its block is open} from the content of gate_map.json."""
     return {target: bool(gate["open"]) for target, gate in gates.items()}
 
 
 def acting_parameters(run_dir: Path) -> int | None:
-    """Number of trained parameters in the newest checkpoint, without those of closed blocks; None without one."""
+    """Number of trained parameters in the newest checkpoint, closed blocks excluded; None without a checkpoint."""
     from safetensors import SafetensorError, safe_open
 
     try:

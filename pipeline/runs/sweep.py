@@ -2,7 +2,7 @@
 
 OUT/NAME/sweep.json                    the trials, written once the grid is expanded
 OUT/NAME/trials/<name>/                a run directory with an additional trial.json
-OUT/NAME/trials/<name>_soup/           the mean of several seeds, with soup.json: of which trials it is
+OUT/NAME/trials/<name>_soup/           the mean of several seeds; its soup.json names their trials
 OUT/NAME/baselines/<digest>/           results of the untouched model, shared by all trials
 OUT/NAME/stop                          present while the sweep is to save and stop
 """
@@ -30,7 +30,7 @@ OVER: tuple[Status, ...] = ("finished", "failed", "stopped")
 
 @dataclass(frozen=True)
 class TrialState:
-    """trial.json. `waiting` with a step above 0 was interrupted and continues; `stopped` lost to others or drifted."""
+    """trial.json. `waiting` with a step above 0: interrupted, continues; `stopped`: worse than others, or drifted."""
 
     status: Status = "waiting"
     step: int = 0
@@ -51,7 +51,7 @@ def trial_dir(sweep_dir: Path, name: str) -> Path:
 
 
 def read_state(run_dir: Path) -> TrialState:
-    """The state of a trial; a fresh one if nothing was written yet."""
+    """The state of a trial; a new one if nothing has been written yet."""
     try:
         content = TRIAL.read(run_dir / TRIAL_FILE)
     except FileNotFoundError:
@@ -60,7 +60,7 @@ def read_state(run_dir: Path) -> TrialState:
 
 
 def write_state(run_dir: Path, **changes: Any) -> TrialState:
-    """Change some fields of trial.json, by one process at a time. If nothing changes, the file is not written."""
+    """Change some fields of trial.json, one process at a time. If nothing changes, the file is not written."""
     before = read_state(run_dir)
     state = replace(before, **changes)
     if state == before:
@@ -81,11 +81,11 @@ def write_sweep(
     """Write sweep.json, from which report and promotion read the trials.
 
     Args:
-        config: what all trials start from.
+        config: the config from which all trials start.
         grid: the grid file as written, {key: value}.
         trials: id, name, label, changes ({option: value}) and baseline of each; also `configuration`, equal for trials
-            that differ by their seed alone, and of a soup `soup_of`, the names of its trials.
-        floor: share kept at which trials are compared; None: at the whole fine-tuning.
+            that differ by their seed alone, and for a soup `soup_of`, the names of its trials.
+        floor: share kept at which trials are compared; None: at full strength.
         max_drift: drift at which a trial is stopped; None: never.
     """
     content = {"name": config.name, "base_config": flatten(config), "grid": dict(grid), "trials": list(trials)}
@@ -94,11 +94,11 @@ def write_sweep(
 
 
 def read_sweep(sweep_dir: Path) -> dict[str, Any]:
-    """What sweep.json holds.
+    """The content of sweep.json.
 
     Raises:
-        FileNotFoundError: the sweep is not laid out yet.
-        ConfigError: the file is damaged, something else, or of a later version.
+        FileNotFoundError: sweep.json has not been written yet.
+        ConfigError: the file is damaged, of another kind or of a later version.
     """
     path = sweep_dir / SWEEP_FILE
     content = SWEEP.read(path)
@@ -110,12 +110,12 @@ def read_sweep(sweep_dir: Path) -> dict[str, Any]:
 
 
 def trial_dirs(sweep_dir: Path) -> list[Path]:
-    """Run directories of a sweep's trials, in the order of its grid; they may not be there yet."""
+    """Run directories of a sweep's trials, in the order of its grid; they need not exist yet."""
     return [trial_dir(sweep_dir, trial["name"]) for trial in read_sweep(sweep_dir)["trials"]]
 
 
 def floor_of(sweep_dir: Path) -> float | None:
-    """Share kept at which the trials of a sweep are compared; None where they are not."""
+    """Share kept at which the trials of a sweep are compared; None: at full strength."""
     return read_sweep(sweep_dir).get("floor")
 
 
@@ -126,14 +126,14 @@ def max_drift_of(sweep_dir: Path) -> float | None:
 
 @dataclass(frozen=True)
 class Soup:
-    """soup.json of a trial that is the mean of others: of which ones it should be, and of which it was made."""
+    """soup.json of a trial that is the mean of others: the trials that it should average, and those that it does."""
 
     of: list[str]
     made_of: list[str]
 
 
 def read_soup(run_dir: Path) -> Soup | None:
-    """What soup.json holds; None of a trial that trains."""
+    """The content of soup.json; None for a trial that trains."""
     try:
         content = SOUP.read(run_dir / SOUP_FILE)
     except FileNotFoundError:
@@ -142,17 +142,17 @@ def read_soup(run_dir: Path) -> Soup | None:
 
 
 def write_soup(run_dir: Path, of: Sequence[str], made_of: Sequence[str] = ()) -> None:
-    """Write of which trials a soup is the mean."""
+    """Write which trials a soup averages."""
     SOUP.write(run_dir / SOUP_FILE, {"of": list(of), "made_of": list(made_of)})
 
 
 def finished_of(sweep_dir: Path, names: Sequence[str]) -> list[str]:
-    """Of these trials those that have finished, in their order."""
+    """The finished ones among these trials, in their order."""
     return [name for name in names if read_state(trial_dir(sweep_dir, name)).status == "finished"]
 
 
 def read_alarm(run_dir: Path) -> dict[str, Any] | None:
-    """Step, drift and limit at which a trial was stopped; None where it was not."""
+    """Step, drift and limit at which a trial was stopped; None if it was not."""
     try:
         return ALARM.read(run_dir / ALARM_FILE)
     except FileNotFoundError:
@@ -160,5 +160,5 @@ def read_alarm(run_dir: Path) -> dict[str, Any] | None:
 
 
 def write_alarm(run_dir: Path, step: int, drift: float, limit: float) -> None:
-    """Write that a trial drifted too far."""
+    """Record that a trial drifted too far."""
     ALARM.write(run_dir / ALARM_FILE, {"step": step, "drift": drift, "limit": limit})

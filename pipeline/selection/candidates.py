@@ -1,9 +1,9 @@
 """Which model of a sweep to take: the report marks it, the promotion registers it.
 
 Trials that differ by their seed alone are one configuration, and the mean over its seeds decides. The standard
-deviation over seeds is pooled over all configurations with several; two configurations are told apart where the 95 %
-t-interval of the difference of their means does not contain 0. Of those that are not told apart from the best one the
-cheapest is taken, and of its seeds the one nearest to the mean.
+deviation over seeds is pooled over all configurations with several; two configurations differ if the 95 % t-interval of
+the difference of their means does not contain 0. Among the configurations that do not differ from the best, the
+cheapest is taken, and among its seeds the one nearest to the mean.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Candidate:
     """One evaluated model of a sweep.
 
     Attributes:
-        name: of its trial.
+        name: name of its trial.
         configuration: the same for trials that differ by their seed alone.
-        point: what it learned and kept.
+        point: its gain and the share that it kept.
         allowed: whether the rule of promotion holds for it.
-        at_floor: the model at the strength that keeps the floor of the sweep; None in a sweep without a floor.
+        at_floor: its results at the strength that keeps the floor of the sweep; None in a sweep without a floor.
         cost: number of trained parameters that act; None: not known.
     """
 
@@ -45,7 +45,7 @@ class Estimate(NamedTuple):
     """The mean of a value over the seeds of a configuration.
 
     Attributes:
-        half: half of the 95 % t-interval; None where no configuration has two seeds.
+        half: half of the 95 % t-interval; None if no configuration has two seeds.
     """
 
     mean: float
@@ -58,10 +58,10 @@ class Taken:
     """The model to hand on.
 
     Attributes:
-        name: of its trial, the seed nearest to the mean of its configuration.
+        name: name of its trial, the seed nearest to the mean of its configuration.
         estimates: configuration -> value over its seeds: id at the floor, or the balance of gain and kept.
         best: the configuration with the largest mean.
-        equal: other configurations that no interval tells from the best, the best one included if it is not taken.
+        equal: other configurations not separated from the best by an interval; with the best, if it is not taken.
     """
 
     name: str
@@ -72,9 +72,9 @@ class Taken:
 
 
 def take(candidates: Sequence[Candidate]) -> Taken:
-    """The model to take of a sweep.
+    """The model to take from a sweep.
 
-    Configurations whose nearest seed may not enter the registry count only where there are no others.
+    Configurations whose nearest seed may not enter the registry count only if there are no others.
 
     Raises:
         ValueError: there is no candidate.
@@ -104,7 +104,7 @@ def take(candidates: Sequence[Candidate]) -> Taken:
 
 
 def values_of(candidates: Sequence[Candidate]) -> dict[str, float]:
-    """{name: by what it is compared}: id at the floor where the sweep has one, else the balance of gain and kept."""
+    """{name: value for the comparison}: id at the floor if the sweep has one, else the balance of gain and kept."""
     if all(one.at_floor is not None for one in candidates):
         return {one.name: one.at_floor.id for one in candidates if one.at_floor is not None}
     pool = [one for one in candidates if one.allowed] or candidates
@@ -120,7 +120,7 @@ class SeedSpread:
 
     @staticmethod
     def of(groups: Sequence[Sequence[float]]) -> SeedSpread:
-        """Of the values of each configuration's seeds."""
+        """Pool the values of each configuration's seeds."""
         freedom = sum(len(values) - 1 for values in groups)
         squares = sum((value - mean(values)) ** 2 for values in groups for value in values)
         return SeedSpread(math.sqrt(squares / freedom) if freedom else 0.0, freedom)
@@ -131,7 +131,7 @@ class SeedSpread:
         return Estimate(mean(values), half, len(values))
 
     def same(self, one: Estimate, other: Estimate) -> bool:
-        """Whether the interval of the difference of two means contains 0; without several seeds nothing is the same."""
+        """Whether the interval of the difference of two means contains 0; False without several seeds."""
         return bool(self.freedom) and abs(one.mean - other.mean) <= self._reach(1 / one.seeds + 1 / other.seeds)
 
     def _reach(self, share: float) -> float:

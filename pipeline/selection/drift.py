@@ -1,10 +1,10 @@
-"""The drift at which a run is known to forget too much, learned from runs that have finished."""
+"""The drift from which a run forgets too much, learned from finished runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-PREFIX = "keep/drift_"  # of the metrics: distance to the untouched model on held-out reference images, and on texts
+PREFIX = "keep/drift_"  # metrics: distance to the untouched model on held-out reference images, and on texts
 
 
 def largest_drift(values: Mapping[str, float]) -> float | None:
@@ -19,7 +19,7 @@ def last_drift(history: Mapping[str, Sequence[tuple[int, float]]]) -> float | No
 
 
 def learned_limit(pairs: Iterable[tuple[float, float]], floor: float) -> float | None:
-    """The largest drift of a run that kept the floor, of (drift, share kept) of each; None where none did.
+    """The largest drift among the runs (drift, share kept) that kept the floor; None if none did.
 
     A limit at this drift would have stopped none of them.
     """

@@ -10,8 +10,9 @@ from typing import Any
 from pipeline.config import ConfigError, Promote
 from pipeline.selection.rule import check
 
-STEPS = 20  # strengths are looked for among 1/20, 2/20, .., 1
-TYPICAL_POWER = 1.6  # of the strength, in what is lost: about the mean over the runs of tests/benchmarks/keeping.py
+STEPS = 20  # candidate strengths are 1/20, 2/20, .., 1
+# Power of the strength in the share lost: about the mean over the runs of tests/benchmarks/keeping.py.
+TYPICAL_POWER = 1.6
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Floor:
 
     @staticmethod
     def of(rule: Promote) -> Floor:
-        """The floor in a rule; ConfigError where it has none."""
+        """The floor in a promotion rule; ConfigError if the rule has none."""
         if rule.min_kept is None and rule.max_forgetting is None:
             raise ConfigError(
                 "strength=auto: looks for the largest strength that keeps a floor, and none is set: give "
@@ -31,7 +32,7 @@ class Floor:
         return Floor(Promote(min_kept=rule.min_kept, max_forgetting=rule.max_forgetting))
 
     def margin(self, summary: Mapping[str, Any]) -> float:
-        """How far results are above the floor, below 0 where they do not keep it; ConfigError where nobody can say."""
+        """Distance of results above the floor, negative below it; ConfigError if it cannot be determined."""
         clauses = check(self.rule, summary)
         margins = [each.margin for each in clauses]
         known = [each for each in margins if each is not None]
@@ -41,7 +42,7 @@ class Floor:
 
     @property
     def of_untouched(self) -> float:
-        """The margin of the untouched model, which keeps all and forgets nothing."""
+        """The margin of the untouched model, which keeps everything."""
         margins = [] if self.rule.min_kept is None else [1 - self.rule.min_kept]
         return min([*margins, *([] if self.rule.max_forgetting is None else [self.rule.max_forgetting])])
 
@@ -54,15 +55,15 @@ class Floor:
 def strongest(margin: Callable[[float], float], untouched: float) -> tuple[float, dict[float, float]]:
     """The largest strength with a margin of 0 or more, and the margins of all strengths that were tried.
 
-    1 is tried first, then up to three times where a power law through the nearest known losses meets the
-    floor, then the middle: one to eight tries, mostly two to four, for a margin that falls as the strength rises.
+    The search tries 1 first, then up to three times the strength at which a power law through the nearest known losses
+    meets the floor, then the middle: one to eight tries, mostly two to four, if the margin falls as the strength rises.
 
     Args:
-        margin: of a strength in (0, 1]; each call is an evaluation.
+        margin: function from a strength in (0, 1] to its margin; each call is an evaluation.
         untouched: the margin at 0.
 
     Returns:
-        0 where no strength above it keeps the floor, 1/STEPS included.
+        0 if not even 1/STEPS keeps the floor.
     """
     known = {STEPS: margin(1.0)}
     low, high = (STEPS, STEPS) if known[STEPS] >= 0 else (0, STEPS)
@@ -77,7 +78,7 @@ def strongest(margin: Callable[[float], float], untouched: float) -> tuple[float
 
 
 def _crossing(lost: Mapping[int, float], low: int, high: int, allowed: float) -> float:
-    """Where lost(high) · (step / high)^p is `allowed`, with p from a second strength, or TYPICAL_POWER without one."""
+    """The step at which lost(high) · (step / high)^p is `allowed`; p from a second strength, or else TYPICAL_POWER."""
     second = low or min((step for step in lost if step > high), default=0)
     power = TYPICAL_POWER
     if second and lost[second] > 0 and (found := log(lost[high] / lost[second]) / log(high / second)) > 0:

@@ -1,4 +1,4 @@
-"""What a run reaches at a floor, read off its strength curve: the number by which methods are compared."""
+"""The accuracy of a run at a floor, read from its strength curve: the number by which methods are compared."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def curve_of(strength: Mapping[str, Any], datasets: Mapping[str, Mapping[str, An
     """The points of a strength.json by rising α.
 
     Args:
-        datasets: the entries of the run's summary.json, which say the group and chance of each.
+        datasets: the entries of the run's summary.json, with the group and chance level of each.
 
     Returns:
-        Empty where the curve does not start at the untouched model or lacks a group.
+        Empty if the curve does not start at the untouched model or lacks a group.
     """
     by_alpha = {float(alpha): (alpha, means) for alpha, means in strength["groups"].items()}
     values = strength.get("datasets", {})
@@ -47,9 +47,9 @@ def curve_of(strength: Mapping[str, Any], datasets: Mapping[str, Mapping[str, An
 
 
 def floors_of(content: Mapping[str, Any] | None) -> dict[float, AtStrength]:
-    """{share kept: the model at the largest strength that keeps it} of what a floors.json holds; {} of None.
+    """{share kept: the model at the largest strength that keeps it} from the content of a floors.json; {} for None.
 
-    α was chosen on other images than those of id and kept; a model without anything to keep there counts as keeping 0.
+    α was chosen on images other than those of id and kept; a model with nothing to keep there counts as keeping 0.
     """
     entries = {} if content is None else content["floors"]
     return {float(floor): AtStrength(each["alpha"], each["id"], each["kept"] or 0.0) for floor, each in entries.items()}
@@ -59,7 +59,7 @@ def id_at(curve: Sequence[AtStrength], floor: float) -> float | None:
     """The id mean at the largest strength that keeps the floor, on straight lines between the points of a curve.
 
     Returns:
-        None of an empty curve.
+        None for an empty curve.
     """
     if not curve:
         return None

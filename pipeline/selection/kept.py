@@ -1,4 +1,4 @@
-"""How much a fine-tuned model has kept of what the untouched one could do, dataset by dataset."""
+"""The share of the untouched model's abilities that a fine-tuned model has kept, dataset by dataset."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class Kept(NamedTuple):
 
     Attributes:
         mean: over the datasets, each counted as 1 at most, in [0, 1].
-        worst: the dataset of which least was kept.
-        worst_share: its result / result of the untouched model, above 1 where even this one has risen.
+        worst: the dataset with the smallest share.
+        worst_share: its result / result of the untouched model, above 1 if even this dataset has risen.
     """
 
     mean: float
@@ -21,16 +21,16 @@ class Kept(NamedTuple):
 
 
 def kept_of(datasets: Mapping[str, Mapping[str, Any]]) -> Kept | None:
-    """The mean of min(1, after / before) over the datasets that count in a group other than id, and the worst of them.
+    """The mean of min(1, after / before) over the datasets that count in groups other than id, and the worst of them.
 
-    A dataset that has risen cannot hide one that has fallen. Where the untouched model is no better than guessing there
-    is nothing to keep, so such a dataset does not count.
+    A dataset that has risen cannot hide one that has fallen. A dataset on which the untouched model is no better than
+    guessing has nothing to keep and does not count.
 
     Args:
         datasets: the entries of a summary.json by their keys.
 
     Returns:
-        None where no dataset counts, and while the untouched model's result of one is not known.
+        None if no dataset counts, or if a result of the untouched model is not known.
     """
     others = {key: each for key, each in datasets.items() if each["group"] != "id" and each.get("in_mean", True)}
     if any(each["change"] is None for each in others.values()):

@@ -1,7 +1,7 @@
-"""Which of many fine-tuned models to take: gain on the own data against what was kept of the rest.
+"""The choice among many fine-tuned models: gain on the user's data against the share kept of everything else.
 
-The demo, the report and the promotion share this one rule: the model marked in the figure is the one registered, so a
-model that may not be registered is not chosen where another may.
+The demo, the report and the promotion choose in the same way: the model marked in the figure is the one registered, so
+a model that may not be registered is chosen only if none may.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pipeline.selection.kept import kept_of
 
 
 class Point(NamedTuple):
-    """One model: what it learned against what it kept.
+    """One model: its gain against the share that it kept.
 
     Attributes:
         id: mean of the id group in [0, 1].
         kept: see `kept_of`, in [0, 1].
         gain: of `id` over the untouched model, for a trained classifier over guessing.
-        worst: the dataset of which least was kept.
+        worst: the dataset with the smallest share kept.
         worst_kept: its result / result of the untouched model.
     """
 
@@ -31,7 +31,7 @@ class Point(NamedTuple):
 
 
 def point_of(summary: Mapping[str, Any]) -> Point | None:
-    """Where the model of a summary.json is; None while a dataset or the untouched model's result is missing."""
+    """The point of the model in a summary.json; None while a dataset or the untouched model's result is missing."""
     groups = summary["groups"]
     if "id" not in groups or any(found["missing"] for found in groups.values()):
         return None
@@ -50,14 +50,14 @@ def gain_of(summary: Mapping[str, Any]) -> float | None:
 
 
 def rise_of(summary: Mapping[str, Any], dataset: Mapping[str, Any]) -> float | None:
-    """The change of one of its datasets. A ViT without the classifier that a run has trained can but guess."""
+    """The change of one of its datasets. A ViT without a trained classifier can only guess."""
     if dataset["change"] is None and summary.get("classifier") and dataset["group"] == "id":
         return dataset["value"] - dataset["chance"]
     return dataset["change"]
 
 
 def pareto_front(points: Mapping[str, Point]) -> list[str]:
-    """The models that no other beats in id without losing in kept, or the other way round; by rising id, then name."""
+    """The models that no other model beats in both id and kept; by rising id, then name."""
 
     def beaten(one: Point) -> bool:
         return any(

@@ -1,4 +1,4 @@
-"""The rule of promotion: the config's clauses held against the results of one model."""
+"""The promotion rule: the config's clauses checked against the results of one model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trials of a sweep as models to choose from, read from their directories, and how their configurations stand."""
+"""The trials of a sweep as candidates, read from their directories, and a comparison of their configurations."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from pipeline.selection.rule import holds
 
 
 def candidates_of(sweep_dir: Path, rule: Promote | None = None) -> list[Candidate]:
-    """The evaluated trials of a sweep, in its order; with a floor those that were evaluated at it.
+    """The evaluated trials of a sweep, in its order; with a floor, those that were evaluated at it.
 
     Args:
-        rule: of promotion; None: the one in each trial's config.
+        rule: the promotion rule; None: the one in each trial's config.
     """
     content = read_sweep(sweep_dir)
     found = (_candidate(sweep_dir, entry, content.get("floor"), rule) for entry in content["trials"])
@@ -46,12 +46,12 @@ def _candidate(sweep: Path, entry: Mapping[str, Any], floor: float | None, rule:
 
 
 def configuration_of(entry: Mapping[str, Any]) -> str:
-    """What an entry of sweep.json shares with the other seeds of its configuration; its name in an older sweep."""
+    """The configuration of an entry of sweep.json, shared with its other seeds; the entry's name in an older sweep."""
     return entry.get("configuration") or entry["name"]
 
 
 def standings(sweep_dir: Path) -> str:
-    """Each configuration with its mean over seeds and the interval; empty where none has several seeds."""
+    """Each configuration with its mean over seeds and the interval; empty if none has several seeds."""
     content, candidates = read_sweep(sweep_dir), candidates_of(sweep_dir)
     asked: dict[str, list[str]] = {}
     for entry in content["trials"]:

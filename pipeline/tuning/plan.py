@@ -234,17 +234,17 @@ def trained_parameters(trials: Sequence[Trial]) -> dict[str, int]:
     return found
 
 
-def _count(clip: Model, config: Config) -> int:
+def _count(model: Model, config: Config) -> int:
     """r (inputs + outputs) per block, 1 per gate, `outputs` for DoRA's magnitude, and other trained parameters."""
-    from pipeline.costs.cost import trained_parameters as beside_blocks
+    from pipeline.costs.cost import trained_parameters as outside_blocks
     from pipeline.model.towers import adapter_targets
     from pipeline.training.model import chosen_targets
 
     adapter = config.adapter
-    total = beside_blocks(clip, config.train.train_rest, adapter.kind)
+    total = outside_blocks(model, config.train.train_rest, adapter.kind)
     if adapter.kind in ("full", "none"):
         return total
-    targets = adapter_targets(clip.model)
+    targets = adapter_targets(model.model)
     try:
         names = chosen_targets(config, list(targets))
     except ValueError as error:

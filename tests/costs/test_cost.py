@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.cli.main import main
 from pipeline.config import ConfigError
 from pipeline.costs.cost import (
-    OWN_RULE,
-    RULES,
+    CONVENTIONS,
+    OWN_CONVENTION,
     Cost,
     block_macs,
     counted_adapter_macs,
@@ -60,18 +60,18 @@ def test_vit_b_16_has_the_published_cost_and_the_counter_agrees(vit_b_16: Clip, 
     assert sum(cost.base.values()) / 1e9 == pytest.approx(20.54, abs=0.005)
     assert [round(cost.adapter_parameters(rank, "lora") / 1e6, 2) for rank in (4, 256)] == [1.11, 70.78]
     assert trained_parameters(vit_b_16, "all", "none") == 26_737_665
-    for kind, rule in OWN_RULE.items():
-        overhead = cost.overhead(256, rule)
+    for kind, convention in OWN_CONVENTION.items():
+        overhead = cost.overhead(256, convention)
         counted = counted_adapter_macs(vit_b_16, 256, kind)
         assert counted == {tower: cost.base[tower] + overhead[tower] for tower in cost.base}
 
 
-@pytest.mark.parametrize("rule", VIT_B_16_RANK_256)
-def test_rank_256_ratios_are_those_of_the_notes(vit_cost: Cost, rule: str) -> None:
-    active, gmac, to_plain, average, narrow = VIT_B_16_RANK_256[rule]
+@pytest.mark.parametrize("convention", VIT_B_16_RANK_256)
+def test_ratios_at_rank_256(vit_cost: Cost, convention: str) -> None:
+    active, gmac, to_plain, average, narrow = VIT_B_16_RANK_256[convention]
     cost = vit_cost
-    base, overhead = sum(cost.base.values()), sum(cost.overhead(256, rule).values())
-    fc1 = sum(cost.overhead(256, rule, [f"image.{layer}.fc1" for layer in range(active)]).values())
+    base, overhead = sum(cost.base.values()), sum(cost.overhead(256, convention).values())
+    fc1 = sum(cost.overhead(256, convention, [f"image.{layer}.fc1" for layer in range(active)]).values())
     assert overhead / 1e9 == pytest.approx(gmac, rel=0.01)
     assert (base + overhead) / base == pytest.approx(to_plain, rel=0.01)
     assert (base + overhead) / (base + overhead * active / 144) == pytest.approx(average, rel=0.01)
@@ -82,7 +82,7 @@ M, N, R, T = 7, 11, 3, 5
 
 
 def plain_forms() -> dict[str, Callable[[], object]]:
-    """Each rule written out on one layer, the product with W0 included."""
+    """Each convention written out on one layer, the product with W0 included."""
     x, w, a, b = torch.randn(T, M), torch.randn(N, M), torch.randn(R, M), torch.randn(N, R)
     eye = torch.eye(M)
     return {
@@ -99,15 +99,15 @@ def plain_forms() -> dict[str, Callable[[], object]]:
     }
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_closed_form_of_every_rule_is_what_the_counter_sees(rule: str) -> None:
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_closed_form_of_every_convention_matches_the_counter(convention: str) -> None:
     with FlopCounterMode(display=False) as counter:
-        plain_forms()[rule]()
-    assert counter.get_total_flops() // 2 - T * M * N == block_macs(M, N, R, T, rule)
+        plain_forms()[convention]()
+    assert counter.get_total_flops() // 2 - T * M * N == block_macs(M, N, R, T, convention)
 
 
-def test_an_unknown_rule_is_refused() -> None:
-    with pytest.raises(ValueError, match="rule='dense'"):
+def test_an_unknown_convention_is_refused() -> None:
+    with pytest.raises(ValueError, match="convention='dense'"):
         block_macs(M, N, R, T, "dense")
 
 
@@ -125,9 +125,9 @@ def test_pruned_counts_the_named_blocks_only_and_merged_is_plain(tiny_clip_dir: 
     assert model_cost(tiny_clip).counted == cost.base
 
 
-def test_the_papers_claims_come_with_the_rule_that_fits(vit_cost: Cost) -> None:
-    """The paper's claims come with the rule that gives them."""
-    fits = {(row["kind"], row["rule"]) for row in paper_claims(vit_cost) if row["fits"]}
+def test_the_papers_claims_come_with_the_convention_that_fits(vit_cost: Cost) -> None:
+    """The paper's claims come with the convention that gives them."""
+    fits = {(row["kind"], row["convention"]) for row in paper_claims(vit_cost) if row["fits"]}
     assert fits == {("lora", "dense_delta"), ("dora", "dora_peft_0_13")}
 
 

@@ -125,7 +125,7 @@ def test_options_of_other_formats_and_missing_packages(
 ) -> None:
     out = str(tmp_path / "out")
     assert main(["export", str(toy_run), out, "--to", "hf", "--int8"]) == 2
-    assert "--int8 goes with --to onnx" in capsys.readouterr().err
+    assert "--int8 needs --to onnx" in capsys.readouterr().err
     assert main(["export", str(toy_run), out, "--to", "onnx", "--limit", "3"]) == 2
     assert "go with --int8" in capsys.readouterr().err
     monkeypatch.setattr(stock.importlib.util, "find_spec", lambda name: None)

@@ -1,1 +1,1 @@
-"""Base weights in other forms than open_clip's and timm's own."""
+"""Base weights in formats other than those of open_clip and timm."""

@@ -1,4 +1,4 @@
-"""Models without values: parameters that take no memory until something is written into them."""
+"""Hollow models: parameters take no memory until something is written into them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-# Where torch's modules have the functions that fill new parameters.
+# Where torch's modules look up the functions that fill new parameters.
 _PLACES: tuple[ModuleType, ...] = (nn.init, torch.nn.modules.activation)
 
 
 @contextmanager
 def without_values() -> Iterator[None]:
-    """Inside, new modules leave their parameters as the allocator gives them: untouched pages are not memory yet.
+    """Inside the block, new modules do not fill their parameters: untouched pages take no memory.
 
-    Buffers are computed, which they are not on the meta device.
+    Buffers are computed, unlike on the meta device.
     """
     with ExitStack() as stack:
         for place in _PLACES:

@@ -1,4 +1,4 @@
-"""A CLIP in the layout of transformers as a base, by the map that `selora export --to hf` writes with.
+"""A CLIP in the layout of transformers as a base, read with the name map of `selora export --to hf`.
 
 transformers itself is not needed.
 """
@@ -24,7 +24,7 @@ from pipeline.model.towers import split_attention
 SCHEMA = "hf:"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _FILES = ["*.json", "*.txt", "model*.safetensors"]
-# What transformers' own config classes take where a config.json is silent.
+# The defaults of transformers' own config classes.
 _VISION = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -41,7 +41,7 @@ _TEXT = {
     "vocab_size": 49408,
     "max_position_embeddings": 77,
 }
-# The values that open_clip's CLIP has built in.
+# The values that are built into open_clip's CLIP.
 _FIXED = {"layer_norm_eps": 1e-5, "attention_dropout": 0.0, "num_channels": 3}
 
 
@@ -55,7 +55,7 @@ def is_transformers_clip(directory: Path) -> bool:
 
 
 def transformers_directory(name: str) -> Path | None:
-    """The directory of `hf:ORG/NAME`, fetched if need be, or of `local-dir:PATH` with such a layout; otherwise None."""
+    """The directory of `hf:ORG/NAME`, downloaded if needed, or of `local-dir:PATH` in this layout; otherwise None."""
     if name.startswith("local-dir:"):
         directory = Path(name.removeprefix("local-dir:"))
         return directory if is_transformers_clip(directory) else None
@@ -87,7 +87,7 @@ def read_transformers_clip(
         open_clip's module in fp32 with its attention split, and its model_cfg and preprocess_cfg as open_clip has them.
 
     Raises:
-        ConfigError: an option, a weight or a tokenizer that open_clip's CLIP has no place for.
+        ConfigError: an option, a weight or a tokenizer that open_clip's CLIP does not have.
     """
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
@@ -108,7 +108,7 @@ def read_transformers_clip(
 
 
 def open_clip_config(config: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """model_cfg of open_clip for a config.json of CLIPModel; ConfigError for what it has no place for."""
+    """model_cfg of open_clip for a config.json of CLIPModel; ConfigError for options that open_clip does not have."""
     vision, text = _VISION | config["vision_config"], _TEXT | config["text_config"]
     activations = {tower.get("hidden_act", "quick_gelu") for tower in (vision, text)}
     faults = [
@@ -142,13 +142,13 @@ def open_clip_config(config: Mapping[str, Any], directory: Path) -> dict[str, An
 def _sizes(tower: Mapping[str, Any]) -> dict[str, Any]:
     width, inner = tower["hidden_size"], tower["intermediate_size"]
     ratio = inner / width
-    if int(width * ratio) != inner:  # open_clip multiplies and cuts off
+    if int(width * ratio) != inner:  # open_clip multiplies and truncates
         ratio = math.nextafter(ratio, math.inf)
     return {"width": width, "layers": tower["num_hidden_layers"], "mlp_ratio": ratio}
 
 
 def open_clip_preprocessing(directory: Path, image_size: int) -> dict[str, Any]:
-    """preprocess_cfg of open_clip for a preprocessor_config.json; CLIP's own where there is no such file."""
+    """preprocess_cfg of open_clip for a preprocessor_config.json; CLIP's own without such a file."""
     from open_clip.transform import PreprocessCfg
 
     file = directory / "preprocessor_config.json"
@@ -165,8 +165,8 @@ def _preprocessing(config: Mapping[str, Any], file: Path, image_size: int) -> di
     squash = "shortest_edge" not in size
     sides = {size.get("height"), size.get("width")} if squash else {size["shortest_edge"]}
     if interpolation is None or sides != {image_size}:
-        asked = f"size={size}, resample={config.get('resample')}"
-        raise ConfigError(f"{file}: {asked} is not one of the ways in which open_clip resizes images")
+        resize = f"size={size}, resample={config.get('resample')}"
+        raise ConfigError(f"{file}: {resize} is not one of the ways in which open_clip resizes images")
     return {
         "mean": tuple(config["image_mean"]),
         "std": tuple(config["image_std"]),
@@ -176,7 +176,7 @@ def _preprocessing(config: Mapping[str, Any], file: Path, image_size: int) -> di
 
 
 def _check_tokenizer(directory: Path, text_cfg: Mapping[str, Any]) -> None:
-    """CLIP's own vocabulary, or a ConfigError: open_clip's CLIP reads text by no other."""
+    """Raise ConfigError for a vocabulary other than CLIP's, the only one that open_clip's CLIP uses."""
     if (directory / "vocab.json").is_file():
         vocabulary = _read_json(directory / "vocab.json")
     elif (directory / "tokenizer.json").is_file():
@@ -208,7 +208,7 @@ def _weights(directory: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _fill(model: nn.Module, weights: dict[str, Tensor], directory: Path) -> None:
-    """Copy every weight by its name in CLIPModel; ConfigError for one too few, too many or of another shape."""
+    """Copy every weight by its name in CLIPModel; ConfigError for missing and unknown weights and other shapes."""
     own, faults = model.state_dict(), []
     for name, tensor in own.items():
         found = weights.pop(hf_name(name) or "", None)

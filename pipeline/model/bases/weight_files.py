@@ -1,11 +1,11 @@
-"""What to do about a weight file that torch does not read without running the code in it."""
+"""Advice about weight files that torch cannot read without running the code in them."""
 
 from __future__ import annotations
 
 import zipfile
 from pathlib import Path
 
-# What a scripted CLIP has next to its weights.
+# Attributes of a scripted CLIP that are not weights.
 _NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 _TORCHSCRIPT = "w = torch.jit.load({file!r}, map_location='cpu').state_dict()"
 _PICKLED = (

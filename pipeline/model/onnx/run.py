@@ -1,4 +1,4 @@
-"""Exported graphs behind the two functions of a CLIP, run by onnxruntime."""
+"""Exported graphs with the interface of a CLIP, run by onnxruntime."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pipeline.model.onnx.write import HEAD, IMAGE, TEXT
 class OnnxModel:
     """`encode_image` and `encode_text` of exported graphs, and the logits of their head.
 
-    It takes what a CLIP takes, pixels that are normalized by `mean` and `std`: where the graph does that itself, they
-    become the bytes again that they were.
+    Like a CLIP, it takes pixels that are normalized by `mean` and `std`; if the graph normalizes them itself, they are
+    first converted back to bytes.
     """
 
     def __init__(self, files: Mapping[str, Path], mean: Sequence[float], std: Sequence[float]) -> None:
@@ -25,7 +25,7 @@ class OnnxModel:
         (pixels,) = self.sessions[IMAGE].get_inputs()
         self.takes_bytes = pixels.type == "tensor(uint8)"
         text = self.sessions.get(TEXT)
-        # int, or a name where the length is free
+        # int, or a name if the length is free
         self.context = None if text is None else text.get_inputs()[0].shape[1]
 
     def encode_image(self, pixels: Tensor) -> Tensor:

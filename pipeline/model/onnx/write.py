@@ -1,6 +1,6 @@
 """The towers of a merged model and its zero-shot head as ONNX graphs with a free batch dimension.
 
-    image   pixels (N, 3, H, W)        -> image_embeds (N, D) unit vectors; of a ViT also logits (N, K)
+    image   pixels (N, 3, H, W)        -> image_embeds (N, D) unit vectors; for a ViT also logits (N, K)
     text    input_ids (N, context)     -> text_embeds (N, D) unit vectors
     head    image_embeds (N, D)        -> logits (N, K) for the class names that the export was given
 
@@ -31,7 +31,7 @@ Pixels = Literal["uint8", "normalized"]
 IMAGE, TEXT, HEAD = "image", "text", "head"
 # Read by onnxruntime >= 1.14 and TensorRT >= 8.6.
 OPSET = 18
-# A protobuf holds less than 2 GiB; from here on the weights go into a file next to the graph.
+# A protobuf holds less than 2 GiB; from this size on the weights go into a file next to the graph.
 _OWN_FILE = 1_800_000_000
 
 
@@ -90,9 +90,10 @@ def write_graphs(
 
     Args:
         model: merged, on the CPU.
-        files: where "image", "text" and "head" go; the last two are not written of a ViT, the head not without classes.
-        precision: of weights and activations; int8 is fp32 whose weights `quantize` has stored in 8 bits.
-        pixels: what the image graph takes.
+        files: paths of "image", "text" and "head"; text and head are not written for a ViT, nor the head without
+            classes.
+        precision: of weights and activations; int8: fp32, with weights that `quantize` stores in 8 bits.
+        pixels: input of the image graph.
         classes: (K, D) unit vectors of the class names.
     """
     dtype = torch.float16 if precision == "fp16" else torch.float32
@@ -125,7 +126,7 @@ def _write(module: nn.Module, example: Tensor, file: Path, inputs: str, outputs:
             dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
             verbose=False,
         )
-        assert program is not None  # None is of the older exporter
+        assert program is not None  # None only from the older exporter
         program.save(str(written), external_data=large)
     if precision == "int8":
         quantize(written, file, large)
@@ -134,14 +135,14 @@ def _write(module: nn.Module, example: Tensor, file: Path, inputs: str, outputs:
 
 
 def quantize(graph: Path, file: Path, large: bool) -> None:
-    """Write a graph again with the weights of its matrix products in 8 bits, each output with a scale of its own.
+    """Copy a graph with the weights of its matrix products in 8 bits and a scale for each output.
 
     Activations are quantized while the graph runs, by the range of each batch ("dynamic" quantization).
 
     Args:
-        graph: in fp32.
-        file: where the new one goes.
-        large: its weights go into a file next to it.
+        graph: the fp32 graph.
+        file: path of the new graph.
+        large: whether its weights go into a file next to it.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -153,7 +154,7 @@ def quantize(graph: Path, file: Path, large: bool) -> None:
             per_channel=True,
             weight_type=QuantType.QInt8,
             use_external_data_format=large,
-            # attention multiplies activations with activations, which have no scale for each output
+            # attention multiplies activations by activations, which have no scale for each output
             extra_options={"MatMulConstBOnly": True},
         )
 
@@ -164,7 +165,7 @@ def _sides(size: Any) -> tuple[int, int]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the notes of torch and onnxruntime on their own progress."""
+    """Silence the progress messages of torch and onnxruntime."""
     loggers = [logging.getLogger(name) for name in ("", "torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
