@@ -150,7 +150,7 @@ def vit_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         import torch
         from timm.models import save_for_hf
 
-        args = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2} | changes
+        args: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2} | changes
         directory = tmp_path_factory.mktemp("vit")
         torch.manual_seed(3)
         model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **args)

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.model.load import as_clip
+
 if TYPE_CHECKING:
     import torch
 
@@ -229,7 +231,7 @@ def make_run(tiny_clip_dir: Path, benchmark_file: Path) -> Callable[..., Path]:
         )
         directory.mkdir(parents=True)
         (directory / "config.yaml").write_text(to_yaml(config))
-        clip = attach_blocks(config, load_untouched(config))
+        clip = as_clip(attach_blocks(config, load_untouched(config)), "a run")
         parameters = dict(trainable(clip.model))
         generator = torch.Generator().manual_seed(5)
         for step in steps:

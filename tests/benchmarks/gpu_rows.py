@@ -46,7 +46,8 @@ class OnDevice(SmallClip):
     def __init__(self, clip: Clip, batch: int, device: torch.device) -> None:
         self.clip, self.device = clip, device
         clip.model.to(device)
-        size, context = clip.preprocess_cfg["size"], clip.model.context_length
+        module: Any = clip.model
+        size, context = clip.preprocess_cfg["size"], module.context_length
         self.images = torch.randn(batch, 3, *size_pair(size), device=device)
         self.tokens = torch.randint(1, 49000, (batch, context), device=device)
         self.tokens[:, context // 4] = 49407

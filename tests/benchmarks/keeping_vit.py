@@ -15,7 +15,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -73,8 +73,8 @@ def _write_vit(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
     from timm.models.vision_transformer import checkpoint_filter_fn
 
-    size = {"img_size": 64, "embed_dim": 128, "depth": 12, "num_heads": 4, "num_classes": 0}
-    model = timm.create_model("vit_base_patch16_clip_224", **size)
+    size: dict[str, Any] = {"img_size": 64, "embed_dim": 128, "depth": 12, "num_heads": 4, "num_classes": 0}
+    model: Any = timm.create_model("vit_base_patch16_clip_224", **size)
     tower = {k: v for k, v in load_file(asset(MODEL) / "open_clip_model.safetensors").items() if k.startswith("visual")}
     state = {k: v for k, v in checkpoint_filter_fn(tower, model).items() if not k.startswith("head")}
     model.load_state_dict(state)

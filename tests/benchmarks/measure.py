@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median, quantiles
 
@@ -121,7 +121,7 @@ def flops(call: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def saved_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
+def saved_bytes(forward: Callable[[], Tensor], parameters: Sequence[Tensor]) -> int:
     """Bytes that a forward keeps for its backward, each storage once, without the parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     found: dict[int, int] = {}

@@ -208,12 +208,14 @@ def attempt(box: Box, seconds: float, draw: random.Random, tally: Tally) -> list
         if _TRACEBACK in box.said():
             faults.append(f"{fault}: a traceback")
         faults += [f"{fault}: {one}" for one in _safely(box.story.whole, box.folder)]
+    codes: list[int | None] = []
     for _ in range(_AGAIN):
         process = box.start()
         process.join(_HUNG_S)
         if process.exitcode == 0:
             return faults + box.end()
-    return [*faults, f"does not end well any more: exit code {process.exitcode}"]
+        codes.append(process.exitcode)
+    return [*faults, f"does not end well any more: exit codes {codes}"]
 
 
 _TRACEBACK = "Traceback (most recent call last)"

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout, where it is not installed
 
@@ -100,7 +101,8 @@ def slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     means = [(float(np.mean(np.take(x, part))), float(np.mean(np.take(y, part)))) for part in parts]
     if len(means) < 4:
         return float("nan"), float("nan")
-    fit = stats.linregress(*zip(*means, strict=True))
+    xs, ys = zip(*means, strict=True)
+    fit: Any = stats.linregress(xs, ys)
     return float(fit.slope), float(stats.t.ppf(0.975, len(means) - 2) * fit.stderr)
 
 

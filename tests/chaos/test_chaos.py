@@ -6,6 +6,7 @@ import multiprocessing
 import random
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import chaos
@@ -16,7 +17,7 @@ from stories import STORIES, Story
 class _Server:
     """Processes without the product's imports: argv is a Python text."""
 
-    def Process(self, target: object, args: tuple[list[str], Path, str]) -> multiprocessing.Process:  # noqa: N802
+    def Process(self, target: object, args: tuple[list[str], Path, str]) -> BaseProcess:  # noqa: N802
         return multiprocessing.get_context("fork").Process(target=_run, args=args)
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -252,7 +253,7 @@ def test_no_option_is_a_prefix_of_one_of_torchruns():
 
     theirs = [text for action in get_args_parser()._actions for text in action.option_strings]
     parser = build_parser()
-    commands = next(action for action in parser._actions if action.dest == "command")
+    commands: Any = next(action for action in parser._actions if action.dest == "command")
     for name in ("train", "evaluate"):
         ours = [text for action in commands.choices[name]._actions for text in action.option_strings]
         for text in set(ours) - {"-h", "--help"}:

@@ -174,7 +174,7 @@ def test_rules_between_options(write, typed, told):
 
 def test_rules_hold_for_a_config_built_in_code():
     with pytest.raises(ValidationError, match="should be a multiple"):
-        Config(data={"train": "x"}, train={"global_batch_size": 100})
+        Config.model_validate({"data": {"train": "x"}, "train": {"global_batch_size": 100}})
 
 
 def test_gate_rules_are_silent_where_there_are_no_gates(write):
@@ -225,7 +225,9 @@ def test_override_checks_like_load_and_makes_a_copy(write):
 
 
 def test_config_is_frozen_all_the_way_down():
-    config = Config(data={"train": "x", "templates": ["a {c}"]}, adapter={"targets": ["image.*"]})
+    config = Config.model_validate(
+        {"data": {"train": "x", "templates": ["a {c}"]}, "adapter": {"targets": ["image.*"]}}
+    )
     with pytest.raises(ValidationError, match="frozen"):
         config.seed = 1
     with pytest.raises(ValidationError, match="frozen"):
@@ -234,7 +236,7 @@ def test_config_is_frozen_all_the_way_down():
 
 
 def test_digest_ignores_name_place_and_tracking_and_nothing_else():
-    config = Config(data={"train": "x"})
+    config = Config.model_validate({"data": {"train": "x"}})
     same = override(config, {"name": "b", "out": "elsewhere", "tracking.enabled": False, "tracking.uri": "http://x"})
     assert digest(same) == digest(config)
     assert (

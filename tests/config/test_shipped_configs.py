@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import flatten, load_config, load_config_with_origin, override
+from pipeline.config import Config, flatten, load_config, load_config_with_origin, override
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
@@ -29,7 +29,7 @@ def test_shipped_configs_have_run_directories_of_their_own():
 def test_base_states_the_defaults():
     config, origin = load_config_with_origin(CONFIGS / "base.yaml")
     given = [key for key in origin if origin[key] != "default"]
-    default = flatten(type(config)(data={"train": "shards/train"}))
+    default = flatten(Config.model_validate({"data": {"train": "shards/train"}}))
     differs = {key for key in given if flatten(config)[key] != default[key]}
     assert differs == {"model.pretrained"}
     assert len(given) > 10

@@ -19,8 +19,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from http_servers import QuietHandler, serving
 
 KEY, SECRET = "selora-test", "a secret of this test"
 FAULTS = ("503", "cut", "reset")
@@ -87,27 +88,18 @@ def faulty_store(folder: Path) -> Iterator[FaultyStore]:
     try:
         _wait_for(port, folder / "rclone.log")
         store = FaultyStore(root, "")
-        proxy = ThreadingHTTPServer(("127.0.0.1", 0), type("Proxy", (_Proxy,), {"store": store, "port": port}))
-        store.url = f"http://127.0.0.1:{proxy.server_address[1]}"
-        thread = threading.Thread(target=proxy.serve_forever, daemon=True)
-        thread.start()
-        try:
+        with serving(type("Proxy", (_Proxy,), {"store": store, "port": port})) as address:
+            store.url = f"http://{address}"
             yield store
-        finally:
-            proxy.shutdown()
-            proxy.server_close()
-            thread.join()
     finally:
         server.terminate()
         server.wait()
 
 
-class _Proxy(BaseHTTPRequestHandler):
+class _Proxy(QuietHandler):
     protocol_version = "HTTP/1.1"
     store: FaultyStore
     port: int
-
-    def log_message(self, *_: object) -> None: ...
 
     def do_HEAD(self) -> None:
         self.pass_on()

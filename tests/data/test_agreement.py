@@ -28,7 +28,8 @@ def test_embeddings_of_fast_pixels_agree_with_the_references(tmp_path: Path) -> 
         samples.append(Sample(file.stem, file.name, file, 0, ()))
     photos = write_wds_eval(samples, tmp_path / "photos", classnames=["c"], templates=["{c}"])
     clip = load_clip(f"local-dir:{asset(MODEL)}")
-    cfg, model = clip.preprocess_cfg, clip.model.eval()
+    cfg = clip.preprocess_cfg
+    model: Any = clip.model.eval()
 
     def embed(form: Any) -> tuple[torch.Tensor, torch.Tensor]:
         images = next(iter(eval_loader(photos, cfg, batch_size=64, workers=0, preprocessing=form))).images

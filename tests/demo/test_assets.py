@@ -6,6 +6,7 @@ import hashlib
 import json
 import tarfile
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import pytest
 
@@ -49,7 +50,7 @@ def test_reference_images_are_pretraining_images(data: Path) -> None:
             with tarfile.open(file) as tar:
                 for member in tar:
                     if member.name.endswith(".webp"):
-                        found.add(hashlib.sha256(tar.extractfile(member).read()).hexdigest())
+                        found.add(hashlib.sha256(cast("BinaryIO", tar.extractfile(member)).read()).hexdigest())
         return found
 
     reference = digests(data / "reference")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from http_servers import QuietHandler, serving
 
 from pipeline.cli.main import main
 from pipeline.doctor.benchmark import check_row, compare_with_published
@@ -97,20 +96,16 @@ def test_golden_flags_what_is_further_off_than_its_tolerance(
     assert printed.err.count("finished before, skipped") == 2
 
 
-class Healthy(BaseHTTPRequestHandler):
+class Healthy(QuietHandler):
     def do_GET(self) -> None:
         self.send_response(200)
         self.end_headers()
 
-    def log_message(self, *_: object) -> None: ...  # type: ignore[override]
-
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    with HTTPServer(("127.0.0.1", 0), Healthy) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{http.server_port}"
-        http.shutdown()
+    with serving(Healthy) as address:
+        yield f"http://{address}"
 
 
 def test_a_machine_and_a_config_that_are_well_have_nothing_to_do(

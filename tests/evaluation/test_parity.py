@@ -33,13 +33,13 @@ def results(clip: Clip, benchmark_file: Path, tmp_path_factory: pytest.TempPathF
     return {key: json.loads((out / f"{key}.json").read_text()) for key in ("ours", "moved", "few", "pairs")}
 
 
-def reference_loader(clip: Clip, folder: Path) -> torch.utils.data.DataLoader:
+def reference_loader(clip: Clip, folder: Path) -> Any:
     """clip_benchmark's own dataset and loader with open_clip's own evaluation transform."""
     config = open_clip.transform.PreprocessCfg(**clip.preprocess_cfg)
     transform = open_clip.transform.image_transform_v2(config, is_train=False)
     task = "zeroshot_retrieval" if (folder / "dataset_type.txt").exists() else "zeroshot_classification"
     dataset = build_dataset(f"wds/{folder.name}", root=str(folder), transform=transform, split="test", task=task)
-    loader = torch.utils.data.DataLoader(dataset.batched(BATCH), batch_size=None, shuffle=False, num_workers=0)
+    loader: Any = torch.utils.data.DataLoader(dataset.batched(BATCH), batch_size=None, shuffle=False, num_workers=0)
     loader.dataset.classes, loader.dataset.templates = dataset.classes, dataset.templates
     return loader
 

@@ -256,7 +256,9 @@ def ways(setting: Setting) -> None:
             for rank in setting.size.ranks:
                 if not setting.has(25, f"ways of {kind} r{rank} {inputs}->{outputs}"):
                     continue
-                spent = {way: 1e3 * setting.timed(_block(x, outputs, kind, rank, way)) for way in WAYS}
+                spent: dict[Way, float] = {
+                    way: 1e3 * setting.timed(_block(x, outputs, kind, rank, way)) for way in WAYS
+                }
                 work = Work(tokens, inputs, outputs, rank, kind == "dora", True, None)
                 chosen, best = cheapest(work, setting.device.type), min(spent, key=spent.__getitem__)
                 works.append((work, spent))

@@ -31,7 +31,7 @@ def _picture(folder: Path, sides: tuple[int, int], number: int) -> None:
 
     draw = np.random.default_rng(number)
     coarse = Image.fromarray(draw.integers(0, 256, (12, 12, 3)).astype("uint8"))
-    smooth = np.asarray(coarse.resize(sides[::-1], Image.Resampling.BICUBIC)).astype("float32")
+    smooth = np.asarray(coarse.resize((sides[1], sides[0]), Image.Resampling.BICUBIC)).astype("float32")
     pixels = np.clip(smooth + draw.normal(0, 14, smooth.shape), 0, 255).astype("uint8")
     file = folder / f"class {number % 16}" / f"{number:05d}.jpg"
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from pipeline.evaluation.datasets.dataset import Settings
 from pipeline.evaluation.run import evaluate_run
 from pipeline.method.adapter import blocks
 from pipeline.model.clip import Clip
-from pipeline.model.load import Model
+from pipeline.model.load import Model, as_clip
 from pipeline.model.restore import load_run
 from pipeline.runs.sweep import write_sweep
 from pipeline.training.checkpoint import save_checkpoint
@@ -38,9 +39,9 @@ class Batch:
 
     def logits(self, clip: Clip) -> Tensor:
         with torch.no_grad():
-            model = clip.model.eval()
-            image = torch.nn.functional.normalize(model.encode_image(self.images), dim=-1)  # pyright: ignore[reportCallIssue]
-            text = torch.nn.functional.normalize(model.encode_text(self.tokens), dim=-1)  # pyright: ignore[reportCallIssue]
+            model: Any = clip.model.eval()
+            image = torch.nn.functional.normalize(model.encode_image(self.images), dim=-1)
+            text = torch.nn.functional.normalize(model.encode_text(self.tokens), dim=-1)
             return model.get_parameter("logit_scale").exp() * image @ text.T
 
 
@@ -52,7 +53,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def batch(data: Path, make_run: Callable[..., Path]) -> Batch:
     """Twelve test photos of clothes, transformed, and the ten class names."""
-    clip = load_run(make_run())
+    clip = as_clip(load_run(make_run()), "the batch")
     photos = open_eval_set(data / "eval" / "clothing")
     pixels = next(iter(eval_loader(photos, clip.preprocess_cfg, batch_size=12, workers=0))).images
     images = normalize(pixels, clip.preprocess_cfg["mean"], clip.preprocess_cfg["std"])

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from http_servers import serving
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -99,7 +99,7 @@ class Hub(BaseHTTPRequestHandler):
     """As much of the hub as an upload of small files needs; `commits` gets the files of each commit."""
 
     commits: list[dict[str, bytes]]
-    asked: list[dict[str, Any]]
+    created: list[dict[str, Any]]
     refuse: bool
 
     def do_POST(self) -> None:
@@ -107,7 +107,7 @@ class Hub(BaseHTTPRequestHandler):
         if self.refuse:
             return self._answer(403, {"error": "no right to write"})
         if self.path == "/api/repos/create":
-            self.asked.append(json.loads(body))
+            self.created.append(json.loads(body))
             return self._answer(200, {"url": f"http://{self.headers['Host']}/me/clip", "name": "me/clip"})
         if self.path == "/api/validate-yaml":
             return self._answer(200, {"errors": [], "warnings": []})
@@ -131,23 +131,13 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def log_message(self, *_: Any) -> None:
-        """Silent."""
-
 
 @contextmanager
 def hub(refuse: bool = False) -> Iterator[type[Hub]]:
-    handler = type("Handler", (Hub,), {"commits": [], "asked": [], "refuse": refuse, "address": ""})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    handler.address = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
+    handler: Any = type("Handler", (Hub,), {"commits": [], "created": [], "refuse": refuse, "address": ""})
+    with serving(handler) as address:
+        handler.address = f"http://{address}"
         yield handler
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def test_an_export_is_pushed_as_a_private_repository(
@@ -170,7 +160,7 @@ def test_an_export_is_pushed_as_a_private_repository(
     with hub() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.address)  # type: ignore[attr-defined]
         assert main([*command, "--force"]) == 0
-        assert server.asked[0]["visibility"] == "private"
+        assert server.created[0]["visibility"] == "private"
         pushed = {name: data for commit in server.commits for name, data in commit.items()}
     assert pushed == {
         file.relative_to(out).as_posix(): file.read_bytes() for file in Path(out).rglob("*") if file.is_file()

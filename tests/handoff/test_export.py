@@ -20,6 +20,7 @@ from pipeline.handoff import readback as stock
 from pipeline.handoff.export import export
 from pipeline.handoff.source import Mismatch
 from pipeline.model.export import CAPTIONS
+from pipeline.model.load import as_clip
 from pipeline.model.restore import find_run, load_base, load_run
 
 
@@ -111,7 +112,7 @@ def test_the_hf_directory_reads_inputs_as_open_clip_does(
 
     run = make_run("lora", True)
     export(run, "hf", tmp_path / "hf", verify=False)
-    clip = load_run(run)
+    clip = as_clip(load_run(run), "the tokenizer")
     tokenizer: Any = CLIPTokenizer.from_pretrained(tmp_path / "hf")
     captions = [*CAPTIONS, "it's size XL, 50% off!", "a shirt " * 30]
     ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]

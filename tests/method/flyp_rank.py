@@ -63,7 +63,8 @@ def gradients(rank: int, world: int, name: str = "contrastive", classes: bool = 
     positives = labels()[share] if classes else None
     outputs = model(images[share], texts[share])
     if name == "sigmoid":
-        loss = sigmoid_loss(*outputs, model.logit_bias, labels=positives)
+        image_features, text_features, scale = outputs
+        loss = sigmoid_loss(image_features, text_features, scale, model.logit_bias, labels=positives)
     else:
         loss = flyp_loss(*outputs, labels=positives)
     (loss + gate_penalty(gate_scores(model))).backward()

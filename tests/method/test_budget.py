@@ -73,6 +73,7 @@ def test_usefulness_is_minus_the_gradient_of_the_indicator() -> None:
         generator = torch.Generator().manual_seed(9)
         x, y = (torch.randn(16, 8, generator=generator).double() for _ in range(2))
         (reference(x) - y).square().mean().backward()
+        assert factor.grad is not None
         assert found == pytest.approx(-factor.grad.item(), rel=1e-4, abs=1e-7)
 
 

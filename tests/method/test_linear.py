@@ -1,19 +1,22 @@
 """Blocks against formulas written out by hand, in a small network."""
 
 from copy import deepcopy
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.method.adapter import attach_adapter, blocks, merge_adapter
+from pipeline.method.adapter import AdapterKind, attach_adapter, blocks, merge_adapter
 from pipeline.method.linear import Block, DoRALinear
 
-KINDS = ["lora", "dora"]
+KINDS: list[AdapterKind] = ["lora", "dora"]
 OPEN, CLOSED = 0.15, 0.05
 
 
-def network(kind: str, score: float | None = OPEN, bias: bool = True, alpha: float | None = 6.0) -> nn.Sequential:
+def network(
+    kind: AdapterKind, score: float | None = OPEN, bias: bool = True, alpha: float | None = 6.0
+) -> nn.Sequential:
     """Three linears with tanh between; the middle one is a block with a trained (non-zero) adapter."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 5, bias=bias), nn.Tanh(), nn.Linear(5, 4))
@@ -44,7 +47,7 @@ def formula(block: Block) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bias", [True, False])
-def test_open_block_computes_its_formula(kind: str, bias: bool) -> None:
+def test_open_block_computes_its_formula(kind: AdapterKind, bias: bool) -> None:
     net = network(kind, bias=bias).double()
     block, x = middle(net), inputs(torch.float64)[:, :6]
     assert block.lowrank.scaling == 2.0
@@ -54,7 +57,7 @@ def test_open_block_computes_its_formula(kind: str, bias: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_closed_block_is_the_base_bit_for_bit(kind: str) -> None:
+def test_closed_block_is_the_base_bit_for_bit(kind: AdapterKind) -> None:
     net = network(kind, CLOSED)
     block, x = middle(net), inputs()[:, :6]
     for mode in (True, False):
@@ -66,7 +69,7 @@ def test_closed_block_is_the_base_bit_for_bit(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_block_starts_as_the_base(kind: str) -> None:
+def test_block_starts_as_the_base(kind: AdapterKind) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 48))
     base, x = deepcopy(net[0]), torch.randn(9, 64)
@@ -76,7 +79,7 @@ def test_block_starts_as_the_base(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("score", [OPEN, CLOSED])
-def test_score_gradient_is_an_inner_product_with_the_delta(kind: str, score: float) -> None:
+def test_score_gradient_is_an_inner_product_with_the_delta(kind: AdapterKind, score: float) -> None:
     """dL/ds == <dL/dW, W_open - W0>, W the weight in effect; fp64, 1e-10."""
     net, x = network(kind, score).double(), inputs(torch.float64)
     block = middle(net)
@@ -85,15 +88,17 @@ def test_score_gradient_is_an_inner_product_with_the_delta(kind: str, score: flo
 
     plain = deepcopy(net)
     merge_adapter(plain)
-    plain[2].weight.requires_grad_()
+    merged = cast("nn.Linear", plain[2])
+    merged.weight.requires_grad_()
     plain(x).square().sum().backward()
     assert block.gate is not None
     assert block.gate.score.grad is not None
-    assert (block.gate.score.grad - (plain[2].weight.grad * delta).sum()).abs().item() < 1e-10
+    assert merged.weight.grad is not None
+    assert (block.gate.score.grad - (merged.weight.grad * delta).sum()).abs().item() < 1e-10
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_open_block_gradients_equal_those_of_the_formula(kind: str) -> None:
+def test_open_block_gradients_equal_those_of_the_formula(kind: AdapterKind) -> None:
     """Adapter gradients of an open block equal those of the formula."""
     net, x = network(kind).double(), inputs(torch.float64)
     block = middle(net)
@@ -113,7 +118,7 @@ def test_open_block_gradients_equal_those_of_the_formula(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_closed_block_gradients_are_zero_and_defined(kind: str) -> None:
+def test_closed_block_gradients_are_zero_and_defined(kind: AdapterKind) -> None:
     """Closed block gives zero gradients to its adapter and keeps them defined."""
     net = network(kind, CLOSED)
     net(inputs()).sum().backward()
@@ -126,7 +131,7 @@ def test_closed_block_gradients_are_zero_and_defined(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_forward_reads_no_indicator_on_the_host(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_forward_reads_no_indicator_on_the_host(kind: AdapterKind, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training forward of a closed block does not read the indicator on the host."""
     net = network(kind, CLOSED)
     monkeypatch.setattr(Tensor, "__bool__", lambda _: pytest.fail("host synchronisation"))
@@ -155,7 +160,7 @@ def test_dora_of_a_zero_row_stays_finite() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_block_runs_in_bf16_with_an_fp32_score(kind: str) -> None:
+def test_block_runs_in_bf16_with_an_fp32_score(kind: AdapterKind) -> None:
     net = network(kind).bfloat16()
     out = net(inputs(torch.bfloat16))
     out.float().sum().backward()
@@ -165,12 +170,12 @@ def test_block_runs_in_bf16_with_an_fp32_score(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_block_runs_under_autocast(kind: str) -> None:
+def test_block_runs_under_autocast(kind: AdapterKind) -> None:
     net, reference = network(kind), network(kind)
     with torch.autocast("cpu", torch.bfloat16):
         out = net(inputs())
     out.float().sum().backward()
     reference(inputs()).sum().backward()
     torch.testing.assert_close(out.float(), reference(inputs()), rtol=0.05, atol=0.05)
-    got, expected = (middle(n).gate.score.grad for n in (net, reference))
+    got, expected = (blocks(n)["middle"].get_parameter("gate.score").grad for n in (net, reference))
     torch.testing.assert_close(got, expected, rtol=0.1, atol=0.05)

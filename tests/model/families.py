@@ -191,7 +191,7 @@ def toy_clip(
     """The architecture of open_clip with two layers of width 32 in each tower."""
     import open_clip
 
-    config = deepcopy(open_clip.get_model_config(family.example))
+    config: Any = deepcopy(open_clip.get_model_config(family.example))
     vision, text = config["vision_cfg"], config["text_cfg"]
     config["embed_dim"] = 32
     if "timm_model_name" in vision:

@@ -158,7 +158,8 @@ def test_the_command_for_unsafe_weight_files_makes_them_readable(plain_dir: Path
     model: Any = open_clip.create_model(f"local-dir:{plain_dir}", require_pretrained=True)
     torch.save(model, tmp_path / "whole.pt")
     batch = fixed_batch(load_clip(name))
-    torch.jit.trace(model.eval(), batch, check_trace=False).save(str(tmp_path / "script.pt"))
+    traced: Any = torch.jit.trace(model.eval(), batch, check_trace=False)
+    traced.save(str(tmp_path / "script.pt"))
     for file, what in (("whole.pt", "pickled with more than tensors"), ("script.pt", "a TorchScript archive")):
         with pytest.raises(ConfigError, match=what) as error:
             load_clip(name, str(tmp_path / file))

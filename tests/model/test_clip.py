@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -93,7 +94,8 @@ def test_merged_model_loads_in_stock_open_clip(kind: str, clip_dir: MakeDir, bat
 
     merge_adapter(clip.model)
     save_open_clip(clip.model, clip.model_cfg, clip.preprocess_cfg, tmp_path)
-    stock, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    stock, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    preprocess: Any = transform
     for got, expected in zip(stock.eval()(*batch), unmerged, strict=True):
         torch.testing.assert_close(got, expected.reshape(got.shape), rtol=0, atol=1e-5)
     assert list(preprocess.transforms[-1].mean) == [0.4, 0.5, 0.6]

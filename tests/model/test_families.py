@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import ConfigError
-from pipeline.method.adapter import GradientWatch, attach_adapter, blocks, gate_scores, merge_adapter
+from pipeline.method.adapter import AdapterKind, GradientWatch, attach_adapter, blocks, gate_scores, merge_adapter
 from pipeline.model.clip import load_clip
 from pipeline.model.towers import adapter_targets, apply_trainable
 from pipeline.model.vit import load_vit
@@ -52,7 +52,8 @@ def check(model: Any, run: Callable[[Any], tuple[Tensor, ...]], fresh: Any) -> N
     fresh.load_state_dict(stock_state(part))
     assert same(run(fresh.eval()), before), "split as the library has it in one"
     targets = adapter_targets(model)
-    for kind, names in (("lora", list(targets)[::2]), ("dora", list(targets)[1::2])):
+    halves: dict[AdapterKind, list[str]] = {"lora": list(targets)[::2], "dora": list(targets)[1::2]}
+    for kind, names in halves.items():
         attach_adapter(targets, rank=2, kind=kind, select=names)
     apply_trainable(model, "none", "lora")
     with torch.no_grad():

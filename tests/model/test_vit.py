@@ -87,7 +87,7 @@ def test_what_is_written_is_read_by_timm_with_its_classifier(
         expected = vit.model(images)
         merge_adapter(vit.model)
         save_timm(vit, tmp_path / "out")
-        stock = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+        stock: Any = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
         torch.testing.assert_close(stock(images), expected, atol=1e-5, rtol=1e-4)
     again = load_vit(f"timm:local-dir:{tmp_path / 'out'}")
     assert again.digest != vit.digest

@@ -31,7 +31,7 @@ _PLACES = {"CONFIG": "configs/own_data.yaml", "GRID": "configs/grids/own_data.ya
 def fenced(page: Path) -> list[str]:
     """The lines of all shell blocks of a page; a backslash at the end joins two lines."""
     text = "".join(block for language, block in _FENCE.findall(page.read_text(encoding="utf-8")) if language in _SHELL)
-    return text.replace("\\\n", " ").splitlines()
+    return [str(line) for line in text.replace("\\\n", " ").splitlines()]
 
 
 def inline(page: Path) -> list[str]:
@@ -111,7 +111,10 @@ def test_commands_in_the_text_have_their_options(page: Path) -> None:
 def test_enough_commands_were_found() -> None:
     """A change of the fences would silence the test above."""
     assert len(COMMANDS) > 40
-    assert {"README.md", "quick-start.md", "paper.md", "mlflow.md"} <= {param.values[0].name for param in COMMANDS}
+    pages = [param.values[0] for param in COMMANDS]
+    assert {"README.md", "quick-start.md", "paper.md", "mlflow.md"} <= {
+        page.name for page in pages if isinstance(page, Path)
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

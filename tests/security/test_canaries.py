@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import threading
 import time
 from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
 import pytest
+from http_servers import serving_guarded
 
 from pipeline.demo.assets import FINETUNE, MODEL, asset, unpack
 
@@ -36,30 +34,11 @@ SECRETS = {
 } | {"SELORA_STORE_PASSWORD": STORE_PASSWORD}
 
 
-class _Guarded(SimpleHTTPRequestHandler):
-    def log_message(self, *_: object) -> None: ...
-
-    def do_GET(self) -> None:
-        wanted = "Basic " + base64.b64encode(f"me:{STORE_PASSWORD}".encode()).decode()
-        if self.headers.get("Authorization") == wanted:
-            super().do_GET() if self.command == "GET" else super().do_HEAD()
-        else:
-            self.send_error(401)
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-
 @pytest.fixture
 def guarded(tmp_path: Path) -> Iterator[str]:
     unpack(tmp_path / "data", "clothing_train.tar.gz", "eval.tar.gz")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Guarded, directory=str(tmp_path / "data/clothing_train")))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving_guarded(tmp_path / "data/clothing_train", STORE_PASSWORD) as address:
+        yield address
 
 
 class Lines(threading.Thread):

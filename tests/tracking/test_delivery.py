@@ -57,6 +57,8 @@ def test_every_value_arrives_once_under_a_legal_name(tmp_path: Path, store: str,
     assert len(run.data.params["templates"]) == 6000
     assert (run.data.tags["kind"], run.data.tags["seed"]) == ("trial", "1")
     assert (run.info.status, run.info.run_name) == ("FINISHED", "whole")
+    assert run.info.end_time is not None
+    assert run.info.start_time is not None
     assert run.info.end_time >= run.info.start_time
     again = sync(tmp_path / "run", store)
     assert (again.sent, again.already, again.pending) == (0, report.sent, 0)

@@ -81,7 +81,8 @@ def test_a_copy_is_not_turned_away_from_its_original(moved: tuple[Path, str], tm
     shutil.copytree(out, tmp_path / "copy")
     uri = sqlite_uri(tmp_path / "copy" / "mlflow.db")
     relocate(uri)
-    assert MlflowStore(uri, "selora").get_run(run_id).info.artifact_uri.startswith((out / "mlartifacts").as_uri())
+    artifacts = MlflowStore(uri, "selora").get_run(run_id).info.artifact_uri
+    assert str(artifacts).startswith((out / "mlartifacts").as_uri())
 
 
 def test_an_address_that_is_no_lost_file_stays(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from http_servers import QuietHandler
 from ports import free_port
 
 from pipeline.config import Config, ConfigError, digest, flatten, load_config, override, to_yaml
@@ -128,12 +129,10 @@ class Guarded:
         self._process.wait()
 
 
-def _door_to(inner: str) -> type[BaseHTTPRequestHandler]:
+def _door_to(inner: str) -> type[QuietHandler]:
     key = "Basic " + base64.b64encode(f"me:{PASSWORD}".encode()).decode()
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: object) -> None: ...
-
+    class Handler(QuietHandler):
         def pass_on(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             status, kind, answer = 401, "text/plain", b"who are you?"
@@ -248,10 +247,10 @@ def test_a_sweep_leaves_the_password_nowhere(
     grid, sweep_dir = load_grid(tmp_path / "grid.yaml"), tmp_path / "runs" / "run"
     for _ in range(2):  # the second time it continues
         trials = lay_out(config, grid)
+        assert trial_config(sweep_dir, trials[0].name).tracking.uri == "http://me:***@127.0.0.1:9"
         with SweepRuns(sweep_dir, config, grid, trials) as record:
             states = {trial.name: read_state(trial_dir(sweep_dir, trial.name)) for trial in trials}
             record.close(states, "the table", complete=False)
-    assert trial_config(sweep_dir, trials[0].name).tracking.uri == "http://me:***@127.0.0.1:9"
     assert '"http://me:***@127.0.0.1:9"' in (sweep_dir / SWEEP_FILE).read_text()
     assert holds_the_password(tmp_path / "runs") == []
     # Ray writes the environment of its workers into its logs.

@@ -109,7 +109,8 @@ def test_it_reads_images_as_the_evaluation_does() -> None:
         coded(image.convert("P"), format="GIF"),
     ]
     for file in files:
-        assert served_model._rgb(0, served_model._decode, file).tobytes() == decode(file, form="reference").tobytes()
+        expected: Any = decode(file, form="reference")
+        assert served_model._rgb(0, served_model._decode, file).tobytes() == expected.tobytes()
 
 
 def test_wrong_requests_say_what_is_wrong(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

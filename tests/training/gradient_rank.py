@@ -81,6 +81,7 @@ def gradients(folder: str, precision: str, stage: int, way: dict[str, Any]) -> d
         engine.backward(losses["total"])
         for name, parameter in named:
             grad = parameter.grad if stage == 0 else safe_get_full_grad(parameter)
+            assert grad is not None, name
             found[f"{step}/{name}"] = grad.detach().float().clone()
         engine.step()
         total = losses["total"].detach().clone()

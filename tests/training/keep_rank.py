@@ -87,6 +87,7 @@ def gradients(folder: str, kind: str, stage: int, precision: str, way: str) -> d
     found = {}
     for name, parameter in named:
         grad = parameter.grad if stage == 0 else safe_get_full_grad(parameter)
+        assert grad is not None, name
         found[name] = grad.detach().float().clone()
     engine.step()
     for name in ("total", "keep", "replay"):

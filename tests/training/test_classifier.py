@@ -65,7 +65,7 @@ def plain_run(config_file: Path, tiny_vit: Path, overrides: list[str]) -> tuple[
         crop_scale=config.data.crop_scale,
         flip=True,
     )
-    model = timm.create_model(f"local-dir:{tiny_vit}", pretrained=True, num_classes=4)
+    model: Any = timm.create_model(f"local-dir:{tiny_vit}", pretrained=True, num_classes=4)
     # The classifier starts as ours does, from the first draws of the seed.
     run = Path(config.out) / config.name / "start.safetensors"
     model.head.load_state_dict(load_file(run))

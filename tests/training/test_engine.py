@@ -113,7 +113,7 @@ def test_several_ranks_reduce_while_the_backward_goes_on() -> None:
 def test_a_fused_optimizer_goes_on_from_its_moments(one_rank: Any, stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The optimizer of a GPU, which torch has for a CPU as well: resumed, it takes the step of one that went on."""
     fused = torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **options: fused(groups, **(options | {"fused": True})))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **options: fused(groups, **{**options, "fused": True}))
     monkeypatch.setattr("pipeline.training.engine._MOMENTS", {fused: ("exp_avg", "exp_avg_sq")})
 
     def step(engine: Any, seed: int) -> None:
@@ -169,12 +169,14 @@ def test_state_in_few_copies_is_that_of_each_parameter(
     assert len(moments) == 2 * len(named)
     for name, parameter in named:
         value = parameter.detach() if stage == 0 else safe_get_full_fp32_param(parameter)
+        assert value is not None
         assert torch.equal(values[name], value)
         for moment in ("exp_avg", "exp_avg_sq"):
             if stage == 0:
                 whole = engine.basic_optimizer.state[parameter][moment]
             else:
                 whole = safe_get_full_optimizer_state(parameter, moment)
+            assert whole is not None
             assert torch.equal(moments[f"{name}/{moment}"], whole)
     for before in values.values():
         before.add_(1)  # a copy: nothing of it reaches the model

@@ -214,6 +214,7 @@ def test_deepspeed_gives_the_gradient_of_the_whole_batch(fork_server: Any, small
 def test_every_way_under_every_stage_in_both_precisions(
     world: int, fork_server: Any, small_clip: str, tmp_path: Path
 ) -> None:
+    cases: list[tuple[str, int, str]]
     cases = [case for case in product(WAYS, (0, 1, 2, 3), ("fp32", "bf16")) if case[:2] != ("all", 3)]  # refused
     check(deepspeed_gradients(fork_server, world, small_clip, cases, tmp_path))
 
@@ -240,7 +241,7 @@ def test_how_a_step_is_computed_may_change() -> None:
     from pipeline.config import Config, override
     from pipeline.training.settings import changed_settings
 
-    config = Config(data={"train": "x"})
+    config = Config.model_validate({"data": {"train": "x"}})
     changes = {"train.micro_batch_size": 8, "train.activation_checkpointing": True, "train.compile": True}
     assert changed_settings(config, override(config, changes)) == []
     assert len(changed_settings(config, override(config, {"train.lr": 1.0}))) == 1

@@ -49,8 +49,8 @@ def test_a_siglip_is_trained_exported_and_served(launch: Any, siglip_dir: Path, 
     (row,) = predict(served, {"image": [picture]})
     (image,) = (torch.tensor(each["embedding"]) for each in predict(served, {"image": [picture]}, task="embed_images"))
     assert labels is not None
-    scale, bias = source.model.model.logit_scale.exp(), source.model.model.logit_bias
-    wanted = (scale * labels.head @ image + bias).sigmoid().tolist()
+    scale, bias = (source.model.model.get_parameter(f"logit_{name}") for name in ("scale", "bias"))
+    wanted = (scale.exp() * labels.head @ image + bias).sigmoid().tolist()
     assert dict(zip(row["labels"], row["scores"], strict=True)) == pytest.approx(
         dict(zip(["cat", "red dog"], wanted, strict=True)), rel=1e-3
     )

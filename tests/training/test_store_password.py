@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import os
-import threading
 from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from http_servers import serving_guarded
 
 from pipeline.config import Config, ConfigError, digest, flatten, load_config, override, to_yaml
 from pipeline.data.shards.index import load_index
@@ -22,32 +19,11 @@ PASSWORD = "canary/p@ss word"
 QUOTED = "canary%2Fp%40ss%20word"
 
 
-class _Guarded(SimpleHTTPRequestHandler):
-    def log_message(self, *_: object) -> None: ...
-
-    def do_GET(self) -> None:
-        wanted = "Basic " + base64.b64encode(f"me:{PASSWORD}".encode()).decode()
-        if self.headers.get("Authorization") != wanted:
-            self.send_error(401)
-        elif self.command == "HEAD":
-            super().do_HEAD()
-        else:
-            super().do_GET()
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-
 @pytest.fixture
 def guarded(shards: Path) -> Iterator[str]:
     """HOST:PORT of a server that gives the shards to `me` with the password."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Guarded, directory=str(shards)))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving_guarded(shards, PASSWORD) as address:
+        yield address
 
 
 def test_a_run_from_a_guarded_store_keeps_no_password(guarded: str, launch, tmp_path: Path, monkeypatch) -> None:

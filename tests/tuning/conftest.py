@@ -67,8 +67,9 @@ def write_known(root: Path, images: Path) -> Path:
     draft = open_eval_set(root / "draft")
     pixels = next(iter(eval_loader(draft, clip.preprocess_cfg, batch_size=len(source.samples), workers=0))).images
     with torch.no_grad():
-        seen = clip.model.encode_image(normalize(pixels, clip.preprocess_cfg["mean"], clip.preprocess_cfg["std"]))
-        names = clip.model.encode_text(clip.tokenizer([f"a {name}" for name in source.classes or ()]))
+        model: Any = clip.model
+        seen = model.encode_image(normalize(pixels, clip.preprocess_cfg["mean"], clip.preprocess_cfg["std"]))
+        names = model.encode_text(clip.tokenizer([f"a {name}" for name in source.classes or ()]))
     likeness = torch.nn.functional.normalize(seen, dim=-1) @ torch.nn.functional.normalize(names, dim=-1).T
     labels = (likeness - likeness.mean(0)).argmax(1)  # several classes, most of which the model gets right
     labels = torch.where(torch.arange(len(labels)) % 3 == 0, labels, likeness.argmax(1))

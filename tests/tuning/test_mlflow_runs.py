@@ -29,5 +29,5 @@ def _children(store: str) -> tuple[dict[str, str], dict[str, str]]:
 
     client = MlflowClient(store)
     runs = client.search_runs([one.experiment_id for one in client.search_experiments()])
-    statuses = {run.info.run_name: run.info.status for run in runs}
-    return statuses, {r.info.run_name: r.data.tags[REASON_TAG] for r in runs if REASON_TAG in r.data.tags}
+    statuses = {str(run.info.run_name): run.info.status for run in runs}
+    return statuses, {str(r.info.run_name): r.data.tags[REASON_TAG] for r in runs if REASON_TAG in r.data.tags}

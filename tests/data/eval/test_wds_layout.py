@@ -55,12 +55,12 @@ def eval_set(class_folders: Path, tmp_path: Path) -> EvalSet:
     )
 
 
-def theirs(folder: Path, transform: Callable[[Image.Image], Any]) -> Any:
+def theirs(folder: Path, transform: Any) -> Any:
     return build_wds_dataset("wds", transform=transform, data_dir=str(folder))
 
 
-def all_batches(chosen: EvalSet, **options: Any) -> list[EvalBatch]:
-    return list(eval_loader(chosen, CFG, **({"batch_size": 7, "workers": 0} | options)))
+def all_batches(chosen: EvalSet, batch_size: int = 7, workers: int = 0, **options: Any) -> list[EvalBatch]:
+    return list(eval_loader(chosen, CFG, batch_size=batch_size, workers=workers, **options))
 
 
 def test_clip_benchmark_reads_equal_pixels_and_labels(odd_files: list[Sample], tmp_path: Path) -> None:
@@ -238,14 +238,15 @@ def test_samples_that_cannot_be_scored_are_not_written(odd_files: list[Sample], 
     bare = [Sample("x", "x.jpg", odd_files[0].image)]
     text = tmp_path / "x.jpg"
     text.write_text("no image")
-    for samples, options, message in (
+    cases: list[tuple[list[Sample], dict[str, Any], str]] = [
         ([], {}, "no sample to write"),
         (bare, {"kind": "retrieval"}, "x.jpg: a retrieval set needs a caption"),
         (odd_files, {}, "needs class names and templates"),
         (odd_files, {"classnames": ["a"], "templates": ["{c}"]}, "b.jpeg: its class 1 is none of the 1"),
         (bare, {"classnames": ["a"], "templates": ["{c}"]}, "x.jpg: its class None is none of the 1"),
         ([Sample("x", "x.jpg", text, 0)], {"classnames": ["a"], "templates": ["{c}"]}, "x.jpg: not an image"),
-    ):
+    ]
+    for samples, options, message in cases:
         with pytest.raises(ConfigError, match=message):
             write_wds_eval(samples, out, **options)
         assert not (out / "test" / "nshards.txt").exists()

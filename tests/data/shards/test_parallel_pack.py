@@ -51,15 +51,15 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory, photo: Callable[..., Imag
 
 @pytest.fixture
 def packing(imagenet: Path, tmp_path: Path) -> Callable[..., Packing]:
-    def make(out: str = "out", **options: Any) -> Packing:
+    def make(out: str = "out", samples_per_shard: int = 200, **options: Any) -> Packing:
         listing = list_imagenet_train(imagenet, IMAGES)
-        return Packing(listing, tmp_path / out, CLASSES, **({"samples_per_shard": 200} | options))
+        return Packing(listing, tmp_path / out, CLASSES, samples_per_shard=samples_per_shard, **options)
 
     return make
 
 
-def pack(packing: Packing, **options: Any) -> ShardIndex:
-    index = pack_in_parallel(packing, **({"workers": 2} | options))
+def pack(packing: Packing, workers: int = 2, **options: Any) -> ShardIndex:
+    index = pack_in_parallel(packing, workers=workers, **options)
     assert index is not None
     return index
 
@@ -105,6 +105,7 @@ def test_parts_of_a_job_give_the_bytes_of_one_process(packing: Callable[..., Pac
     # What is left may be shared out anew.
     assert pack_in_parallel(packing(), part=(2, 2)) is None
     index = pack_in_parallel(packing(), part=(1, 2))
+    assert index is not None
     assert index == load_index(packing().out)
     assert index.digest == whole.digest
     assert_same(whole.directory, packing().out)

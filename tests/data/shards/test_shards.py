@@ -220,7 +220,9 @@ def test_what_was_broken_off_is_no_shard_folder(class_folders: Path, tmp_path: P
     out = tmp_path / "out"
     pack(class_folders, out, samples_per_shard=20)
     source = read_source(class_folders)
-    os.remove(pack_copy := shutil.copy(source.samples[-1].image, tmp_path / "gone.jpg"))
+    image = source.samples[-1].image
+    assert isinstance(image, Path)
+    os.remove(pack_copy := shutil.copy(image, tmp_path / "gone.jpg"))
     broken = Source(
         source.format, source.path, [*source.samples, Sample("gone", "gone", Path(pack_copy), 0)], ["a"] * 3
     )

@@ -195,8 +195,8 @@ def test_a_long_waiting_fetch_exceeds_the_bound_by_one_file(
     assert two.join() == [0, 0]
 
 
-def batches(found: EvalSet, cache: Cache | None, **options) -> Iterator[EvalBatch]:
-    return iter(eval_loader(found, CFG, batch_size=8, pixels=cache, **({"workers": 0} | options)))
+def batches(found: EvalSet, cache: Cache | None, workers: int = 0, **options) -> Iterator[EvalBatch]:
+    return iter(eval_loader(found, CFG, batch_size=8, pixels=cache, workers=workers, **options))
 
 
 def pixels_of(found: Iterator[EvalBatch]) -> torch.Tensor:

@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
 import pytest
+from http_servers import QuietHandler, serving
 
 from pipeline.config import ConfigError
 from pipeline.data.eval.batches import eval_loader
@@ -37,39 +37,32 @@ LARGE = 9_000_000  # two chunks
 
 @dataclass
 class Server:
-    """A web server over ``root`` that answers ranges and fails as it is told. ``asked``: (method, path, first byte)."""
+    """A web server over ``root`` that answers ranges and fails on demand. ``requests``: (method, path, first byte)."""
 
     root: Path
     url: str = ""
     errors: float = 0.0
     ranges: bool = True
     status: int = 503
-    asked: list[tuple[str, str, int | None]] = field(default_factory=list)
+    requests: list[tuple[str, str, int | None]] = field(default_factory=list)
     draw: random.Random = field(default_factory=lambda: random.Random(0))
     before_answer: Callable[[str, int | None], None] = lambda path, start: None
 
     def gets(self, path: str) -> list[int | None]:
-        return [start for method, asked, start in self.asked if method == "GET" and asked == path]
+        return [start for method, requested, start in self.requests if method == "GET" and requested == path]
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     served = Server(tmp_path / "served")
     served.root.mkdir()
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), _handler(served))
-    served.url = f"http://127.0.0.1:{httpd.server_address[1]}"
-    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
-    thread.start()
-    yield served
-    httpd.shutdown()
-    httpd.server_close()
-    thread.join()
+    with serving(_handler(served)) as address:
+        served.url = f"http://{address}"
+        yield served
 
 
-def _handler(served: Server) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: object) -> None: ...
-
+def _handler(served: Server) -> type[QuietHandler]:
+    class Handler(QuietHandler):
         def do_HEAD(self) -> None:
             self.answer(body=False)
 
@@ -79,7 +72,7 @@ def _handler(served: Server) -> type[BaseHTTPRequestHandler]:
         def answer(self, *, body: bool) -> None:
             said = self.headers.get("Range") if served.ranges else None
             start = int(said.removeprefix("bytes=").partition("-")[0]) if said else None
-            served.asked.append((self.command, self.path, start))
+            served.requests.append((self.command, self.path, start))
             served.before_answer(self.path, start)
             file = served.root / self.path.lstrip("/")
             if served.draw.random() < served.errors:
@@ -160,7 +153,7 @@ def test_a_set_is_equal_from_a_folder_urls_and_the_hub(
     memory.rm("/bucket", recursive=True)
     # The three spellings of the hub are one place, so its tars were fetched once.
     assert len(server.gets("/datasets/clip-benchmark/wds_clothes/resolve/main/test/0.tar")) == 1
-    assert {path.rpartition("/")[2] for _, path, _ in server.asked if "/raw/" in path} == {
+    assert {path.rpartition("/")[2] for _, path, _ in server.requests if "/raw/" in path} == {
         "classnames.txt",
         "zeroshot_classification_templates.txt",
         "dataset_type.txt",
@@ -184,7 +177,7 @@ def test_five_percent_of_broken_answers_change_nothing(server: Server, cache: Ca
     for number in range(12):
         data = put(server, f"{number}.tar", 300_000)
         assert local_copy(f"{server.url}/{number}.tar", cache).read_bytes() == data
-    assert len(server.asked) > 2 * 12
+    assert len(server.requests) > 2 * 12
 
 
 def test_a_fetch_is_resumed_at_the_byte_where_it_broke_off(server: Server, cache: Cache) -> None:
@@ -200,11 +193,11 @@ def test_a_fetch_is_resumed_at_the_byte_where_it_broke_off(server: Server, cache
         local_copy(f"{server.url}/a.tar", few, size=LARGE, sha256=wanted)
     assert files_of(cache) == ["a.tar.part"]
     server.before_answer, server.errors = lambda path, start: None, 0.0
-    server.asked.clear()
+    server.requests.clear()
     assert local_copy(f"{server.url}/a.tar", cache, size=LARGE, sha256=wanted).read_bytes() == data
     assert server.gets("/a.tar") == [remote.CHUNK]
     local_copy(f"{server.url}/a.tar", cache, size=LARGE, sha256=wanted)
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
 def test_a_killed_fetch_is_continued_by_the_next_process(server: Server, cache: Cache) -> None:
@@ -219,7 +212,7 @@ def test_a_killed_fetch_is_continued_by_the_next_process(server: Server, cache: 
     os.kill(child.pid or 0, signal.SIGKILL)
     child.join()
     gate.set()
-    server.asked.clear()
+    server.requests.clear()
     assert local_copy(f"{server.url}/a.tar", cache).read_bytes() == data
     assert server.gets("/a.tar") == [remote.CHUNK]
 

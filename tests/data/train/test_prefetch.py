@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import faulty_s3
 import pytest
@@ -54,9 +55,10 @@ def far(near: ShardIndex, store: faulty_s3.FaultyStore, tmp_path: Path) -> Itera
     wait_for(lambda: not readers())
 
 
-def loader(index: ShardIndex, *, streams: int = 1, window: int = 4, workers: int = 0, **options):
+def loader(index: ShardIndex, *, streams: int = 1, window: int = 4, workers: int = 0, **options: Any):
     data = TrainDataset(index, size=16, seed=0, streams=streams, window=window)
-    return train_loader(data, global_batch=BATCH, **{"start_step": 0, "stop_step": STEPS, "workers": workers} | options)
+    steps: dict[str, Any] = {"start_step": 0, "stop_step": STEPS}
+    return train_loader(data, global_batch=BATCH, workers=workers, **steps | options)
 
 
 def shards_in_order(index: ShardIndex) -> list[str]:

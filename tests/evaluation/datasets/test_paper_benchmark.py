@@ -161,7 +161,7 @@ def write_classified(found: StandIns, key: str, number: int, heads: dict[Any, to
     found.labels[key] = torch.tensor(labels)
     samples = [{"png": data, "cls": str(label).encode()} for data, label in zip(images, labels, strict=True)]
     texts = {"classnames.txt": "\n".join(shipped), "zeroshot_classification_templates.txt": "not this one {c}"}
-    write_wds(found.root / row.path.name, samples, 2, texts)
+    write_wds(found.root / Path(row.path).name, samples, 2, texts)
 
 
 def plain_pixels(found: StandIns, key: str, data: bytes) -> torch.Tensor:
@@ -176,7 +176,7 @@ def write_paired(found: StandIns, key: str, number: int, heads: dict[Any, torch.
     for i in range(IMAGES[key]):
         captions = "\n".join(f"{word} thing {i} of {key}" for word in ("red", "small", "old", "new", "round"))
         samples.append({"png": picture(1000 * number + i, False), "txt": captions.encode()})
-    write_wds(found.root / ROWS[key].path.name, samples, 2, {"dataset_type.txt": "retrieval"})
+    write_wds(found.root / Path(ROWS[key].path).name, samples, 2, {"dataset_type.txt": "retrieval"})
 
 
 def start(found: StandIns, model: Path) -> list[subprocess.Popen[str]]:
@@ -251,7 +251,7 @@ def test_retrieval_sets_agree_with_clip_benchmark(stand_ins: StandIns) -> None:
     """Every retrieval set has the numbers of clip_benchmark and the paper's names."""
     clip = stand_ins.clip
     for key in PAIRED:
-        folder = stand_ins.root / ROWS[key].path.name
+        folder = stand_ins.root / Path(ROWS[key].path).name
         dataset = build_dataset(
             f"wds/{folder.name}",
             root=str(folder),
@@ -298,7 +298,7 @@ def test_a_wrong_number_of_images_is_refused(stand_ins: StandIns) -> None:
 
 def test_the_lists_of_class_ids_are_what_their_authors_say() -> None:
     names = ROWS["imagenet"].classnames or ()
-    a, r, o = (ROWS[key].subset or () for key in ("imagenet-a", "imagenet-r", "objectnet"))
+    a, r, o = (list(ROWS[key].subset or ()) for key in ("imagenet-a", "imagenet-r", "objectnet"))
     assert (len(names), len(a), len(r), len(o)) == (1000, 200, 200, 113)
     assert list(a) == sorted(a)
     assert list(r) == sorted(r)

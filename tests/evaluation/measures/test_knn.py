@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -70,9 +70,8 @@ def neighbours(queries: Tensor, bank: Tensor, k: int, pieces: int = 1, parts: in
 
 def sklearn_says(bank: Tensor, labels: Tensor, queries: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Predictions (Q,) and shares of the votes (Q, classes that the bank has)."""
-    model = KNeighborsClassifier(
-        k, weights=lambda distance: np.exp((1 - distance) / T), metric="cosine", algorithm="brute"
-    )
+    classifier: Any = KNeighborsClassifier  # its annotations allow no function of the distance
+    model = classifier(k, weights=lambda distance: np.exp((1 - distance) / T), metric="cosine", algorithm="brute")
     model.fit(bank.double().numpy(), labels.numpy())
     return model.predict(queries.double().numpy()), model.predict_proba(queries.double().numpy())
 
@@ -177,7 +176,9 @@ def test_a_resize_is_torchvisions(clip: Clip, known_set: Path) -> None:
         index = data.tars[tar]
         ext = next(ext for ext in index.samples[number].members if ext != "cls")
         decoded.append(Image.open(io.BytesIO(index.read(number, ext))).convert("RGB"))
-    for resize, steps in ((37, [Resize(37, how), CenterCrop(32)]), ("squash", [Resize((32, 32), how)])):
+    cases: dict[int | Literal["squash"], list[Any]]
+    cases = {37: [Resize(37, how), CenterCrop(32)], "squash": [Resize((32, 32), how)]}
+    for resize, steps in cases.items():
         expected = torch.stack([Compose([*steps, PILToTensor()])(image) for image in decoded])
         loader = eval_loader(data, clip.preprocess_cfg, batch_size=64, workers=0, resize=resize)
         assert torch.equal(torch.cat([batch.images for batch in loader]), expected)

@@ -123,6 +123,7 @@ def test_two_containers_with_one_host_name(tmp_path: Path, repository: Path) -> 
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     first = subprocess.Popen([*command, str(tmp_path / "run")], cwd=repository, **pipes)
     try:
+        assert first.stdout is not None
         assert first.stdout.readline() == "held\n"
         second = subprocess.run([*command, str(tmp_path / "run")], cwd=repository, text=True, capture_output=True)
         assert second.returncode == 1
