@@ -140,8 +140,8 @@ def run_export(arguments: argparse.Namespace) -> int:
         move_base(run_dir, arguments.base)
     alpha = strength_at_floor(Path(arguments.target), run_dir) or 1.0 if arguments.strength is None else 1.0
     if arguments.strength is not None:
-        alpha, told = _strength_of_export(arguments, run_dir)
-        print(*told, sep="\n", end="\n" if told else "", file=sys.stderr)
+        alpha, notes = _strength_of_export(arguments, run_dir)
+        print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr)
     try:
         report = export(
             run_dir,

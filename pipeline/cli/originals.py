@@ -84,7 +84,7 @@ def _pack_shards(arguments: argparse.Namespace, rows: Mapping[str, Row]) -> int:
         max_unreadable=0,
         workers=arguments.workers,
     ).index
-    _told(index)
+    _print_index(index)
     return _licence(row)
 
 
@@ -104,20 +104,22 @@ def _pack_train(arguments: argparse.Namespace, rows: Mapping[str, Row]) -> int:
         decoded=arguments.check == "decode",
     )
     part = arguments.part or (1, 1)
-    index = pack_in_parallel(packing, workers=arguments.workers, part=part, force=arguments.force, told=_tell)
+    index = pack_in_parallel(
+        packing, workers=arguments.workers, part=part, force=arguments.force, on_progress=_print_progress
+    )
     if index is None:
         print(f"{arguments.out}: part {part[0]} of {part[1]} is packed; the last one writes the index")
         return OK
-    _told(index)
+    _print_index(index)
     return OK
 
 
-def _told(index: ShardIndex) -> None:
+def _print_index(index: ShardIndex) -> None:
     classes = f", {len(index.classes)} classes" if index.classes else ""
     print(f"{index.directory}: {index.samples} samples{classes} in {len(index.shards)} shards")
 
 
-def _tell(done: int, total: int) -> None:
+def _print_progress(done: int, total: int) -> None:
     print(f"{done} of {total} shards", file=sys.stderr, flush=True)
 
 

@@ -46,8 +46,8 @@ def demo(out: Path, seed: int = 0) -> Path:
         raise KeyboardInterrupt
     print(table(read_rows(outcome.directory)) + "\n")
     if outcome.failed:
-        told = (f"{name}: {outcome.trials[name].error}" for name in outcome.failed)
-        raise ConfigError("\n".join([*told, "the same command repeats what failed"]))
+        reasons = (f"{name}: {outcome.trials[name].error}" for name in outcome.failed)
+        raise ConfigError("\n".join([*reasons, "the same command repeats what failed"]))
     page = _stage("report", f"selora report {outcome.directory}", lambda: report_sweep(outcome.directory, config))
     promoted = _stage(
         "promotion",

@@ -1,4 +1,4 @@
-"""The largest strength that keeps the floor: looked for on a part of the images, reported on the others."""
+"""The largest strength that keeps the floor: chosen on one part of the images, reported on the other."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from pipeline.selection.frontier import FLOORS
 
 @dataclass(frozen=True)
 class ChosenStrength:
-    """A strength and what it was chosen by.
+    """A strength and the margins by which it was chosen.
 
     Attributes:
-        alpha: 0 where no strength above it keeps the floor.
+        alpha: 0 if no strength above it keeps the floor.
         floor: in words, as in "promote.min_kept >= 0.95".
         choosing_digest: sha256 over the images it was chosen on.
-        margins: strength -> how far it was above the floor on these images, for each that was tried.
+        margins: strength -> its distance above the floor on these images, for each strength that was tried.
     """
 
     alpha: float
@@ -41,20 +41,20 @@ class ChosenStrength:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """For a summary.json; α itself is there already."""
+        """Entries for a summary.json, without α."""
         margins = {f"{alpha:g}": round(margin, 6) for alpha, margin in self.margins.items()}
         return {"floor": self.floor, "choosing_digest": self.choosing_digest, "margins": margins}
 
     def __str__(self) -> str:
         tried = ", ".join(f"{alpha:g}: {100 * margin:+.1f}" for alpha, margin in self.margins.items())
-        on = f"chosen on images of their own (points above the floor at each α tried: {tried})"
+        on = f"chosen on separate images (points above the floor at each α tried: {tried})"
         if self.alpha == 0:
             return f"strength auto: α = 0, the untouched model: no strength above 0 keeps {self.floor}, {on}"
         return f"strength auto: α = {self.alpha:g} keeps {self.floor}, {on}"
 
 
 def choosing_table(benchmark: Benchmark) -> Benchmark:
-    """The choosing part of each dataset other than id; ConfigError where there is none, so nothing can be lost."""
+    """The choosing part of each dataset other than id; ConfigError if there is no such dataset."""
     rows = tuple(row for row in benchmark.rows if row.group != "id" and row.in_mean)
     if not rows:
         raise ConfigError(
@@ -65,7 +65,7 @@ def choosing_table(benchmark: Benchmark) -> Benchmark:
 
 
 class Strengths:
-    """One run's model at any strength, evaluated on both parts of the images; what was evaluated before is read.
+    """One run's model at any strength, evaluated on both parts of the images; earlier results are reused.
 
     Results on the choosing part are in OUT_DIR/strength/auto/choosing/<α>.
     """
@@ -103,7 +103,7 @@ class Strengths:
         return ChosenStrength(alpha, str(floor), _digest(self._base_on(self._choosing, "choosing")), margins)
 
     def reported(self, alpha: float, folder: Path, facts: Mapping[str, Any], *also: Path) -> Outcome:
-        """The results at a strength on the images that nothing was chosen on, into `folder`."""
+        """The results at a strength on the images that were not used to choose it, written to `folder`."""
         return self._at(alpha, self._reporting, "reporting", folder, facts, *also)
 
     def _at(
@@ -146,10 +146,10 @@ def evaluate_auto(
     baselines: str | Path,
     say: Say | None = None,
 ) -> tuple[ChosenStrength, Outcome | None]:
-    """Choose a strength and evaluate the model at it on the images it was not chosen on, into OUT_DIR/strength/auto.
+    """Choose a strength and evaluate the model at it on the other images; results go to OUT_DIR/strength/auto.
 
     Returns:
-        The choice, and the results; no results where α is 0.
+        The choice, and the results; no results if α is 0.
     """
     strengths = Strengths(run_dir, benchmark, out_dir, settings, baselines=baselines, say=say)
     chosen = strengths.largest(floor)
@@ -168,14 +168,14 @@ def evaluate_floors(
     baselines: str | Path,
     say: Say | None = None,
 ) -> dict[str, Any]:
-    """What a run reaches at a floor and at those of the report, each at a strength of its own, into RUN/eval.
+    """Evaluate a run at a floor and at the report's floors, each at its own strength; results go to RUN/eval.
 
     Args:
         floor: share kept that decides between the trials of a sweep.
 
     Returns:
-        What floors.json holds: at each floor the strength, chosen on the choosing part, with id and kept on the other
-        images.
+        The content of floors.json: for each floor the strength, chosen on the choosing part, with id and kept on the
+        other images.
     """
     out_dir = Path(run_dir) / EVAL
     strengths = Strengths(run_dir, benchmark, out_dir, settings, baselines=baselines, say=say)

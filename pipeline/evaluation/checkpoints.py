@@ -1,4 +1,4 @@
-"""Comparison of a run's checkpoints: the best by its own data, as the paper reports it, and the last."""
+"""Comparison of a run's checkpoints: the best on its own data, as reported in the paper, and the last."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.model.restore import RunSource, find_run, load_run
 from pipeline.runs.results import CHECKPOINTS_FILE
 from pipeline.runs.run import kept_steps
 
-# Models in memory at once; more go over the images in turns, which the cache has decoded by then.
+# Models in memory at once; more of them take turns over the images, which the cache then has decoded.
 AT_ONCE = 8
 
 Comparison = dict[str, Any]
@@ -36,10 +36,10 @@ def evaluate_checkpoints(
 ) -> tuple[Comparison, Outcome]:
     """Evaluate every kept checkpoint on the rows of group id, and the best of them on all rows.
 
-    The best is the one with the highest id mean, the earlier of equals. It was chosen by what it is measured with, so
-    its number is too good by that much; the paper reports it nevertheless, so the last one's is reported as well.
-    Writes OUT_DIR/checkpoints.json and OUT_DIR/checkpoints/<step>/, where a broken call goes on; returns the
-    comparison and the results of the best. ConfigError where the benchmark has no row of group id.
+    The best has the highest id mean; of equals it is the earlier one. It is chosen and measured on the same images, so
+    its number is too optimistic; the paper reports it nevertheless, so the last one is reported as well. Writes
+    OUT_DIR/checkpoints.json and OUT_DIR/checkpoints/<step>/, from which an interrupted call continues; returns the
+    comparison and the results of the best. ConfigError if the benchmark has no row of group id.
     """
     chosen, out = benchmark.choose(datasets), Path(out_dir)
     own = Benchmark(benchmark.name, tuple(row for row in chosen.rows if row.group == "id"))

@@ -43,10 +43,10 @@ from pipeline.selection.floor import Floor
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """Options of an evaluation; None: the run's config or a default decides.
+    """Options of an evaluation; None: from the run's config, or a default.
 
     Attributes:
-        strength: several are a curve; one of them, or "auto", is a model.
+        strength: several strengths give a curve; a single one, or "auto", gives a model.
     """
 
     benchmark: str | Path | None = None
@@ -88,7 +88,7 @@ class EvalRequest:
             which = "" if config is None else ", and the run's config has no eval.benchmark"
             raise ConfigError(f"benchmark: none given{which}; name a benchmark")
         table = load_benchmark(name, config.eval.root if config is not None and root is None else root)
-        # The config names rows of its own benchmark.
+        # The config's datasets belong to its own benchmark.
         own = config is not None and self.benchmark is None and self.datasets is None
         return table.choose(config.eval.datasets) if config is not None and own else table
 
@@ -96,11 +96,11 @@ class EvalRequest:
 def evaluate_command(run_or_model: str | Path, options: EvalRequest) -> int:
     """Evaluate a run, or a plain model by name or directory, on a benchmark and print the table.
 
-    A run takes benchmark, batch size and workers from its config where they are not given, writes to RUN/eval, and is
-    compared with its untouched base, whose own results are kept in OUT/baselines/<digest> for all runs next to it.
+    For a run, benchmark, batch size and workers default to its config, and results go to RUN/eval. It is compared with
+    its untouched base, whose own results are kept in OUT/baselines/<digest> for all runs in OUT.
 
     Returns:
-        The exit code: 1 where no strength above 0 keeps the floor.
+        The exit code: 1 if no strength above 0 keeps the floor.
     """
     check_exists(run_or_model)
     if not is_run(run_or_model):
@@ -136,7 +136,7 @@ def evaluate_model(
     workers: int | None = None,
     precision: Precision | None = None,
 ) -> Summary:
-    """Evaluate a run or a plain model on a benchmark; `selora evaluate` without the table that it prints.
+    """Evaluate a run or a plain model on a benchmark; `selora evaluate` without the printed table.
 
     Args:
         run_or_model: directory of a run, or a model by the name that `model.name` accepts.
@@ -208,7 +208,7 @@ def _run(run: Path, config: Config, table: Benchmark, options: EvalRequest, rank
 def _run_results(
     run: Path, config: Config, table: Benchmark, options: EvalRequest, ranks: Ranks
 ) -> tuple[Outcome, Path]:
-    """The results of a run and their folder; whole ones in the run's own folder are also tracked."""
+    """The results of a run and their folder; complete results in the run's own folder are also tracked."""
     folder, baselines = places(run, options)
     settings = options.settings(config)
     outcome = evaluate_run(run, table, folder, settings, baselines=baselines, datasets=options.datasets, say=progress)
@@ -237,13 +237,13 @@ def _strength(run: Path, config: Config, table: Benchmark, options: EvalRequest,
 def at_strength(
     run: Path, strength: Strength, rule: Promote, config: Config, table: Benchmark, options: EvalRequest
 ) -> tuple[ChosenStrength | None, Outcome | None]:
-    """Evaluate a run's model at a strength; what is finished is read.
+    """Evaluate a run's model at a strength; finished results are reused.
 
     Args:
         strength: in (0, 1], or "auto": the largest that keeps the floor in `rule`.
 
     Returns:
-        How the strength was chosen, None for one that was given; and the results, None where "auto" found 0.
+        How the strength was chosen (None if it was given), and the results (None if "auto" found 0).
     """
     folder, baselines = places(run, options)
     settings = options.settings(config)
@@ -303,11 +303,11 @@ def _checkpoints(run: Path, config: Config, table: Benchmark, options: EvalReque
 
 
 def places(run: Path, options: EvalRequest) -> tuple[Path, Path]:
-    """Where the results of the run and of its untouched base go."""
+    """Folders for the results of the run and of its untouched base."""
     if options.out is not None:
         return Path(options.out), Path(options.out) / "baselines"
     folder = run.absolute().parent
-    # The trials of a sweep share one folder, one level up.
+    # The trials of a sweep share one folder, a level up.
     return run / "eval", (folder.parent if is_sweep(folder.parent) and folder.name == TRIALS else folder) / BASELINES
 
 
@@ -328,7 +328,7 @@ def _slug(model: Model) -> str:
 
 
 def find_device(name: str | None) -> torch.device:
-    """The named device; without a name this rank's GPU, or the CPU where there is none."""
+    """The named device; without a name this rank's GPU, or the CPU if there is none."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

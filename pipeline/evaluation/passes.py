@@ -43,7 +43,7 @@ Head = tuple[tuple[str, ...], tuple[str, ...]]
 
 @dataclass
 class Subject:
-    """A model under evaluation. Classifier heads are kept: many sets share class names and templates."""
+    """A model under evaluation. Classifier heads are kept, because many sets share class names and templates."""
 
     model: Model
     encoder: Encoder
@@ -69,17 +69,17 @@ class Subject:
         if self.model.classes is None:
             return "the untouched model has no classifier"
         known = by_plain_name(self.model.classes, "the model")
-        asked = by_plain_name(dataset.classnames, dataset.row.key)
-        # A set of the own task may lack classes. Another set that happens to share some is not one of its target sets.
-        if asked.keys() != known.keys() and (dataset.row.group != "id" or not asked.keys() <= known.keys()):
+        wanted = by_plain_name(dataset.classnames, dataset.row.key)
+        # A set of group id may lack classes. Another set that happens to share some is not a target set.
+        if wanted.keys() != known.keys() and (dataset.row.group != "id" or not wanted.keys() <= known.keys()):
             return "the model was trained for other classes"
         return None
 
     def scorer(self, dataset: Dataset, ranks: Ranks) -> Callable[[Tensor], Tensor]:
-        """Images (B, 3, H, W) -> logits (B, classes of the dataset): zero-shot, or of the model's own classifier."""
+        """Images (B, 3, H, W) -> logits (B, classes of the dataset): zero-shot, or from the model's own classifier."""
         subset = dataset.row.subset
         if isinstance(self.model, Vit):
-            # The outputs for the classes of the dataset, which may lack some of the model's or have another order.
+            # The outputs for the classes of the dataset, which may lack some of the model's or be in another order.
             known = {plain_name(name): column for column, name in enumerate(self.model.classes or ())}
             columns = [known[plain_name(name)] for name in dataset.classnames]
             return lambda images: apply_subset(self.encoder.scores(images)[:, columns], subset)
@@ -97,7 +97,7 @@ class Subject:
 
 
 def evaluate_dataset(subjects: Sequence[Subject], dataset: Dataset, ranks: Ranks, settings: Settings) -> list[Result]:
-    """A result for each model, of all ranks, on every rank; the models share one preprocessing.
+    """A result for each model over all ranks, on every rank; the models share one preprocessing.
 
     `seconds` is the time of the whole pass. A sample that cannot be read is a ConfigError that names it.
     """
@@ -179,7 +179,7 @@ def _recalled(image_to_text: RecallCounts, text_to_image: RecallCounts, dataset:
         "metrics": metrics,
         "paper": paper_names(metrics),
         "value": value,
-        # The texts of one image depend on each other, so they count as one.
+        # The texts of one image are not independent, so they count as one.
         "interval": interval(value, image_to_text.n, len(dataset.data)),
         "chance": retrieval_chance(image_to_text.n),
         "n": image_to_text.n,
@@ -190,7 +190,7 @@ def _recalled(image_to_text: RecallCounts, text_to_image: RecallCounts, dataset:
 def _neighbours(
     subjects: Sequence[Subject], dataset: Dataset, ranks: Ranks, settings: Settings
 ) -> list[dict[str, Any]]:
-    """Every rank has all queries and looks for their neighbours in its own part of the bank."""
+    """Every rank has all queries and searches its own part of the bank for their neighbours."""
     bank, row = dataset.bank, dataset.row
     assert bank is not None
     limit, size = _share_of_bank(dataset, bank, settings.limit)
@@ -218,22 +218,22 @@ def _neighbours(
     for i in range(len(subjects)):
         keys = merged(share[i] for share in shares)
         counts = count_votes(keys, of_bank, labels, dataset.classes, row.temperature)
-        asked = {"bank": size, "neighbours": k, "temperature": row.temperature}
-        outcomes.append({**_counted(counts, dataset), **asked})
+        settings = {"bank": size, "neighbours": k, "temperature": row.temperature}
+        outcomes.append({**_counted(counts, dataset), **settings})
     return outcomes
 
 
 def _share_of_bank(dataset: Dataset, bank: EvalSet, limit: int | None) -> tuple[int | None, int]:
-    """How many images of the bank are taken at most, and how many these are: the share that is taken of the queries.
+    """The limit for the bank and the resulting number of its images: the same share as of the queries.
 
-    A part that something is chosen on is to be cheap; what is reported has the whole bank.
+    A choosing part should be cheap; reported results use the whole bank.
     """
-    asked = len(dataset.data if dataset.chosen is None else dataset.chosen)
+    queries = len(dataset.data if dataset.chosen is None else dataset.chosen)
     if dataset.row.part == "choosing":
-        limit, asked = min(limit or asked, asked), len(dataset.data)
-    if limit is None or limit >= asked:
+        limit, queries = min(limit or queries, queries), len(dataset.data)
+    if limit is None or limit >= queries:
         return None, len(bank)
-    share = -(-len(bank) * limit // asked)
+    share = -(-len(bank) * limit // queries)
     return share, share
 
 
@@ -260,7 +260,7 @@ def _batches(
     limit: int | None,
     only: Sequence[int] | None = None,
 ) -> Iterable[tuple[EvalBatch, Tensor]]:
-    """This rank's contiguous part of the samples with their pixels: nothing padded, nothing dropped."""
+    """This rank's contiguous part of the samples with their pixels, without padding or dropping any."""
     config = model.preprocess_cfg
     loader = eval_loader(
         data,
@@ -277,9 +277,9 @@ def _batches(
         pin=settings.device.type == "cuda",
         pixels=settings.cache,
     )
-    told = ""
+    reported = ""
     for batch in loader:
-        if batch.trouble and batch.trouble != told:
-            told = batch.trouble
-            sys.stderr.write(f"{row.key}: {told}\n")
+        if batch.trouble and batch.trouble != reported:
+            reported = batch.trouble
+            sys.stderr.write(f"{row.key}: {reported}\n")
         yield batch, normalize(batch.images.to(settings.device), config["mean"], config["std"])

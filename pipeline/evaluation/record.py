@@ -1,4 +1,4 @@
-"""The results of a run's model in the run's own record: journal first, MLflow second."""
+"""Records the results of a run's model: first in the journal, then in MLflow."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pipeline.tracking.tracker import RunTracker, open_tracker
 
 
 def track_results(run_dir: Path, config: Config, step: int, results: dict[str, Result], summary: Summary) -> None:
-    """Add `eval/<dataset>/<metric>`, means and changes of the groups, what was kept, and the result files, at `step`.
+    """Add `eval/<dataset>/<metric>`, means and changes of the groups, the shares kept, and the result files, at `step`.
 
-    Rank 0 only. A value recorded at a step stays, so the mean of a group waits until all of its datasets are evaluated,
-    and what was kept until all of all groups are.
+    Rank 0 only. A value recorded at a step cannot be changed, so the mean of a group waits until all of its datasets
+    are evaluated, and the shares kept until all groups are.
     """
     values = {
         f"eval/{key}/{metric.replace('@', '_at_')}": value
@@ -44,7 +44,7 @@ def track_results(run_dir: Path, config: Config, step: int, results: dict[str, R
 
 
 def track_curve(run_dir: Path, config: Config, file: Path, curve: Mapping[str, Any]) -> None:
-    """Add a strength curve: the file, and `strength/<group>` and `strength/kept` with the step counting percents of α.
+    """Add a strength curve: the file, and `strength/<group>` and `strength/kept` with α in percent as the step.
 
     Rank 0 only.
     """
@@ -59,7 +59,7 @@ def track_curve(run_dir: Path, config: Config, file: Path, curve: Mapping[str, A
 def track_floors(run_dir: Path, config: Config, step: int, content: Mapping[str, Any]) -> None:
     """Add `eval/id_at_95`, `eval/strength_at_95` and `eval/kept_at_95` for each floor, and the result files.
 
-    The tag `selora.objective` has the value by which a sweep compares its trials. Rank 0 only.
+    The tag `selora.objective` holds the value by which a sweep compares its trials. Rank 0 only.
     """
     values, tags = {}, {}
     for floor, each in floors_of(content).items():

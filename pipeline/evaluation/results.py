@@ -1,4 +1,4 @@
-"""One result file per dataset, in CLIP_benchmark's shape, and when such a file still holds."""
+"""One result file per dataset, in CLIP_benchmark's format, and the check that a file is still valid."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Identity:
-    """What a result depends on. A file with the same identity is not computed again."""
+    """Everything that a result depends on. A result with the same identity is not computed again."""
 
     model_digest: str
     dataset_digest: str
@@ -23,7 +23,7 @@ class Identity:
 
 
 def finished_result(file: Path, identity: Identity) -> Result | None:
-    """The result in `file` if it is one of this identity; anything else there is out of date or torn."""
+    """The result in `file` if it has this identity; None if the file is outdated or damaged."""
     try:
         result = read_json(file)
     except (FileNotFoundError, ValueError):

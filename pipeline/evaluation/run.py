@@ -41,7 +41,7 @@ class EvalJob:
 
     Attributes:
         name: prefix of its messages.
-        also: folders that may have results of the same model already.
+        also: folders that may already hold results of the same model.
     """
 
     model: Model
@@ -87,11 +87,11 @@ class Evaluation:
     def outcome(
         self, benchmark: Benchmark, baseline: Summary | None, facts: Mapping[str, Any] | None = None
     ) -> Outcome:
-        """Write the summary of the job on rank 0 and return the job's results.
+        """Write the summary of the job on rank 0 and return its results.
 
         Args:
             baseline: summary of the untouched model, to compare with.
-            facts: more about the model, for the summary.
+            facts: further entries about the model for the summary.
         """
         known = _model_facts(self.subject, self.settings) | dict(facts or {})
         summary = summarise(benchmark.without(self.left_out), self.results, known, baseline)
@@ -136,7 +136,7 @@ def evaluate_run(
 ) -> Outcome:
     """Evaluate a run's merged model and, in the same pass over the images, its untouched base.
 
-    The base's results are kept in BASELINES/<digest> for all runs next to it and are not computed again.
+    The base's results are kept in BASELINES/<digest> for all runs with the same base and are not computed again.
     """
     source = find_run(run_dir, step)
     untouched = EvalJob(load_base(source), Path(baselines) / source.base_digest[:16], "untouched model")
@@ -157,7 +157,7 @@ def evaluate_jobs(
     """Evaluate models together: each image is read and decoded once for all that have no result yet. Collective.
 
     Raises:
-        ConfigError: faults of the data, or the last model can be evaluated on none of the rows.
+        ConfigError: faults of the data, or the last model cannot be evaluated on any row.
     """
     evaluations = [Evaluation.of(job, settings) for job in jobs]
     chosen = benchmark.choose(datasets)
@@ -167,14 +167,15 @@ def evaluate_jobs(
     for row in benchmark.rows:
         if row in chosen.rows:
             _evaluate_row(evaluations, row, ranks, say, skip_done=skip_done)
-        # Rank 0 decides: ranks that see a shared disk at different times would part ways and wait for each other.
+        # Rank 0 decides: ranks that read a shared disk at different times could decide differently and wait for each
+        # other.
         elif ranks.from_first(lambda row=row: is_there(row) and _has_files(jobs, row)):
             _read_row(evaluations, row, ranks)
     last = evaluations[-1]
     if last.left_out.keys() == {row.key for row in chosen.rows}:
         name, reasons = last.job.model.pretrained or last.job.model.name, dict.fromkeys(last.left_out.values())
         raise ConfigError(
-            f"benchmark {benchmark.name}: {name} can be evaluated on none of its rows: {', '.join(reasons)}"
+            f"benchmark {benchmark.name}: {name} cannot be evaluated on any of its rows: {', '.join(reasons)}"
         )
     return evaluations
 

@@ -1,6 +1,6 @@
-"""Models between the untouched and the fine-tuned one, W0 + α (W1 − W0): the curve over α, and one strength by itself.
+"""Models between the untouched and the fine-tuned one, W0 + α (W1 − W0): a curve over α, and single strengths.
 
-One model is in memory at a time; the images are decoded once for all of them, into the cache.
+One model is in memory at a time; the images are decoded once, into the cache.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ Curve = dict[str, Any]
 Strength = float | Literal["auto"]
 
 
-def strength_name(asked: Strength) -> str:
+def strength_name(strength: Strength) -> str:
     """Name of the folder with its results: "0.5", "auto"."""
-    return asked if isinstance(asked, str) else f"{asked:g}"
+    return strength if isinstance(strength, str) else f"{strength:g}"
 
 
 def evaluate_strength(
@@ -48,10 +48,10 @@ def evaluate_strength(
     datasets: Sequence[str] | None = None,
     say: Say | None = None,
 ) -> Curve:
-    """Evaluate a run's model at each strength; write OUT_DIR/strength.json and return what it holds.
+    """Evaluate a run's model at each strength; write OUT_DIR/strength.json and return its content.
 
-    The results at α are in OUT_DIR/strength/<α>, so a broken curve is continued; results of the untouched and of the
-    fine-tuned model that are in BASELINES and OUT_DIR are taken over.
+    The results at α are in OUT_DIR/strength/<α>, so an interrupted curve can be continued; results of the untouched and
+    of the fine-tuned model in BASELINES and OUT_DIR are reused.
     """
     if not alphas or any(not 0 <= alpha <= 1 for alpha in alphas):
         raise ConfigError(f"strength: {list(alphas)} should be numbers from 0 (untouched) to 1 (fine-tuned)")
@@ -87,7 +87,7 @@ def evaluate_strength(
 
 
 def _kept(levels: Sequence[float], summaries: Sequence[Summary]) -> dict[str, float]:
-    """What was kept at each strength, 1 at 0; empty where the curve has no 0, or there is nothing to keep."""
+    """The share kept at each strength, 1 at 0; empty if the curve has no 0 or there is nothing to keep."""
     shares = {str(alpha): each["kept"]["mean"] for alpha, each in zip(levels, summaries, strict=True) if each["kept"]}
     return {str(levels[0]): 1.0, **shares} if shares else {}
 
@@ -105,12 +105,12 @@ def evaluate_at(
     datasets: Sequence[str] | None = None,
     say: Say | None = None,
 ) -> Outcome:
-    """Evaluate a run's model at one strength, and its untouched base where its results are not there yet.
+    """Evaluate a run's model at one strength, and its untouched base if it has no results yet.
 
     Args:
-        folder: where the results go; BASELINES is the folder of those of the base.
-        also: folders where results of the model may already be.
-        facts: goes into the summary as `strength`, with α.
+        folder: folder for the results; those of the base go to BASELINES.
+        also: folders that may already hold results of the model.
+        facts: entries for the summary's `strength`, in addition to α.
     """
     source = find_run(run_dir)
     base = load_base(source)
@@ -124,13 +124,13 @@ def evaluate_at(
 
 
 def job_at(model: Model, source: RunSource, alpha: float, folder: Path, also: Sequence[Path] = ()) -> EvalJob:
-    """The model of a run at a strength, named as such in results and messages."""
+    """The model of a run at a strength, with the strength in the names of results and messages."""
     named = replace(model, pretrained=f"{source.label} at {alpha:g}")
     return EvalJob(named, folder, f"strength {alpha:g}", tuple(also))
 
 
 def format_curve(curve: Curve) -> str:
-    """The group means by strength for the terminal, and what was kept, in percent."""
+    """The group means by strength for the terminal, and the share kept, in percent."""
     groups = list(next(iter(curve["groups"].values())))
     head = ["strength", *groups, *(["kept"] if curve["kept"] else [])]
     lines = []

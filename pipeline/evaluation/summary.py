@@ -1,4 +1,4 @@
-"""The groups of results: their means, the change against the untouched model, and what was forgotten."""
+"""The groups of results: their means, the change against the untouched model, and forgetting."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Summary = dict[str, Any]
 def summarise(
     benchmark: Benchmark, results: Mapping[str, Result], model: Mapping[str, Any], baseline: Summary | None
 ) -> Summary:
-    """Everything that tables and reports need, from the result files of one model.
+    """Collect everything that tables and reports need from the result files of one model.
 
     Args:
-        model: which one (name, pretrained, model_digest, ..).
+        model: facts about the model (name, pretrained, model_digest, ..).
         baseline: the summary of the untouched model.
 
     Returns:
         Per dataset `change` = value - baseline. A group's mean and change run over its rows with `in_mean`, and its
-        `with_id` is the outer mean of the paper's tables 10 to 15, where id weighs one half whatever the number of the
-        other sets. `forgetting` is the mean drop over the groups other than id (positive: knowledge lost), `kept` the
-        mean over the datasets other than id of min(1, value / baseline) and the worst of them; both are None without
-        a baseline.
+        `with_id` is the outer mean of the paper's tables 10 to 15, in which id weighs one half, whatever the number of
+        the other sets. `forgetting` is the mean drop over the groups other than id (positive: knowledge lost), `kept`
+        the mean over the datasets other than id of min(1, value / baseline) and the worst of them; both are None
+        without a baseline.
     """
     old = {} if baseline is None else baseline["datasets"]
     datasets = {
@@ -49,9 +49,9 @@ def summarise(
         rows = [row for row in benchmark.rows if row.group == group and row.in_mean]
         if rows and any(row.key in datasets for row in rows):
             groups[group] = _group([datasets[row.key] for row in rows if row.key in datasets])
-            # A classifier answers for one target set; the others of id are none that it lacks.
-            asked = [] if group == "id" and model.get("classifier") else rows
-            groups[group]["missing"] = [row.key for row in asked if row.key not in datasets]
+            # A classifier belongs to one target set; it does not lack the others of group id.
+            expected = [] if group == "id" and model.get("classifier") else rows
+            groups[group]["missing"] = [row.key for row in expected if row.key not in datasets]
     for name in groups.keys() - {"id"} if "id" in groups else ():
         groups[name]["with_id"] = (groups["id"]["mean"] + groups[name]["mean"]) / 2
     drops = [-groups[g]["change"] for g in groups if g != "id" and groups[g]["change"] is not None]
@@ -67,7 +67,7 @@ def summarise(
 
 
 def _against(result: Result, old: Mapping[str, Any] | None) -> dict[str, float | None]:
-    # A value on other images, or on a part of them, is not a baseline.
+    # A value on other images, or on some of them, is not a baseline.
     if old is None or old["dataset_digest"] != result["dataset_digest"] or old["n"] != result["n"]:
         return {"dataset_digest": result["dataset_digest"], "baseline": None, "change": None}
     change = result["value"] - old["value"]
@@ -130,5 +130,5 @@ def _numbers(value: float, change: float | None) -> tuple[str, str]:
 
 
 def _interval(ends: list[float] | None) -> str:
-    """Only of a dataset that was seen in part: of a whole one there is nothing to estimate."""
+    """Only for a dataset that was evaluated in part: for a whole one there is nothing to estimate."""
     return "" if ends is None or ends[0] == ends[1] else f"{100 * ends[0]:.1f}..{100 * ends[1]:.1f}"

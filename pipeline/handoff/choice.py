@@ -61,26 +61,26 @@ def _chosen_trial(sweep: Path, rule: Promote | None) -> tuple[Path, str]:
             "model is better than guessing"
         )
     taken = take(candidates)
-    return trial_dir(sweep, taken.name), _told(taken, candidates, trials, floor)
+    return trial_dir(sweep, taken.name), _describe(taken, candidates, trials, floor)
 
 
-def _told(taken: Taken, candidates: Sequence[Candidate], trials: int, floor: float | None) -> str:
+def _describe(taken: Taken, candidates: Sequence[Candidate], trials: int, floor: float | None) -> str:
     one = next(each for each in candidates if each.name == taken.name)
-    told = f"chosen of {len(candidates)} trials: {one.name} "
+    text = f"chosen of {len(candidates)} trials: {one.name} "
     if one.at_floor is None:
-        told += f"(id {one.point.id:.4f}, kept {one.point.kept:.4f}, "
+        text += f"(id {one.point.id:.4f}, kept {one.point.kept:.4f}, "
     else:
-        told += f"(id {one.at_floor.id:.4f} at strength {one.at_floor.alpha:g}, kept {one.at_floor.kept:.4f}, "
-    told += f"least of {one.point.worst}, {one.point.worst_kept:.4f})"
+        text += f"(id {one.at_floor.id:.4f} at strength {one.at_floor.alpha:g}, kept {one.at_floor.kept:.4f}, "
+    text += f"least of {one.point.worst}, {one.point.worst_kept:.4f})"
     allowed = sum(each.allowed for each in candidates)
     if allowed < len(candidates):
-        told += f"; the rule of promotion holds for {allowed or 'none'} of them"
+        text += f"; the rule of promotion holds for {allowed or 'none'} of them"
     estimate = taken.estimates[taken.configuration]
     if estimate.half is not None:
         what = "balance" if floor is None else f"id at kept >= {floor:g}"
-        told += f"; {estimate.seeds} seed{'s' * (estimate.seeds > 1)}, mean {what} {estimate.mean:.4f} ± "
-        told += f"{estimate.half:.4f} (95 % t-interval), and this seed is the nearest to it"
+        text += f"; {estimate.seeds} seed{'s' * (estimate.seeds > 1)}, mean {what} {estimate.mean:.4f} ± "
+        text += f"{estimate.half:.4f} (95 % t-interval), and this seed is the nearest to it"
     if taken.equal:
-        told += f"; not told apart by the intervals, and not cheaper: {', '.join(taken.equal)}"
+        text += f"; not told apart by the intervals, and not cheaper: {', '.join(taken.equal)}"
     left = trials - len(candidates)
-    return told + (f"; {left} without results" if left else "")
+    return text + (f"; {left} without results" if left else "")

@@ -47,9 +47,9 @@ def graph_options(
         if benchmark is not None or limit is not None:
             raise ConfigError("--benchmark and --limit go with --int8, whose loss is measured")
         return GraphOptions(precision, pixels, labels)
-    asked = EvalRequest(benchmark=benchmark, limit=limit)
+    request = EvalRequest(benchmark=benchmark, limit=limit)
     try:
-        table = asked.table(config)
+        table = request.table(config)
     except ConfigError as error:
         raise ConfigError(f"--int8: its loss is measured on a benchmark, and {error}") from error
-    return GraphOptions(precision, pixels, labels, table, asked.settings(config), progress)
+    return GraphOptions(precision, pixels, labels, table, request.settings(config), progress)

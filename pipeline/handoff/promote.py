@@ -89,8 +89,8 @@ def promote(
     registry = Registry(uri, name, config.tracking.experiment)
     notes = [*([chosen] if chosen else []), *_other_registry(uri)]
     if strength is None:
-        source, summary, told = _as_evaluated(Path(target), run_dir)
-        notes += told
+        source, summary, remarks = _as_evaluated(Path(target), run_dir)
+        notes += remarks
     else:
         found, outcome = run_at_strength(run_dir, strength, rule, config)
         notes += [] if found is None else [str(found)]
@@ -106,9 +106,9 @@ def promote(
     version = registry.version_of(source.weights_digest)
     new = version is None
     if version is None:
-        labels, told = labels_of(source, config, class_names, templates)
+        labels, remarks = labels_of(source, config, class_names, templates)
         run_id, linked = linked_run(registry, source, uri)
-        notes += [*told, *linked]
+        notes += [*remarks, *linked]
         facts = CardFacts.of(source, "mlflow", name, ["loaded by MLflow, its vectors compared with the run's model"])
         version = _register(registry, source, labels, tags, run_id, facts)
     else:
@@ -131,8 +131,8 @@ def _as_evaluated(target: Path, run_dir: Path) -> tuple[TrainedModel, Summary, l
     assert floors is not None  # the strength is from there
     floor, at = floors["floor"], floors_of(floors)[floors["floor"]]
     facts = {"alpha": alpha, "floor": f"kept >= {floor:g}", "choosing_digest": floors["choosing_digest"]}
-    told = f"strength {alpha:g} keeps {floor:.2%} on the images it was chosen on, and {at.kept:.2%} on the others"
-    return source, {**results_of(source, run_dir / reported_at(alpha)), "strength": facts}, [told]
+    remarks = f"strength {alpha:g} keeps {floor:.2%} on the images it was chosen on, and {at.kept:.2%} on the others"
+    return source, {**results_of(source, run_dir / reported_at(alpha)), "strength": facts}, [remarks]
 
 
 def rollback(name: str, uri: str | None = None) -> tuple[str, str]:

@@ -95,14 +95,14 @@ def move_base(run_dir: str | Path, place: str | Path) -> None:
         ConfigError: the base is not a path, or there are other weights at `place`.
     """
     source, new = find_run(run_dir), str(Path(place).expanduser().absolute())
-    said = source.state["model"]
-    schema = SCHEMA if is_vit(said["name"]) else ""
-    if _path(said["pretrained"]) and not (_path(said["name"]) and "name" in _missing(said)):
-        moved = said | {"pretrained": new}
-    elif _path(said["name"]):
-        moved = said | {"name": f"{schema}local-dir:{new}"}
+    stored = source.state["model"]
+    schema = SCHEMA if is_vit(stored["name"]) else ""
+    if _path(stored["pretrained"]) and not (_path(stored["name"]) and "name" in _missing(stored)):
+        moved = stored | {"pretrained": new}
+    elif _path(stored["name"]):
+        moved = stored | {"name": f"{schema}local-dir:{new}"}
     else:
-        raise ConfigError(f"--base: the base of {run_dir} is {said['name']}, which is not a path")
+        raise ConfigError(f"--base: the base of {run_dir} is {stored['name']}, which is not a path")
     _start(replace(source, state={**source.state, "model": moved}), None)  # checks the digest
     write_base(Path(run_dir), moved["name"], moved["pretrained"])
 
@@ -115,9 +115,9 @@ def _path(name: str | None) -> Path | None:
     return Path(plain) if Path(plain).is_absolute() else None
 
 
-def _missing(said: Mapping[str, Any]) -> dict[str, Path]:
+def _missing(stored: Mapping[str, Any]) -> dict[str, Path]:
     """{"name" or "pretrained": path} of the places of a base that do not exist."""
-    paths = {key: _path(said[key]) for key in ("name", "pretrained")}
+    paths = {key: _path(stored[key]) for key in ("name", "pretrained")}
     return {key: path for key, path in paths.items() if path is not None and not path.exists()}
 
 
@@ -130,13 +130,13 @@ def load_base(source: RunSource) -> Model:
 
 
 def _start(source: RunSource, classes: tuple[str, ...] | None) -> Model:
-    said = source.state["model"]
-    for path in _missing(said).values():
+    stored = source.state["model"]
+    for path in _missing(stored).values():
         raise ConfigError(
             f"{source.checkpoint}: its base {path} is not there; if it has moved, give its new place with --base PATH"
         )
     model = load_model(
-        said["name"], said["pretrained"], seed=said["seed"], classes=classes, image_size=said.get("image_size")
+        stored["name"], stored["pretrained"], seed=stored["seed"], classes=classes, image_size=stored.get("image_size")
     )
     check_base(model, source.base_digest, source.checkpoint)
     return model

@@ -131,13 +131,13 @@ def _label(name: str, settings: RunSettings) -> str:
     return f"{name} ({' '.join(parts)})"
 
 
-def _status(directory: Path, said: str | None, summary: Summary | None) -> Status:
+def _status(directory: Path, status: str | None, summary: Summary | None) -> Status:
     """Status by the last entry of the journal. A run that is RUNNING there but not held by a process was killed."""
-    if said == "RUNNING":
+    if status == "RUNNING":
         return "training" if is_held(lock_path(directory / JOURNAL)) else "stopped"
-    if said == "FAILED":
+    if status == "FAILED":
         return "failed"
-    if said == "KILLED":
+    if status == "KILLED":
         return "stopped"
     return "finished" if summary is not None else "trained"
 

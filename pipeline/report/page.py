@@ -64,8 +64,8 @@ def render(
 def _facts(collection: Collection, when: datetime) -> list[tuple[str, str]]:
     """The top of the page: counts, the untouched model, the chosen one."""
     counts = Counter(run.status for run in collection.runs)
-    said = ", ".join(f"{number} {status}" for status, number in counts.most_common())
-    facts = [("source", collection.source), ("runs", f"{len(collection.runs)} ({said})")]
+    counted = ", ".join(f"{number} {status}" for status, number in counts.most_common())
+    facts = [("source", collection.source), ("runs", f"{len(collection.runs)} ({counted})")]
     facts += [("benchmark", collection.benchmark)] if collection.benchmark else []
     for part in collection.parts:
         chosen = part.chosen

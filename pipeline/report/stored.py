@@ -72,9 +72,9 @@ def _defaults() -> dict[str, Any]:
     return flatten(Config.model_validate({"data": {"train": "unset"}}))
 
 
-def _status(said: str, summary: Summary | None) -> Status:
+def _status(status: str, summary: Summary | None) -> Status:
     known: dict[str, Status] = {"RUNNING": "training", "SCHEDULED": "waiting", "FAILED": "failed", "KILLED": "stopped"}
-    return known.get(said) or ("finished" if summary is not None else "trained")
+    return known.get(status) or ("finished" if summary is not None else "trained")
 
 
 def _metrics(values: Mapping[str, float], summary: Summary | None) -> dict[str, dict[str, float]]:

@@ -53,30 +53,30 @@ def configuration_of(entry: Mapping[str, Any]) -> str:
 def standings(sweep_dir: Path) -> str:
     """Each configuration with its mean over seeds and the interval; empty if none has several seeds."""
     content, candidates = read_sweep(sweep_dir), candidates_of(sweep_dir)
-    asked: dict[str, list[str]] = {}
+    configurations: dict[str, list[str]] = {}
     for entry in content["trials"]:
-        asked.setdefault(configuration_of(entry), []).append(entry["name"])
-    if all(len(names) < 2 for names in asked.values()) or not candidates:
+        configurations.setdefault(configuration_of(entry), []).append(entry["name"])
+    if all(len(names) < 2 for names in configurations.values()) or not candidates:
         return ""
     taken, floor = take(candidates), content.get("floor")
     what = "balance of gain and kept" if floor is None else f"id at kept >= {100 * floor:g} %"
     lines = [("configuration", "seeds", f"{what}, mean ± 95 % t-interval", "")]
-    for name, names in asked.items():
+    for name, names in configurations.items():
         estimate = taken.estimates.get(name)
         here = 0 if estimate is None else estimate.seeds
         shown = "" if estimate is None else f"{100 * estimate.mean:.2f}"
         shown += f" ± {100 * estimate.half:.2f}" if estimate is not None and estimate.half is not None else ""
-        told = ""
+        remark = ""
         if name in taken.equal:
-            told = (
+            remark = (
                 "the best, but equal within the intervals to a cheaper one"
                 if name == taken.best
                 else "equal to the best"
             )
         if name == taken.configuration:
-            told = f"taken: {taken.name}" + ("" if name == taken.best else ", equal to the best and cheaper")
+            remark = f"taken: {taken.name}" + ("" if name == taken.best else ", equal to the best and cheaper")
         lost = [each for each in names if read_state(trial_dir(sweep_dir, each)).status in ("failed", "stopped")]
-        told += f"{'; ' if told else ''}without {', '.join(lost)}" if lost else ""
-        lines.append((name, f"{here} of {len(names)}", shown, told))
+        remark += f"{'; ' if remark else ''}without {', '.join(lost)}" if lost else ""
+        lines.append((name, f"{here} of {len(names)}", shown, remark))
     widths = [max(len(line[column]) for line in lines) for column in range(3)]
     return "\n".join("  ".join([*map(str.ljust, line[:3], widths), line[3]]).rstrip() for line in lines)

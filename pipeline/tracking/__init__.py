@@ -1,1 +1,1 @@
-"""What a run leaves behind: a journal on its own disk first, MLflow second."""
+"""The record of a run: a journal in its own directory first, and a copy in MLflow."""

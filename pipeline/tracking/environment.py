@@ -1,4 +1,4 @@
-"""Where and by what a run was made: code version, libraries, host, command."""
+"""The environment of a run: code version, libraries, host, command."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _GIT_SECONDS = 5.0
 
 
 def environment_tags() -> dict[str, str]:
-    """Tags that say how the run could be made again; what cannot be found out is left out."""
+    """Tags that describe how to reproduce the run; unknown ones are left out."""
     command = redact(shlex.join(sys.orig_argv))
     tags = {
         "mlflow.source.name": command,
@@ -48,7 +48,7 @@ def _library_tags() -> dict[str, str]:
 
 
 def _git_tags() -> dict[str, str]:
-    """Commit of the code if it runs from a checkout, else of the working directory."""
+    """Commit of the code if it runs from a checkout, otherwise of the working directory."""
     package = Path(__file__).resolve().parents[1]
     tracked = _git(package, "ls-files", "--error-unmatch", "__init__.py") is not None
     where = package if tracked else Path.cwd()

@@ -1,4 +1,4 @@
-"""Who a run is: run_dir/run.json, written once and read by every later attempt, shipment and sync."""
+"""The identity of a run in run_dir/run.json, written once and read by every later attempt, delivery and sync."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pipeline.config import ConfigError
 from pipeline.files import read_json, replace_json
 
 RUN_FILE = "run.json"
-_SECTION = "tracking"  # other parts of the product may keep their own keys in the same file
+_SECTION = "tracking"  # other packages may keep their own keys in the same file
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """`run` is a uuid that MLflow's copy carries as the tag selora.run; `parent` is that of the run above, if any."""
+    """`run` is a uuid, which MLflow's copy has as the tag selora.run; `parent` is that of the parent run, if any."""
 
     run: str
     name: str
     experiment: str
-    uri: str | None = None  # without a password; None: never meant for a store
+    uri: str | None = None  # without a password; None: not for a store
     parent: str | None = None
 
 
@@ -29,7 +29,7 @@ def read_identity(run_dir: Path) -> RunIdentity | None:
     """The identity of the run in `run_dir`, None if it has none yet.
 
     Raises:
-        ConfigError: run.json is not what this package writes.
+        ConfigError: run.json was not written by this package.
     """
     path = run_dir / RUN_FILE
     section = _read(path).get(_SECTION)
@@ -41,8 +41,8 @@ def read_identity(run_dir: Path) -> RunIdentity | None:
     return RunIdentity(**section)
 
 
-def settle_identity(run_dir: Path, name: str, experiment: str, uri: str | None, parent: str | None) -> RunIdentity:
-    """Keep the run's uuid if it has one, else draw one; the other fields are those given now."""
+def ensure_identity(run_dir: Path, name: str, experiment: str, uri: str | None, parent: str | None) -> RunIdentity:
+    """Keep the run's uuid if it has one, otherwise draw one; the other fields are set to the given values."""
     known = read_identity(run_dir)
     run = known.run if known is not None else uuid.uuid4().hex
     if parent is None and known is not None:

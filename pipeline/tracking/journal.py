@@ -1,9 +1,9 @@
-"""The run's own journal: one JSON object per line, appended, never rewritten.
+"""The journal of a run: one JSON object per line, appended, never rewritten.
 
     {"seq": 7, "time_ms": 1764000000000, "kind": "metrics", "step": 30, "values": {"loss": 0.71, "grad_norm": "nan"}}
 
-The journal is the truth about a run; a tracking store holds a copy. Each record has the time of its writing, so a
-second delivery equals the first in every field, and a store with a primary key keeps it once.
+The journal is the original record of a run; a tracking store holds a copy. Each record has the time at which it was
+written, so a second delivery equals the first in every field, and a store with a primary key keeps it once.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from pipeline.config import ConfigError
 from pipeline.tracking.locks import Busy, ProcessLock
 
 JOURNAL = "journal.jsonl"
-JOURNAL_GLOB = "journal*.jsonl"  # the run's own, and one per node for what the machine does
-_LOCK_WAIT_SECONDS = 20.0  # a killed run may still be dying when the same command is given again
-_MEMORY_LIMIT = 100_000  # records kept while the disk is full
+JOURNAL_GLOB = "journal*.jsonl"  # that of the run, and one per node with system metrics
+_LOCK_WAIT_SECONDS = 20.0  # a killed run may still be ending when the same command is started again
+_MEMORY_LIMIT = 100_000  # records kept in memory while the disk is full
 
 logger = logging.getLogger("selora.tracking")
 
@@ -58,8 +58,7 @@ class Journal:
     """The only writer of one journal file.
 
     Args:
-        run_dir: made if it is missing.
-        name: file name inside it.
+        run_dir: directory of the run, created if it is missing.
 
     Raises:
         ConfigError: the directory cannot be written, or another process writes this journal.
@@ -67,7 +66,7 @@ class Journal:
 
     def __init__(self, run_dir: Path, name: str = JOURNAL) -> None:
         self.path = run_dir / name
-        self.replayed = 0  # values dropped because an earlier attempt of the run had already written them
+        self.replayed = 0  # values dropped because an earlier attempt of the run has already written them
         self._mutex = threading.RLock()  # re-entrant: a signal handler may write while the loop is writing
         self._waiting: list[bytes] = []
         self._lost = 0
@@ -83,7 +82,7 @@ class Journal:
             raise ConfigError(f"{run_dir}: cannot write the run directory: {error.strerror}") from None
         self._last_step: dict[str, int] = {}
         self._seq, self._last_ms = 0, 0
-        self.status: str | None = None  # the last one written
+        self.status: str | None = None  # number of the last record written
         try:
             self._good = self._recover()
             self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -92,9 +91,9 @@ class Journal:
             raise ConfigError(f"{self.path}: {error.strerror}") from None
 
     def metrics(self, step: int, values: Mapping[str, float]) -> int:
-        """Write the values whose key has no value at this step or a later one yet; returns how many were written.
+        """Write the values whose key has no value at this step or a later one; returns the number written.
 
-        A resumed run repeats the steps since its checkpoint; what the first attempt wrote stays.
+        A resumed run repeats the steps since its checkpoint; the values of the first attempt are kept.
         """
         with self._mutex:
             fresh = {key: _encode(value) for key, value in values.items() if step > self._last_step.get(key, -1 << 62)}
@@ -117,11 +116,11 @@ class Journal:
             self._write_waiting()
 
     def last_step(self) -> int:
-        """The largest step that any key has a value at; -1 before the first."""
+        """The largest step at which any key has a value; -1 before the first."""
         return max(self._last_step.values(), default=-1)
 
     def close(self) -> None:
-        """Release the journal; records that never found room on the disk are counted aloud."""
+        """Release the journal; the log reports the number of records that could not be written."""
         with self._mutex:
             if self._fd < 0:
                 return
@@ -153,14 +152,14 @@ class Journal:
         if self._disk_error is None:
             self._disk_error = error.strerror or str(error)
             logger.warning("%s: %s; records wait in memory and the run goes on", self.path, self._disk_error)
-        with suppress(OSError):  # else the next reader names the half line as unreadable
+        with suppress(OSError):  # otherwise the next reader reports the half line as unreadable
             os.ftruncate(self._fd, self._good)
         if len(self._waiting) > _MEMORY_LIMIT:
             del self._waiting[0]
             self._lost += 1
 
     def _recover(self) -> int:
-        """Read what earlier attempts wrote, cut a torn last line off; returns the size of what is left, in bytes."""
+        """Read the records of earlier attempts and cut off an incomplete last line; returns the bytes that are left."""
         if not self.path.exists():
             return 0
         end = 0
@@ -176,13 +175,13 @@ class Journal:
                 self.status = record.data["status"]
         torn = self.path.stat().st_size - end
         if torn:
-            logger.warning("%s: dropped a torn last line of %d bytes", self.path, torn)
+            logger.warning("%s: dropped an incomplete last line of %d bytes", self.path, torn)
             os.truncate(self.path, end)
         return end
 
 
 def read(path: Path, offset: int = 0) -> Iterator[Record | Corrupt]:
-    """The complete lines of a journal from byte `offset` on; a last line without its end is not there yet."""
+    """The complete lines of a journal from byte `offset` on; a last line without a line end is ignored."""
     with path.open("rb") as file:
         file.seek(offset)
         for raw in file:
@@ -199,7 +198,7 @@ def decode(value: float | str) -> float:
 
 
 def lock_path(journal: Path) -> Path:
-    """The lock that the writer of `journal` holds as long as it lives."""
+    """The lock that the writer of `journal` holds while it runs."""
     return journal.with_name(f".{journal.stem}.lock")
 
 

@@ -1,8 +1,8 @@
-"""One lock file per thing that only one process may do at a time.
+"""A lock file for each task that only one process may do at a time.
 
-POSIX record locks on purpose: they die with their process (kill -9 included), and a forked data-loading worker that
-outlives its parent does not keep them, as it would keep a flock. Their price: closing any handle of the file drops the
-lock, so nothing but this module ever opens a lock file, and a table remembers what this process holds.
+These are POSIX record locks: they end with their process (even after kill -9), and a forked data-loading worker that
+outlives its parent does not keep them, as it would keep a flock. Their disadvantage: closing any handle of the file
+drops the lock, so only this module opens lock files, and a table lists the locks of this process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _POLL_SECONDS = 0.1
-_held: dict[tuple[int, Path], int] = {}  # by process id too: a fork inherits the table and not the locks
+_held: dict[tuple[int, Path], int] = {}  # with the process id, because a fork inherits the table but not the locks
 
 
 class Busy(Exception):
@@ -23,10 +23,10 @@ class Busy(Exception):
 
 
 class ProcessLock:
-    """An exclusive lock on `path`, waited for at most `wait_s` seconds.
+    """An exclusive lock on `path`; waits for it at most `wait_s` seconds.
 
     Raises:
-        Busy: another holder has it, in this process or in another.
+        Busy: it is held, by this process or another.
         OSError: the lock file cannot be created.
     """
 
@@ -47,7 +47,7 @@ class ProcessLock:
         _write_holder(self._fd)
 
     def release(self) -> None:
-        """Give the lock up; calling it again does nothing."""
+        """Release the lock; a second call does nothing."""
         if self._fd is not None and self._key[0] == os.getpid():
             del _held[self._key]
             os.close(self._fd)
@@ -61,7 +61,7 @@ class ProcessLock:
 
 
 def is_held(path: Path) -> bool:
-    """Whether some process, this one included, holds the lock at `path` now."""
+    """Whether any process, including this one, holds the lock at `path`."""
     if (os.getpid(), path.resolve()) in _held:
         return True
     if not path.exists():
@@ -81,7 +81,7 @@ def _try_lock(fd: int) -> bool:
             return False
         if error.errno not in _UNSUPPORTED:
             raise
-        # a file system without locks: going on unprotected beats refusing to train
+        # a file system without locks: continuing unprotected is better than refusing to train
     return True
 
 
@@ -95,4 +95,4 @@ def _write_holder(fd: int) -> None:
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()} on {os.uname().nodename}\n".encode(), 0)
     except OSError:
-        pass  # only a courtesy for the one who waits; on a full disk the lock itself still holds
+        pass  # only information for a waiting process; on a full disk the lock itself still works

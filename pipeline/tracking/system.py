@@ -1,4 +1,4 @@
-"""What the machine does while a run trains, sampled into a journal of the node's own, so that no outage loses it."""
+"""System metrics of a node while a run trains, sampled into the node's own journal, so that no outage loses them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger("selora.tracking")
 
 
 class SystemSampler:
-    """A thread that writes system/<node>/… every `seconds` into run_dir/journal-<node>.jsonl, in MLflow's own names.
+    """A thread that writes system/<node>/… every `seconds` to run_dir/journal-<node>.jsonl, with MLflow's names.
 
     It ends by itself when the parent of this process is no longer `parent`, the process id of the trainer.
     """
@@ -36,7 +36,7 @@ class SystemSampler:
         self._thread.start()
 
     def stop(self) -> None:
-        """Take no more samples and release the node's journal."""
+        """Stop sampling and release the node's journal."""
         self._over.set()
         self._thread.join(timeout=2 * _GPU_SECONDS)
 
@@ -48,8 +48,8 @@ class SystemSampler:
             return
         step = journal.last_step() + 1
         network = psutil.net_io_counters()
-        psutil.cpu_percent()  # the first call only sets the mark for the second
-        # a run that is started anew needs this journal at once: let go of it when the trainer above is killed
+        psutil.cpu_percent()  # the first call only sets the reference for the second
+        # a restarted run needs this journal at once, so release it when the trainer is killed
         while not self._over.wait(self._seconds) and os.getppid() == self._parent:
             values = sample_machine(self._run_dir) | sample_gpus()
             received, sent = psutil.net_io_counters().bytes_recv, psutil.net_io_counters().bytes_sent
@@ -74,7 +74,7 @@ def sample_machine(directory: Path) -> dict[str, float]:
 
 
 def sample_gpus() -> dict[str, float]:
-    """Use, memory and power of each NVIDIA GPU as nvidia-smi tells them; nothing where there is none."""
+    """Use, memory and power of each NVIDIA GPU from nvidia-smi; empty without GPUs."""
     if shutil.which("nvidia-smi") is None:
         return {}
     command = ["nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader,nounits"]

@@ -1,4 +1,4 @@
-"""The tracking interface of a training: five calls that return at once and never fail because of a server."""
+"""The tracking interface of a training: five calls that return immediately and never fail because of a server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.config import ConfigError
 from pipeline.files import sha256_of
 from pipeline.passwords import redact
 from pipeline.tracking.environment import environment_tags
-from pipeline.tracking.identity import settle_identity
+from pipeline.tracking.identity import ensure_identity
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.mlflow.delivery import load_state, pending
 from pipeline.tracking.mlflow.moved import found_again
@@ -25,32 +25,32 @@ from pipeline.tracking.mlflow.uris import PasswordMissing, checked_uri, sqlite_p
 __all__ = ["NullTracker", "RunTracker", "Status", "Tracker", "environment_tags", "open_tracker", "watch_machine"]
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-SHIPPED_VARIABLE = "SELORA_SHIPPED"  # set where a process of the parent run also ships this one
+SHIPPED_VARIABLE = "SELORA_SHIPPED"  # set if a process of the parent run also ships this one
 _WATCH_SECONDS = 15.0
 _SERVER_WAIT_SECONDS = 20.0
-_AWAY_WAIT_SECONDS = 6.0  # one last short attempt at a server that was away
-_FILE_WAIT_SECONDS = 60.0  # a local SQLite file cannot be away, only slow: a busy machine makes it in 15 s
+_AWAY_WAIT_SECONDS = 6.0  # seconds for a last short attempt at a server that was away
+_FILE_WAIT_SECONDS = 60.0  # a local SQLite file is never away, only slow: a busy machine creates it in 15 s
 
 logger = logging.getLogger("selora.tracking")
 
 
 class Tracker(Protocol):
-    """Where a run's numbers go."""
+    """Receiver of a run's metrics, params, tags and files."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Values at one step; a value of a step that the key has passed already is a replay and is dropped."""
+        """Values at one step; a value at a step that its key has already passed is a repetition and is dropped."""
 
     def params(self, values: Mapping[str, object]) -> None:
-        """What the run was started with."""
+        """The settings that the run was started with."""
 
     def tags(self, values: Mapping[str, object]) -> None:
         """Facts about the run; a later value replaces an earlier one."""
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """A file or a directory of files, uploaded as it is on disk when the store takes it."""
+        """A file or a directory of files, uploaded as it is on the disk at the time of the upload."""
 
     def finish(self, status: Status = "FINISHED") -> None:
-        """How the run ended; afterwards nothing may be written."""
+        """Record how the run ended; nothing may be written afterwards."""
 
 
 class NullTracker:
@@ -111,7 +111,7 @@ class RunTracker:
         )
 
     def finish(self, status: Status = "FINISHED") -> None:
-        """Record the end and give the shipment a bounded time; one line reports what is then left."""
+        """Record the end and give the delivery a limited time; one line reports what is left."""
         if self._over:
             return
         self._over = True
@@ -136,7 +136,7 @@ class RunTracker:
             self.finish("FAILED" if issubclass(kind, Exception) else "KILLED")
 
     def _patience(self) -> float:
-        """Seconds to wait for the shipment's end."""
+        """Seconds to wait for the end of the delivery."""
         if self._uri is None:
             return _SERVER_WAIT_SECONDS
         if sqlite_path(self._uri) is not None:
@@ -144,7 +144,7 @@ class RunTracker:
         return _SERVER_WAIT_SECONDS if load_state(self.run_dir, self._uri).error is None else _AWAY_WAIT_SECONDS
 
     def _watch(self) -> None:
-        """Say once when the store goes away and once when it is back; looks at a local file, never at the network."""
+        """Report once when the store goes away and once when it is back; reads a local file, never the network."""
         now = time.monotonic()
         if self._uri is None or now - self._watched_at < _WATCH_SECONDS:
             return
@@ -180,19 +180,19 @@ def open_tracker(
     owns_status: bool = True,
     below: Path | None = None,
 ) -> RunTracker:
-    """Start, or go on with, the tracking of the run in `run_dir`. One process per run: other ranks take a NullTracker.
+    """Start or continue the tracking of the run in `run_dir`. One process per run; other ranks use a NullTracker.
 
     Args:
         run_name: the name shown in MLflow.
         uri: the store; None: MLFLOW_TRACKING_URI, else sqlite:///<run_dir/..>/mlflow.db.
         enabled: False: the journal only.
-        system_metrics: (node, seconds): sample this machine every so many seconds.
+        system_metrics: (node, seconds): sample this machine at this interval.
         owns_status: False for a later stage (an evaluation) that adds to a run and must not change how it ended;
-            where the run was moved with its SQLite store, it finds that.
+            if the run was moved with its SQLite store, it finds the store.
         below: a folder of run directories; one process ships them with this run.
 
     Raises:
-        ConfigError: a malformed address, or a run directory that cannot be written or is being written.
+        ConfigError: a malformed address, or a run directory that is read-only or in use.
     """
     run_dir = run_dir.absolute()
     uri = uri if owns_status else found_again(uri, run_dir)
@@ -202,7 +202,7 @@ def open_tracker(
         address = None
     journal = Journal(run_dir)
     try:
-        settle_identity(run_dir, run_name, experiment, None if address is None else redact(address), None)
+        ensure_identity(run_dir, run_name, experiment, None if address is None else redact(address), None)
     except OSError as error:
         journal.close()
         raise ConfigError(f"{run_dir}: cannot write the run directory: {error.strerror}") from None

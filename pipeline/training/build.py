@@ -1,4 +1,4 @@
-"""The parts of a run, built from its config and put together for the loop (loop.py)."""
+"""The parts of a run, built from its config and assembled for the loop (loop.py)."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ from pipeline.training.optim import Rates, lr_factor, parameter_groups
 from pipeline.training.reference import encoding
 from pipeline.training.settings import compiles
 
-MOST_PAIRS = 2048  # that the start of a logit bias is found on
+MOST_PAIRS = 2048  # pairs on which the initial logit bias is computed
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What is settled before anything is built.
+    """The facts of a run that are known before anything is built.
 
     Attributes:
         total: optimizer steps of the whole run.
@@ -82,17 +82,17 @@ class TrainingJob:
 def build_training(
     job: TrainingJob, model: Model, reference: ReferenceData | None, checkpoint: Checkpoint | None, sink: Sink
 ) -> tuple[Training, Monitor]:
-    """Put a run together, at the step of `checkpoint` where there is one.
+    """Assemble a run, at the step of `checkpoint` if there is one.
 
-    The parameters of the checkpoint are in `model` already; the optimizer's moments and the state of the gates follow
-    here.
+    `model` already holds the parameters of the checkpoint; the optimizer's moments and the state of the gates are
+    restored here.
 
     Args:
-        model: with its blocks.
-        reference: what the run is held to; None without section keep.
+        model: the model with its blocks.
+        reference: reference samples that hold the model near the untouched one; None without section keep.
 
     Returns:
-        What the loop needs, and the monitor among its hooks, which is to be closed after the loop.
+        The run for the loop, and the monitor among its hooks, which the caller closes after the loop.
     """
     config, net, settings = job.config, model.model, job.config.train
     budget = budget_of(config, model, job.total)
@@ -142,7 +142,7 @@ def build_training(
 
 
 def _engine(job: TrainingJob, model: Model, groups: list[dict[str, Any]]) -> Any:
-    """The objective inside DeepSpeed, its layers compiled or not."""
+    """The objective inside DeepSpeed, with compiled layers if the run has them."""
     compiled, why = compiles(job.config, job.world.world_size, job.world.device.type)
     if why and job.world.device.type == "cuda":
         say(job.world, f"train.compile=auto: {'compiled' if compiled else 'eager'}, {why}")
@@ -162,9 +162,9 @@ def _save(
     done: int,
     last: bool,
 ) -> None:
-    """Write the checkpoint after `done` steps, the last one of this job before it returns. Collective.
+    """Write the checkpoint after `done` steps; the last one of this job is on the disk on return. Collective.
 
-    named: what trained when the run began, blocks that have settled since included.
+    named: the parameters that trained at the start of the run, including blocks that have settled since.
     """
     monitor.check_finite()
     parameters, moments = full_parameters(named), optimizer_state(engine, named)
@@ -185,10 +185,10 @@ def _write(job: TrainingJob, parameters: dict[str, Tensor], moments: dict[str, T
 
 
 def start_logit_bias(job: TrainingJob, model: Clip) -> float:
-    """Where the logit bias of a model without one starts: where the sigmoid loss of the first batch is least.
+    """Initial logit bias for a model without one: the value with the least sigmoid loss on the first batch.
 
-    That is where the probabilities of all pairs add up to the number of positives. Far from it, as with the constant of
-    a training from scratch, the bias would have to travel before the weights matter. Collective.
+    At this value the probabilities of all pairs add up to the number of positives. From a distant start, such as the
+    constant for training from scratch, the bias would have to move before the weights matter. Collective.
     """
     batch = next(iter(_batches(job, model, None, 0, stop=1, workers=0)))
     with encoding(model, job.world.device) as untouched:
@@ -196,7 +196,7 @@ def start_logit_bias(job: TrainingJob, model: Clip) -> float:
         sides = untouched.images(batch.images), untouched.texts(batch.tokens)  # type: ignore[misc]
     images, texts = (torch.cat(gather(each, job.control))[:MOST_PAIRS].double() for each in sides)
     logits = model.model.get_parameter("logit_scale").detach().double().exp().cpu() * images @ texts.T
-    # Of a larger batch a part is looked at, whose negatives stand for all.
+    # Of a larger batch only a part is used, whose negatives represent all.
     weights = torch.full_like(logits, (job.config.train.global_batch_size - 1) / max(1, len(logits) - 1))
     weights.fill_diagonal_(1)
     low, high = -float(logits.max()) - 50, -float(logits.min()) + 50
@@ -210,7 +210,7 @@ def start_logit_bias(job: TrainingJob, model: Clip) -> float:
 
 
 def _refuse_what_is_not_finite(parameters: Mapping[str, Tensor], done: int) -> None:
-    """A gradient can be infinite while the loss is not; every rank holds the same values here and decides the same."""
+    """Raise if a parameter is not finite, which can happen while the loss is finite. All ranks decide the same."""
     names = [name for name, value in parameters.items() if not value.isfinite().all()]
     if names:
         raise TrainingFailed(
@@ -234,7 +234,7 @@ def _drift(engine: Any, held: Reference | None) -> dict[str, float]:
 
 
 def _gradient_check(watch: GradientWatch) -> Callable[[Step], None]:
-    """After the first step, when ZeRO-3 has put the scores together again: every block must have got a gradient."""
+    """Check after the first step, when ZeRO-3 has gathered the scores again, that every block got a gradient."""
     pending = [watch]
 
     def check(_: Step) -> None:
@@ -249,9 +249,9 @@ def _gradient_check(watch: GradientWatch) -> Callable[[Step], None]:
 
 
 def _cap_scale(engine: Any, scale: nn.Parameter | None) -> Callable[[Step], None]:
-    """Keep the stored logit scale at or below ln 100, where it trains; the loss does not see more than that.
+    """Keep the stored logit scale at or below ln 100 while it trains; the loss applies the same bound.
 
-    None for a scale that has no such bound.
+    None for a scale without this bound.
     """
     pieces = [] if scale is None else pieces_of(engine, scale)
 
@@ -264,7 +264,7 @@ def _cap_scale(engine: Any, scale: nn.Parameter | None) -> Callable[[Step], None
 
 
 def _settle(engine: Any, model: Model, settling: Settling | None) -> Callable[[Step], None]:
-    """Shut the blocks whose gates settle with a step, and keep the optimizer from moving them."""
+    """Shut the blocks whose gates settle with this step, and keep the optimizer from moving them."""
 
     def settle(_: Step) -> None:
         for block in settling.observe() if settling is not None else []:
@@ -280,7 +280,7 @@ def _settle(engine: Any, model: Model, settling: Settling | None) -> Callable[[S
 
 
 def _spend(engine: Any, config: Config, budget: BlockBudget | None) -> Callable[[Step], None]:
-    """Open and close blocks as the budget asks; once the set is fixed, closed blocks leave the computation."""
+    """Open and close blocks according to the budget; once the set is fixed, closed blocks leave the computation."""
 
     @torch.no_grad()
     def spend(step: Step) -> None:
@@ -365,6 +365,6 @@ def _batches(
         workers=data.workers if workers is None else workers,
         ahead=data.read_ahead,
         pin=job.world.device.type == "cuda",
-        # NCCL's threads are running by now, and a process that is forked among them may hang.
+        # NCCL's threads are already running, and a process forked among them may hang.
         start_method="forkserver" if job.world.device.type == "cuda" else None,
     )

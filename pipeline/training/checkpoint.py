@@ -1,4 +1,4 @@
-"""Checkpoints of what trains, readable by any number of ranks under any ZeRO stage.
+"""Checkpoints of the trained parameters, readable by any number of ranks under any ZeRO stage.
 
     checkpoints/step-00000200/trainable.safetensors   fp32 values of every trained parameter
     checkpoints/step-00000200/optimizer.safetensors   both Adam moments and the step
@@ -6,8 +6,8 @@
     checkpoints/latest                                name of the newest complete one
 
 The data position is the step (data/order.py) and every random draw is a function of seed, step and sample, so no
-generator state needs saving. Written by rank 0 into a temporary directory that is renamed when complete, in a thread,
-while training goes on.
+generator state needs saving. Rank 0 writes a checkpoint in a thread, while training continues, into a temporary
+directory that is renamed when complete.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def save_checkpoint(
 
 
 def _remove_partials(folder: Path) -> None:
-    """What attempts that were killed had begun to write, at whatever step."""
+    """Remove the incomplete checkpoints of killed attempts, at any step."""
     for left in folder.glob(".*.partial"):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
@@ -95,7 +95,7 @@ def _remove_partials(folder: Path) -> None:
 class Writer:
     """Writes checkpoints in a thread, one at a time and in order, so that no rank waits for the disk.
 
-    What a write raised is raised again by the next call of `start`, `check` or `wait`.
+    An exception in a write is raised again by the next call of `start`, `check` or `wait`.
     """
 
     def __init__(self) -> None:
@@ -103,28 +103,28 @@ class Writer:
         self._writing: Future[object] | None = None
 
     def start(self, write: Callable[[], object]) -> None:
-        """Begin a write, after the one before it. What it reads must not change any more."""
+        """Begin a write after the previous one. The tensors that it reads must not change any more."""
         self.wait()
         self._writing = self._pool.submit(write)
 
     def check(self) -> None:
-        """Raise what a write that is over has raised; waits for nothing."""
+        """Raise the exception of a finished write, without waiting."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Until the write that was begun is over."""
+        """Wait until the current write has finished."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def close(self) -> None:
-        """Let the write that was begun end, whatever becomes of it."""
+        """Let the current write end, and ignore its result."""
         self._pool.shutdown()
 
 
 def _drop_old(run_dir: Path, keep_last: int) -> None:
     for step in kept_steps(run_dir)[:-keep_last]:
         old = checkpoint_dir(run_dir, step)
-        # Renamed first: what a kill leaves half-removed is then not a checkpoint, and is removed with the next one.
+        # Renamed first, so that a checkpoint half removed by a kill does not count as one and is removed with the next.
         shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))

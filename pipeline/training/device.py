@@ -1,4 +1,4 @@
-"""Batches to the device that trains, copied while it is busy with the step before, and tensors back to the host."""
+"""Copies of batches to the device while it computes the previous step, and of tensors back to the host."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 B = TypeVar("B")
-# Elements that are copied to the host at once: 256 MB of fp32.
+# Elements copied to the host at once: 256 MB of fp32.
 AT_ONCE = 64 * 2**20
 
 
@@ -17,7 +17,7 @@ class Movable(Protocol):
     """Tensors that move to a device together."""
 
     def to(self, device: torch.device) -> Self:
-        """The same on a device, without waiting where memory is pinned."""
+        """The same on a device, without waiting if the memory is pinned."""
         ...
 
     def tensors(self) -> list[Tensor]:
@@ -31,12 +31,12 @@ M = TypeVar("M", bound=Movable)
 def on_device(batches: Iterable[B], inputs: Callable[[B], M], device: torch.device) -> Iterator[tuple[B, M]]:
     """Each batch with its inputs on `device`.
 
-    The host runs ahead of a GPU, so it is here while the GPU computes the step before: a copy on a stream of its own
-    then overlaps with that step, where one on the stream of the step would come after it. Elsewhere nothing changes.
+    The host runs ahead of a GPU, so it gets here while the GPU computes the previous step: a copy on its own stream
+    then overlaps with that step, while one on the step's stream would wait for it. Other devices are not affected.
 
     Args:
-        batches: with pinned tensors, where the device is a GPU.
-        inputs: batch -> what goes to the device.
+        batches: batches, with pinned tensors if the device is a GPU.
+        inputs: batch -> the part that goes to the device.
     """
     if device.type != "cuda":
         for batch in batches:
@@ -49,7 +49,7 @@ def on_device(batches: Iterable[B], inputs: Callable[[B], M], device: torch.devi
         computing = torch.cuda.current_stream(device)
         computing.wait_stream(copies)
         for each in moved.tensors():
-            # Its memory belongs to the copying stream; it must not be given away while the step still reads it.
+            # Its memory belongs to the copying stream; it must not be reused while the step still reads it.
             each.record_stream(computing)
         yield batch, moved
 

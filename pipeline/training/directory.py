@@ -16,13 +16,13 @@ from pipeline.training.checkpoint import latest_checkpoint
 from pipeline.training.cluster.distributed import World
 from pipeline.training.settings import changed_settings
 
-_WATCHER_SECONDS = 10.0  # for a node's last sample of its machine
+_WATCHER_SECONDS = 10.0  # seconds for a node's last system metrics
 
 
 def claim(run_dir: Path, config: Config, world: World) -> None:
     """Write the resolved config into the run's directory, or refuse a directory that holds another run.
 
-    Rank 0 alone looks and writes; when it refuses, the launcher ends the others.
+    Only rank 0 reads and writes; if it refuses, the launcher ends the others.
     """
     if not world.is_main:
         return
@@ -39,7 +39,7 @@ def claim(run_dir: Path, config: Config, world: World) -> None:
 
 
 def _set_aside(run_dir: Path, world: World) -> None:
-    """Nothing was trained here yet, so other settings are a second attempt: the record of the first makes room."""
+    """Move aside the record of an attempt with other settings that has not trained anything yet."""
     number = next(n for n in itertools.count(1) if not run_dir.with_name(f"{run_dir.name}.abandoned-{n}").exists())
     old = run_dir.rename(run_dir.with_name(f"{run_dir.name}.abandoned-{number}"))
     say(world, f"an attempt with other settings, without a checkpoint, moved to {old}")
@@ -47,7 +47,7 @@ def _set_aside(run_dir: Path, world: World) -> None:
 
 @contextmanager
 def tracked(config: Config, run_dir: Path, world: World, digests: dict[str, str], total: int) -> Iterator[Tracker]:
-    """A tracker on rank 0 that records how the run ended, whatever ends it; every node's machine is monitored."""
+    """A tracker on rank 0 that always records how the run ended; system metrics come from every node."""
     tracker: Tracker = NullTracker()
     every, watcher = config.tracking.machine_every_s, None
     if world.is_main:
@@ -87,15 +87,15 @@ def _record_artifacts(tracker: Tracker, run_dir: Path) -> None:
 
 
 def leave_mark() -> None:
-    """Leave a file for the launch script when the run was stopped before its end.
+    """Leave a file for the launch script if the run was stopped before its end.
 
-    The rank exits with 130, but torchrun reports 1 for whatever a rank exits with.
+    The rank exits with 130, but torchrun reports 1 for any exit code of a rank.
     """
     if "SELORA_STOPPED" in os.environ:
         Path(os.environ["SELORA_STOPPED"]).touch()
 
 
 def say(world: World, text: str) -> None:
-    """A line for the user, once whatever the number of ranks."""
+    """Print a line for the user once, whatever the number of ranks."""
     if world.is_main:
         sys.stderr.write(text + "\n")

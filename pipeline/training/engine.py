@@ -1,6 +1,6 @@
-"""DeepSpeed behind three functions: start the process group, wrap a model, read and write its full state.
+"""DeepSpeed behind a few functions: start the process group, wrap a model, read and write its full state.
 
-The only importer of deepspeed. DeepSpeed's JSON is generated here from the config and nowhere else.
+Only this module imports deepspeed, and only here its JSON is generated from the config.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from pipeline.training.cluster.distributed import TIMEOUT, World
 from pipeline.training.device import on_host, portions
 
 # Parameters up to this size stay whole under ZeRO-3: gathering the A and B of every block would cost hundreds of small
-# collectives a step to save a few megabytes.
+# collectives per step and save only a few megabytes.
 PERSISTENT_ELEMENTS = 100_000
-# Gradients are reduced in about so many buckets, so that communication starts while the backward goes on. DeepSpeed
-# allocates a bucket whole: its default of 500 million elements is 2 GB.
+# Gradients are reduced in about this many buckets, so that communication starts during the backward. DeepSpeed
+# allocates whole buckets: its default of 500 million elements takes 2 GB.
 BUCKETS = 4
-# What an optimizer keeps of each parameter.
+# State that an optimizer keeps for each parameter.
 _MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
     torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
     torch.optim.SGD: ("momentum_buffer",),
@@ -43,14 +43,14 @@ def start_process_group(
     """Join the process group (nccl on cards, gloo on CPU) and return a gloo group for control messages.
 
     Args:
-        timeout: of every collective.
-        store: where the ranks met; None: a world of one, or a group that the launcher has made (Ray).
+        timeout: timeout of every collective.
+        store: the store where the ranks met; None: a world of one, or a group made by the launcher (Ray).
     """
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if not dist.is_initialized():
-        # A world of one needs no port that another job could hold; DeepSpeed still asks for a launcher's variables.
+        # A world of one needs no port, which another job could hold; DeepSpeed still requires a launcher's variables.
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         os.environ |= dict(zip(names, map(str, (world.rank, world.world_size, world.local_rank)), strict=True))
         dist.init_process_group(
@@ -59,7 +59,7 @@ def start_process_group(
             rank=world.rank,
             world_size=world.world_size,
             timeout=timeout,
-            # NCCL then connects at once, and to the card of this rank instead of one that it guesses.
+            # NCCL then connects at once, to the card of this rank instead of guessing one.
             device_id=world.device if backend == "nccl" else None,
         )
     group = dist.new_group(backend="gloo", timeout=timeout)
@@ -70,8 +70,8 @@ def start_process_group(
 def deepspeed_config(config: Config, world: World, trained: int) -> dict[str, Any]:
     """The whole DeepSpeed configuration of a run.
 
-    Precision is not in it: bf16 is autocast over fp32 parameters in the model's forward, so that scores, which move
-    by 1e-5 a step, never pass through bf16.
+    It does not set a precision: bf16 is autocast over fp32 parameters in the model's forward, so that scores, which
+    move by 1e-5 per step, never pass through bf16.
 
     Args:
         trained: number of elements that train.
@@ -90,7 +90,7 @@ def deepspeed_config(config: Config, world: World, trained: int) -> dict[str, An
         "overlap_comm": world.world_size > 1,
     }
     if stage in (1, 2):
-        # The norm is a kernel for each tensor and a wait for the device; nothing but clipping reads it.
+        # The norm costs a kernel for each tensor and a wait for the device; only clipping reads it.
         zero["compute_grad_norm"] = clip > 0
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = PERSISTENT_ELEMENTS
@@ -100,10 +100,10 @@ def deepspeed_config(config: Config, world: World, trained: int) -> dict[str, An
         "gradient_accumulation_steps": 1,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        # Always given: DeepSpeed (0.19.8) clips at 1.0 by default.
+        # Always set: DeepSpeed (0.19.8) clips at 1.0 by default.
         "gradient_clipping": clip,
         "zero_optimization": zero,
-        # DeepSpeed's timer waits for the device twice a step.
+        # DeepSpeed's timer waits for the device twice per step.
         "timers": {"throughput": {"enabled": False}},
         "steps_per_print": 10**9,
     }
@@ -136,7 +136,7 @@ def build_engine(
             deepspeed.utils.set_z3_leaf_modules(model, list(whole))
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         with card_as_local_rank(world.device):
-            if config.train.zero_stage == 3:  # initialize itself would first put the whole model on each device
+            if config.train.zero_stage == 3:  # initialize itself would first move the whole model to each device
                 deepspeed.zero.Init(module=model, config_dict_or_path=settings)
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
@@ -152,14 +152,14 @@ def _optimizer(groups: list[dict], config: Config, *, fused: bool) -> torch.opti
 
 def _moments(engine: Any) -> tuple[str, ...]:
     optimizer = engine.basic_optimizer
-    # Without momentum SGD keeps nothing, though it has a place for it.
+    # Without momentum SGD keeps no state, although it has an entry for it.
     plain = isinstance(optimizer, torch.optim.SGD) and not optimizer.defaults["momentum"]
     return () if plain else _MOMENTS[type(optimizer)]
 
 
 @contextmanager
 def _without_mlflow() -> Iterator[None]:
-    """DeepSpeed's autotuner takes mlflow where it finds it: a fifth of a rank's start, for what no rank uses."""
+    """Hide mlflow from DeepSpeed's autotuner: importing it takes a fifth of a rank's start, and no rank uses it."""
     if "mlflow" in sys.modules:
         yield
         return
@@ -171,9 +171,9 @@ def _without_mlflow() -> Iterator[None]:
 
 
 def _import_muon_uncompiled() -> None:
-    """Import an optimizer that is not used, so that DeepSpeed does not: it would load torch's compiler for its kernels.
+    """Import an unused optimizer without compiling it; otherwise DeepSpeed would load torch's compiler for its kernels.
 
-    That is more than half of the CPU time in which a rank starts.
+    That takes more than half of the CPU time of a rank's start.
     """
     from deepspeed.runtime import compiler
 
@@ -187,7 +187,7 @@ def _import_muon_uncompiled() -> None:
 
 @contextmanager
 def _without_compiler_noise() -> Iterator[None]:
-    """DeepSpeed tries at its start which operators could be built; the linker's complaints help nobody here."""
+    """Silence the linker while DeepSpeed tries at its start which operators could be built."""
     sys.stderr.flush()
     kept = os.dup(2)
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
@@ -206,9 +206,9 @@ def set_learning_rates(engine: Any, factor: float) -> None:
 
 
 def full_parameters(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
-    """Whole fp32 values of the given parameters on the CPU, whatever the ZeRO stage. Collective: all ranks call it.
+    """Whole fp32 values of the given parameters on the CPU, under any ZeRO stage. Collective: all ranks call it.
 
-    Below stage 3 every rank has them whole, and they cross to the host in a few large copies.
+    Below stage 3 every rank has them whole, and they are copied to the host in a few large transfers.
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -225,7 +225,7 @@ def full_parameters(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tens
 
 @contextmanager
 def _answering(parameter: nn.Parameter) -> Iterator[None]:
-    """ZeRO-3 gives and takes the state of parameters that require a gradient; to others it silently does nothing."""
+    """Make all parameters require a gradient in the block: ZeRO-3 silently ignores the state of others."""
     before = parameter.requires_grad
     parameter.requires_grad_(True)
     try:
@@ -287,7 +287,7 @@ def _gathered(named: Mapping[str, nn.Parameter], moment: str) -> dict[str, Tenso
 
 
 def restore_moments(engine: Any, named: Iterable[tuple[str, nn.Parameter]], moments: Mapping[str, Tensor]) -> None:
-    """Write whole moments, as `optimizer_state` gave them, into an engine of any ZeRO stage and world size.
+    """Write whole moments, as returned by `optimizer_state`, into an engine of any ZeRO stage and world size.
 
     The parameters themselves are loaded into the model before the engine is built, so its fp32 masters start from them.
     """
@@ -298,9 +298,9 @@ def restore_moments(engine: Any, named: Iterable[tuple[str, nn.Parameter]], mome
 
 
 def rest(engine: Any, parameters: Iterable[nn.Parameter], *, at_zero: bool) -> None:
-    """Make the optimizer leave parameters alone that get no gradient any more: without momentum nothing moves them.
+    """Keep the optimizer from moving parameters that no longer get a gradient, by clearing their momentum.
 
-    at_zero: also set them to zero, where weight decay does not move them either.
+    at_zero: also set them to zero, so that weight decay does not move them either.
     """
     _link_moments(engine)
     for parameter in parameters:
@@ -315,8 +315,8 @@ def rest(engine: Any, parameters: Iterable[nn.Parameter], *, at_zero: bool) -> N
 def pieces_of(engine: Any, parameter: Any) -> list[Tensor]:
     """Every tensor of this rank that holds a parameter or a part of it, to be changed in place between steps.
 
-    They are what the model computes with, the partition that ZeRO-3 gathers from, and the fp32 master. A change that
-    all ranks make to their pieces needs no collective, and the host does not wait.
+    These are the tensor that the model computes with, the partition that ZeRO-3 gathers from, and the fp32 master. If
+    all ranks change their pieces alike, no collective is needed and the host does not wait.
     """
     master: Tensor | None = None
     stage = engine.zero_optimization_stage()
@@ -343,13 +343,13 @@ def _set_moment(engine: Any, parameter: nn.Parameter, moment: str, value: Tensor
     elif stage < 3:
         safe_set_full_optimizer_state(parameter, value, moment)
     else:
-        # DeepSpeed's own whole-tensor setter slices past the end where ranks do not divide the size.
+        # DeepSpeed's own setter slices past the end if the number of ranks does not divide the size.
         safe_set_local_optimizer_state(parameter, _partition(value, parameter), moment)
 
 
 @torch.no_grad()
 def _set_value(engine: Any, parameter: Any, value: Tensor) -> None:
-    """The fp32 master and what the model computes with; under ZeRO-3 the latter follows with the next step."""
+    """Set the fp32 master and the model's own tensor; under ZeRO-3 the latter follows with the next step."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
     stage = engine.zero_optimization_stage()
@@ -370,13 +370,13 @@ def _partition(value: Tensor, parameter: Any) -> Tensor:
 
 
 def _step_count(engine: Any) -> float:
-    # Stage 0 stops counting for a parameter that gets no gradient any more; its count means nothing then.
+    # Stage 0 stops counting steps for a parameter that no longer gets a gradient; its count is then meaningless.
     counts = (float(entry["step"]) for entry in engine.basic_optimizer.state.values() if "step" in entry)
     return max(counts, default=0.0)
 
 
 def _create_moments(engine: Any, step: float) -> None:
-    """An optimizer makes its moments at its first step; a restored engine needs them before."""
+    """Create the moments now: an optimizer creates them at its first step, and a restored engine needs them before."""
     optimizer, stage = engine.basic_optimizer, engine.zero_optimization_stage()
     # ZeRO-3 empties the optimizer's groups between steps and keeps the flat partitions itself.
     flat = engine.optimizer.fp32_partitioned_groups_flat if stage == 3 else None
@@ -393,7 +393,7 @@ def _create_moments(engine: Any, step: float) -> None:
 def _link_moments(engine: Any) -> None:
     """Link each parameter to its slice of the moments (stages 1 and 2).
 
-    DeepSpeed does it once, after the first group's first step, when the other groups have no moments yet.
+    DeepSpeed does this only once, after the first group's first step, before the other groups have moments.
     """
     if engine.zero_optimization_stage() in (1, 2):
         engine.optimizer._hp_optimizer_states_linked = False

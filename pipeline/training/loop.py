@@ -1,4 +1,4 @@
-"""The training loop: everything it needs is built before it (build.py) and handed in."""
+"""The training loop; build.py builds everything that it needs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is not threading.main_thread():
-            return self  # Ray Train trains in a thread of its own, and only the main thread gets signals
+            return self  # Ray Train trains in a separate thread, and only the main thread gets signals
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._note)
         return self
@@ -44,13 +44,13 @@ class StopRequest:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._noted = True
-        # A user who presses Ctrl-C twice means it. A launcher repeats what the scheduler has sent already.
+        # A second Ctrl-C of a user ends the run at once. A launcher merely repeats the scheduler's signal.
         if number == signal.SIGINT:
             signal.signal(number, self._previous[number])
 
 
 class Inputs(NamedTuple):
-    """What the objective takes of a batch (see `Objective.forward`)."""
+    """The parts of a batch that the objective reads (see `Objective.forward`)."""
 
     images: Tensor
     targets: Tensor
@@ -58,7 +58,7 @@ class Inputs(NamedTuple):
     labels: Tensor | None = None
 
     def to(self, device: torch.device) -> Inputs:
-        """The same on a device, without waiting where memory is pinned."""
+        """The same on a device, without waiting if the memory is pinned."""
 
         def there(each: Tensor) -> Tensor:
             return each.to(device, non_blocking=True)
@@ -77,9 +77,9 @@ class Step:
     """One finished optimizer step.
 
     Attributes:
-        batch: what this rank trained on.
+        batch: the batch of this rank.
         losses: scalars of this rank, by name.
-        lr_factor: what the peak learning rates were multiplied by.
+        lr_factor: factor of the peak learning rates.
     """
 
     batch: Any
@@ -94,21 +94,21 @@ class Step:
 
 @dataclass(frozen=True)
 class Training:
-    """A run that is ready to go.
+    """A run that is ready to train.
 
     Attributes:
         engine: the objective inside DeepSpeed.
-        batches: this rank's batches, from the step to be done next.
-        inputs: batch -> what the objective takes of it.
+        batches: this rank's batches, from the next step on.
+        inputs: batch -> its inputs for the objective.
         schedule: step -> factor of the peak learning rates.
         after_step: called in this order after each optimizer step.
-        save: writes a checkpoint of the given number of finished steps, and where it is the last one of this job
-            returns when it is on the disk; collective.
-        close: lets a checkpoint that is being written end.
+        save: writes a checkpoint of the given number of finished steps; the last one of this job is on the disk when
+            it returns; collective.
+        close: waits for a checkpoint that is being written.
         checkpoint_every: steps between two checkpoints; the last step always has one.
         total_steps: length of the schedule.
-        seed: of any random draw inside the model.
-        control: group for messages between ranks.
+        seed: seed of random draws inside the model.
+        control: gloo group for messages between ranks.
     """
 
     engine: Any
@@ -125,14 +125,14 @@ class Training:
 
 
 def train_steps(training: Training, stop: StopRequest) -> int:
-    """Train until the batches end or a stop is requested on any rank; the others learn of it one step later.
+    """Train until the batches end or a stop is requested on any rank, which the others notice one step later.
 
     Returns:
         The number of optimizer steps finished in all; a checkpoint holds them.
     """
     engine, done, stops = training.engine, 0, AnyRank(training.control)
     for batch, inputs in on_device(training.batches, training.inputs, engine.device):
-        # Any random draw inside the model follows from seed, step and rank: a resumed run needs no generator state.
+        # Random draws inside the model follow from seed, step and rank, so a resumed run needs no generator state.
         torch.manual_seed((training.seed * 1_000_003 + batch.step) * 4096 + dist.get_rank())
         factor = training.schedule(batch.step)
         set_learning_rates(engine, factor)

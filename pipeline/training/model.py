@@ -1,4 +1,4 @@
-"""The model of a run with its blocks, what trains in it and for what, and what a checkpoint says about it."""
+"""The model of a run with its blocks, its trained parameters, its objective, and its description in a checkpoint."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def load_untouched(config: Config, classes: tuple[str, ...] | None = None, *, ho
     """The pretrained model alone.
 
     Args:
-        classes: what the classifier of a ViT tells apart.
-        hollow: a CLIP without values, which come from another rank.
+        classes: class names of a ViT's classifier.
+        hollow: a CLIP without values, which another rank provides.
     """
     model = config.model
     return load_model(
@@ -46,9 +46,9 @@ def load_untouched(config: Config, classes: tuple[str, ...] | None = None, *, ho
 
 
 def load_once(config: Config, classes: tuple[str, ...] | None, world: World, control: dist.ProcessGroup) -> Model:
-    """The pretrained model, read by every rank; under ZeRO-3 by rank 0 alone where nothing runs it before the engine.
+    """The pretrained model, read by every rank, or only by rank 0 under ZeRO-3 if nothing runs it before the engine.
 
-    The engine takes each parameter from rank 0 and keeps a rank's partition of it, so that no other rank ever holds the
+    The engine takes each parameter from rank 0 and keeps a rank's partition of it, so no other rank ever holds the
     whole base. Collective.
     """
     early = config.keep.weight or config.train.loss == "sigmoid"  # both encode samples with the untouched model
@@ -86,7 +86,7 @@ def attach_blocks(config: Config, model: Model) -> Model:
 
 
 def chosen_targets(config: Config, targets: Sequence[str]) -> list[str]:
-    """The targets that carry blocks, of those that the model has; ValueError for an option that matches none."""
+    """The targets among those of the model that carry blocks; ValueError for an option that matches none."""
     adapter = config.adapter
     # A ViT has no text tower, so `text` among the towers does not apply to it.
     has_text = any(target.startswith("text.") for target in targets)
@@ -96,10 +96,10 @@ def chosen_targets(config: Config, targets: Sequence[str]) -> list[str]:
 
 
 def classes_of(config: Config, index: ShardIndex) -> tuple[str, ...] | None:
-    """What the classifier of a ViT tells apart, None for a CLIP.
+    """Class names of the classifier of a ViT; None for a CLIP.
 
     Raises:
-        ConfigError: where the shards have no classes and the model or `train.positives` needs them.
+        ConfigError: the shards have no classes and the model or `train.positives` needs them.
     """
     by_class = config.train.positives == "class"
     if (config.classifies or by_class) and (index.classes is None or len(index.classes) < 2):
@@ -114,7 +114,7 @@ def classes_of(config: Config, index: ShardIndex) -> tuple[str, ...] | None:
 
 
 def targets_of(batch: Batch) -> Tensor:
-    """What the task of a model needs of a batch besides its images: tokens (B, L), or classes (B,)."""
+    """The targets of a batch for the task of a model: tokens (B, L), or classes (B,)."""
     if batch.tokens is not None:
         return batch.tokens
     if int(batch.labels.min()) < 0:
@@ -124,10 +124,10 @@ def targets_of(batch: Batch) -> Tensor:
 
 
 def objective_of(config: Config, model: Model, compiled: bool = False) -> Objective:
-    """What the run minimises, computed as section train says: in micro-batches, layers kept or computed again.
+    """The objective of the run, computed as section train says: in micro-batches, layers kept or recomputed.
 
     Args:
-        model: with its blocks; its layers are compiled in place where `compiled`.
+        model: the model with its blocks; if `compiled`, its layers are compiled in place.
     """
     gate = config.gate
     if config.train.activation_checkpointing:
@@ -148,7 +148,7 @@ def objective_of(config: Config, model: Model, compiled: bool = False) -> Object
 
 
 def check_trainable(model: Model) -> None:
-    """Refuse a model that no loss of this package is for: ConfigError."""
+    """Raise ConfigError for a model that has no loss in this package."""
     kind = type(model.model).__name__
     if kind == "CoCa":
         raise ConfigError(f"model.name={model.name}: a {kind} has a caption decoder, whose loss is not implemented")
@@ -168,9 +168,9 @@ def layer_classes(model: Model) -> list[type[nn.Module]]:
 
 
 def load_trainable(model: Model, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's parameters into a freshly built model.
+    """Load a checkpoint's parameters into a newly built model.
 
-    Raises ConfigError when the base weights differ from those it was trained on, or a parameter is missing or unknown.
+    Raises ConfigError if the base weights differ from those it was trained on, or a parameter is missing or unknown.
     """
     check_base(model, checkpoint.state["base_digest"], checkpoint.path)
     copy_parameters(model, [name for name, _ in trainable(model.model)], checkpoint.path)
@@ -182,7 +182,7 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def settling_of(config: Config, model: Model) -> Settling | None:
-    """None where gates do not settle."""
+    """The settling of gates; None if gates do not settle."""
     gate = config.gate
     if gate.settle_steps is None or not config.gated:
         return None
@@ -190,10 +190,10 @@ def settling_of(config: Config, model: Model) -> Settling | None:
 
 
 def budget_of(config: Config, model: Model, total: int) -> BlockBudget | None:
-    """What holds the active blocks at `gate.budget` or `gate.budget_parameters`; None without either.
+    """The budget by `gate.budget` or `gate.budget_parameters`; None without either.
 
     Raises:
-        ConfigError: the model has fewer gated blocks, or none so small.
+        ConfigError: the model has fewer gated blocks, or none that is small enough.
     """
     gate = config.gate
     if not config.gated or not gate.budgeted:
@@ -213,7 +213,7 @@ def score_rate(config: Config) -> float:
 
 
 def gate_values(model: nn.Module, settling: Settling | None = None) -> dict[str, float]:
-    """Scores and states of all gates, as the monitor reads them; empty without gates."""
+    """Scores and states of all gates for the monitor; empty without gates."""
     values = {} if settling is None else {"adapter/settled_blocks": float(settling.settled)}
     for target, gate in gate_map(model).items():
         if gate["score"] is not None:
@@ -231,7 +231,7 @@ def checkpoint_state(
     settling: Settling | None = None,
     budget: BlockBudget | None = None,
 ) -> dict[str, Any]:
-    """What state.json says: enough to rebuild the model around the saved parameters, and the state of the gates."""
+    """Content of state.json: enough to rebuild the model around the saved parameters, and the state of the gates."""
     gates = gate_map(model.model)
     return {
         "format": "selora-checkpoint",

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: metrics to the tracker, a line or a bar to the user, a stop when it went wrong."""
+"""Reports of a run while it trains: metrics to the tracker, a line or bar to the user, an error if it diverges."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from pipeline.display import duration
 from pipeline.training.cluster.distributed import World, gather_numbers
 from pipeline.training.loop import Step
 
-# Bad samples that a rank names; the metric data/bad_samples counts all.
+# Bad samples that a rank names; the metric data/bad_samples counts all of them.
 NAMED = 20
 
 
 class Sink(Protocol):
-    """Where metrics go; any tracker of pipeline.tracking is one."""
+    """Receiver of metrics; every tracker of pipeline.tracking is one."""
 
     def metrics(self, step: int, values: dict[str, float]) -> None: ...
 
 
 class TrainingBatch(Protocol):
-    """What the monitor reads of a batch."""
+    """The part of a batch that the monitor reads."""
 
     step: int
     captions: list[str]
@@ -41,15 +41,15 @@ class TrainingBatch(Protocol):
 
 
 class TrainingFailed(ConfigError):
-    """Training cannot go on for a reason the user can act on: a loss that is not a number, too many bad samples."""
+    """Training cannot continue for a reason that the user can act on: a loss that is not finite, or bad samples."""
 
 
 @dataclass
 class Monitor:
     """Collects the metrics of every step and reports them every `log_every` steps.
 
-    Reading a loss waits for the device, so losses are kept as tensors and read together at the interval; a loss that is
-    not finite is still reported with its own step and shards.
+    Reading a loss waits for the device, so losses are kept as tensors and read together at each interval; a loss that
+    is not finite is still reported with its step and shards.
     """
 
     world: World
@@ -65,7 +65,7 @@ class Monitor:
     bad_limit: float
     # Whether an image is contrasted with the captions of other images.
     negatives: bool
-    # Steps that DeepSpeed left out because the norm of the gradient, where it is clipped, was not finite.
+    # Steps that DeepSpeed skipped because the norm of a gradient to be clipped was not finite.
     skipped_steps: Callable[[], int] = lambda: 0
     _window: list[tuple[int, dict[str, Tensor], list[str]]] = field(default_factory=list)
     _bad: set[str] = field(default_factory=set)
@@ -79,7 +79,7 @@ class Monitor:
     _bar: tqdm | None = None
 
     def after_step(self, step: Step) -> None:
-        """Take note of one finished step. Collective at every `log_every`-th step."""
+        """Record one finished step. Collective at every `log_every`-th step."""
         batch: TrainingBatch = step.batch
         shards = sorted({key.rpartition("/")[0] for key in batch.keys})
         self._window.append((batch.step, step.losses, shards))
@@ -111,7 +111,7 @@ class Monitor:
         self._show(done, values)
 
     def close(self) -> None:
-        """Leave the progress bar's line."""
+        """End the line of the progress bar."""
         if self._bar is not None:
             self._bar.close()
 
@@ -147,14 +147,14 @@ class Monitor:
         return float((counts * (counts.sum() - counts)).sum() / counts.sum())
 
     def _name_bad(self, bad: Sequence[str]) -> None:
-        """Name each bad sample once, the first `NAMED` of this rank; another one of its stream took its place."""
+        """Name the first `NAMED` bad samples of this rank, each once; another sample of the stream replaced it."""
         for name in dict.fromkeys(bad):
             if name not in self._bad and len(self._bad) < NAMED:
                 tqdm.write(f"bad sample, another one is taken: {name}", file=sys.stderr)
             self._bad.add(name)
 
     def _count_bad(self) -> float:
-        # Another rank may meet the same sample in the next epoch: names are counted, not sightings.
+        # Another rank may read the same sample in the next epoch: names are counted, not occurrences.
         longest = int(gather_numbers(torch.tensor([len(self._bad)]), self.control).max())
         names = [hash_text(name) for name in self._bad] + [-1] * (longest - len(self._bad))
         gathered = gather_numbers(torch.tensor(names, dtype=torch.int64), self.control) if longest else torch.empty(0)
@@ -168,7 +168,7 @@ class Monitor:
         return total
 
     def _counts(self) -> dict[str, float]:
-        """Sums over all ranks; of captions that are cut, the first on rank 0 is named once."""
+        """Sums over all ranks; the first cut caption on rank 0 is named once."""
         retries, cut = (
             gather_numbers(torch.tensor([self._retries, self._cut]), self.control).view(-1, 2).sum(0).tolist()
         )

@@ -1,8 +1,8 @@
-"""What one step minimises: the task's loss of a batch plus the gate penalty, as one module.
+"""The objective of a step as one module: the task's loss of a batch plus the gate penalty.
 
 The task is the contrastive or the sigmoid loss of a CLIP, or the cross entropy of a classifier.
 
-It is a module so that ZeRO-3 gathers every parameter it touches, the scores of the penalty included.
+It is a module so that ZeRO-3 gathers every parameter that it reads, including the scores for the penalty.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipeline.method.sigmoid import sigmoid_loss
 
 @dataclass(frozen=True)
 class PenaltySettings:
-    """Form and weight of the gate penalty; `delay_steps` is counted from the first step."""
+    """Form and weight of the gate penalty; `delay_steps` counts from the first step."""
 
     kind: PenaltyKind
     reduction: Reduction
@@ -38,9 +38,9 @@ class PenaltySettings:
 
 
 class _CapScale(torch.autograd.Function):
-    """min(scale, 100) whose gradient vanishes only where it would push further up: at the cap it can still come down.
+    """min(scale, 100) with a zero gradient only where it would raise the scale further: at the cap it can still fall.
 
-    A plain clamp would hold OpenAI's weights, which start at the cap, there for ever.
+    A plain clamp would keep OpenAI's weights, which start at the cap, there forever.
     """
 
     @staticmethod
@@ -60,9 +60,9 @@ Features = tuple[Tensor | None, Tensor | None]
 
 
 class Task(Protocol):
-    """What a model is trained for. `targets` has a row for each image.
+    """The task that a model is trained for. `targets` has a row for each image.
 
-    With reference samples their images and texts go through the model behind those of the batch, in one forward.
+    Images and texts of reference samples follow those of the batch in the same forward.
     """
 
     def joined(self, images: Tensor, targets: Tensor, reference: Reference) -> tuple[Tensor, Tensor]:
@@ -70,15 +70,15 @@ class Task(Protocol):
         ...
 
     def outputs(self, model: Any, pixels: Tensor, targets: Tensor) -> Outputs:
-        """What the loss needs of the model: tensors with a row for each input, and such as are the same for all."""
+        """The model's outputs for the loss: tensors with a row for each input, and tensors that all share."""
         ...
 
     def parted(self, outputs: Outputs, images: int, targets: int) -> tuple[Outputs, Features]:
-        """The outputs of the batch, and image and text features of the reference samples; None where there are none."""
+        """The outputs of the batch, and image and text features of the reference samples, None without them."""
         ...
 
     def features(self, model: Any, pixels: Tensor, tokens: Tensor) -> Features:
-        """Image and text features alone; None for no rows."""
+        """Only image and text features; None without rows."""
         ...
 
     def losses(self, outputs: Outputs, targets: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
@@ -91,9 +91,9 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Contrastive:
-    """A CLIP under the FLYP loss (arXiv 2212.00638). Targets: tokens (B, context) of the captions.
+    """A CLIP with the FLYP loss (arXiv 2212.00638). Targets: tokens (B, context) of the captions.
 
-    sigmoid: under SigLIP's loss instead (arXiv 2303.15343); the model has a logit bias.
+    sigmoid: use SigLIP's loss instead (arXiv 2303.15343), for a model with a logit bias.
     """
 
     sigmoid: bool = False
@@ -103,7 +103,7 @@ class Contrastive:
         return _joined_images(images, reference), tokens
 
     def outputs(self, model: Any, pixels: Tensor, targets: Tensor) -> Outputs:
-        """Normalised features (B, D) of both towers, the logit scale and, where the model has one, the logit bias."""
+        """Normalised features (B, D) of both towers, the logit scale and, if the model has one, the logit bias."""
         return model(pixels, targets)
 
     def parted(self, outputs: Outputs, images: int, targets: int) -> tuple[Outputs, Features]:
@@ -115,9 +115,9 @@ class Contrastive:
         return image, text
 
     def losses(self, outputs: Outputs, targets: Tensor, labels: Tensor | None) -> dict[str, Tensor]:  # noqa: ARG002
-        """labels: classes (B,) where captions of the same class are positives too, else None."""
+        """labels: classes (B,) if captions of the same class are also positives, else None."""
         image, text, scale, *bias = outputs
-        # CLIP's bound is not SigLIP's: the published models are above it.
+        # CLIP's bound does not hold for SigLIP: its published models are above it.
         logit = {"logit_scale": scale.squeeze() if bias else _CapScale.apply(scale.squeeze())}
         if bias:
             logit["logit_bias"] = bias[0].squeeze()
@@ -126,21 +126,21 @@ class Contrastive:
     def of_pairs(
         self, image: Tensor, text: Tensor, logit: Mapping[str, Tensor], labels: Tensor | None = None
     ) -> Tensor:
-        """The loss of features (B, D) that belong together row by row. logit: logit_scale, and logit_bias or not."""
+        """The loss of features (B, D) that match row by row. logit: logit_scale and, optionally, logit_bias."""
         scale, bias = logit["logit_scale"], logit.get("logit_bias")
         if self.sigmoid:
-            assert bias is not None, "objective_of sees to it"
+            assert bias is not None, "objective_of makes sure of it"
             return sigmoid_loss(image, text, scale, bias, labels=labels)
         loss = flyp_loss(image, text, scale, labels=labels)
-        # A softmax does not see what is added to all logits: the gradient of the bias is zero.
+        # A softmax ignores a constant added to all logits, so the gradient of the bias is zero.
         return loss if bias is None else loss + 0 * bias
 
 
 @dataclass(frozen=True)
 class Classification:
-    """A classifier under the cross entropy. Targets: classes (B,).
+    """A classifier with the cross entropy. Targets: classes (B,).
 
-    with_features: the features before the classifier are needed, for reference images.
+    with_features: also return the features before the classifier, for reference images.
     """
 
     with_features: bool = False
@@ -149,7 +149,7 @@ class Classification:
         return _joined_images(images, reference), targets
 
     def outputs(self, model: Any, pixels: Tensor, targets: Tensor) -> Outputs:  # noqa: ARG002 - by protocol
-        """Logits (B, classes), and features (B, D) where they are needed."""
+        """Logits (B, classes), and features (B, D) if needed."""
         if not self.with_features:
             return (model(pixels),)
         features = model.encode_image(pixels)
@@ -191,15 +191,15 @@ class KeepSettings:
 
 
 class Objective(nn.Module):
-    """A model under the loss of its task, the gate penalty (paper eq. 4) and the distance to the untouched model.
+    """A model with the loss of its task, the gate penalty (paper eq. 4) and the distance to the untouched model.
 
-    The distance on reference samples is added where `keep` is given.
-    Reference samples join the batch in one forward, so that DeepSpeed sees one forward and one backward a step.
+    The distance on reference samples is added if `keep` is given. They join the batch in one forward, so that DeepSpeed
+    sees one forward and one backward per step.
 
-    micro_batch: images that go through the model at a time (None: all). It bounds the memory and leaves loss and
-    gradient those of the whole batch (GradCache, arXiv 2101.06983): features are computed without keeping what led to
-    them, and in the backward each micro-batch is computed again when its features have their gradients. To autograd it
-    is one graph, so every parameter gets its gradient once, and DeepSpeed reduces it once, under any ZeRO stage.
+    micro_batch: images that go through the model at a time (None: all). It bounds the memory and keeps the loss and
+    gradient of the whole batch (GradCache, arXiv 2101.06983): features are computed without keeping activations, and in
+    the backward each micro-batch is recomputed once its features have their gradients. To autograd it is one graph, so
+    every parameter gets its gradient once, and DeepSpeed reduces it once, under any ZeRO stage.
     """
 
     _mean: Tensor
@@ -221,7 +221,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self._task = task
-        self._gates = gates  # a plain list: their blocks own them
+        self._gates = gates  # a plain list, because their blocks own them
         self._penalty = penalty
         self._precision = precision
         self._micro_batch = micro_batch
@@ -240,15 +240,15 @@ class Objective(nn.Module):
         """One step's loss.
 
         Args:
-            images: (B, 3, H, W) uint8 of this rank; None measures the distance on the reference samples and no more.
-            targets: of this rank, a row for each image.
+            images: (B, 3, H, W) uint8 of this rank; None: only measure the distance on the reference samples.
+            targets: targets of this rank, a row for each image.
             step: optimizer steps finished before this one.
             reference: this rank's reference samples, None without any.
-            labels: (B,) classes of the images where captions of the same class are positives, else None.
+            labels: (B,) classes of the images if captions of the same class are positives, else None.
 
         Returns:
-            Scalars total, task, penalty, what the task adds, and with reference samples keep and replay; or the drift
-            of images and of texts where only that is measured.
+            Scalars total, task, penalty, the task's additional values, and with reference samples keep and replay; or
+            only the drift of images and of texts.
         """
         if self._mean.device.type == "cpu":
             read_gates(self._gates)
@@ -277,7 +277,7 @@ class Objective(nn.Module):
     def _kept(
         self, settings: KeepSettings, features: Features, reference: Reference, parts: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The weighted distance to the untouched model, and the weighted loss of replayed pairs where they count."""
+        """The weighted distance to the untouched model and, if they count, the weighted loss of replayed pairs."""
         image, text = features
         distance = keep_loss(image, reference.image_features, text, reference.text_features)
         found = {"keep": settings.weight * distance}
@@ -290,7 +290,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def _drift(self, reference: Reference) -> dict[str, Tensor]:
-        """drift_image and drift_text: mean of 1 - cos, of those that there are samples for."""
+        """drift_image and drift_text, the mean of 1 - cos, as far as there are samples."""
         images, image_untouched, tokens, text_untouched = reference
         found = {}
         if len(images):
@@ -300,7 +300,7 @@ class Objective(nn.Module):
         return found
 
     def _features(self, images: Tensor, tokens: Tensor, which: int) -> Tensor:
-        """(N, D) of images or of tokens, the other being empty, a micro-batch at a time. which: 0 or 1."""
+        """(N, D) features of images or of tokens, the other being empty, a micro-batch at a time. which: 0 or 1."""
         size = self._micro_batch or max(len(images), len(tokens))
         starts = range(0, max(len(images), len(tokens)), size)
         found = []
@@ -335,6 +335,6 @@ class Objective(nn.Module):
         settings = self._penalty
         if not self._gates or step < settings.delay_steps:
             return torch.zeros_like(like)
-        # Read as an attribute of its gate, for that is what makes ZeRO-3 gather a score.
+        # Read as an attribute of its gate, because that makes ZeRO-3 gather the score.
         scores = [gate.score for gate in self._gates]
         return gate_penalty(scores, settings.kind, settings.lam, settings.reduction, settings.threshold)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-# Weight decay must not shrink these: only the penalty may move scores, and magnitudes are norms, not weights.
+# Weight decay must not shrink these: scores are moved by the penalty only, and magnitudes are norms, not weights.
 _NO_DECAY = ("gate.score", "magnitude", "logit_scale", "logit_bias")
 
 
@@ -24,7 +24,7 @@ class Rates:
 def parameter_groups(
     named: Iterable[tuple[str, nn.Parameter]], inside_layers: Callable[[str], bool], rates: Rates, weight_decay: float
 ) -> list[dict]:
-    """Sort trainable parameters into optimizer groups, none of them empty.
+    """Sort trainable parameters into optimizer groups; empty groups are left out.
 
     Each group carries its peak rate as `peak_lr`; `lr` starts at zero and is set before every step.
     """

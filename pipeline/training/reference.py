@@ -1,4 +1,4 @@
-"""What section keep asks for: reference samples with the features that the untouched model gives them."""
+"""The reference samples of section keep, with their features from the untouched model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def build_reference(config: Config, model: Model, world: World) -> ReferenceData
     """The reference samples of a run; None where `keep.weight` is 0.
 
     Args:
-        model: the untouched one, without blocks.
+        model: the untouched model, without blocks.
 
     Raises:
         ConfigError: for reference data that cannot be used; the message names the option.
@@ -87,7 +87,7 @@ def _images(config: Config, untouched: Untouched, cache: Cache, world: World, st
 
 @contextmanager
 def encoding(model: Model, device: torch.device) -> Iterator[Untouched]:
-    """The model ready to encode, in fp32 on `device`; afterwards it is in its mode and place of before."""
+    """The model ready to encode, in fp32 on `device`; afterwards its mode and device are restored."""
     net, cfg = model.model, model.preprocess_cfg
     trained, place = net.training, next(net.parameters()).device
     net.eval().to(device)

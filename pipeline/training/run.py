@@ -1,4 +1,4 @@
-"""From a config to a finished run: claim its directory, meet the other ranks, build its parts, call the loop."""
+"""From a config to a finished run: claim its directory, meet the other ranks, build the parts, call the loop."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Watch(Protocol):
     """An observer of the run, such as a trial of a sweep."""
 
     def recorded(self, step: int, values: Mapping[str, float]) -> None:
-        """Called with what the journal records at `step`, on every rank."""
+        """Called on every rank with the metrics that the journal records at `step`."""
 
     def stop_requested(self) -> bool:
         """Called after each step; True on any rank makes all ranks save and end."""
@@ -47,7 +47,7 @@ class Watch(Protocol):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `train` did: the run's directory, steps done in all and whether the schedule is complete."""
+    """Result of `train`: the run's directory, the total of finished steps, and whether the schedule is complete."""
 
     run_dir: Path
     step: int
@@ -60,7 +60,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class _Watched:
-    """A tracker whose metrics an observer sees as well."""
+    """A tracker that also passes its metrics to an observer."""
 
     tracker: Tracker
     watch: Watch
@@ -71,17 +71,17 @@ class _Watched:
 
 
 def train(config: Config, watch: Watch | None = None, label: str | None = None) -> TrainResult:
-    """Train until the schedule ends or a signal asks to stop; the same call again continues from the last checkpoint.
+    """Train until the schedule ends or a signal requests a stop; the same call continues from the last checkpoint.
 
     Args:
         label: name of the run in the logs; None: `name` of the config.
 
     Returns:
-        What was done; `finished` is False when a signal or the observer stopped the run, which has saved then.
+        `finished` is False if a signal or the observer stopped the run, which has then saved a checkpoint.
 
     Raises:
-        ConfigError: for every mistake of the user's, before the first step wherever it can be known.
-        PeerLost: when other ranks do not come or are lost.
+        ConfigError: for every mistake of the user, before the first step where possible.
+        PeerLost: other ranks do not arrive or are lost.
     """
     world = read_world(device=config.train.device)
     share_threads(world)
@@ -93,8 +93,8 @@ def train(config: Config, watch: Watch | None = None, label: str | None = None) 
     if not outcome.finished:
         if world.local_rank == 0:
             leave_mark()
-        # A launcher ends all ranks once one exits with another code than 0; rank 0 may still be closing its journal.
-        with suppress(RuntimeError):  # a rank that is gone already needs no waiting for
+        # A launcher ends all ranks once one exits with a code other than 0; rank 0 may still be closing its journal.
+        with suppress(RuntimeError):  # there is no need to wait for a rank that has already ended
             dist.barrier(control)
     return outcome
 
@@ -108,7 +108,8 @@ def _train_held(
     timeout = timedelta(seconds=config.train.timeout_s)
     store = meet(world, timeout)
     control = start_process_group(world, timeout, store)
-    # Only now: rank 0 may have waited for an earlier job that was still saving, and all must find the same checkpoint.
+    # Not before: rank 0 may have waited for an earlier job that was still saving, and all must find the same
+    # checkpoint.
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is not None and checkpoint.step >= total:
         say(world, f"{run_dir}: already trained for {total} steps")
@@ -144,7 +145,7 @@ def _start_of_bias(job: TrainingJob, model: Clip, checkpoint: Checkpoint | None)
 
 
 def _check_data(checkpoint: Checkpoint, index: ShardIndex) -> None:
-    """The position of a run is a number; it means the same samples only in the same shards."""
+    """Compare the digest of the shards, because a step means the same samples only in the same shards."""
     trained = checkpoint.state["data_digest"]
     if trained != index.digest:
         raise ConfigError(
@@ -154,11 +155,11 @@ def _check_data(checkpoint: Checkpoint, index: ShardIndex) -> None:
 
 
 def warnings_of(config: Config, total: int, samples: int) -> list[str]:
-    """Settings that are legal and yet cannot do what they say in a run of `total` steps over `samples` images."""
+    """Warnings about valid settings that have no effect or harm in a run of `total` steps over `samples` images."""
     found, batch = [], config.train.global_batch_size
     if batch > samples:
         found.append(
-            f"train.global_batch_size={batch} is more than the {samples} images there are: an image occurs several "
+            f"train.global_batch_size={batch} exceeds the {samples} images: an image occurs several "
             "times in a batch, and is pushed away from its own caption"
         )
     if config.train.warmup_steps >= total:
@@ -166,7 +167,7 @@ def warnings_of(config: Config, total: int, samples: int) -> list[str]:
     if config.gated and not config.gate.budgeted and config.train.optimizer == "adamw":
         rate, margin = config.gate.lr or config.train.lr, config.gate.init - config.gate.threshold
         travel = rate * sum(lr_factor(step, config.train.warmup_steps, total) for step in range(total))
-        # Adam moves a score by at most its learning rate a step, whatever gate.lam is.
+        # Adam moves a score by at most its learning rate per step, whatever gate.lam is.
         if travel < margin:
             found.append(
                 f"no gate can close: a score can travel {travel:.3g} in {total} steps, but gate.init and "

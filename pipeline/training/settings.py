@@ -1,4 +1,4 @@
-"""Which options differ between two calls for one run, and how many steps the run has; without torch."""
+"""The options that differ between two calls for one run, and the number of its steps; does not import torch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 from pipeline.config import VIT_SCHEMA, Config, affects_result, flatten
 
-# With fewer images a rank, an eager step of a GPU is bound by the launches of its kernels and not by their work.
+# With fewer images per rank, an eager step on a GPU is bound by kernel launches.
 COMPILED_BELOW = 256
 
 
 def changed_settings(old: Config, new: Config) -> list[str]:
-    """A line `  key: old -> new` for each option that differs and affects the result: a run cannot go on with it."""
+    """A line `  key: old -> new` for each changed option that affects the result and so forbids to continue the run."""
     before, after = flatten(old), flatten(new)
     before |= {key: after[key] for key in ("model.name", "model.pretrained") if _same_base(before.get(key), after[key])}
     return [
@@ -37,12 +37,12 @@ def _same_base(old: object, new: object) -> bool:
 
 
 def total_steps(config: Config, samples: int) -> int:
-    """train.steps, or as many steps as show every sample train.epochs times."""
+    """train.steps, or the number of steps that shows every sample train.epochs times."""
     return config.train.steps or math.ceil(config.train.epochs * samples / config.train.global_batch_size)
 
 
 def compiles(config: Config, world_size: int, device: str) -> tuple[bool, str]:
-    """Whether the layers of this run are compiled, and in words why where `train.compile` leaves it open.
+    """Whether the layers of this run are compiled and, if `train.compile` leaves it open, the reason in words.
 
     Args:
         world_size: number of ranks, which share the batch.
@@ -63,7 +63,7 @@ def compiles(config: Config, world_size: int, device: str) -> tuple[bool, str]:
 
 
 def _missing_to_compile() -> str:
-    """What torch.compile needs for a GPU and does not find here; empty where all is there."""
+    """Requirements of torch.compile for a GPU that are missing here."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton"
     compilers = (os.environ.get("CC"), "gcc", "clang", "cc")

@@ -1,4 +1,4 @@
-"""A grid file: what varies, the baselines, the seeds, and the resources of a trial; checked before anything starts.
+"""A grid file: options that vary, baselines, seeds, and the resources of a trial; checked before anything starts.
 
     grid:                        # the product of these lists; a key of the config, or one of the short names
       rank: [2, 8, 32]
@@ -7,10 +7,10 @@
     baselines:                   # added to the grid; a list makes alternatives here as well
       - {name: flyp, label: full (FLYP), changes: {kind: full, train.lr: 3e-4}}
       - {name: lora_ungated, changes: {gate.enabled: false, rank: [2, 8, 32]}}
-    seeds: [0, 1, 2]             # every point and baseline with each; the mean over the seeds decides
-    soup: true                   # also the mean of the seeds' weights, as a model of its own
-    search: {trials: 40, sampler: tpe}   # beyond the grid's points, what a sampler proposes
-    ranges:                      # in these ranges; the other options are those of the config
+    seeds: [0, 1, 2]             # every point and baseline with each seed; the mean over the seeds decides
+    soup: true                   # also evaluate the mean of the seeds' weights as a separate model
+    search: {trials: 40, sampler: tpe}   # in addition to the grid's points, configurations proposed by a sampler
+    ranges:                      # in these ranges; the other options come from the config
       train.lr: {log: [1e-5, 1e-3]}
       lam: {linear: [0.1, 3.0]}
       rank: {choices: [4, 16, 64]}       # or {integers: [4, 64]}
@@ -19,7 +19,7 @@
     resources: {workers: 2, cpus_per_worker: 0.5}
     asha: {grace_steps: 100, reduction: 3}
 
-An option whose value is itself a list is written as a list of lists.
+Write a list of lists for an option whose value is itself a list.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ ALIASES = {
     "seed": "seed",
 }
 SECTIONS = ("grid", "baselines", "search", "ranges", "seeds", "soup", "floor", "max_drift", "resources", "asha")
-OVERRIDABLE = ("floor", "max_drift")  # keys of a grid file that may also stand on the command line
+OVERRIDABLE = ("floor", "max_drift")  # keys of a grid file that may also be given on the command line
 # A sweep sets these options for its trials.
 RESERVED = ("name", "out", "tracking.uri", "tracking.experiment", "tracking.enabled")
 
@@ -67,7 +67,7 @@ class Resources(Section):
 
 
 class Asha(Section):
-    """Asynchronous halving: at each rung only the trials with the lowest training loss go on."""
+    """Asynchronous halving: at each rung only the trials with the lowest training loss continue."""
 
     grace_steps: int = Field(ge=1, description="own steps before a trial may be stopped")
     reduction: float = Field(default=3.0, gt=1, description="at each rung, one trial in this number continues")
@@ -78,11 +78,11 @@ class Grid:
     """A grid file as read; keys are dotted. `source` is kept as written for sweep.json.
 
     Attributes:
-        search: how many configurations are tried; None: those of the grid alone.
-        ranges: {option: what the sampler may propose}.
-        seeds: with which every point and baseline is trained; empty: with the seed of the config.
-        soup: whether the mean of the seeds' weights is evaluated as a model of its own.
-        floor: share kept at which trials are compared by id; None: by id and kept of the whole fine-tuning.
+        search: number of configurations and their sampler; None: only those of the grid.
+        ranges: {option: range of the sampler's proposals}.
+        seeds: seeds with which every point and baseline is trained; empty: the seed of the config.
+        soup: whether the mean of the seeds' weights is evaluated as a separate model.
+        floor: share kept at which trials are compared by id; None: compare id and kept at full strength.
         max_drift: drift on held-out reference samples at which a trial is stopped; None: never.
     """
 
@@ -136,7 +136,9 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
     resources = _section(Resources, "resources", raw, faults)
     asha = _section(Asha, "asha", raw, faults) if any(key.startswith("asha") for key in raw) else None
     named = {key.partition(".")[0] for key in raw}
-    if (search is not None) == ("search" in named) and bool(ranges) == ("ranges" in named):  # else there is a fault
+    if (search is not None) == ("search" in named) and bool(ranges) == (
+        "ranges" in named
+    ):  # otherwise there is a fault
         faults += _search_faults(search, ranges, axes, floor)
     if not axes and not baselines and "ranges" not in named:
         faults.append("grid: names no option to vary, as in grid: {rank: [2, 8], lam: [0.3, 1.0]}")
@@ -147,7 +149,7 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
 
 
 def _dotted(key: str, one: Raw, faults: list[str]) -> str:
-    """The config's key for a key of the grid; unknown ones become faults."""
+    """The config's key for a key of the grid; unknown keys become faults."""
     dotted = ALIASES.get(key, key)
     known = list(describe())
     if dotted in RESERVED:
@@ -220,7 +222,7 @@ def _search_faults(
     for key, each in ranges.items():
         outside = [value for value in axes.get(key, ()) if not each.holds(value)]
         if outside:
-            faults.append(f"grid.{key}: {value_text(outside[0])} is outside of ranges.{key} {list(each.values)}")
+            faults.append(f"grid.{key}: {value_text(outside[0])} is outside ranges.{key} {list(each.values)}")
     if "seed" in ranges:
         faults.append("ranges.seed: a seed is not searched for; give seeds: [0, 1, 2]")
     return faults
@@ -250,7 +252,7 @@ def _seeds(
 
 
 def _number(key: str, one: Raw | None, most: float, what: str, faults: list[str]) -> float | None:
-    """A number above 0; None where there is none."""
+    """A number above 0; None if there is none."""
     if one is None or one.value is None:
         return None
     if not isinstance(one.value, int | float) or isinstance(one.value, bool) or not 0 < one.value <= most:
@@ -260,7 +262,7 @@ def _number(key: str, one: Raw | None, most: float, what: str, faults: list[str]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys, as the config's own files may be written."""
+    """Nested sections as dotted keys, like those of config files."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

@@ -1,4 +1,4 @@
-"""A sweep before its trials start: what can be wrong is found, and its directory is laid out or continued."""
+"""A sweep before its trials start: everything is checked, and its directory is created or continued."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
 
 def sweep_directory(config: Config) -> Path:
-    """Where the sweep of a config is."""
+    """Directory of a config's sweep."""
     return Path(config.out).absolute() / config.name
 
 
 def prepare(config: Config, grid: Grid) -> tuple[list[Trial], dict[str, int]]:
-    """The trials, with one store for all, and the steps of each; all files are read now."""
+    """The trials, with one store for all, and the steps of each; all input files are read here."""
     from pipeline.data.shards.index import load_index
     from pipeline.evaluation.datasets.overlap import check_overlap
     from pipeline.tracking.mlflow.uris import checked_uri
@@ -65,7 +65,7 @@ def prepare(config: Config, grid: Grid) -> tuple[list[Trial], dict[str, int]]:
 
 
 def known_trials(config: Config, grid: Grid) -> list[Trial]:
-    """The trials of the grid, named as an earlier call has named them."""
+    """The trials of the grid, with the names from an earlier call."""
     stored = _stored_trials(sweep_directory(config))
     return keep_names(expand(config, grid, stored), stored, config.seed)
 
@@ -74,7 +74,7 @@ def steps_of(trials: Sequence[Trial], samples: int | None = None) -> dict[str, i
     """Optimizer steps of each trial, 0 for a soup, which does not train.
 
     Args:
-        samples: number of training images; None: as many as the shards hold, which are read for it where they matter.
+        samples: number of training images; None: read from the shards if the steps depend on it.
 
     Raises:
         ConfigError: the shards are needed and cannot be read.
@@ -90,7 +90,7 @@ def steps_of(trials: Sequence[Trial], samples: int | None = None) -> dict[str, i
 
 
 def absent(trials: Sequence[Trial]) -> list[str]:
-    """What the trials need and this machine does not have: a line for each."""
+    """A line for each requirement of the trials that this machine does not have."""
     from pipeline.data.shards.index import load_index
 
     lines = []
@@ -108,7 +108,7 @@ def absent(trials: Sequence[Trial]) -> list[str]:
 
 
 def check_floor(config: Config, trials: Sequence[Trial], floor: float | None) -> None:
-    """Raise ConfigError where the benchmarks of the trials cannot say what is learned and kept at a floor."""
+    """Raise ConfigError if the benchmarks of the trials cannot measure id and kept at a floor."""
     if floor is None:
         return
     if any(one.eval.benchmark is None for one in (config, *(trial.config for trial in trials))):
@@ -152,7 +152,7 @@ def write_layout(
     *,
     retry_failed: bool,
 ) -> None:
-    """Write what the trials' processes read: sweep.json, and each trial's config and state."""
+    """Write the files for the trials' processes: sweep.json, and each trial's config and state."""
     write_trials(sweep_dir, config, grid, trials)
     (sweep_dir / STOP_FILE).unlink(missing_ok=True)
     for trial in trials:
@@ -166,7 +166,7 @@ def write_trials(sweep_dir: Path, config: Config, grid: Grid, trials: Sequence[T
 
 
 def _entry(one: Trial) -> dict[str, Any]:
-    """A trial as sweep.json has it."""
+    """A trial's entry in sweep.json."""
     entry = {key: getattr(one, key) for key in ("id", "name", "label", "changes", "baseline", "configuration")}
     entry |= {"soup_of": list(one.soup_of)} if one.soup_of else {}
     return entry | ({"proposed": True} if one.proposed else {})
@@ -175,8 +175,8 @@ def _entry(one: Trial) -> dict[str, Any]:
 def write_trial(sweep_dir: Path, trial: Trial, steps: int, grid: Grid, *, retry_failed: bool = False) -> None:
     """Write a trial's config and state.
 
-    One that is over waits again where its results lack something that is asked, and where the drift that stopped it is
-    allowed by now.
+    A trial that is over waits again if its results lack a requested floor, or if the drift that stopped it is now
+    allowed.
     """
     run_dir = trial_dir(sweep_dir, trial.name)
     write_config(run_dir, trial.config)
@@ -194,11 +194,11 @@ def write_trial(sweep_dir: Path, trial: Trial, steps: int, grid: Grid, *, retry_
 
 
 class Proposals:
-    """The configurations of a search that are still to come; each is laid out when it is asked for.
+    """The configurations of a search that have not been proposed; each is laid out on request.
 
     Args:
-        trials: of the sweep; new ones are appended.
-        totals: steps of each, likewise.
+        trials: trials of the sweep; new ones are appended.
+        totals: steps of each trial; new ones are added.
         place: called with new trials before they are laid out.
     """
 
@@ -218,19 +218,19 @@ class Proposals:
 
     @property
     def left(self) -> int:
-        """Number of configurations that the sampler has still to propose."""
+        """Number of configurations that the sampler has yet to propose."""
         if self._grid.search is None or self._exhausted:
             return 0
         return max(0, self._grid.search.trials - len(_searched(self._trials)))
 
     def next(self) -> list[str]:
-        """Names of the trials of the next configuration; empty where the search has all it may try, or is stopped."""
+        """Names of the trials of the next configuration; empty if the search is complete or stopped."""
         if not self.left or (self._dir / STOP_FILE).exists():
             return []
         new = self._new_trials()
         if not new:
             self._exhausted = True
-            sys.stderr.write("search: the ranges hold no configuration that was not tried\n")
+            sys.stderr.write("search: every configuration in the ranges has been tried\n")
             return []
         known = [
             {"id": one.id, "name": one.name, "changes": one.changes, "baseline": one.baseline} for one in self._trials
@@ -249,7 +249,7 @@ class Proposals:
         return [one.name for one in new if not one.soup_of]
 
     def _new_trials(self) -> list[Trial]:
-        """The next proposal that is new and keeps the rules of the config."""
+        """The next proposal that is new and valid in the config."""
         search, tried = self._grid.search, self._tried()
         assert search is not None
         for attempt in range(ATTEMPTS):
@@ -262,7 +262,7 @@ class Proposals:
         return []
 
     def _tried(self) -> list[Tried]:
-        assert self._grid.floor is not None  # a search has one
+        assert self._grid.floor is not None  # a search has a floor
         found = []
         for seeds in _searched(self._trials):
             point = {key: option(seeds[0].config, key) for key in self._grid.ranges}
@@ -271,7 +271,7 @@ class Proposals:
 
 
 def check_drift(trials: Sequence[Trial], max_drift: float | None) -> None:
-    """Raise ConfigError where a drift is limited and no trial measures one."""
+    """Raise ConfigError if the drift is limited but no trial measures it."""
     if max_drift is not None and trials and not any(one.config.keep.weight for one in trials):
         raise ConfigError(
             f"max_drift: {max_drift:g} is measured on reference data, and no trial has any; set keep.weight, or leave "
@@ -280,19 +280,19 @@ def check_drift(trials: Sequence[Trial], max_drift: float | None) -> None:
 
 
 def check_search(config: Config, grid: Grid, trials: Sequence[Trial]) -> None:
-    """Raise ConfigError where a range holds values that its option does not take, or leaves out a first trial."""
+    """Raise ConfigError if a range contains invalid values of its option, or excludes one of the first trials."""
     check_ranges(config, grid.ranges)
     for first, *_ in _searched(trials):
         for key, each in grid.ranges.items():
             if not each.holds(value := option(first.config, key)):
                 raise ConfigError(
-                    f"grid: the first trial {first.name} has {key}={value}, outside of ranges.{key} "
+                    f"grid: the first trial {first.name} has {key}={value}, outside ranges.{key} "
                     f"{list(each.values)}; name {key} in the grid, or widen the range"
                 )
 
 
 def _searched(trials: Sequence[Trial]) -> list[list[Trial]]:
-    """The configurations of a search with their seeds: what the grid names and what was proposed, no baselines."""
+    """The configurations of a search with their seeds: from the grid and the sampler, without baselines."""
     found: dict[str, list[Trial]] = {}
     for one in trials:
         if not one.baseline and not one.soup_of:
@@ -301,7 +301,7 @@ def _searched(trials: Sequence[Trial]) -> list[list[Trial]]:
 
 
 def _lacks_floor(run_dir: Path, trial: Trial, floor: float | None) -> bool:
-    """Whether a floor is asked for at which a finished trial was not evaluated."""
+    """Whether a floor is requested at which a finished trial was not evaluated."""
     if floor is None or trial.config.eval.benchmark is None:
         return False
     found = read_floors(run_dir / EVAL)
@@ -309,7 +309,7 @@ def _lacks_floor(run_dir: Path, trial: Trial, floor: float | None) -> bool:
 
 
 def _is_stale(sweep_dir: Path, trial: Trial) -> bool:
-    """Whether a soup was made of other trials than those that have finished by now."""
+    """Whether a soup was made from other trials than those that have finished by now."""
     soup = read_soup(trial_dir(sweep_dir, trial.name))
     return soup is not None and soup.made_of != finished_of(sweep_dir, soup.of)
 
@@ -317,10 +317,10 @@ def _is_stale(sweep_dir: Path, trial: Trial) -> bool:
 def _benchmarks(trials: Sequence[Trial]) -> list[Benchmark]:
     from pipeline.evaluation.datasets.benchmark import load_benchmark
 
-    asked = dict.fromkeys((one.config.eval.benchmark, one.config.eval.root, one.config.eval.datasets) for one in trials)
-    return [load_benchmark(name, root).choose(datasets) for name, root, datasets in asked if name is not None]
+    named = dict.fromkeys((one.config.eval.benchmark, one.config.eval.root, one.config.eval.datasets) for one in trials)
+    return [load_benchmark(name, root).choose(datasets) for name, root, datasets in named if name is not None]
 
 
 def _stored_trials(sweep_dir: Path) -> list[dict[str, Any]]:
-    """The trials of an earlier call, none before the first."""
+    """The trials of an earlier call; empty before the first."""
     return read_sweep(sweep_dir)["trials"] if is_sweep(sweep_dir) else []

@@ -1,4 +1,4 @@
-"""The sweep in MLflow: a parent run, a child per trial, and an end for each child that could not write its own."""
+"""The sweep in MLflow: a parent run, a child per trial, and the end of each child that could not record its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Literal, Self
 from pipeline.config import Config, flatten
 from pipeline.files import replace_text
 from pipeline.runs.sweep import OVER, SWEEP_FILE, TRIALS, TrialState, trial_dir
-from pipeline.tracking.identity import read_identity, settle_identity
+from pipeline.tracking.identity import ensure_identity, read_identity
 from pipeline.tracking.journal import JOURNAL, Journal, lock_path
 from pipeline.tracking.locks import is_held
 from pipeline.tracking.mlflow.delivery import StoreState, load_state, pending
@@ -36,7 +36,7 @@ logger = logging.getLogger("selora.tracking")
 
 
 class SweepRuns:
-    """The parent run while the sweep runs. Its locked journal also keeps a second command from running."""
+    """The parent run while the sweep runs. Its journal is locked, which prevents a second command from running."""
 
     def __init__(self, sweep_dir: Path, config: Config, grid: Grid, trials: Sequence[Trial]) -> None:
         self._dir, self._config = sweep_dir, config
@@ -55,7 +55,7 @@ class SweepRuns:
         self.place(trials)
 
     def close(self, states: Mapping[str, TrialState], table: str, *, complete: bool) -> None:
-        """Count the ends on the parent, and close every child with the status and the reason of its trial."""
+        """Record the ends in the parent, and close every child with its trial's status and reason."""
         over = sum(one.status in OVER for one in states.values())
         ends = {f"trials/{end}": float(sum(one.status == end for one in states.values())) for end in _ENDS}
         self._tracker.metrics(over, ends)
@@ -68,15 +68,15 @@ class SweepRuns:
         self._deliver([trial_dir(self._dir, name) for name in states])
 
     def place(self, trials: Sequence[Trial]) -> None:
-        """Record in each trial's directory the parent of its run, before training starts there."""
+        """Record the parent run in each trial's directory before it trains."""
         above = read_identity(self._dir)
-        assert above is not None, "the tracker of the parent has written it"
+        assert above is not None, "written by the parent's tracker"
         for trial in trials:
             run_dir = trial_dir(self._dir, trial.name)
             run_dir.mkdir(parents=True, exist_ok=True)
             if read_identity(run_dir) is not None:
                 continue
-            settle_identity(run_dir, trial.name, above.experiment, above.uri, above.run)
+            ensure_identity(run_dir, trial.name, above.experiment, above.uri, above.run)
             tags = {TRIAL_TAG: trial.id, "selora.label": trial.label, "selora.sweep": self._config.name}
             journal = Journal(run_dir)
             journal.write("tags", values=tags)
@@ -84,14 +84,14 @@ class SweepRuns:
             journal.close()
 
     def _deliver(self, run_dirs: Sequence[Path]) -> None:
-        """Deliver what the shipper could not, as long as the store answers."""
+        """Deliver what the shipper could not deliver, as long as the store answers."""
         tracking = self._tracking
         if not tracking.enabled:
             return
         try:
             uri = resolve_uri(tracking.uri, self._dir.parent)
         except PasswordMissing:
-            return  # the tracker has reported it
+            return  # already reported by the tracker
         for run_dir in run_dirs:
             if not (run_dir / JOURNAL).is_file() or _delivered(run_dir, uri):
                 continue
@@ -116,7 +116,7 @@ def _write_end(run_dir: Path, state: TrialState) -> None:
         if state.status == "waiting" and journal.status != "RUNNING":
             return
         tags = {STATUS_TAG: state.status}
-        if state.error or state.attempts > 1:  # also to take back the reason of an earlier attempt
+        if state.error or state.attempts > 1:  # also to clear the reason of an earlier attempt
             tags[REASON_TAG] = state.error or "none"
         journal.write("tags", values=tags)
         if journal.status != _ENDS[state.status]:

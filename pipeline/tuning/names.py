@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.config import Config
 
-# Options that the first part of a name already shows.
+# Options that are already in the first part of a name.
 _SAID = ("adapter.kind", "adapter.rank", "adapter.random_k", "gate.enabled", "gate.lam", "seed")
 _KINDS = {"full": "full", "none": "rest only", "lora": "LoRA", "dora": "DoRA"}
 
@@ -35,7 +35,7 @@ def name_of(
 def label_of(
     config: Config, changes: Mapping[str, Any], varied: Sequence[str], *, seeds: bool, given: str | None
 ) -> str:
-    """ "gated LoRA r16 λ0.3", as tables and figures show it."""
+    """ "gated LoRA r16 λ0.3", for tables and figures."""
     adapter = config.adapter
     blocks = adapter.kind in ("lora", "dora")
     kind = _KINDS[adapter.kind]

@@ -1,4 +1,4 @@
-"""The plan of a sweep before it starts: trials, waves, workers, steps, hours, disk, and whether it fits."""
+"""The plan of a sweep before it starts: trials, waves, workers, steps, hours, disk, and whether it fits the cluster."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of one optimizer step, and where that number comes from."""
+    """Seconds of one optimizer step, and the source of this number."""
 
     seconds_per_step: float
     source: str
@@ -72,10 +72,10 @@ class Plan:
     steps: int
     speed: Speed | None
     disk_bytes: int | None = None
-    to_come: int = 0  # trials that a sampler has still to propose; they count in all other numbers
-    steps_to_come: int = 0  # of each of them, as far as it is known
-    drift: float | None = None  # the largest of a finished trial that kept the floor: what max_drift may be
-    absent: tuple[str, ...] = ()  # what the sweep needs and this machine does not have
+    to_come: int = 0  # trials that a sampler has yet to propose; they count in all other numbers
+    steps_to_come: int = 0  # steps of each of them, if known
+    drift: float | None = None  # the largest drift of a finished trial that kept the floor, as a hint for max_drift
+    absent: tuple[str, ...] = ()  # requirements of the sweep that this machine lacks
 
     @property
     def waves(self) -> int:
@@ -83,7 +83,7 @@ class Plan:
 
     @property
     def training_seconds(self) -> float | None:
-        """Seconds of all trainings one after another."""
+        """Seconds of all trainings, one after another."""
         return None if self.speed is None else self.steps * self.speed.seconds_per_step
 
     @property
@@ -110,13 +110,13 @@ def make_plan(
     """The plan of the remaining work.
 
     Args:
-        trials: all of the sweep.
-        steps: {name: optimizer steps left} of those that are not over.
-        to_come: trials that a sampler has still to propose.
+        trials: all trials of the sweep.
+        steps: {name: optimizer steps left} of the trials that are not over.
+        to_come: number of trials that a sampler has yet to propose.
         each: steps of each of these.
 
     Raises:
-        ConfigError: a trial that cannot fit the cluster, with what it needs and what there is.
+        ConfigError: a trial does not fit the cluster; the message has its needs and the cluster's resources.
     """
     faults = fitting_faults(trials, resources, capacity)
     if faults:
@@ -135,25 +135,25 @@ def make_plan(
 
 
 def concurrency(resources: Resources, capacity: Capacity, trials: int) -> int:
-    """Number of trials at a time: as many as fit, at most the remaining ones and the allowed number."""
+    """Number of trials at a time: as many as fit, but no more than remain or are allowed."""
     fit = capacity.processes(resources.cpus_per_worker, resources.gpus_per_worker) // resources.workers
     return max(1, min(fit, trials, resources.concurrent or trials))
 
 
 def fitting_faults(trials: Sequence[Trial], resources: Resources, capacity: Capacity) -> list[str]:
-    """Why the sweep's trials cannot run on this cluster; empty when they can."""
+    """Why the sweep's trials cannot run on this cluster; empty if they can."""
     faults = []
     fit = capacity.processes(resources.cpus_per_worker, resources.gpus_per_worker)
     if fit < resources.workers:
         faults.append(
             f"resources: a trial needs {resources.workers} workers with {_size(resources)} each, "
-            f"and the cluster has room for {fit}: {capacity}"
+            f"and {fit} fit this cluster: {capacity}"
         )
     evaluation = resources.gpus_per_worker if resources.eval_gpus is None else resources.eval_gpus
     if not capacity.processes(resources.eval_cpus, evaluation):
         faults.append(
             f"resources.eval_cpus, eval_gpus: an evaluation needs {resources.eval_cpus:g} CPUs and {evaluation:g} GPUs "
-            f"on one node, and there is none such: {capacity}"
+            f"on one node, and no node has them: {capacity}"
         )
     if faults:
         faults.append("lower them in section resources of the grid file, or name a larger cluster with --address")
@@ -200,7 +200,7 @@ def _time_text(plan: Plan) -> str:
 def _fit(node: Node, cpus: float, gpus: float) -> int:
     by_cpu = math.floor(node.cpus / cpus + _EPSILON) if cpus else math.inf
     by_gpu = math.floor(node.gpus / gpus + _EPSILON) if gpus else math.inf
-    if 0 < gpus < 1:  # a share of one card: the rest of a card that holds no whole share is lost
+    if 0 < gpus < 1:  # shares of a card: a remainder smaller than a share is lost
         by_gpu = math.floor(node.gpus) * math.floor(1 / gpus + _EPSILON)
     return int(min(by_cpu, by_gpu))
 
@@ -211,7 +211,7 @@ def _size(resources: Resources) -> str:
 
 
 def checkpoint_bytes(trials: Sequence[Trial], parameters: Mapping[str, int]) -> int:
-    """Most bytes that the checkpoints of all trials take; while one is written there is one more than is kept."""
+    """Largest size of the checkpoints of all trials; while one is written there is one more than keep_last."""
     settings = ((parameters[one.name], one.config.train) for one in trials)
     return sum(count * _BYTES_PER_PARAMETER[train.optimizer] * (train.keep_last + 1) for count, train in settings)
 
@@ -219,7 +219,7 @@ def checkpoint_bytes(trials: Sequence[Trial], parameters: Mapping[str, int]) -> 
 def trained_parameters(trials: Sequence[Trial]) -> dict[str, int]:
     """{trial: number of trained parameters}. Builds each base model once, with random weights if it is named.
 
-    Without a ViT's classifier, whose size the shards decide.
+    A ViT's classifier does not count, because its size depends on the shards.
     """
     from pipeline.model.load import load_model
     from pipeline.model.vit import untagged

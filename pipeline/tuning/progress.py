@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 HEAD = ("trial", "state", "step", "loss", "active", "id", "forgot", "left")
 _FORGOT = HEAD.index("forgot")
-_TAIL_BYTES = 256 * 1024  # a record of all gates of a big model is a few kB
+_TAIL_BYTES = 256 * 1024  # bytes; a record of all gates of a big model has a few kB
 _TABLE_SECONDS, _LINE_SECONDS = 1.0, 5.0
 
 
@@ -37,7 +37,7 @@ class TrialProgress:
     """One trial. Accuracies in [0, 1], `forgot` in points of accuracy / 100, seconds left of training.
 
     Attributes:
-        floors: {share kept: id at the largest strength that keeps it}, of the columns of a sweep with a floor.
+        floors: {share kept: id at the largest strength that keeps it}, for the columns of a sweep with a floor.
     """
 
     name: str
@@ -67,7 +67,7 @@ class TrialProgress:
 
 
 def head(floor: float | None) -> tuple[str, ...]:
-    """The names of the columns; a sweep with a floor also has id at its floor, marked, and at those of the report."""
+    """The names of the columns; a sweep with a floor also has id at its floor, marked, and at the report's floors."""
     at = [f"id@{100 * each:g}{'*' if each == floor else ''}" for each in _columns(floor)]
     return (*HEAD[: _FORGOT + 1], *at, *HEAD[_FORGOT + 1 :])
 
@@ -106,13 +106,13 @@ class Progress:
 
     def _show_lines(self) -> None:
         """Print a line when a trial's state changes or its journal grows, at most one per trial in some seconds."""
-        told: dict[str, tuple[str, ...]] = {}
+        printed: dict[str, tuple[str, ...]] = {}
         while True:
             over = self._over.wait(_LINE_SECONDS)
             for row in rows(self._dir, self._trials, self._floor):
                 cells = row.cells()
-                if cells[:3] != told.get(row.name) and (row.state.status != "waiting" or row.step):
-                    told[row.name] = cells[:3]
+                if cells[:3] != printed.get(row.name) and (row.state.status != "waiting" or row.step):
+                    printed[row.name] = cells[:3]
                     sys.stderr.write(line_of(row, self._floor) + "\n")
             sys.stderr.flush()
             if over:
@@ -120,7 +120,7 @@ class Progress:
 
 
 def rows(sweep_dir: Path, trials: Sequence[Trial], floor: float | None = None) -> list[TrialProgress]:
-    """The progress of every trial, whether it is running or has died."""
+    """The progress of every trial."""
     return [_row(trial_dir(sweep_dir, trial.name), trial, floor) for trial in trials]
 
 
@@ -169,7 +169,7 @@ def measured_speed(sweep_dir: Path, trials: Sequence[Trial]) -> Speed | None:
 
 
 def learned_drift(sweep_dir: Path, trials: Sequence[Trial], floor: float) -> float | None:
-    """The largest drift of a finished trial that kept the floor without being weakened; None where none did."""
+    """The largest drift of a finished trial that kept the floor at full strength; None if none did."""
     pairs = []
     for run_dir in (trial_dir(sweep_dir, trial.name) for trial in trials):
         drift = largest_drift(last_values(run_dir)[1])
@@ -179,7 +179,7 @@ def learned_drift(sweep_dir: Path, trials: Sequence[Trial], floor: float) -> flo
 
 
 def last_values(run_dir: Path) -> tuple[int, dict[str, float]]:
-    """(newest step of training, latest value of each of its metrics) in the end of a run's journal."""
+    """(newest step of training, latest value of each metric) from the end of a run's journal."""
     step, values = 0, {}
     for record in _tail(run_dir / JOURNAL):
         if record.get("kind") == "metrics" and "train/loss" in record["values"]:
@@ -241,7 +241,7 @@ def _active(values: dict[str, float]) -> str:
 
 
 def _results(folder: Path) -> tuple[float | None, float | None]:
-    """(mean of the id group, forgetting) of an evaluation, None where it has none."""
+    """(mean of the id group, forgetting) of an evaluation; None for missing values."""
     if not has_summary(folder):
         return None, None
     summary = read_summary(folder)

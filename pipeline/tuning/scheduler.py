@@ -1,10 +1,10 @@
 """Trials on Ray: a Tune trial is a TorchTrainer whose workers call the same `train` as `selora train`.
 
-With cluster/connect.py the only importer of ray, and only inside functions: its settings must be in the environment
-before it is imported.
+Only this module and cluster/connect.py import ray, and only inside functions, because its settings must be in the
+environment before it is imported.
 
-The state of a trial is in its run directory (checkpoints, journal, trial.json), on a disk that all nodes share, and not
-in Ray: any worker, node or driver may die, and the next `train` on the directory continues.
+The state of a trial is in its run directory (checkpoints, journal, trial.json) on a disk that all nodes share, not in
+Ray: any worker, node or driver may die, and the next `train` on the directory continues.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from pipeline.config import ConfigError
 from pipeline.runs.run import steps_done
 from pipeline.runs.sweep import OVER, TrialState, read_state, trial_dir, write_state
-from pipeline.tuning.cluster.ray_errors import told
+from pipeline.tuning.cluster.ray_errors import reason_behind
 from pipeline.tuning.grid import Asha, Resources
 from pipeline.tuning.trial import (
     StopWatch,
@@ -34,7 +34,7 @@ from pipeline.tuning.trial import (
     trial_config,
 )
 
-# A trial's own process only waits for its workers and should take no core from them, but Tune requires some share.
+# A trial's own process only waits for its workers and needs no core, but Tune requires some share.
 _TRIAL_SHARE = {"memory": float(2**20)}
 _TEARDOWN_SECONDS = 5.0
 
@@ -47,8 +47,8 @@ class TrialJob:
     workdir: Path
     resources: Resources
     on_gpu: bool
-    halving: bool = False  # whether the loss of a trial is reported, so that the halving may stop it
-    spared: tuple[str, ...] = ()  # trials that it may not
+    halving: bool = False  # whether trials report their loss, so that the halving may stop them
+    spared: tuple[str, ...] = ()  # trials that it may not stop
 
     def watches(self, name: str) -> bool:
         """Whether the loss of a trial is reported."""
@@ -61,11 +61,11 @@ class TrialJob:
 
 
 class Interrupted(Exception):
-    """The sweep was asked to stop, and every trial has saved or has had enough time to."""
+    """A stop of the sweep was requested, and every trial has saved or has had enough time to."""
 
 
 def watch_nodes(sweep_dir: Path, seconds: float) -> list[Any]:
-    """Sample every other machine of the cluster into the sweep's directory, as long as the result is kept."""
+    """Sample every other machine of the cluster into the sweep's directory for as long as the result is kept."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -82,7 +82,7 @@ def watch_nodes(sweep_dir: Path, seconds: float) -> list[Any]:
 
 
 class _Machine:
-    """Lives on one node and keeps the process that samples it; that one ends with this."""
+    """Runs on one node and owns the process that samples it."""
 
     def __init__(self, sweep_dir: Path, name: str, seconds: float) -> None:
         from pipeline.tracking.tracker import watch_machine
@@ -100,14 +100,14 @@ def run_trials(
     tick: Callable[[], None],
     more: Callable[[], list[str]] | None = None,
 ) -> dict[str, str]:
-    """Run the named trials to their ends, `concurrent` at a time; how each ended is in its trial.json.
+    """Run the named trials, `concurrent` at a time; the end of each is in its trial.json.
 
     Args:
-        tick: called every moment of Tune's loop; what it raises (Interrupted) ends everything.
-        more: gives the names of further trials when all of these have begun, none at the end.
+        tick: called in every round of Tune's loop; if it raises (Interrupted), everything ends.
+        more: returns the names of further trials once all of these have begun; empty at the end.
 
     Returns:
-        {name: reason} of those whose own process was lost, so that it could not write there.
+        {name: reason} of the trials whose own process was lost before it could write its state.
     """
     from ray import tune
     from ray.tune.schedulers import AsyncHyperBandScheduler
@@ -135,7 +135,7 @@ def run_trials(
             trial_dirname_creator=_dirname,
         ),
         run_config=tune.RunConfig(
-            # New for every call: everything needed to continue is in the run directories.
+            # New for every call, because everything needed to continue is in the run directories.
             name=f"tune-{int(time.time())}",
             storage_path=str(job.sweep_dir / "ray"),
             verbose=0,
@@ -143,11 +143,11 @@ def run_trials(
             callbacks=[_ticking(tick)],
         ),
     )
-    return {one.config["trial"]: told(one.error) for one in tuner.fit() if one.error and one.config}
+    return {one.config["trial"]: reason_behind(one.error) for one in tuner.fit() if one.error and one.config}
 
 
 def _queue(names: Sequence[str], more: Callable[[], list[str]]) -> Any:
-    """The trials in their order, for Tune, which asks for one whenever there is room."""
+    """The trials in their order, for Tune, which requests one whenever resources are free."""
     from ray.tune.search import Searcher
 
     class Queue(Searcher):
@@ -166,7 +166,7 @@ def _queue(names: Sequence[str], more: Callable[[], list[str]]) -> Any:
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None: ...
 
         def save(self, checkpoint_path: str) -> None:
-            Path(checkpoint_path).touch()  # the trials' directories have all there is to save
+            Path(checkpoint_path).touch()  # everything to save is in the trials' directories
 
         def restore(self, checkpoint_path: str) -> None: ...
 
@@ -191,7 +191,7 @@ def _ticking(tick: Callable[[], None]) -> Any:
 
 
 def _trial(config: Mapping[str, Any], job: TrialJob) -> dict[str, Any]:
-    """One trial, in a Tune actor: the training on its workers, then the evaluation as a step of its own."""
+    """One trial, in a Tune actor: the training on its workers, then the evaluation as a separate step."""
     name = config["trial"]
     run_dir = trial_dir(job.sweep_dir, name)
     if read_state(run_dir).status in OVER or StopWatch(job.sweep_dir).stop_requested():
@@ -204,13 +204,13 @@ def _trial(config: Mapping[str, Any], job: TrialJob) -> dict[str, Any]:
         if state.status == "evaluating":
             _evaluate(name, job)
             state = write_state(run_dir, status="finished")
-    except Exception as error:  # noqa: BLE001 - whatever ends a trial is recorded in its state, and the others go on
+    except Exception as error:  # noqa: BLE001 - any failure is recorded in the trial's state, and the others continue
         state = _note_failure(run_dir, job, error)
     return {"status": state.status}
 
 
 def _note_failure(run_dir: Path, job: TrialJob, error: BaseException) -> TrialState:
-    """Whether a failure is the trial's own, and not the end of the whole cluster, which would also end this process."""
+    """Whether a failure belongs to the trial; the end of the whole cluster would also end this process."""
     if failure_of(run_dir) is None:
         time.sleep(_TEARDOWN_SECONDS)
     step = steps_done(run_dir)
@@ -258,7 +258,7 @@ def _work(name: str, job: TrialJob) -> None:
 
 
 class _Reporting(StopWatch):
-    """Also reports the training loss by our own step, by which trials are compared while they train."""
+    """Also reports the training loss by selora's step, for the comparison of trials during training."""
 
     def recorded(self, step: int, values: Mapping[str, float]) -> None:
         import ray.train
@@ -275,7 +275,7 @@ def _evaluate(name: str, job: TrialJob) -> None:
         num_cpus=job.resources.eval_cpus,
         num_gpus=job.eval_gpus,
         max_retries=job.resources.retries,
-        # Else it would have to fit into the small share of the trial's own process.
+        # Otherwise it would have to fit into the small share of the trial's own process.
         scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),  # type: ignore[arg-type]
     )
     ray.get(remote(_evaluate_here).remote(name, job))
@@ -297,5 +297,5 @@ def _stand_in(workdir: Path) -> None:
 
 
 def _reason(run_dir: Path, error: BaseException) -> str:
-    """Why a trial failed, in a line or two: as written by a rank, else Ray's report on the end of its worker."""
-    return failure_of(run_dir) or told(error)
+    """Why a trial failed, in a line or two: as written by a rank, otherwise Ray's report on its worker."""
+    return failure_of(run_dir) or reason_behind(error)

@@ -1,7 +1,7 @@
 """A search over ranges: a sampler of Optuna proposes one configuration after the other.
 
-What was tried is read from the trials' directories each time, so nothing else has to survive the death of the driver,
-and a proposal is a function of the finished trials and the seed of the sweep.
+Earlier configurations are read from the trials' directories each time, so nothing else has to survive the death of the
+driver, and a proposal is a function of the finished trials and the seed of the sweep.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from pipeline.runs.sweep import OVER, read_state, trial_dir
 from pipeline.selection.frontier import floors_of
 
 KINDS = ("linear", "log", "integers", "choices")
-_DIGITS = 3  # of a proposed number: a name and a table can show it as it is
-ATTEMPTS = 50  # at a configuration that is new and keeps the config's rules
+_DIGITS = 3  # significant digits of a proposed number, so that names and tables show it unrounded
+ATTEMPTS = 50  # attempts to propose a configuration that is new and valid
 
 
 class Search(Section):
-    """How many configurations are tried, and by which sampler."""
+    """The number of configurations and the sampler."""
 
     trials: int = Field(ge=1, description="configurations in all, those of the grid included, baselines not")
     sampler: Literal["tpe", "random"] = Field(default="tpe", description="Optuna's sampler")
@@ -34,13 +34,13 @@ class Search(Section):
 
 @dataclass(frozen=True)
 class Range:
-    """What an option may be: between two numbers, on a line or a log scale, or one of several values."""
+    """The range of an option: between two numbers on a linear or log scale, or one of several values."""
 
     kind: str
     values: tuple[Any, ...]
 
     def fault(self) -> str | None:
-        """What is wrong with it, if anything."""
+        """The fault of the range, if any."""
         if self.kind not in KINDS:
             return f"should be {{log: [low, high]}}, with one of {', '.join(KINDS)}; got {self.kind}"
         if self.kind == "choices":
@@ -63,11 +63,11 @@ class Range:
 
     @property
     def ends(self) -> tuple[Any, ...]:
-        """Values that show whether all are allowed."""
+        """Values that are valid only if all values in the range are."""
         return self.values
 
     def distribution(self) -> Any:
-        """The same for Optuna; a choice is its position, because values may be lists."""
+        """The range for Optuna; a choice is represented by its position, because values may be lists."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
         if self.kind == "choices":
@@ -77,11 +77,11 @@ class Range:
         return FloatDistribution(float(self.values[0]), float(self.values[1]), log=self.kind == "log")
 
     def encode(self, value: Any) -> Any:
-        """A value as Optuna knows it."""
+        """A value in Optuna's form."""
         return self.values.index(value) if self.kind == "choices" else value
 
     def decode(self, drawn: Any) -> Any:
-        """A value as the config knows it, with few digits."""
+        """A value for the config, with few digits."""
         if self.kind == "choices":
             return self.values[drawn]
         if self.kind == "integers":
@@ -91,7 +91,7 @@ class Range:
 
 
 class Tried(NamedTuple):
-    """A configuration that was proposed: {option: value}, what it reached (None: nothing), and whether it is over."""
+    """A proposed configuration: {option: value}, its result (None: none), and whether it is over."""
 
     point: Mapping[str, Any]
     value: float | None
@@ -101,8 +101,7 @@ class Tried(NamedTuple):
 def propose(ranges: Mapping[str, Range], tried: Sequence[Tried], search: Search, seed: int) -> dict[str, Any]:
     """The next configuration, {option: value}.
 
-    One that failed counts as neither good nor bad, one that is under way as a bad one, so that trials in parallel are
-    not all the same.
+    A failed configuration counts as neither good nor bad, and a running one as bad, so that parallel trials differ.
     """
     import warnings
 
@@ -116,7 +115,7 @@ def propose(ranges: Mapping[str, Range], tried: Sequence[Tried], search: Search,
         if search.sampler == "random":
             sampler = optuna.samplers.RandomSampler(seed=seed)
         else:
-            first = max(3, search.trials // 4)  # at random, until there is something to learn from
+            first = max(3, search.trials // 4)  # at random until there are results to learn from
             sampler = optuna.samplers.TPESampler(
                 seed=seed, n_startup_trials=first, multivariate=True, constant_liar=True
             )
@@ -145,7 +144,7 @@ def option(config: Config, key: str) -> Any:
 
 
 def check_ranges(config: Config, ranges: Mapping[str, Range]) -> None:
-    """Raise ConfigError where an end of a range is not a value of its option."""
+    """Raise ConfigError if an end of a range is not a valid value of its option."""
     faults = []
     for key, each in ranges.items():
         for value in each.ends:
@@ -158,7 +157,7 @@ def check_ranges(config: Config, ranges: Mapping[str, Range]) -> None:
 
 
 def value_of(sweep_dir: Path, names: Sequence[str], floor: float) -> tuple[float | None, bool]:
-    """(mean id at the floor over those of these trials that have results, whether all of them are over)."""
+    """(mean id at the floor over the trials with results, whether all of these trials are over)."""
     found, over = [], True
     for name in names:
         run_dir = trial_dir(sweep_dir, name)

@@ -1,7 +1,7 @@
-"""`selora sweep`: expand the grid, check it, claim the directory, run the remaining trials, report how each ended.
+"""`selora sweep`: expand and check the grid, claim the directory, run the remaining trials, report how each ended.
 
-The same call continues a sweep, because the state of each trial is in its directory. Nothing here imports Ray or torch
-until the trials start.
+The same call continues a sweep, because the state of each trial is in its directory. Neither Ray nor torch is imported
+before the trials start.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class SweepOutcome:
     """The result of a sweep: its directory and every trial's state, in the order of the grid.
 
     Attributes:
-        to_come: configurations that a sampler has still to propose.
+        to_come: number of configurations that a sampler has yet to propose.
     """
 
     directory: Path
@@ -69,7 +69,7 @@ class SweepOutcome:
 
     @property
     def complete(self) -> bool:
-        """Whether every trial has ended, in any way."""
+        """Whether every trial has ended, however it ended."""
         return not self.to_come and all(state.status in OVER for state in self.trials.values())
 
     @property
@@ -89,14 +89,14 @@ def plan_sweep(
     seconds_per_step: float | None = None,
     samples: int | None = None,
 ) -> Plan:
-    """The plan of the sweep; writes nothing, and needs neither shards nor evaluation sets where it can do without.
+    """The plan of the sweep; writes nothing, and reads shards and evaluation sets only if they are needed.
 
     Args:
-        address: of a Ray cluster; None: this machine.
-        samples: number of training images, of which epochs are counted; None: as many as the shards hold.
+        address: address of a Ray cluster; None: this machine.
+        samples: number of training images, for counting epochs; None: read from the shards.
 
     Raises:
-        ConfigError: a mistake in the config or the grid, or the number of steps cannot be known.
+        ConfigError: a mistake in the config or the grid, or an unknown number of steps.
     """
     from pipeline.tuning.progress import learned_drift
 
@@ -131,12 +131,13 @@ def sweep(
     """Train and evaluate every trial of the grid; the same call continues with the remaining ones.
 
     Args:
-        address: of a Ray cluster; None: RAY_ADDRESS, else a cluster on this machine for the time of the call.
+        address: address of a Ray cluster; None: RAY_ADDRESS, else a cluster on this machine for the duration of the
+            call.
         retry_failed: also run failed trials again.
 
     Raises:
-        ConfigError: every mistake that can be known before the first trial starts. A trial that fails later is named in
-            its trial.json, in the table and in MLflow, and the others go on.
+        ConfigError: every mistake that can be found before the first trial starts. A trial that fails later is recorded
+            in its trial.json, in the table and in MLflow, and the others continue.
     """
     from pipeline.tuning.mlflow_runs import SweepRuns
     from pipeline.tuning.progress import describe
@@ -181,7 +182,7 @@ def _plan(
     seconds_per_step: float | None,
     proposals: int = 0,
 ) -> Plan:
-    """The plan of what is left, with so many configurations that a sampler has still to propose."""
+    """The plan of the remaining work, including configurations that a sampler has yet to propose."""
     from pipeline.tuning.progress import measured_speed
 
     states = {trial.name: read_state(trial_dir(sweep_dir, trial.name)) for trial in trials}
@@ -231,7 +232,7 @@ def _run(
             if soups := _ready_soups(sweep_dir, [trial for trial in _left(sweep_dir, trials) if trial.soup_of]):
                 lost |= run(soups, asha=None)
         del machines
-    _settle(sweep_dir, trials, lost, stop.requested)
+    _record_ends(sweep_dir, trials, lost, stop.requested)
 
 
 def _ready_soups(sweep_dir: Path, soups: Sequence[Trial]) -> list[str]:
@@ -250,15 +251,15 @@ def _ready_soups(sweep_dir: Path, soups: Sequence[Trial]) -> list[str]:
 
 
 def _hand_down_passwords(config: Config) -> None:
-    """Pass the password in the environment, because the trials' config files do not contain it."""
+    """Pass the password in the environment, because it is not in the trials' config files."""
     for address in (config.data.train, config.eval.root):
         password = password_in(address or "")
         if password is not None:
             os.environ.setdefault(STORE_PASSWORD, password)
 
 
-def _settle(sweep_dir: Path, trials: Sequence[Trial], lost: dict[str, str], interrupted: bool) -> None:
-    """Record the end of every trial whose own process could not."""
+def _record_ends(sweep_dir: Path, trials: Sequence[Trial], lost: dict[str, str], interrupted: bool) -> None:
+    """Record the end of every trial whose own process could not record it."""
     from pipeline.tuning.progress import last_values
 
     for trial in trials:
@@ -309,7 +310,7 @@ class _Room:
 
 
 class _Stop:
-    """On Ctrl-C or SIGTERM, ask the trials to save and stop; the second signal ends them at once."""
+    """On Ctrl-C or SIGTERM, request that the trials save and stop; a second signal ends them at once."""
 
     def __init__(self, sweep_dir: Path, trials: Sequence[Trial]) -> None:
         self.requested = False
@@ -328,7 +329,7 @@ class _Stop:
             (self._dir / STOP_FILE).unlink(missing_ok=True)
 
     def listen(self) -> None:
-        """Install the signal handlers, also over those installed since; only the main thread can."""
+        """Install the signal handlers, replacing later ones; only the main thread can."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -336,7 +337,7 @@ class _Stop:
             self._previous.setdefault(number, handler)
 
     def tick(self) -> None:
-        """Raise Interrupted once a stop was requested and no trial is training any more."""
+        """Raise Interrupted once a stop has been requested and no trial is training any more."""
         from pipeline.tuning.scheduler import Interrupted
 
         now = time.monotonic()

@@ -1,7 +1,7 @@
 """One trial without Ray: the training stage on every rank, the evaluation stage in one process.
 
-By hand, for a trial of a sweep that exists: python -m pipeline.tuning.trial SWEEP_DIR NAME. It exits with 0 when the
-trial is finished, with 130 when it was stopped and can go on, with 1 when it failed.
+By hand, for a trial of an existing sweep: python -m pipeline.tuning.trial SWEEP_DIR NAME. It exits with 0 if the trial
+has finished, with 130 if it was stopped and can continue, and with 1 if it failed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory"
 
 
 class StopWatch:
-    """Requests that a run saves and stops once the sweep is to stop, or the run has drifted too far (max_drift)."""
+    """Requests that a run save and stop once the sweep stops or the run has drifted too far (max_drift)."""
 
     def __init__(self, sweep_dir: Path, name: str | None = None) -> None:
         self._file = sweep_dir / STOP_FILE
@@ -68,7 +68,7 @@ class StopWatch:
 
 
 def trial_config(sweep_dir: Path, name: str) -> Config:
-    """The config of a trial, as the sweep resolved it."""
+    """The config of a trial, as resolved by the sweep."""
     run_dir = trial_dir(sweep_dir, name)
     if not is_run(run_dir):
         raise ConfigError(f"{sweep_dir}: has no trial {name}")
@@ -78,8 +78,8 @@ def trial_config(sweep_dir: Path, name: str) -> Config:
 def train_stage(sweep_dir: Path, name: str, watch: Watch | None = None) -> None:
     """Train, on every rank; continues from the last checkpoint, and does nothing after the last step.
 
-    A failure that every other attempt would meet again is kept in failure.txt and makes the next attempt return at
-    once. What all ranks meet together is not raised either: a launcher has nothing to end.
+    A failure that would repeat in every attempt is kept in failure.txt and makes the next attempt return at once. A
+    failure of all ranks together is not raised either, because a launcher has nothing to end.
     """
     from pipeline.training.monitor import TrainingFailed
     from pipeline.training.run import train
@@ -166,7 +166,7 @@ def make_soup(sweep_dir: Path, name: str) -> None:
         enabled=config.tracking.enabled,
         owns_status=False,
     ) as tracker:
-        # As its seeds were trained: that it has the form of a full fine-tuning is not what a reader looks for.
+        # The kind in which its seeds were trained, not the full fine-tuning as which it is stored.
         trained = flatten(load_config(folders[0] / CONFIG_FILE))
         tracker.params({**trained, "soup": True, "soup.of": " ".join(finished)})
 
@@ -195,8 +195,10 @@ def after_training(run_dir: Path) -> TrialState:
     if reason is not None:
         return write_state(run_dir, status="failed", step=step, error=reason)
     if (alarm := read_alarm(run_dir)) is not None:
-        told = f"stopped at step {alarm['step']}: its drift {alarm['drift']:.4f} is above max_drift {alarm['limit']:g}"
-        return write_state(run_dir, status="stopped", step=step, error=told)
+        reason = (
+            f"stopped at step {alarm['step']}: its drift {alarm['drift']:.4f} is above max_drift {alarm['limit']:g}"
+        )
+        return write_state(run_dir, status="stopped", step=step, error=reason)
     if step < read_state(run_dir).total_steps:
         return write_state(run_dir, status="waiting", step=step)
     return write_state(run_dir, status="evaluating", step=step)
@@ -213,13 +215,13 @@ def run_trial(sweep_dir: Path, name: str) -> TrialState:
         if state.status == "evaluating":
             evaluation_stage(sweep_dir, name)
             state = write_state(run_dir, status="finished")
-    except Exception as error:  # noqa: BLE001 - whatever ends a trial is recorded in its state
+    except Exception as error:  # noqa: BLE001 - any failure is recorded in the trial's state
         state = write_state(run_dir, status="failed", step=steps_done(run_dir), error=final_reason(error) or str(error))
     return state
 
 
 def failure_of(run_dir: Path) -> str | None:
-    """Why training cannot succeed, as written by a rank; None if no rank has."""
+    """Why training cannot succeed, as written by a rank; None if no rank wrote it."""
     try:
         return (run_dir / FAILURE_FILE).read_text(encoding="utf-8").strip()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""From a grid to trials: pure, and every point is checked before anything starts."""
+"""From a grid to trials, as pure functions; every point is checked before anything starts."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Trial:
     Attributes:
         id: its number and the digest of its config when the sweep was created.
         changes: {option: value} over the config of the sweep.
-        configuration: the same for trials that differ by one of the grid's `seeds` alone.
-        soup_of: names of the trials whose mean it is; empty for a trial that trains.
+        configuration: the same for trials that differ only in one of the grid's `seeds`.
+        soup_of: names of the trials that it averages; empty for a trial that trains.
         proposed: whether a sampler proposed it.
     """
 
@@ -45,7 +45,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class GridPoint:
-    """What one trial changes, before it has a name."""
+    """The changes of one trial, before it has a name."""
 
     changes: dict[str, Any]
     varied: Sequence[str]
@@ -54,7 +54,7 @@ class GridPoint:
 
 
 class Expansion:
-    """Makes trials of points over one config, each once, and collects what is wrong with them."""
+    """Makes trials from points over one config, each once, and collects their faults."""
 
     def __init__(self, config: Config, grid: Grid) -> None:
         self.trials: list[Trial] = []
@@ -65,7 +65,7 @@ class Expansion:
         self._seed_in_names = len(grid.axes.get("seed", ())) > 1
 
     def add(self, point: GridPoint) -> list[Trial]:
-        """The trials of a point that are new: one, or one for each seed, and their soup."""
+        """The new trials of a point: one, or one for each seed and their soup."""
         seeds: Sequence[int | None] = self._grid.seeds or (None,)
         made = [one for seed in seeds if (one := self._trial(point, seed)) is not None]
         if self._grid.soup and len(made) > 1:
@@ -96,18 +96,18 @@ class Expansion:
         given = point.baseline
         name = name_of(made, changes, point.varied, seeds=seeds, given=given.name if given else None)
         if name in self._seen.values():
-            told = {key: value for key, value in changes.items() if seed is None or key != "seed"}
-            name = f"{name}_{hashlib.sha256(_canonical(told).encode()).hexdigest()[:4]}"
+            named = {key: value for key, value in changes.items() if seed is None or key != "seed"}
+            name = f"{name}_{hashlib.sha256(_canonical(named).encode()).hexdigest()[:4]}"
         return name, label_of(made, changes, point.varied, seeds=seeds, given=given.label if given else None)
 
 
 def expand(config: Config, grid: Grid, stored: Sequence[Mapping[str, Any]] = ()) -> list[Trial]:
-    """Every trial of the grid over `config`, the grid's points first; raises ConfigError with all faults at once.
+    """All trials of the grid over `config`, the grid's points first; raises ConfigError with all faults at once.
 
     Points that differ only in options without an effect (rank without blocks, lambda without gates) are one trial.
 
     Args:
-        stored: entries of sweep.json's `trials`; what a sampler proposed is in them alone.
+        stored: entries of sweep.json's `trials`, which is the only place of a sampler's proposals.
     """
     every = [grid.axes] * bool(grid.axes) + [each.changes for each in grid.baselines]
     number = sum(prod(len(values) for values in axes.values()) for axes in every) * max(1, len(grid.seeds))
@@ -132,7 +132,7 @@ def points_of(grid: Grid) -> Iterator[GridPoint]:
 
 
 def proposed_points(grid: Grid, stored: Sequence[Mapping[str, Any]]) -> list[GridPoint]:
-    """What a sampler proposed in an earlier call, each configuration once, in the order of the proposals."""
+    """The configurations that a sampler proposed in earlier calls, each once, in the order of the proposals."""
     found: dict[str, GridPoint] = {}
     for entry in stored:
         if entry.get("proposed"):
@@ -142,16 +142,16 @@ def proposed_points(grid: Grid, stored: Sequence[Mapping[str, Any]]) -> list[Gri
 
 
 def keep_names(trials: Sequence[Trial], stored: Sequence[Mapping[str, Any]], seed: int) -> list[Trial]:
-    """Give the trials of a sweep that exists the ids and names it gave them; new trials are numbered after those.
+    """Keep the ids and names of an existing sweep's trials; new trials are numbered after them.
 
-    An id is made once: a later version may compute another digest, and MLflow and the trial's directory keep the
-    first one.
+    An id never changes: a later version may compute another digest, but MLflow and the trial's directory have the first
+    one.
 
     Args:
-        trials: as `expand` made them.
-        stored: entries of sweep.json's `trials`; they match by the options changed and by the name up to the suffix
-            that tells equal names apart.
-        seed: that of the sweep's config. A trial that has it by name and one that has it from there are the same.
+        trials: trials from `expand`.
+        stored: entries of sweep.json's `trials`; they match by the changed options and by the name, without the suffix
+            that distinguishes equal names.
+        seed: seed of the sweep's config; a trial that names this seed equals one that inherits it.
     """
     known = {_key(each["changes"], each["baseline"], each["name"], seed): each for each in stored}
     numbers = count(1 + max((int(each["id"].partition("-")[0]) for each in stored), default=-1))
@@ -173,7 +173,7 @@ def point_text(changes: Mapping[str, Any]) -> str:
 
 
 def _soup(seeds: Sequence[Trial]) -> Trial:
-    """The mean of trained models: of the form of a full fine-tuning, without gates and blocks."""
+    """The mean of trained models, in the form of a full fine-tuning without gates and blocks."""
     first = seeds[0]
     name = f"{first.configuration}_soup"
     whole = {"adapter.kind": "full", "gate.enabled": False, "gate.settle_steps": None}
@@ -186,7 +186,7 @@ def _soup(seeds: Sequence[Trial]) -> Trial:
 
 
 def _key(changes: Mapping[str, Any], baseline: bool, name: str, seed: int) -> tuple[str, bool, str]:
-    """What a trial is known by; a name with the config's own seed in it is the same as one without."""
+    """The key of a trial; naming the config's own seed makes no difference."""
     soup = name.endswith("_soup")
     seeded = dict(changes) if soup else {"seed": seed, **changes}
     return _canonical(seeded), baseline, re.sub(r"_[0-9a-f]{4}$", "", _SEED.sub("", name))
@@ -201,7 +201,7 @@ def _canonical(changes: Mapping[str, Any]) -> str:
 
 
 def _effective(config: Config) -> Config:
-    """The config with all options that have no effect in it at their defaults; equal results mean equal runs."""
+    """The config with all options without effect at their defaults; equal results mean equal runs."""
     neutral: dict[str, Any] = {}
     plain = Config.model_validate({"data": {"train": "unset"}})
     if not config.gated:

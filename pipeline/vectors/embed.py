@@ -178,13 +178,13 @@ class _Progress:
     def __init__(self, parts: int, size: int, say: Say | None) -> None:
         self.parts, self.size, self.say = parts, size, say
         self.done, self.started = 0, time.monotonic()
-        self.said = self.started
+        self.reported = self.started
 
     def step(self) -> None:
         self.done += 1
         now = time.monotonic()
-        if self.say is None or now - self.said < _EVERY:
+        if self.say is None or now - self.reported < _EVERY:
             return
-        self.said, pace = now, self.done / (now - self.started)
+        self.reported, pace = now, self.done / (now - self.started)
         left = (self.parts - self.done) / pace
         self.say(f"{100 * self.done / self.parts:.0f} %, {pace * self.size:.0f} a second and rank, {left:.0f} s left")

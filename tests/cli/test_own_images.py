@@ -102,4 +102,4 @@ def test_a_batch_of_more_images_than_there_are_is_warned_of(repository: Path) ->
     config = load_config(repository / "configs" / "own_data.yaml", ["train.global_batch_size=128"])
     assert warnings_of(config, 1000, 128) == []
     (warning,) = warnings_of(config, 1000, 56)
-    assert "train.global_batch_size=128 is more than the 56 images there are" in warning
+    assert "train.global_batch_size=128 exceeds the 56 images" in warning

@@ -93,7 +93,7 @@ def test_the_command_takes_one_strength_for_a_model(run: Path, capsys: pytest.Ca
     assert json.loads((run / "eval" / "strength" / "0.5" / "summary.json").read_text())["strength"] == {"alpha": 0.5}
     assert evaluate_command(run, EvalRequest(strength=("auto",), floor=0.5)) == 0
     printed = capsys.readouterr().out
-    assert "keeps promote.min_kept >= 0.5, chosen on images of their own" in printed
+    assert "keeps promote.min_kept >= 0.5, chosen on separate images" in printed
     assert '"eval/strength/auto/summary.json"' in (run / "journal.jsonl").read_text()
 
 

@@ -171,6 +171,6 @@ def test_a_benchmark_without_an_answerable_row_is_refused(run: Path, datasets: P
     file = tmp_path / "texts.yaml"
     file.write_text(f"root: {datasets}\ndatasets:\n  - {{key: pairs, group: retrieval, path: wds_pairs}}\n")
     with pytest.raises(
-        ConfigError, match=r"benchmark texts: run/step-00000020 can be evaluated on none of its rows: .*texts"
+        ConfigError, match=r"benchmark texts: run/step-00000020 cannot be evaluated on any of its rows: .*texts"
     ):
         evaluate_run(run, load_benchmark(file), run / "eval", SETTINGS, baselines=tmp_path / "base")

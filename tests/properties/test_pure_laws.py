@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from pipeline.config import Config, ConfigError, override
 from pipeline.data.order import Order, draw_without_repetition, rank_positions
-from pipeline.tracking.identity import settle_identity
+from pipeline.tracking.identity import ensure_identity
 from pipeline.tracking.journal import Corrupt, Journal, read
 from pipeline.tracking.mlflow import delivery
 from pipeline.tracking.mlflow.delivery import Delivery, load_state, pending
@@ -213,7 +213,7 @@ def test_any_cuts_and_deaths_deliver_each_value_once(
 
         patch.setattr(delivery, "save_state", save_or_die)
         patch.setattr(delivery, "MlflowStore", lambda *_: store)
-        identity = settle_identity(run, "name", "experiment", "http://store", None)
+        identity = ensure_identity(run, "name", "experiment", "http://store", None)
         journal, expected = Journal(run), {}
         for step, (found, params) in enumerate(writes):
             journal.metrics(step, found)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.tracking.identity import read_identity, settle_identity
+from pipeline.tracking.identity import ensure_identity, read_identity
 from pipeline.tracking.journal import JOURNAL
 from pipeline.tracking.locks import is_held
 from pipeline.tracking.mlflow.delivery import SHIPPING_LOCK, load_state
@@ -34,7 +34,7 @@ def place(parent: Path, name: str, store: str) -> Path:
     assert above is not None
     child = parent / "trials" / name
     child.mkdir(parents=True)
-    settle_identity(child, name, above.experiment, store, above.run)
+    ensure_identity(child, name, above.experiment, store, above.run)
     return child
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pipeline.config import ConfigError
-from pipeline.tracking.identity import RUN_FILE, read_identity, settle_identity
+from pipeline.tracking.identity import RUN_FILE, ensure_identity, read_identity
 from pipeline.tracking.journal import JOURNAL, Journal
 from pipeline.tracking.mlflow.delivery import STATE_FILE
 from pipeline.tracking.mlflow.sync import SyncReport, sync, sync_all
@@ -210,7 +210,7 @@ def put_below(parent: Path, child: Path) -> None:
     above = read_identity(parent)
     assert above is not None
     child.mkdir()
-    settle_identity(child, child.name, "selora", None, above.run)
+    ensure_identity(child, child.name, "selora", None, above.run)
 
 
 def test_children_hang_below_their_parent_whichever_comes_first(tmp_path: Path, store: str) -> None:
@@ -362,10 +362,10 @@ def test_null_tracker_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_password_kept_nowhere_is_asked_for(tmp_path: Path) -> None:
-    """A password that is kept nowhere is asked for and no other store taken."""
+    """A password that is not stored is asked for and no other store taken."""
     run_dir = tmp_path / "run"
     with open_tracker(run_dir, run_name="run", enabled=False):
-        settle_identity(run_dir, "run", "selora", "http://me:***@host", None)
-    with pytest.raises(ConfigError, match=r"the password of http://me:\*\*\*@host is kept nowhere; .* --uri"):
+        ensure_identity(run_dir, "run", "selora", "http://me:***@host", None)
+    with pytest.raises(ConfigError, match=r"the password of http://me:\*\*\*@host is not stored; .* --uri"):
         sync(run_dir)
     assert not (tmp_path / "mlflow.db").exists()

@@ -77,7 +77,7 @@ def test_torn_last_line_is_cut_off_and_the_journal_goes_on(
     assert [step for _, step, _ in values(journal.path)] == [0, 1]  # a reader meanwhile waits for the rest of the line
     with caplog.at_level(logging.WARNING):
         again = open_journal()
-    assert "torn last line" in caplog.text
+    assert "incomplete last line" in caplog.text
     assert again.metrics(1, {"loss": 9.0}) == 0
     assert again.metrics(2, {"loss": 2.0}) == 1  # its first writing was lost, so this is no replay
     again.close()

@@ -54,7 +54,7 @@ def test_a_left_out_password_comes_from_the_clients_sources(tmp_path: Path, monk
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_PASSWORD", "PGPASSWORD"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PGPASSFILE", str(tmp_path / "pgpass"))
-    with pytest.raises(PasswordMissing, match=r"http://me:\*\*\*@host is kept nowhere; .*by MLFLOW_TRACKING_PASSWORD$"):
+    with pytest.raises(PasswordMissing, match=r"http://me:\*\*\*@host is not stored; .*by MLFLOW_TRACKING_PASSWORD$"):
         resolve_uri(server, tmp_path)
     with pytest.raises(PasswordMissing, match=r"psycopg2://me:\*\*\*@host/db is .* by PGPASSWORD or ~/.pgpass$"):
         resolve_uri(database, tmp_path)
@@ -195,7 +195,7 @@ def test_a_run_at_a_guarded_server_keeps_no_password(
     assert f"uri: http://me:***@{guarded.host}" in (run_dir / "config.yaml").read_text()
     # All of it came to the store, and what came has no password either.
     wait_for_delivery(run_dir, guarded.uri)
-    with pytest.raises(PasswordMissing, match="is kept nowhere"):
+    with pytest.raises(PasswordMissing, match="is not stored"):
         sync(run_dir)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
     assert "401" in str(sync(run_dir).error)
@@ -215,7 +215,7 @@ def test_a_run_at_a_guarded_server_keeps_no_password(
     monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
     with open_tracker(run_dir, run_name="run", uri=written, owns_status=False) as tracker:
         tracker.metrics(3, {"eval/id": 0.5})
-    assert "is kept nowhere; give the whole address" in caplog.text
+    assert "is not stored; give the whole address" in caplog.text
     monkeypatch.setenv("MLFLOW_TRACKING_URI", guarded.uri)
     assert (sync(run_dir).sent, sync(run_dir).pending) == (1, 0)
     assert f"http://me:***@{guarded.host}" in str(check_tracking(config))

@@ -78,7 +78,7 @@ def test_a_trial_that_cannot_fit_is_refused(trials) -> None:
     with pytest.raises(ConfigError) as caught:
         make_plan(trials, {}, resources, Capacity((Node("here", 2, 0),)))
     text = str(caught.value)
-    assert "a trial needs 3 workers with 2 CPUs and 1 GPUs each, and the cluster has room for 0" in text
+    assert "a trial needs 3 workers with 2 CPUs and 1 GPUs each, and 0 fit this cluster" in text
     assert "1 node (here: 2 CPUs 0 GPUs)" in text
     assert "an evaluation needs 64 CPUs" in text
     assert "lower them in section resources of the grid file, or name a larger cluster with --address" in text

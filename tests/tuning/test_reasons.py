@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.config import ConfigError
-from pipeline.tuning.cluster.ray_errors import told
+from pipeline.tuning.cluster.ray_errors import reason_behind
 
 RESET = "[gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:10648: Connection reset by peer. This is typically"
 KILLED = (
@@ -58,4 +58,4 @@ class Wrapper(Exception):
     ],
 )
 def test_the_line_tells_the_cause_and_not_rays_headline(error: Exception, line: str) -> None:
-    assert told(error).startswith(line)
+    assert reason_behind(error).startswith(line)

@@ -66,7 +66,7 @@ def test_a_proposal_follows_from_what_was_tried_alone() -> None:
         (GRID.replace("choices", "chioces"), "ranges.rank: should be .* one of linear, log, integers, choices"),
         (
             GRID.replace("grid: {rank: [2]", "grid: {rank: [3]"),
-            r"grid.adapter.rank: 3 is outside of ranges.adapter.rank",
+            r"grid.adapter.rank: 3 is outside ranges.adapter.rank",
         ),
         (GRID.replace("trials: 4", "trials: 4, sampler: best"), "search.sampler: Input should be 'tpe' or 'random'"),
     ],
@@ -80,7 +80,7 @@ def test_mistakes_are_told_in_a_line(make_grid, text: str, message: str) -> None
 def test_ends_that_an_option_does_not_take_are_told(make_config, make_grid) -> None:
     with pytest.raises(ConfigError, match=r"ranges.adapter.rank: adapter.rank: .*greater than or equal to 1"):
         lay_out(make_config(), make_grid(GRID.replace("choices: [2, 4, 8]", "integers: [0, 8]")))
-    with pytest.raises(ConfigError, match=r"has train.lr=0.001, outside of ranges.train.lr"):
+    with pytest.raises(ConfigError, match=r"has train.lr=0.001, outside ranges.train.lr"):
         lay_out(make_config(), make_grid(GRID.replace("[1e-5, 1e-2]", "[1e-2, 1e-1]")))
 
 

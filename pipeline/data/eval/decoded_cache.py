@@ -106,10 +106,10 @@ class KeptPixels:
             os.close(pixels)
 
     def _read(self, files: tuple[int, int], i: int, image: Any) -> bool:
-        told = int.from_bytes(os.pread(files[1], SUM_BYTES, i * SUM_BYTES), "little")
-        if told == 0:
+        stored = int.from_bytes(os.pread(files[1], SUM_BYTES, i * SUM_BYTES), "little")
+        if stored == 0:
             return False
-        return os.preadv(files[0], [image], i * self.bytes) == self.bytes and told == _sum_of(image)
+        return os.preadv(files[0], [image], i * self.bytes) == self.bytes and stored == _sum_of(image)
 
     def _write(self, files: tuple[int, int], i: int, image: Any) -> str:
         """Keep an image whole or not at all; says why it could not be kept."""

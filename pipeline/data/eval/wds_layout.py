@@ -28,7 +28,7 @@ from pipeline.data.images import (
 )
 from pipeline.data.shards.index import (
     check_empty,
-    disk_faults_told,
+    disk_faults_as_errors,
     sample_members,
     write_tar,
 )
@@ -173,7 +173,7 @@ def write_wds_eval(
     listed = list(samples)
     _check_complete(folder, listed, kind, classnames, templates)
     count_file = folder / split / "nshards.txt"
-    with disk_faults_told(count_file):
+    with disk_faults_as_errors(count_file):
         count_file.parent.mkdir(parents=True, exist_ok=True)
         count_file.unlink(missing_ok=True)
         for old in count_file.parent.glob("*.tar*"):
@@ -182,7 +182,7 @@ def write_wds_eval(
     parts = list(_parts(numbered, samples_per_shard, bytes_per_shard))
     for number, part in enumerate(parts):
         write_tar(folder / split / f"{number}.tar", part, sample_members if as_found else _members)
-    with disk_faults_told(count_file):
+    with disk_faults_as_errors(count_file):
         (folder / TYPE).write_text(kind + "\n", encoding="utf-8")
         for name, lines in ((CLASSNAMES, classnames), (TEMPLATES, templates)):
             if kind == "classification" and lines is not None:
@@ -259,11 +259,11 @@ def _check_left_over(folder: Folder, split: str, count: int) -> None:
 
 
 def _kind(folder: Folder) -> Kind:
-    said = (folder.read_text(TYPE) or "classification").strip().lower()
-    if said == "classification" or said == "retrieval":
-        return said
+    text = (folder.read_text(TYPE) or "classification").strip().lower()
+    if text == "classification" or text == "retrieval":
+        return text
     raise ConfigError(
-        f"{folder.location}/{TYPE}: {said!r} sets are not evaluated here, only classification and retrieval"
+        f"{folder.location}/{TYPE}: {text!r} sets are not evaluated here, only classification and retrieval"
     )
 
 
@@ -282,9 +282,9 @@ def _lines(folder: Folder, file: str) -> tuple[str, ...] | None:
 def _label(tar: TarIndex, number: int, classnames: Sequence[str] | None) -> int:
     raw = _member(tar, number, "cls").strip()
     if not raw.isdigit() or (classnames is not None and int(raw) >= len(classnames)):
-        said = raw[:20].decode("utf-8", "replace")
+        text = raw[:20].decode("utf-8", "replace")
         known = "" if classnames is None else f" of {len(classnames)}"
-        raise ConfigError(f"{tar.name}: {tar.samples[number].key}.cls says {said!r}, which is not a class{known}")
+        raise ConfigError(f"{tar.name}: {tar.samples[number].key}.cls says {text!r}, which is not a class{known}")
     return int(raw)
 
 

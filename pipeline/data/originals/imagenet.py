@@ -148,13 +148,13 @@ def _devkit_labels(folder: Path) -> dict[int, int]:
         int(synset["ILSVRC2012_ID"]): place[str(synset["WNID"])] for synset in synsets if str(synset["WNID"]) in place
     }
     ids = (folder / "ILSVRC2012_validation_ground_truth.txt").read_text(encoding="ascii").split()
-    unknown = [line for line, said in enumerate(ids, 1) if not said.isdecimal() or int(said) not in label_of]
+    unknown = [line for line, text in enumerate(ids, 1) if not text.isdecimal() or int(text) not in label_of]
     if unknown:
         raise ConfigError(
             f"{folder}/ILSVRC2012_validation_ground_truth.txt:{unknown[0]}: {ids[unknown[0] - 1]!r} is not a class of "
             "ImageNet-1K in meta.mat"
         )
-    return {number: label_of[int(said)] for number, said in enumerate(ids, 1)}
+    return {number: label_of[int(text)] for number, text in enumerate(ids, 1)}
 
 
 def _kaggle_labels(file: Path) -> dict[int, int]:

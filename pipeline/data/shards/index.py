@@ -212,7 +212,7 @@ def described(data: Source, account: Account) -> dict[str, Any]:
 def _write(
     folder: Path, samples: list[Sample], classes: list[str] | None, per_shard: int, source: dict[str, Any]
 ) -> ShardIndex:
-    with disk_faults_told(folder):
+    with disk_faults_as_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / INDEX_NAME).unlink(missing_ok=True)
         for old in (*folder.glob("shard-*.tar*"), *folder.glob(f"{INDEX_NAME}.*.part")):
@@ -272,13 +272,13 @@ def write_tar(
 def appearing(path: Path) -> Iterator[Path]:
     """A name that no other writer of ``path`` uses; the file takes its place after the block, or is gone."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    with disk_faults_told(path):
+    with disk_faults_as_errors(path):
         with replacing(path, temporary):
             yield temporary
 
 
 @contextmanager
-def disk_faults_told(path: Path) -> Iterator[None]:
+def disk_faults_as_errors(path: Path) -> Iterator[None]:
     """Report a full disk, a folder without permission or a vanished source with its file, without a traceback."""
     try:
         yield

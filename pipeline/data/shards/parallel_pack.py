@@ -36,7 +36,7 @@ from pipeline.data.shards.index import (
     ShardIndex,
     appearing,
     check_empty,
-    disk_faults_told,
+    disk_faults_as_errors,
     load_index,
     sample_members,
     write_index,
@@ -87,8 +87,8 @@ class Packing:
     @property
     def digest(self) -> str:
         """Of everything that decides the bytes of the shards except for the images' own."""
-        told = [self.listing.folders, self.classes, self.seed, self.samples_per_shard]
-        content = hashlib.sha256(json.dumps(told, ensure_ascii=False).encode())
+        inputs = [self.listing.folders, self.classes, self.seed, self.samples_per_shard]
+        content = hashlib.sha256(json.dumps(inputs, ensure_ascii=False).encode())
         for names in self.listing.files:
             content.update("\0".join(names).encode("utf-8", "surrogateescape") + b"\1")
         return content.hexdigest()[:16]
@@ -142,12 +142,12 @@ def pack_in_parallel(
     workers: int = 4,
     part: tuple[int, int] = (1, 1),
     force: bool = False,
-    told: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> ShardIndex | None:
     """Write the shards of part i of n, and the index if all others are complete by then; None while some are not.
 
-    The same call again continues: shards that are complete and have their recorded sha256 are kept. ``told`` is given
-    the finished and all shards of the part. Raises ConfigError for an unreadable image and when the folder holds
+    The same call again continues: shards that are complete and have their recorded sha256 are kept. ``on_progress`` is
+    given the finished and all shards of the part. Raises ConfigError for an unreadable image and when the folder holds
     something else.
     """
     finished = _claim(packing, force=force, alone=part[1] == 1)
@@ -160,8 +160,8 @@ def pack_in_parallel(
         try:
             for done, future in enumerate(as_completed(writing), 1):
                 future.result()
-                if told is not None:
-                    told(done, len(writing))
+                if on_progress is not None:
+                    on_progress(done, len(writing))
         except BrokenProcessPool as error:
             raise ConfigError(
                 f"{packing.out}: a packing process was ended from outside (out of memory?); fewer --workers need less; "
@@ -237,7 +237,7 @@ def _holds_other_things(out: Path) -> bool:
 
 
 def _clear(out: Path) -> None:
-    with disk_faults_told(out / PLAN):
+    with disk_faults_as_errors(out / PLAN):
         (out / INDEX_NAME).unlink(missing_ok=True)
         for old in out.glob("shard-*.tar"):
             old.unlink()
@@ -265,7 +265,7 @@ def _check_plan(packing: Packing) -> None:
 
 
 def _write_json(file: Path, content: dict[str, object]) -> None:
-    with disk_faults_told(file):
+    with disk_faults_as_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
     with appearing(file) as temporary:
         temporary.write_text(json_text(content), encoding="utf-8")

@@ -105,7 +105,7 @@ def choose_columns(path: Path, columns: Sequence[str], options: SourceOptions) -
     return Columns(image, caption, cls)
 
 
-def told(columns: Sequence[str], chosen: Columns) -> str:
+def describe_columns(columns: Sequence[str], chosen: Columns) -> str:
     """One sentence: which column was taken for what, and which were not used."""
     roles = (("images", chosen.image), ("captions", chosen.caption), ("classes", chosen.cls))
     taken = [f"{role} from {columns[place]!r}" for role, place in roles if place is not None]

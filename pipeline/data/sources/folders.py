@@ -47,8 +47,8 @@ def read_folders(root: Path, options: SourceOptions) -> Source:
     notes = walked.notes()
     if loose:
         notes.append(f"{len(loose)} {LOOSE} have no class: {few([printable(name) for name in loose], SHOWN)}")
-    if told := len(_captions_next_to(walked)):
-        notes.append(f"{told} images have a text file next to them; --format sidecar takes it as their captions")
+    if captioned := len(_captions_next_to(walked)):
+        notes.append(f"{captioned} images have a text file next to them; --format sidecar takes it as their captions")
     names = class_names(folders, options)
     return Source(
         "imagefolder",

@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.config import ConfigError
 from pipeline.data.sources.account import LeftOut
 from pipeline.data.sources.classes import class_names, class_notes
-from pipeline.data.sources.columns import choose_columns, told
+from pipeline.data.sources.columns import choose_columns, describe_columns
 from pipeline.data.sources.places import Found, ImagePlaces
 from pipeline.data.sources.sample import Sample, Source, SourceOptions, few, sample_key, unique_keys
 from pipeline.prompts import natural_key
@@ -108,7 +108,12 @@ def read_rows(path: Path, format: str, table: Rows, options: SourceOptions) -> S
         ignored=table.ignored,
         seen=len(images) + nameless + sum(table.ignored.values()),
         folders=folders if classes is not None else (),
-        notes=[told(table.columns, chosen), *table.notes, *_where(found, places, options), *class_notes(classes or ())],
+        notes=[
+            describe_columns(table.columns, chosen),
+            *table.notes,
+            *_where(found, places, options),
+            *class_notes(classes or ()),
+        ],
     )
 
 

@@ -49,13 +49,13 @@ class Cache:
     @staticmethod
     def from_environment() -> Cache:
         directory = cache_directory()
-        said = os.environ.get("SELORA_CACHE_GB", "100")
+        value = os.environ.get("SELORA_CACHE_GB", "100")
         try:
-            gigabytes = float(said)
+            gigabytes = float(value)
         except ValueError:
             gigabytes = 0.0
         if not gigabytes > 0:
-            raise ConfigError(f"SELORA_CACHE_GB: should be a number of gigabytes above 0, got {said!r}")
+            raise ConfigError(f"SELORA_CACHE_GB: should be a number of gigabytes above 0, got {value!r}")
         return Cache(directory, int(gigabytes * 1e9))
 
 
@@ -64,9 +64,9 @@ def cache_directory() -> Path:
 
     The last is for a process without a home, or with one that it may not write, as user ids in containers have it.
     """
-    said = os.environ.get("SELORA_CACHE")
-    if said:
-        return expand(said)
+    value = os.environ.get("SELORA_CACHE")
+    if value:
+        return expand(value)
     wanted = [expand(place) for place in (os.environ.get("XDG_CACHE_HOME"), "~/.cache") if place]
     usable = [base for base in wanted if base.is_absolute() and _is_writable(base)]
     return usable[0] / "selora" if usable else _temporary(wanted[0])

@@ -86,14 +86,14 @@ def room_to_fetch(cache: Cache, url: str, folder: Path, size: int) -> Promise:
         raise ConfigError(
             f"{url}: {size} bytes are more than the whole cache may hold ({cache.max_bytes}); raise SELORA_CACHE_GB"
         )
-    start, told = time.monotonic(), False
+    start, reported = time.monotonic(), False
     while True:
         promise = _promise(cache, lambda: wanted, over=time.monotonic() - start >= WAIT_S)
         if promise is not None:
             return promise
-        if not told:
+        if not reported:
             logger.warning("%s: waits for other fetches, which take as much as SELORA_CACHE_GB allows", url)
-            told = True
+            reported = True
         time.sleep(_POLL_S)
 
 

@@ -160,7 +160,7 @@ def _with_password(location: str) -> str:
     password = os.environ.get(STORE_PASSWORD)
     if password is None:
         raise ConfigError(
-            f"{location}: its password is kept nowhere; give it by {STORE_PASSWORD}, or the whole address again"
+            f"{location}: its password is not stored; give it by {STORE_PASSWORD}, or the whole address again"
         )
     return location.replace(MASK, quote(password, safe=""))
 

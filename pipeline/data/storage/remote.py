@@ -101,8 +101,8 @@ def local_copy(
     """
     version = sha256
     if version is None or size is None:
-        told = _info(url, cache.attempts)
-        size, version = told.get("size"), version or _version(told)
+        info = _info(url, cache.attempts)
+        size, version = info.get("size"), version or _version(info)
     path = entry_of(cache, url, version, _file_name(url))
     try:
         if touch(path):
@@ -283,10 +283,10 @@ def _refusal(url: str, error: Exception) -> ConfigError | None:
     return None
 
 
-def _version(told: Mapping[str, Any]) -> str:
+def _version(info: Mapping[str, Any]) -> str:
     """What changes when the file behind a URL does, from what the store tells of it."""
     marks = ("size", "ETag", "etag", "md5Hash", "Content-MD5", "Last-Modified", "LastModified", "mtime", "created")
-    return repr([(mark, str(told[mark])) for mark in marks if told.get(mark) is not None])
+    return repr([(mark, str(info[mark])) for mark in marks if info.get(mark) is not None])
 
 
 def _hub() -> str:

@@ -27,7 +27,7 @@ from pipeline.data.storage.tar import TarIndex
 # Files that are read at once, and how long a rank waits for another one that is reading them.
 AT_ONCE, PATIENCE = 4, 600
 # A file system may count time in steps of two seconds, so what was written just now could still change unseen.
-SETTLED = 2_500_000_000
+UNCHANGED_NS = 2_500_000_000
 
 
 def content_sums(location: str, tars: Sequence[TarIndex], cache: Cache) -> list[str]:
@@ -57,13 +57,13 @@ def _sums(tars: Sequence[TarIndex], file: Path | None) -> list[str]:
     marks = [_marks(tar) for tar in tars]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         entries = list(pool.map(lambda tar, mark: _entry(tar, mark, known.get(str(tar.path))), tars, marks))
-    begun = time.time_ns() - SETTLED
-    settled = {
+    begun = time.time_ns() - UNCHANGED_NS
+    trusted = {
         str(tar.path): entry for tar, entry in zip(tars, entries, strict=True) if all(at < begun for at in entry[2:-1])
     }
-    if file is not None and settled != known:
+    if file is not None and trusted != known:
         partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-        partial.write_text(json.dumps(settled), encoding="utf-8")
+        partial.write_text(json.dumps(trusted), encoding="utf-8")
         partial.replace(file)
     return [entry[-1] for entry in entries]
 

@@ -234,10 +234,10 @@ def _members(fd: int, path: str) -> Iterator[tuple[str, Member]]:
 
 
 def _size(pax: dict[str, str], info: tarfile.TarInfo, path: str, at: int) -> int:
-    said = pax.get("size", str(info.size))
-    if not said.isdecimal():
-        raise TarError(f"{path}: damaged header at byte {at}: its size is {said[:20]!r}")
-    return int(said)
+    written = pax.get("size", str(info.size))
+    if not written.isdecimal():
+        raise TarError(f"{path}: damaged header at byte {at}: its size is {written[:20]!r}")
+    return int(written)
 
 
 def _check_kind(info: tarfile.TarInfo, pax: dict[str, str], path: str, name: str) -> None:

@@ -1,20 +1,20 @@
-"""The datasets of a benchmark as one table: a row says where a dataset is, how it is scored and what it counts for.
+"""The datasets of a benchmark as one table: a row gives a dataset's place, its scoring and its group.
 
     name: mine
-    root: shards                  # optional; paths below are relative to it, itself relative to this file
+    root: shards                  # optional, relative to this file; the paths below are relative to it
     include: paper                # optional; a shipped benchmark or a file, whose rows come first
-    mode: paper                   # optional; wds: class names and templates as shipped, and no rule of a row
+    mode: paper                   # optional; wds: class names and templates as shipped, no scoring options of a row
     sample: 1000                  # optional; at most this many images of each dataset, drawn by `seed`
-    images: {stl10: 800}          # optional; instead of the counts in the rows, for a part that is meant to be one
+    images: {stl10: 800}          # optional; replaces the counts in the rows, for a deliberate part of a dataset
     datasets:
       - {key: clothing, group: id, path: wds_clothing}
       - {key: imagenet-a, group: shift, path: wds_imagenet-a, classnames: imagenet, subset: [6, 11, 13]}
       - {key: flickr30k, group: retrieval, path: wds_flickr30k}
-      - {key: imagenet100, group: source, path: wds_imagenet100}    # K-NN: its split train tells what is what
+      - {key: imagenet100, group: source, path: wds_imagenet100}    # K-NN with its split train as the bank
       - {key: cifar10, like: paper, group: id}    # the row of this key in another benchmark, with changes
 
-Adding a dataset is adding a row; no code names one. rows.py has what a row can say. `base: other.yaml` inherits, as in
-every other file of the product. `configs/benchmark` holds the shipped benchmarks; they take their root from the caller.
+To add a dataset, add a row; no code names a dataset. rows.py lists the fields of a row. `base: other.yaml` inherits, as
+in every other YAML file. `configs/benchmark` holds the shipped benchmarks, which take their root from the caller.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Benchmark:
     rows: tuple[Row, ...]
 
     def choose(self, keys: Sequence[str] | None) -> Benchmark:
-        """Only the named datasets; an unknown name is a ConfigError that shows near ones."""
+        """Only the named datasets; ConfigError with near names for an unknown one."""
         if keys is None:
             return self
         known = [row.key for row in self.rows]
@@ -63,7 +63,7 @@ class Benchmark:
         return Benchmark(self.name, tuple(row for row in self.rows if row.key in keys))
 
     def part(self, part: Part) -> Benchmark:
-        """The same datasets, of each only these images."""
+        """The same datasets, restricted to a part of their images."""
         return Benchmark(self.name, tuple(row.model_copy(update={"part": part}) for row in self.rows))
 
     def without(self, keys: Collection[str]) -> Benchmark:
@@ -89,13 +89,13 @@ def shipped_benchmarks() -> dict[str, Path]:
 
 
 def _shipped_folder() -> Path:
-    # A wheel carries the configs inside the package; in a checkout they are next to it.
+    # In a wheel the configs are inside the package, in a checkout next to it.
     packaged = _PACKAGE / "configs"
     return (packaged if packaged.is_dir() else _PACKAGE.parent / "configs") / "benchmark"
 
 
 def load_benchmark(name: str | Path, root: str | Path | None = None) -> Benchmark:
-    """Read a shipped benchmark by name, or a file. `root`: where the data is, instead of the file's own root.
+    """Read a shipped benchmark by name, or a file. `root`: place of the data, instead of the file's own root.
 
     All faults come in one ConfigError.
     """
@@ -120,7 +120,7 @@ def load_benchmark(name: str | Path, root: str | Path | None = None) -> Benchmar
 
 
 def needs_root(name: str | Path) -> bool:
-    """Whether the file of a benchmark leaves it to the caller where its datasets are."""
+    """Whether a benchmark's file leaves the place of its datasets to the caller."""
     path = _find(name)
     return path.resolve().parent == _shipped_folder().resolve() and "root" not in read_chain(path)
 
@@ -135,12 +135,12 @@ def _find(name: str | Path) -> Path:
 
 
 def _root(path: Path, content: Mapping[str, Raw], root: str | Path | None, *, needed: bool) -> str | Path | None:
-    """What the rows' paths are relative to; None where the file has no rows of its own and does not say."""
+    """The folder that the rows' paths are relative to; None if the file names none and has no rows of its own."""
     if root is not None:
         return root if is_remote(root) else Path(root).expanduser().absolute()
     if "root" in content:
-        said = os.path.expandvars(str(content["root"].value))
-        return said if is_remote(said) else path.absolute().parent / Path(said).expanduser()
+        written = os.path.expandvars(str(content["root"].value))
+        return written if is_remote(written) else path.absolute().parent / Path(written).expanduser()
     if path.resolve().parent == _shipped_folder().resolve() and needed:
         raise ConfigError(f"benchmark {path.stem}: name the directory of its datasets: --root DIR on the command line")
     return path.absolute().parent if needed else None
@@ -161,7 +161,7 @@ def _other(name: str, folder: Path, root: str | Path | None) -> Benchmark:
 
 
 def _like(name: Any, changes: dict[str, Any], folder: Path, root: str | Path | None) -> dict[str, Any]:
-    """The row of the same key in another benchmark, with `changes`. Published numbers belong to the unchanged row."""
+    """The row with the same key in another benchmark, with `changes`. Published numbers belong to the unchanged row."""
     if not isinstance(name, str):
         raise ConfigError(f"like: should name a benchmark or a file, got {name!r}")
     rows = {row.key: row for row in _other(name, folder, root).rows}
@@ -182,7 +182,7 @@ def _read_rows(entries: list[Any], folder: Path, root: str | Path | None) -> tup
 
 
 def _changed(rows: list[Row], values: Mapping[str, Any], counts: Mapping[str, Any]) -> tuple[list[Row], list[str]]:
-    """The rows with what the file says about all of them."""
+    """The rows with the file's settings for all of them."""
     faults = []
     mode = values.get("mode", "paper")
     if mode not in get_args(Mode):
@@ -211,7 +211,7 @@ def _repeats(rows: Sequence[Row]) -> list[str]:
 
 
 def _read_row(entry: Any, folder: Path, root: str | Path | None) -> tuple[Row | None, list[str]]:
-    """One row of the file, or what is wrong with it."""
+    """One row of the file, or its faults."""
     if not isinstance(entry, dict):
         return None, [f"expected key, group, path, .. and got {entry!r}"]
     values = dict(entry)
@@ -220,7 +220,7 @@ def _read_row(entry: Any, folder: Path, root: str | Path | None) -> tuple[Row | 
         try:
             values = _like(values.pop("like"), values, folder, root)
         except ConfigError as error:
-            return None, [str(error)]  # what else is missing, the other row has
+            return None, [str(error)]  # the other row supplies the missing fields
     try:
         if isinstance(values.get("path"), str):
             values["path"] = _located(os.path.expandvars(values["path"]), root)
@@ -248,7 +248,7 @@ def _located(path: str, root: str | Path | None) -> str | Path:
 
 
 def _lines(folder: Path, key: str, name: str) -> list[str]:
-    """The lines of a file next to the yaml file, or of a shipped list; a line that begins with `# ` is a remark."""
+    """The lines of a file next to the yaml file, or of a shipped list; a line that begins with `# ` is a comment."""
     for file in (folder / name, _shipped_folder() / "names" / f"{name}.txt"):
         if file.is_file():
             lines = [line.strip() for line in lines_of(read_text(file))]

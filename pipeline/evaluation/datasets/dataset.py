@@ -21,15 +21,15 @@ from pipeline.evaluation.datasets.rows import Row
 from pipeline.evaluation.measures.encode import Precision
 from pipeline.prompts import resolve_templates
 
-# Of each kind of device: images per forward pass, and decoding processes of a rank at most.
+# For each kind of device: images per forward pass, and the largest number of decoding processes per rank.
 DEFAULTS = {"cpu": (64, 2), "cuda": (512, 12)}
 
 
 def batch_and_workers(device: torch.device, batch_size: int | None, workers: int | None) -> tuple[int, int]:
-    """Both as they are given, or as the device asks for where they are None."""
+    """Both as given; defaults for the device replace None."""
     images, most = DEFAULTS.get(device.type, DEFAULTS["cpu"])
     if workers is None:
-        # A rank decodes on its share of this host's cores, less one for itself.
+        # A rank decodes on its share of this host's cores, minus one for itself.
         share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1
         workers = most if device.type == "cpu" else max(2, min(most, share))
     return batch_size or images, workers
@@ -37,24 +37,24 @@ def batch_and_workers(device: torch.device, batch_size: int | None, workers: int
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run; of these only `precision`, `preprocessing` and `limit` may change a result."""
+    """How an evaluation runs; only `precision`, `preprocessing` and `limit` may change a result."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     batch_size: int = 64
     workers: int = 2
     precision: Precision = "fp32"
     preprocessing: Preprocessing = "reference"
-    # Take this many samples, evenly spaced over each dataset, for a quick look; of a bank for K-NN the same share.
+    # For a quick look: this many samples, evenly spaced over each dataset, and the same share of a K-NN bank.
     limit: int | None = None
-    # Where decoded images are kept for the next model; None: nowhere.
+    # Place of decoded images for the next model; None: not kept.
     cache: Cache | None = None
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A row with its opened directory; the row's class names and templates come before those of the directory.
+    """A row with its opened directory; the row's class names and templates take precedence over the directory's.
 
-    `bank` is what K-NN looks among. It asks for nothing by name, so names and templates are empty then.
+    `bank` holds the images among which K-NN searches. K-NN uses no names, so names and templates are then empty.
     """
 
     row: Row
@@ -71,7 +71,7 @@ class Dataset:
 
     @property
     def chosen(self) -> Sequence[int] | None:
-        """The samples that the row's `sample` draws, of these its `part`, in the order of the set; None: all."""
+        """The samples drawn by the row's `sample`, restricted to its `part`, in the order of the set; None: all."""
         row, total = self.row, len(self.data)
         drawn: Sequence[int] = range(total)
         if row.sample is not None and row.sample < total:
@@ -83,17 +83,17 @@ class Dataset:
 
     @property
     def digest(self) -> str:
-        """sha256 over the images, the labels and everything else that decides a result."""
+        """sha256 over the images, the labels and everything else that determines a result."""
         row, chosen = self.row, self.chosen
         parts = [self.data.digest, self.classnames, self.templates, row.subset, row.border, row.metric, chosen]
-        # Only if the row has them: the results of all other rows keep their digests.
+        # Only if the row has them, so that the results of all other rows keep their digests.
         parts += [] if row.resize is None else [row.resize]
         parts += [] if self.bank is None else [[self.bank.digest, row.neighbours, row.temperature]]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def open_dataset(row: Row) -> Dataset:
-    """Open the directory of a row; what the row asks for and the directory has not is a ConfigError."""
+    """Open the directory of a row; ConfigError if it lacks something that the row requires."""
     data = open_eval_set(row.path, split=row.split)
     if (data.kind == "retrieval") != row.is_retrieval:
         raise ConfigError(f"{row.key}: group {row.group!r}, but {row.path} holds a {data.kind} dataset")
@@ -139,7 +139,7 @@ def _with_bank(row: Row, data: EvalSet, split: str) -> Dataset:
 
 
 def count_faults(row: Row, data: EvalSet) -> list[str]:
-    """Where a directory does not hold as much as its row says, each fault with its likely cause."""
+    """Counts in a directory that differ from its row, each with its likely cause."""
     found = len(data)
     faults = []
     if row.images is not None and found != row.images:

@@ -1,4 +1,4 @@
-"""Reference images that are also evaluated, found by content."""
+"""Finds reference images that are also evaluated, by their content."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NAMED = 5
 def check_overlap(config: Config) -> None:
     """Refuse reference images (`keep.images`) that are also in a dataset of `eval.benchmark`.
 
-    Only what is on this disk is compared. Equal images have equal files, and only files of equal size are read.
+    Only local files are compared. Equal images have equal files, and only files of equal size are read.
 
     Raises:
         ConfigError: naming datasets and images.

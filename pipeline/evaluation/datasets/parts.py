@@ -1,7 +1,7 @@
-"""The images of an evaluation set in two parts: on one something is chosen, on the other it is reported.
+"""The images of an evaluation set in two parts: one to choose on, and one to report on.
 
-A number on which a model was chosen is too good for it. Which part an image is in depends on its dataset's key and its
-own name alone, so it is the same in every run, on every machine and for every model.
+A result on images that chose the model is too optimistic. The part of an image depends only on its dataset's key and
+its own name, so it is the same in every run, on every machine and for every model.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pipeline.data.order import stable_hash
 from pipeline.evaluation.datasets.rows import Part
 
 CHOOSING_SHARE = 0.2
-CHOOSING_MOST = 1000  # images of a dataset; of large sets a part of them says enough
+CHOOSING_MOST = 1000  # images of a dataset; for large sets some of them suffice
 
 
 def of_part(part: Part, dataset: str, names: Sequence[str]) -> list[int]:
-    """The positions in `names`, rising, of the images of a part; the two parts make the whole.
+    """The rising positions in `names` of the images of a part; the two parts make up the whole.
 
-    ConfigError where a set is too small to be in two parts.
+    ConfigError if a set is too small to be divided.
     """
     if part == "all":
         return list(range(len(names)))

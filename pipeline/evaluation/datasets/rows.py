@@ -1,4 +1,4 @@
-"""One row of the benchmark table: where a dataset is, what must be in it, how it is scored, what it counts for."""
+"""One row of the benchmark table: a dataset's place, expected content, scoring and group."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_
 
 from pipeline.data.storage.remote import is_remote
 
-# source: what the model was pretrained on, measured by K-NN.
+# source: the dataset of the pretraining, measured by K-NN.
 Group = Literal["id", "shift", "zero-shot", "retrieval", "source"]
 GROUPS: tuple[Group, ...] = ("id", "shift", "zero-shot", "retrieval", "source")
-# How a row is evaluated: texts against images, or images against images alone.
+# How a row is evaluated: texts against images, or images against images.
 Task = Literal["zeroshot_classification", "zeroshot_retrieval", "knn_classification"]
-# Which of a set's images are evaluated: all; those on which a strength or a checkpoint is chosen; all but these.
+# Images of a set that are evaluated: all; those that choose a strength or a checkpoint; all others.
 Part = Literal["all", "choosing", "reporting"]
 Metric = Literal["acc1", "mean_per_class_recall", "mean_recall"]
-# "wds": class names and templates as the directory ships them and no rule of the row, as clip_benchmark scores.
+# "wds": class names and templates as shipped in the directory, and clip_benchmark's scoring.
 Mode = Literal["paper", "wds"]
 
 CLASSIFICATION_METRICS = ("acc1", "acc5", "mean_per_class_recall")
@@ -34,49 +34,49 @@ class Row(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    # The key names the result file, so it must be a plain file name.
+    # The key is the name of the result file, so it must be a plain file name.
     key: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     group: Group
     # A directory, or a URL or hf:ORG/NAME as text.
     path: Path | str
     split: Annotated[str, Field(min_length=1)] = "test"
-    # What the dataset must hold; other counts are refused. `texts` are the captions of a retrieval set.
+    # Expected counts of the dataset; others are refused. `texts` are the captions of a retrieval set.
     images: Count | None = None
     classes: Count | None = None
     texts: Count | None = None
-    # The likely cause of another number of images: {1020: the validation split}.
+    # Likely causes of other numbers of images: {1020: the validation split}.
     known_counts: dict[StrictInt, str] = {}
-    # A list, or a text file with one name a line (relative to the yaml file).
+    # A list, or a text file with one name per line (relative to the YAML file).
     classnames: tuple[str, ...] | None = None
-    # Like classnames, but in any order: the directory's names, which keep their order, are spelled like these.
+    # Like classnames, but in any order: the directory's names keep their order and get these spellings.
     spellings: tuple[str, ...] | None = None
     # A list of sentences with {c}, or the name of a set in pipeline/prompts.py.
     templates: tuple[str, ...] | None = None
-    # Score among these classes of `classnames` only; label j of the dataset is the j-th of them. A class may be several
-    # ids and is then as likely as the likeliest of them. In a text file: the ids of a class in a line.
+    # Score among these classes of `classnames` only; label j of the dataset is the j-th of them. A class may have
+    # several ids and then takes the largest of their logits. In a text file, a line has the ids of a class.
     subset: tuple[ClassIds, ...] | None = None
-    # Pixels that are cut off each side before the resize.
+    # Pixels cropped from each side before the resize.
     border: Annotated[StrictInt, Field(ge=0)] = 0
-    # Instead of the model's own resize. squash: to its size, whatever the shape of the image; a number of pixels: the
-    # shorter side to that, then the model's size out of the middle.
+    # Replaces the model's own resize. squash: to the model's size, whatever the shape of the image; a number of pixels:
+    # the shorter side to this length, then a centre crop of the model's size.
     resize: Literal["squash"] | Count | None = None
-    # K-NN (knn.py): no class names are used; the images of this split of the same directory vote for their own class.
-    # `bank_images` must be in it; the most similar `neighbours` of them vote with exp(cosine / temperature).
+    # K-NN (knn.py) without class names: the images of this split of the same directory vote for their own class. The
+    # split must have `bank_images` images; the most similar `neighbours` of them vote with exp(cosine / temperature).
     bank: Annotated[str, Field(min_length=1)] | None = None
     bank_images: Count | None = None
     neighbours: Count = 20
     temperature: Annotated[float, Field(gt=0)] = 0.07
-    # The number that is shown and averaged. acc1, or mean_recall for retrieval.
+    # The metric that is shown and averaged: acc1, or mean_recall for retrieval.
     metric: Metric = "acc1"
     in_mean: StrictBool = True
     # Take this many images, drawn by `seed`.
     sample: Count | None = None
     seed: StrictInt = 0
-    # Of these again only a part: parts.py.
+    # Restricts the images further to a part (parts.py).
     part: Part = "all"
     licence: str | None = None
     restriction: str | None = None
-    # What CLIP ViT-B/16 of OpenAI has, in percent, and how far off a right evaluation may be:
+    # Results of OpenAI's CLIP ViT-B/16 in percent, and the largest deviation of a correct evaluation:
     # {acc1: 68.3, tolerance: 0.1}.
     published: dict[str, Percent] = {}
     published_wds: dict[str, Percent] = {}

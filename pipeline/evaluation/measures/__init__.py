@@ -1,1 +1,1 @@
-"""What is computed from images and texts: features, classifiers, nearest neighbours, recall and counts."""
+"""Computations on images and texts: features, classifiers, nearest neighbours, recall and counts."""

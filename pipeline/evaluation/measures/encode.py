@@ -1,4 +1,4 @@
-"""Normalised features of images and texts: the only place where evaluation runs the model."""
+"""Normalised features of images and texts; the only module of the evaluation that runs the model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pipeline.config import ConfigError
 
 Precision = Literal["fp32", "bf16"]
 
-# An image may have any number of captions: their number must not decide the memory of a forward.
+# An image may have any number of captions, which must not determine the memory of a forward.
 TEXTS_PER_FORWARD = 512
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A merged model in eval mode; it has `encode_image(images)`, and where it reads texts `encode_text(tokens)`."""
+    """A merged model in eval mode; it has `encode_image(images)` and, if it reads texts, `encode_text(tokens)`."""
 
     model: Any  # an nn.Module, whose typed attributes would be tensors or modules
     tokenizer: Callable[[list[str]], Tensor] | None
@@ -51,6 +51,6 @@ class Encoder:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
             found = encode(inputs.to(self.device)).float()
         if not bool(found.isfinite().all()):
-            # argmax and topk take NaN for the largest number, so the accuracy of a diverged model would look like one.
+            # argmax and topk treat NaN as the largest number, so a diverged model would seem to have an accuracy.
             raise ConfigError("the model gives features that are not finite: its training has diverged")
         return found

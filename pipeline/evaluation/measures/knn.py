@@ -1,8 +1,8 @@
-"""Weighted K-NN classification: what a model's image features still tell of a set that it was pretrained on.
+"""Weighted K-NN classification: how well a model's image features still separate the classes of its pretraining set.
 
-As DINO's eval_knn.py has it: unit features, the k most similar images of a bank vote for their own class, each with
-exp(similarity / temperature). The bank is never held: it comes in pieces, and of each only what is among the nearest k
-of a query stays. Ranks look at their own parts of the bank, and what they found is merged.
+As in DINO's eval_knn.py: features have unit length, and the k most similar images of a bank vote for their own class,
+each with exp(similarity / temperature). The whole bank is never in memory: it arrives in pieces, of which only the
+nearest k of each query are kept. Ranks search their own parts of the bank, and the results are merged.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.evaluation.measures.metrics import ClassCounts
 
-# Similarities that are worked on at once: 32 MB of them, as much again of keys.
+# Similarities computed at once: 32 MB of them, and 32 MB of keys.
 _AT_ONCE = 2**22
 _VOTES_AT_ONCE = 2**22
 # Below the key of any similarity.
@@ -25,21 +25,21 @@ _LOW, _MANTISSA = 0xFFFFFFFF, 0x7FFFFFFF
 
 @dataclass
 class Nearest:
-    """The nearest images of a bank to each query, so far: (Q, k) keys, best first. `queries` are (Q, D) in fp64."""
+    """The nearest images of a bank so far for each query: (Q, k) keys, best first. `queries` are (Q, D) in fp64."""
 
     queries: Tensor
     keys: Tensor
 
     @staticmethod
     def of(queries: Tensor, k: int, device: torch.device) -> Nearest:
-        """Of unit vectors (Q, D), before any image of the bank was seen."""
-        # fp64 is what makes a similarity the same in every piece of the bank; of the devices only CUDA's have it.
+        """Start with unit vectors (Q, D), before any image of the bank."""
+        # In fp64 a similarity is the same in every piece of the bank; of the accelerators only CUDA has it.
         where = device if device.type == "cuda" else torch.device("cpu")
         keys = torch.full((len(queries), k), _NOBODY, dtype=torch.int64, device=where)
         return Nearest(queries.to(where, torch.float64), keys)
 
     def add(self, features: Tensor, numbers: Tensor) -> None:
-        """A piece of the bank: unit vectors (B, D), and the images' numbers (B,) in the whole of it."""
+        """Add a piece of the bank: unit vectors (B, D), and the images' numbers (B,) in the whole bank."""
         where, k = self.queries.device, self.keys.shape[1]
         features, numbers = features.to(where, torch.float64), numbers.to(where)
         rows = max(1, _AT_ONCE // (len(features) + k))
@@ -60,11 +60,11 @@ def _best(keys: list[Tensor], k: int) -> Tensor:
 
 
 def to_keys(similarities: Tensor, numbers: Tensor) -> Tensor:
-    """(Q, B) int64 that sort as the similarities, rounded to fp32, do; between equal ones the lower number wins.
+    """(Q, B) int64 in the order of the similarities, rounded to fp32; among equal ones the lower number wins.
 
     No two keys are equal, so the first k do not depend on how the bank was cut.
     """
-    bits = (similarities.float() + 0.0).view(torch.int32)  # + 0.0 makes -0.0 to 0.0
+    bits = (similarities.float() + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
     ordered = torch.where(bits >= 0, bits, bits ^ _MANTISSA).to(torch.int64)
     return (ordered << 32) | (_LOW - numbers)
 
@@ -77,9 +77,9 @@ def from_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def class_votes(similarities: Tensor, labels: Tensor, classes: int, temperature: float) -> Tensor:
-    """Votes (Q, classes) of neighbours (Q, k), most similar first; a class that none of them has gets 0.
+    """Votes (Q, classes) of neighbours (Q, k), most similar first; a class without a neighbour gets 0.
 
-    Scaled so that the nearest votes with 1: the order stays, and no temperature overflows.
+    They are scaled so that the nearest votes with 1, which keeps the order and avoids overflow at any temperature.
     """
     similarities = similarities.to(torch.float64)
     weights = ((similarities - similarities[:, :1]) / temperature).exp()
@@ -87,7 +87,7 @@ def class_votes(similarities: Tensor, labels: Tensor, classes: int, temperature:
 
 
 def as_logits(votes: Tensor) -> Tensor:
-    """Votes as logits without ties: between equal votes the lower label wins; -inf, no answer, where nobody voted."""
+    """Votes as logits without ties: among equal votes the lower label wins; -inf for a class without votes."""
     order = votes.argsort(dim=1, descending=True, stable=True)
     places = torch.arange(0, -votes.shape[1], -1, dtype=torch.float32).expand_as(order)
     return torch.empty_like(places).scatter_(1, order, places).masked_fill(votes == 0, -torch.inf)

@@ -1,7 +1,7 @@
-"""Counts that add up over ranks, and the metrics read off them.
+"""Counts that add up over ranks, and the metrics computed from them.
 
-Definitions are those of CLIP_benchmark (`zeroshot_classification.evaluate`, `zeroshot_retrieval.evaluate`), so that
-numbers are comparable with published ones: acc1 and acc5 from `topk` of the logits, mean per-class recall over the
+The definitions are those of CLIP_benchmark (`zeroshot_classification.evaluate`, `zeroshot_retrieval.evaluate`), so
+that numbers are comparable with published ones: acc1 and acc5 from `topk` of the logits, mean per-class recall over the
 classes that have a sample, retrieval recall@k = share of queries with at least one own partner among the first k.
 Everything is kept as integer counts until the end: a sum over ranks is then exact, whatever their number.
 """
@@ -23,7 +23,7 @@ Z95 = 1.959964
 
 @dataclass
 class ClassCounts:
-    """What a classification pass counts; `confusion` is (K, K) int64, row = true class, column = argmax."""
+    """The counts of a classification pass; `confusion` is (K, K) int64, row = true class, column = argmax."""
 
     confusion: Tensor
     top1: int = 0
@@ -59,7 +59,7 @@ class ClassCounts:
         self.confusion.view(-1).index_add_(0, cells, torch.ones_like(cells))
 
     def metrics(self) -> dict[str, float | None]:
-        """acc5 is None with fewer than five classes, where CLIP_benchmark writes nan (which JSON does not have)."""
+        """The metrics; acc5 is None with fewer than five classes, where CLIP_benchmark writes nan (not valid JSON)."""
         recalls = [recall for recall in self.per_class_recall() if recall is not None]
         return {
             "acc1": self.top1 / self.n,
@@ -68,7 +68,7 @@ class ClassCounts:
         }
 
     def per_class_recall(self) -> list[float | None]:
-        """Recall of every class; None for a class without a sample, which the mean leaves out as sklearn's does."""
+        """Recall of every class; None for a class without samples, which the mean omits, as in sklearn."""
         support = self.confusion.sum(dim=1).tolist()
         hits = self.confusion.diagonal().tolist()
         return [hit / count if count else None for hit, count in zip(hits, support, strict=True)]
@@ -82,7 +82,7 @@ class ClassCounts:
 
 @dataclass
 class RecallCounts:
-    """Queries of one direction, and those with an own partner among the first k, for every k of `RECALL_K`."""
+    """Numbers of queries of one direction, and of those with a partner among the first k, for each k of `RECALL_K`."""
 
     hits: tuple[int, ...] = (0,) * len(RECALL_K)
     n: int = 0
@@ -118,13 +118,13 @@ def mean_recall(metrics: dict[str, float]) -> float:
 
 
 def interval(value: float, n: int, total: int) -> list[float]:
-    """95 % Wilson interval for what the whole set of `total` samples would give, seen `value` on `n` drawn from it.
+    """95 % Wilson interval for the result on all `total` samples, given `value` on `n` drawn from them.
 
-    Both ends are `value` when all were seen. For a mean over classes or recalls it is the interval of a share.
+    Both ends are `value` if n = total. For a mean over classes or recalls it is the interval of a share.
     """
     if n >= total:
         return [value, value]
-    # Drawn without repetition: the fewer are left, the less is unknown.
+    # Drawn without repetition: the fewer samples are left, the smaller the uncertainty.
     known = n * (total - 1) / (total - n)
     square = Z95**2 / known
     middle, half = value + square / 2, (square * (value * (1 - value) + square / 4)) ** 0.5
@@ -138,6 +138,6 @@ def classification_chance(classes: int) -> float:
 def retrieval_chance(images: int) -> float:
     """Chance of `mean_recall`: a random ranking finds the one image of a text among the first k with k/n.
 
-    For a text of an image the chance is the same to first order: c captions among c·n texts, k·c/(c·n).
+    For the texts of an image the chance is the same to first order: c captions among c·n texts, k·c/(c·n).
     """
     return sum(min(1.0, k / images) for k in MEAN_RECALL_K) / len(MEAN_RECALL_K)

@@ -1,7 +1,7 @@
-"""The ranks that share an evaluation: who does which part, and how the parts come together.
+"""The ranks that share an evaluation: the part of each, and how the parts are combined.
 
-Classes and queries are cut into chunks that do not depend on the number of ranks and are dealt out in turn; samples are
-with the ranks in contiguous parts. What comes back is integer counts, or embeddings in the order of the dataset.
+Classes and queries are cut into chunks that do not depend on the number of ranks and are assigned in turn; samples are
+assigned in contiguous parts. The results are integer counts, or embeddings in the order of the dataset.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ class Ranks:
         return Ranks()
 
     def share(self, pieces: int) -> range:
-        """The indices of `pieces` that this rank works on: every size-th, so shares differ by one at most."""
+        """The indices of `pieces` for this rank: every size-th, so shares differ by at most one."""
         return range(self.rank, pieces, self.size)
 
     def from_first(self, work: Callable[[], T]) -> T:
-        """Let rank 0 work and give the result to all: files are read by one, so all ranks decide alike."""
+        """Run on rank 0 and give the result to all ranks: only one reads files, so all decide the same."""
         return self.gather(work if self.rank == 0 else lambda: None)[0]  # pyright: ignore[reportReturnType]
 
     def gather(self, work: Callable[[], T]) -> list[T]:
         """Results of `work` of all ranks, in rank order, on every rank.
 
-        An error on one rank is raised on all of them. Without that, the others would wait for it in the next
-        collective until its time-out, and the message with the cause would be lost among theirs.
+        An error on one rank is raised on all of them. Otherwise the others would wait in the next collective until
+        its timeout, and the message with the cause would be lost among theirs.
         """
         return self._run(work, lambda result: result)
 
     def together(self, work: Callable[[], T]) -> T:
-        """This rank's own result of `work`, once it went well on all ranks."""
+        """This rank's own result of `work`, once it has succeeded on all ranks."""
         results: list[T] = []
         self._run(lambda: results.append(work()), lambda _: None)
         return results[0]
@@ -78,7 +78,7 @@ class Ranks:
 def launched_ranks() -> Iterator[Ranks]:
     """The ranks that torchrun, deepspeed or srun started, as a gloo group; one process without a launcher.
 
-    gloo also with GPUs: only counts and embeddings are exchanged, on the CPU. So two ranks may share a GPU.
+    gloo is used even with GPUs, because only counts and embeddings on the CPU are exchanged. So ranks may share a GPU.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield Ranks.current()

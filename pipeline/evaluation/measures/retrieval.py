@@ -1,7 +1,7 @@
 """Image-text retrieval both ways, with any number of captions per image.
 
-The similarity matrix is never held as a whole: queries go through it in chunks of rows, shared by the ranks, and of
-each chunk only the first ten columns survive. For COCO's 5,000 x 25,010 that is 26 MB at a time instead of 500 MB.
+The whole similarity matrix is never in memory: it is computed in chunks of rows, shared by the ranks, and of each chunk
+only the first ten columns are kept. For COCO's 5,000 x 25,010 that is 26 MB at a time instead of 500 MB.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def embed_batch(encoder: Encoder, images: Tensor, captions: Sequence[Sequence[st
 
 
 def join(batches: Iterable[Embeddings]) -> Embeddings:
-    """Put batches, in their order in the dataset, after one another."""
+    """Concatenate batches in the order of the dataset."""
     parts = list(batches)
     owners, start = [], 0
     for part in parts:
@@ -55,9 +55,9 @@ def recall_counts(
     ranks: Ranks,
     device: torch.device,
 ) -> RecallCounts:
-    """Of queries (Q, D), count those with a gallery item (G, D) of the same owner among the first k.
+    """Count the queries (Q, D) with a gallery item (G, D) of the same owner among the first k.
 
-    With fewer than k items in the gallery all of them are looked at. The counts are of all ranks.
+    A gallery with fewer than k items counts as a whole. The counts are those of all ranks.
     """
     starts = range(0, len(queries), QUERIES_PER_CHUNK)
     gallery, gallery_owner = gallery.to(device), gallery_owner.to(device)

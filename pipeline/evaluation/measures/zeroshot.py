@@ -1,4 +1,4 @@
-"""Zero-shot classification: a classifier made of class names in templates, and what it says of images."""
+"""Zero-shot classification: a classifier head from class names in templates, and its logits for images."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pipeline.evaluation.measures.encode import TEXTS_PER_FORWARD, Encoder
 from pipeline.evaluation.measures.ranks import Ranks
 from pipeline.prompts import caption
 
-# CLIP_benchmark's constant. It changes no order, but it decides float ties, so it is kept.
+# CLIP_benchmark's constant. It does not change the order, but it decides rounding ties.
 LOGIT_SCALE = 100.0
 
 
 def classifier_head(encoder: Encoder, classnames: Sequence[str], templates: Sequence[str], ranks: Ranks) -> Tensor:
     """(K, D) unit vectors: for each class, the normalised mean of the normalised features of its prompts.
 
-    That order (normalise, mean, normalise) is the one of CLIP, FLYP, open_clip and CLIP_benchmark. The templates hold
-    `{c}` where the class name goes. Classes are encoded in chunks, shared by the ranks.
+    This order (normalise, mean, normalise) is that of CLIP, FLYP, open_clip and CLIP_benchmark. The templates have
+    `{c}` in place of the class name. Classes are encoded in chunks, shared by the ranks.
     """
     per_chunk = max(1, TEXTS_PER_FORWARD // len(templates))
     starts = range(0, len(classnames), per_chunk)
@@ -43,10 +43,10 @@ def _class_vectors(encoder: Encoder, classnames: Sequence[str], templates: Seque
 
 
 def apply_subset(logits: Tensor, subset: Sequence[Sequence[int]] | None) -> Tensor:
-    """Logits (B, K) of all classes -> (B, len(subset)) of those the dataset has, in label order.
+    """Logits (B, K) of all classes -> (B, len(subset)) of the dataset's classes, in label order.
 
     ImageNet-A and -R hold images of 200 of the 1000 ImageNet classes; their label j is the j-th id of the subset. A
-    class of ObjectNet may be several of ImageNet's: its logit is the largest of theirs.
+    class of ObjectNet may be several of ImageNet's; its logit is the largest of theirs.
     """
     if subset is None:
         return logits

@@ -1,4 +1,4 @@
-"""From the journals of one run to one store: what is missing there, once each, in any number of attempts."""
+"""Delivers the missing records of one run's journals to one store, each once, in any number of attempts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ logger = logging.getLogger("selora.tracking")
 
 @dataclass
 class StoreState:
-    """How far one store has got. Losing it costs a second delivery, which changes nothing."""
+    """Progress of the delivery to one store. If it is lost, a second delivery changes nothing in the store."""
 
     run_id: str | None = None
     offsets: dict[str, int] = field(default_factory=dict)  # journal file -> bytes delivered
@@ -44,11 +44,11 @@ class StoreState:
     status_sent: str | None = None
     parent_linked: bool = False
     refused: list[str] = field(default_factory=list)
-    error: str | None = None  # why the last attempt failed
+    error: str | None = None  # reason for the failure of the last attempt
 
 
 def load_state(run_dir: Path, uri: str) -> StoreState:
-    """The delivery state of one store; a fresh one if there is none or it cannot be read."""
+    """The delivery state of one store; a new one if there is none or it cannot be read."""
     try:
         return StoreState(**read_json(run_dir / STATE_FILE)[redact(uri)])
     except (OSError, ValueError, KeyError, TypeError):
@@ -69,7 +69,7 @@ def save_state(run_dir: Path, uri: str, state: StoreState) -> None:
 
 
 class Delivery:
-    """Brings one run's journals into one store; the holder of the shipping lock only."""
+    """Delivers one run's journals to one store; only for the holder of the shipping lock."""
 
     def __init__(self, run_dir: Path, uri: str, identity: RunIdentity, *, full: bool = False) -> None:
         self.run_dir, self.uri, self.identity = run_dir, uri, identity
@@ -84,16 +84,16 @@ class Delivery:
             self._start_over()
 
     def deliver(self, *, last: bool = False) -> None:
-        """Send all that the journals hold; `last` also closes a run whose process is gone.
+        """Send everything in the journals; `last` also closes a run whose process has ended.
 
         Raises:
-            Away: the store did not take it; what was taken is remembered.
+            Away: the store is not available; the progress so far is remembered.
         """
         try:
             self._deliver(last)
             self.state.error = None
         except (Refused, Gone, Away) as error:
-            self._checked = False  # the run itself may be gone: look it up again next time
+            self._checked = False  # the run itself may have been deleted: look it up again next time
             self.state.error = str(error)
             raise Away(str(error)) from error
         finally:
@@ -118,7 +118,7 @@ class Delivery:
             self._saved = content
 
     def _run_id(self) -> str:
-        """The MLflow run of this journal: the remembered one, else found by its tag, else made."""
+        """The MLflow run of this journal: remembered, found by its tag, or created."""
         if self._checked and self.state.run_id is not None:
             return self.state.run_id
         run = None
@@ -187,7 +187,7 @@ class Delivery:
         self._send_params(run_id, params, tags)
         self._send_tags(run_id, tags)
         self.state.offsets[name] = end
-        self.state.error = None  # it answers again; what else is wrong shows at the end of this delivery
+        self.state.error = None  # it answers again; other faults show at the end of this delivery
         self._count(sum(count(record) for record in batch))
         self._save()
 
@@ -200,7 +200,7 @@ class Delivery:
             self._send_metrics_or_halves(run_id, metrics[start : start + MAX_METRICS])
 
     def _send_metrics_or_halves(self, run_id: str, metrics: Sequence[Metric]) -> None:
-        """One value that the store refuses must not hold up the rest: halve until it is alone."""
+        """Send metrics; if the store refuses them, halve the batch until the refused value is alone."""
         try:
             self.store.log_metrics(run_id, metrics)
         except Refused as error:
@@ -213,7 +213,7 @@ class Delivery:
             self._send_metrics_or_halves(run_id, metrics[middle:])
 
     def _send_params(self, run_id: str, params: Sequence[tuple[str, str]], tags: dict[str, str]) -> None:
-        """Params of MLflow never change: the first value stays, a later one is noted as a tag (added to `tags`)."""
+        """MLflow's params cannot change: the first value stays, and a later one becomes a tag (added to `tags`)."""
         fresh: dict[str, str] = {}
         for name, value in (legal_param(*pair) for pair in params):
             first = (self._params | fresh).setdefault(name, value)
@@ -256,7 +256,7 @@ class Delivery:
     def _upload(self, run_id: str) -> Away | None:
         """Upload the files whose content is missing from the store, and return the failure.
 
-        Small files come first: an artifact store that fails, or refuses large files, must delay neither them nor the
+        Small files come first, so that an artifact store that fails or refuses large files delays neither them nor the
         status.
         """
         open_wishes = [(name, wish) for name, wish in self.state.files.items() if wish["sent"] != wish["sha256"]]
@@ -275,7 +275,7 @@ class Delivery:
         return None
 
     def _link_parent(self, run_id: str) -> None:
-        """Hang the run below its parent as soon as the parent has come to the store."""
+        """Link the run to its parent as soon as the parent is in the store."""
         parent = self.identity.parent
         if parent is None or self.state.parent_linked:
             return
@@ -287,7 +287,7 @@ class Delivery:
     def _send_status(self, run_id: str, last: bool) -> None:
         status, time_ms = self.state.status or [None, 0]
         if last and status in (None, "RUNNING") and not is_held(lock_path(self.run_dir / JOURNAL)):
-            # nobody is left to say how it ended; without any word on a status there was nothing to end
+            # no process is left to record the end; without any recorded status there is nothing to end
             status, time_ms = "FINISHED" if status is None else "KILLED", self._last_ms()
         if status is not None and status != self.state.status_sent:
             self.store.set_status(run_id, status, time_ms)
@@ -298,7 +298,7 @@ class Delivery:
         return times[-1] if times else 0
 
     def _remove_twins(self, run_id: str) -> None:
-        """A create request that timed out may have worked after all; its empty run is deleted."""
+        """Delete the empty runs of create requests that timed out but succeeded."""
         for run in self.store.find_runs(self.identity.run):
             empty = not run.data.metrics and not run.data.params
             if run.info.run_id != run_id and run.info.lifecycle_stage == "active" and empty:
@@ -306,7 +306,7 @@ class Delivery:
 
 
 def pending(run_dir: Path, state: StoreState) -> int:
-    """How many values and files of a run a store in this state has not taken yet."""
+    """Number of values and files of a run that a store in this state does not have yet."""
     number = sum(wish["sent"] != wish["sha256"] for wish in state.files.values())
     for path in journals(run_dir):
         for record in read(path, state.offsets.get(path.name, 0)):
@@ -316,7 +316,7 @@ def pending(run_dir: Path, state: StoreState) -> int:
 
 
 def count(record: Record) -> int:
-    """How many values a record holds; files are counted when they are uploaded."""
+    """Number of values in a record; files are counted when they are uploaded."""
     return len(record.data["values"]) if record.kind in ("metrics", "params", "tags") else 0
 
 

@@ -1,4 +1,4 @@
-"""A directory of runs that was moved with its SQLite store: MLflow and the runs keep absolute addresses of files."""
+"""Directories of runs that were moved with their SQLite store, although MLflow and the runs store absolute paths."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 from pipeline.tracking.mlflow.uris import artifact_root, sqlite_path, sqlite_uri
 
 _LOCKED_SECONDS = 30.0
-# Where MLflow keeps the address of a file or of a directory of files.
+# Columns in which MLflow stores the address of a file or directory.
 _COLUMNS = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -21,14 +21,14 @@ _COLUMNS = (
 
 
 def found_again(uri: str | None, run_dir: Path) -> str | None:
-    """The address that a run was started with, or that of the same file further up from where the run is now.
+    """The address that a run was started with, or that of the same file in a directory above the run.
 
     Args:
-        uri: as run.json has it.
+        uri: address from run.json.
         run_dir: directory of the run.
 
     Returns:
-        `uri`, unless it is of a SQLite file that is gone and one of its name is in a directory above the run.
+        `uri`, unless its SQLite file is missing and a directory above the run has a file of this name.
     """
     file = None if uri is None else sqlite_path(uri)
     if file is None or file.exists():
@@ -38,10 +38,10 @@ def found_again(uri: str | None, run_dir: Path) -> str | None:
 
 
 def relocate(uri: str) -> None:
-    """Let a SQLite store that was moved with its `mlartifacts` find them: its addresses follow where the old are gone.
+    """Update the addresses in a SQLite store that was moved with its `mlartifacts`, if the old ones no longer exist.
 
-    A copy of a store whose original is still there is left as it is. MLflow opens the store after this, and would try
-    for minutes where it cannot.
+    A copy of a store whose original still exists is not changed. MLflow opens the store after this, and would retry for
+    minutes if it cannot.
 
     Raises:
         sqlite3.Error: the file is not a database, is damaged or locked, or cannot be opened.

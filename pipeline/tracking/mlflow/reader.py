@@ -1,4 +1,4 @@
-"""An MLflow experiment read back: runs with params, tags, last values, chosen histories and small text files."""
+"""Reads an MLflow experiment: runs with params, tags, last values, chosen histories and small text files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pipeline.config import ConfigError
 from pipeline.passwords import redact
 from pipeline.tracking.mlflow.moved import relocate
-from pipeline.tracking.mlflow.store import PARENT_TAG, client_environment, told
+from pipeline.tracking.mlflow.store import PARENT_TAG, client_environment, as_config_errors
 from pipeline.tracking.mlflow.uris import resolve_uri, sqlite_path
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _PAGE = 1000
 
 @dataclass(frozen=True)
 class StoredRun:
-    """One run of the store. `status` is MLflow's word; `files` holds the texts of those wanted that are there."""
+    """One run of the store. `status` is MLflow's; `files` holds the texts of the requested files that exist."""
 
     run_id: str
     name: str
@@ -48,16 +48,16 @@ def read_experiment(
     """The active runs of an experiment, oldest first.
 
     Nothing is created or changed, except the addresses of files in a store that was moved.
-    uri: the store; None: MLFLOW_TRACKING_URI, else OUT/mlflow.db. histories: metrics whose every value is read (one
-    request each). files: artifact paths to read as text; a file that a run does not have is left out.
+    uri: the store; None: MLFLOW_TRACKING_URI, else OUT/mlflow.db. histories: metrics of which all values are read (one
+    request each). files: artifact paths to read as text; missing files are left out.
 
-    Raises ConfigError when the store cannot be reached or has no such experiment.
+    Raises ConfigError if the store cannot be reached or has no such experiment.
     """
     uri = resolve_uri(uri, out)
     file = sqlite_path(uri)
     if file is not None and not file.is_file():
         raise ConfigError(f"tracking.uri={uri!r}: there is no such file")
-    with client_environment(), told(uri):
+    with client_environment(), as_config_errors(uri):
         from mlflow import MlflowClient
 
         relocate(uri)

@@ -1,7 +1,7 @@
-"""Versions of a registered model: equal weights once, aliases, and who was champion before.
+"""Versions of a registered model: equal weights are registered once; aliases and the history of champions.
 
-A new version becomes the `challenger`, and loses this alias as `champion`. The registered model's tag selora.champions
-lists all champions, oldest first, and the version of each names the previous one; `roll_back` goes back in this list.
+A new version becomes the `challenger`, and loses this alias when it becomes the `champion`. The registered model's tag
+selora.champions lists all champions, oldest first; `roll_back` goes back in this list.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import ConfigError
 from pipeline.passwords import redact
 from pipeline.tracking.mlflow.moved import relocate
-from pipeline.tracking.mlflow.store import Away, Gone, MlflowStore, Refused, client_environment, told
+from pipeline.tracking.mlflow.store import Away, Gone, MlflowStore, Refused, client_environment, as_config_errors
 from pipeline.tracking.served.served import load_served, quiet
 
 if TYPE_CHECKING:
@@ -29,14 +29,14 @@ CHAMPIONS_TAG = "selora.champions"
 PREVIOUS_TAG = "selora.previous_champion"
 REGISTRY_VARIABLE = "MLFLOW_REGISTRY_URI"
 _KEPT_CHAMPIONS = 50
-# An upload of a whole CLIP takes longer to be answered than a metric does.
+# The upload of a whole CLIP takes longer than that of a metric.
 PATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "600", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
 
 
 class Registry:
-    """The versions of one registered model at one store. Faults of the store are ConfigErrors that name it.
+    """The versions of one registered model in one store. Faults of the store are ConfigErrors that name it.
 
-    The store is the one that has the runs, whatever MLFLOW_REGISTRY_URI says: a version links to its run.
+    It is the store with the runs, whatever MLFLOW_REGISTRY_URI is, because a version links to its run.
     """
 
     def __init__(self, uri: str, name: str, experiment: str = "selora") -> None:
@@ -46,19 +46,19 @@ class Registry:
         self._store = MlflowStore(uri, experiment)
 
     def run_id_of(self, run: str) -> str | None:
-        """The MLflow run of the experiment that carries this run's uuid, or None."""
+        """The MLflow run in the experiment with this run's uuid, or None."""
         with self._client():
             found = self._store.find_runs(run)
             return found[0].info.run_id if found and found[0].info.lifecycle_stage == "active" else None
 
     def version_of(self, digest: str) -> str | None:
-        """The version that holds weights of this digest, or None."""
+        """The version with weights of this digest, or None."""
         with self._client() as client:
             found = [v.version for v in self._versions(client) if v.tags.get(DIGEST_TAG) == digest]
             return str(found[0]) if found else None
 
     def register(self, model: Path, tags: Mapping[str, str], run_id: str | None, description: str = "") -> str:
-        """Upload the model directory and make it a version, with its tags from the start. Returns the version."""
+        """Upload the model directory and create a version with its tags. Returns the version."""
         with self._client() as client:
             experiment_id = self._store.experiment_id(run_id)
             logged = client.create_logged_model(experiment_id, self.name, source_run_id=run_id, tags=dict(tags))
@@ -67,7 +67,7 @@ class Registry:
                 client.log_model_artifacts(logged.model_id, str(model))
                 client.finalize_logged_model(logged.model_id, "READY")
                 return self._make_version(client, logged.model_id, tags, run_id, description)
-            except BaseException:  # also Ctrl-C: nothing reads what is not a version
+            except BaseException:  # also after Ctrl-C: files without a version are never read
                 client.delete_logged_model(logged.model_id)
                 raise
 
@@ -95,7 +95,7 @@ class Registry:
         return str(made.version)
 
     def retag(self, version: str, tags: Mapping[str, str]) -> None:
-        """Bring the tags of a version up to date."""
+        """Update the tags of a version."""
         with self._client() as client:
             have = client.get_model_version(self.name, version).tags
             for key, value in tags.items():
@@ -107,12 +107,12 @@ class Registry:
             return dict(client.get_model_version(self.name, version).tags)
 
     def alias(self, alias: str) -> str | None:
-        """The version that carries the alias, or None."""
+        """The version with the alias, or None."""
         with self._client() as client:
             return self._alias(client, alias)
 
     def aliases(self, version: str) -> list[str]:
-        """The aliases that the version carries."""
+        """The aliases of the version."""
         with self._client() as client:
             return sorted(client.get_model_version(self.name, version).aliases)
 
@@ -123,12 +123,12 @@ class Registry:
                 client.set_registered_model_alias(self.name, CHALLENGER, version)
 
     def make_champion(self, version: str) -> str | None:
-        """Move the alias champion to `version`. Returns the previous champion, which is remembered for a rollback."""
+        """Move the alias champion to `version`. Returns the previous champion, which is recorded for a rollback."""
         with self._client() as client:
             before = self._alias(client, CHAMPION)
             if before == version:
                 return self._before(client, version)
-            # The history first: if this process dies in between, the alias still says who the champion is.
+            # The history first: if this process dies in between, the alias still names the champion.
             history = [*self._history(client, before), version][-_KEPT_CHAMPIONS:]
             client.set_registered_model_tag(self.name, CHAMPIONS_TAG, ",".join(history))
             if before is not None:
@@ -139,7 +139,7 @@ class Registry:
             return before
 
     def roll_back(self) -> tuple[str, str]:
-        """Give the alias champion back to the champion before. Returns (version that had it, version that has it)."""
+        """Return the alias champion to the previous champion. Returns (version before, version now)."""
         with self._client() as client:
             now = self._alias(client, CHAMPION)
             if now is None:
@@ -158,7 +158,7 @@ class Registry:
         return earlier[-1] if earlier else None
 
     def _history(self, client: MlflowClient, now: str | None) -> list[str]:
-        """The champions up to the present one, whatever a step cut short has written behind it."""
+        """The champions up to the present one; entries after it, from an interrupted step, are ignored."""
         if now is None:
             return []
         past = client.get_registered_model(self.name).tags.get(CHAMPIONS_TAG, "").split(",")
@@ -194,24 +194,24 @@ class Registry:
 
 
 def load_registered(model_uri: str, uri: str) -> Any:
-    """A model by models:/NAME@champion, models:/NAME/3, runs:/… or a directory, as `mlflow.pyfunc.load_model` does."""
-    with told(uri, f"{model_uri}: cannot be loaded from "), client_environment(PATIENT), _default_store(uri):
+    """Load a model by models:/NAME@champion, models:/NAME/3, runs:/… or a directory, as `mlflow.pyfunc.load_model`."""
+    with as_config_errors(uri, f"{model_uri}: cannot be loaded from "), client_environment(PATIENT), _default_store(uri):
         relocate(uri)
         return load_served(model_uri)
 
 
 def registered_files(model_uri: str, uri: str, folder: Path) -> Path:
-    """Fetch a registered model's files into `folder`. Returns its directory; names as in `load_registered`."""
+    """Download a registered model's files into `folder`. Returns its directory; names as in `load_registered`."""
     import mlflow
 
-    with told(uri, f"{model_uri}: cannot be loaded from "), client_environment(PATIENT), _default_store(uri), quiet():
+    with as_config_errors(uri, f"{model_uri}: cannot be loaded from "), client_environment(PATIENT), _default_store(uri), quiet():
         relocate(uri)
         return Path(mlflow.artifacts.download_artifacts(model_uri, dst_path=str(folder)))
 
 
 @contextmanager
 def _default_store(uri: str) -> Iterator[None]:
-    """MLflow's process-wide default addresses for the time of a block; MLflow also writes them into the environment."""
+    """Set MLflow's process-wide default addresses for a block; MLflow also writes them into the environment."""
     import mlflow
 
     variables = ("MLFLOW_TRACKING_URI", REGISTRY_VARIABLE)
@@ -224,14 +224,14 @@ def _default_store(uri: str) -> Iterator[None]:
         yield
     finally:
         mlflow.set_tracking_uri(before)
-        mlflow.set_registry_uri(nothing)  # back to what the environment says, else the tracking address
+        mlflow.set_registry_uri(nothing)  # back to the environment's address, or else the tracking address
         for name in variables:
             os.environ.pop(name, None)
         os.environ.update(inherited)
 
 
 def _sign(model: Path, model_id: str, run_id: str | None) -> None:
-    """Write into the model which logged model of which run it is."""
+    """Record in the model its logged model and run."""
     from mlflow.models import Model
 
     signed = Model.load(str(model))

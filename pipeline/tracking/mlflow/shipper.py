@@ -1,9 +1,9 @@
 """The process that delivers the journals of a training or a sweep to MLflow while they grow.
 
-A process and not a thread: importing mlflow holds the interpreter for seconds, a thread that lives when data-loading
-workers are forked may leave them a locked lock, and a client that hangs or crashes takes nothing with it. The trainer
-writes lines to a file and, at the end, one word to a pipe; it never waits for anything else. Should the trainer be
-killed, this process sees it, delivers what is left, closes the run as KILLED and goes.
+It is a process, not a thread, because importing mlflow blocks the interpreter for seconds, a thread may hold a lock
+when data-loading workers are forked, and a client that hangs or crashes must not affect the training. The trainer
+writes lines to a file and, at the end, one word to a pipe; it waits for nothing else. If the trainer is killed, this
+process notices, delivers the rest, closes the run as KILLED and ends.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ from pipeline.tracking.mlflow.store import CLIENT_ENVIRONMENT, Away
 from pipeline.tracking.system import SystemSampler
 
 LOG_FILE = "mlflow.log"
-_URI_VARIABLE = "SELORA_SHIPPING_URI"  # not an argument: it may hold a password, and `ps` shows arguments to all
+_URI_VARIABLE = (
+    "SELORA_SHIPPING_URI"  # not an argument, because it may hold a password and `ps` shows arguments to everyone
+)
 _POLL_SECONDS = 2.0
 _MAX_BACKOFF_SECONDS = 15.0
-_LAST_SECONDS = 15.0  # how long the last delivery is tried anew when the store was well until then
-_LAST_TIMEOUT = "3"  # seconds for one request at the end, when the store was away before
+_LAST_SECONDS = 15.0  # seconds for retries of the last delivery if the store was available before
+_LAST_TIMEOUT = "3"  # seconds for one request at the end if the store was away before
 _ORPHAN_SECONDS = 60.0
 _FINISH = b"finish\n"
 
@@ -41,13 +43,10 @@ logger = logging.getLogger("selora.tracking")
 
 
 class Shipper:
-    """The trainer's handle on the delivering process.
+    """The trainer's handle of the delivering process.
 
     Args:
-        run_dir: the run; its log of this process goes to run_dir/mlflow.log.
-        uri: where to ship; None: nowhere, only sample the machine.
-        system: (node, seconds) to sample the machine, or None.
-        below: a folder of run directories, which are also delivered.
+        run_dir: directory of the run; the process logs to run_dir/mlflow.log.
     """
 
     def __init__(
@@ -88,7 +87,7 @@ class Shipper:
             return False
 
     def _note(self, text: str) -> None:
-        """A line of the trainer's in the log, which may name a process that was ended before it could write one."""
+        """Write a line to the log on behalf of the process, which may have been ended before it could."""
         with suppress(OSError), self._log.open("ab") as log:
             log.write(f"{time.strftime('%H:%M:%S')}: {text}\n".encode())
 
@@ -102,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--node", default=None)
     parser.add_argument("--seconds", type=float, default=10.0)
     options = parser.parse_args(argv)
-    # The trainer decides when this process ends: a signal to the whole group must not take the tracker away first.
+    # The trainer decides when this process ends: a signal to the whole group must not end it first.
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
     os.nice(5)
@@ -121,15 +120,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class _Trainer:
-    """The parent process as seen from here: the word on the pipe, or its death."""
+    """The parent process as seen from here: its word on the pipe, or its death."""
 
     def __init__(self, pid: int) -> None:
-        self._pid = pid  # passed in: the trainer may have died while this process was starting
+        self._pid = pid  # passed as an argument, because the trainer may have died while this process was starting
         self._said = False
         self.killed = False
 
     def ended(self, wait_s: float) -> bool:
-        """Wait at most `wait_s` seconds for the end. Forked workers may hold the pipe open: look at the parent too."""
+        """Wait at most `wait_s` seconds for the end. Forked workers may keep the pipe open: check the parent also."""
         deadline = time.monotonic() + wait_s
         while not (self._said or self.killed):
             left = deadline - time.monotonic()
@@ -174,9 +173,9 @@ class _Fleet:
         self._deliveries = {run_dir: Delivery(run_dir, uri, identity)}
 
     def deliver(self, *, last: bool = False) -> None:
-        """Send what all journals hold; raises Away at the first run that fails, which is then tried after the others.
+        """Send the content of all journals; raises Away at the first run that fails, which is then tried last.
 
-        So a store that is away costs one attempt, and a run that it does not take holds up nobody.
+        So an unavailable store costs one attempt, and a refused run does not delay the others.
         """
         self._look_below()
         for run_dir, delivery in list(self._deliveries.items()):
@@ -187,7 +186,7 @@ class _Fleet:
                 raise
 
     def wait_for_writers(self, seconds: float) -> None:
-        """Until the processes below are gone, as they go when the one above them was killed; at most so long."""
+        """Wait a limited time until the child runs' processes have ended, as they do after their parent was killed."""
         deadline = time.monotonic() + seconds
         while any(is_held(lock_path(run_dir / JOURNAL)) for run_dir in self._deliveries):
             if time.monotonic() >= deadline:
@@ -200,7 +199,7 @@ class _Fleet:
             identity = None if run_dir in self._deliveries else read_identity(run_dir)
             if identity is None:
                 continue
-            with suppress(Busy):  # `selora track sync` is there, or an earlier attempt's process
+            with suppress(Busy):  # `selora track sync` is running, or the process of an earlier attempt
                 self._locks.append(ProcessLock(run_dir / SHIPPING_LOCK))
                 self._deliveries[run_dir] = Delivery(run_dir, self._uri, identity)
 
@@ -213,7 +212,7 @@ class _Fleet:
 
 
 def _take_lock(run_dir: Path, trainer: _Trainer) -> ProcessLock | None:
-    """The right to deliver; an earlier attempt's process may still be delivering its rest."""
+    """The right to deliver; the process of an earlier attempt may still be delivering the rest."""
     while True:
         ended = trainer.ended(0.0)
         try:
@@ -225,7 +224,7 @@ def _take_lock(run_dir: Path, trainer: _Trainer) -> ProcessLock | None:
 
 
 def _deliver_last(fleet: _Fleet, well: bool, seconds: float) -> bool:
-    """Deliver to the end: one short attempt at a store that was away, several at one that was well."""
+    """Deliver the rest: one short attempt if the store was away, several if it was available."""
     if not well:
         os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = min(
             os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"], _LAST_TIMEOUT, key=int

@@ -1,6 +1,6 @@
-"""The MLflow client, made narrow: what a delivery asks of it, and three kinds of failure instead of MLflow's dozens.
+"""A narrow MLflow client: the requests of a delivery, and three kinds of failure instead of MLflow's dozens.
 
-The only importer of mlflow on the tracking path, and only inside functions: the import costs seconds.
+On the tracking path only this module imports mlflow, and only inside functions, because the import takes seconds.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ RUN_TAG = "selora.run"
 PARENT_TAG = "mlflow.parentRunId"
 MAX_METRICS, MAX_PAIRS = 1000, 100  # per log_batch call
 _MAX_NAME, _MAX_PARAM, _MAX_TAG = 250, 6000, 8000
-_CREATE_WAIT_SECONDS = 120.0  # a new SQLite store runs all of MLflow's migrations first
-_ANEW = "move it away and fill a new one by `selora track sync RUN --full`"
-# What an error's first line holds, and how it is put.
+_CREATE_WAIT_SECONDS = 120.0  # a new SQLite store first runs all of MLflow's migrations
+_REPLACE = "move it away and fill a new one by `selora track sync RUN --full`"
+# Text in the first line of an error, and the message for it.
 _SIGNS = {
     **{sign: sign for sign in ("Connection refused", "timed out", "Name or service not known", "Connection reset")},
     "database is locked": "another program keeps the database locked: end it, or wait until it is done",
-    "file is not a database": f"it is not a SQLite database: name another file, or {_ANEW}",
-    "database disk image is malformed": f"its file is damaged: put a backup in its place, or {_ANEW}",
+    "file is not a database": f"it is not a SQLite database: name another file, or {_REPLACE}",
+    "database disk image is malformed": f"its file is damaged: restore a backup, or {_REPLACE}",
     "unable to open database file": "its file cannot be opened: it is a directory, or not yours to read and write",
     "readonly database": "its file cannot be written by this user",
     "out-of-date database schema": "its tables are of another MLflow: back it up, then run `mlflow db upgrade '{uri}'`",
@@ -45,7 +45,7 @@ _SIGNS = {
 }
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
 
-# MLflow's own defaults block one call for minutes when the server is away; we retry ourselves.
+# MLflow's defaults block a call for minutes if the server is away; deliveries have their own retries.
 CLIENT_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -59,11 +59,11 @@ Metric = tuple[str, float, int, int]  # name, value, time in ms, step
 
 
 class Away(Exception):
-    """The store cannot take anything now; the same call may work later."""
+    """The store is not available now; the same call may work later."""
 
 
 class Refused(Exception):
-    """The store is there and will never take this content."""
+    """The store is available but will never accept this content."""
 
 
 class Gone(Exception):
@@ -72,7 +72,7 @@ class Gone(Exception):
 
 @contextmanager
 def client_environment(settings: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
-    """MLflow's client settings (and `settings` over ours) for the time of a block, where the user has not set them."""
+    """Set MLflow's client settings for a block, unless the user has set them; `settings` override our defaults."""
     wanted = {**CLIENT_ENVIRONMENT, **settings}
     added = {key: value for key, value in wanted.items() if key not in os.environ}
     os.environ.update(added)
@@ -84,7 +84,7 @@ def client_environment(settings: Mapping[str, str] = MappingProxyType({})) -> It
 
 
 class MlflowStore:
-    """One experiment of one tracking store; every method raises Away, Refused or Gone and nothing else.
+    """One experiment of one tracking store; methods raise only Away, Refused or Gone.
 
     A new experiment of a bare database keeps its files below `out`.
     """
@@ -98,14 +98,14 @@ class MlflowStore:
         self._file: tuple[int, int] | None = None
 
     def experiment_id(self, run_id: str | None) -> str:
-        """The experiment of a run; without one, the one this store was opened for, made if it is missing."""
+        """The experiment of a run; without a run, that of this store, created if it is missing."""
         if run_id is not None:
             return self.get_run(run_id).info.experiment_id
         with self.calling():
             return self._experiment_id
 
     def find_runs(self, run: str) -> list[Run]:
-        """The MLflow runs that carry this run's uuid, deleted ones too, in a fixed order."""
+        """The MLflow runs with this run's uuid, including deleted ones, in a fixed order."""
         with self.calling() as client:
             from mlflow.entities import ViewType
 
@@ -135,7 +135,7 @@ class MlflowStore:
             client.log_batch(run_id, metrics=entities, synchronous=True)
 
     def log_params(self, run_id: str, params: Mapping[str, str]) -> None:
-        """`params` must have legal names and not contradict what the run has."""
+        """Log params with legal names that do not contradict those of the run."""
         with self.calling() as client:
             from mlflow.entities import Param
 
@@ -161,7 +161,7 @@ class MlflowStore:
 
     @contextmanager
     def calling(self) -> Iterator[MlflowClient]:
-        """The connected client; whatever is raised in the block comes out as Away, Refused, Gone or ConfigError."""
+        """The connected client; every exception in the block becomes Away, Refused, Gone or ConfigError."""
         with _translated(self.uri):
             client = self._client or self._open()
             if self._file != _file_of(self.uri):
@@ -171,7 +171,7 @@ class MlflowStore:
             yield client
 
     def _open(self) -> MlflowClient:
-        """Connect, and make store and experiment if they are missing; SQLite by one process at a time."""
+        """Connect, and create store and experiment if they are missing; for SQLite one process at a time."""
         from mlflow import MlflowClient
 
         for name in ("mlflow", "alembic"):
@@ -179,17 +179,17 @@ class MlflowStore:
         file = sqlite_path(self.uri)
         if file is None:
             client = MlflowClient(self.uri, registry_uri=self.uri)
-            self._experiment_id = self._settle_experiment(client)
+            self._experiment_id = self._find_or_create_experiment(client)
         else:
             file.parent.mkdir(parents=True, exist_ok=True)
             with ProcessLock(file.with_name(file.name + ".lock"), _CREATE_WAIT_SECONDS):
                 relocate(self.uri)
                 client = MlflowClient(self.uri, registry_uri=self.uri)
-                self._experiment_id = self._settle_experiment(client)
+                self._experiment_id = self._find_or_create_experiment(client)
         self._client, self._file = client, _file_of(self.uri)
         return client
 
-    def _settle_experiment(self, client: MlflowClient) -> str:
+    def _find_or_create_experiment(self, client: MlflowClient) -> str:
         from mlflow import MlflowException
 
         found = client.get_experiment_by_name(self.experiment)
@@ -208,7 +208,7 @@ class MlflowStore:
 
 
 @contextmanager
-def told(uri: str, what: str = "") -> Iterator[None]:
+def as_config_errors(uri: str, what: str = "") -> Iterator[None]:
     """The errors of MLflow and of drivers below it as the user's: a wrong address, a store that is away or damaged.
 
     Args:
@@ -246,7 +246,7 @@ def _translated(uri: str) -> Iterator[None]:
         if error.error_code in _REFUSALS:
             raise Refused(reason) from error
         raise Away(reason) from error
-    except Exception as error:  # drivers and HTTP libraries below MLflow raise their own; none may reach a training
+    except Exception as error:  # drivers and HTTP libraries raise their own errors; none may reach a training
         raise Away(reason_of(error, uri)) from error
 
 
@@ -254,8 +254,7 @@ def reason_of(error: Exception, uri: str) -> str:
     """MLflow's error, or that of a driver below it, in one line.
 
     Args:
-        error: as it was raised.
-        uri: the store's address, which MLflow's advice leaves open.
+        error: the error as raised.
 
     Returns:
         At most 300 characters, without a password.
@@ -278,9 +277,9 @@ def _file_of(uri: str) -> tuple[int, int] | None:
 
 
 def legal_name(name: str) -> str:
-    """The name under which MLflow keeps a metric, param or tag: r@1 becomes r_at_1, other signs become _ with a digest.
+    """MLflow's name of a metric, param or tag: r@1 becomes r_at_1, other characters become _ with a digest.
 
-    A pure function, so that every delivery of a value uses the same name; the digest keeps two names apart.
+    A pure function, so that every delivery of a value uses the same name; the digest distinguishes names.
     """
     legal = re.sub(r"[^A-Za-z0-9_\-. :/]", "_", name.replace("@", "_at_"))
     legal = re.sub(r"/{2,}", "/", legal).strip("/")
@@ -292,7 +291,7 @@ def legal_name(name: str) -> str:
 
 
 def legal_param(name: str, value: str) -> tuple[str, str]:
-    """Name and value of a param as MLflow keeps them."""
+    """Name and value of a param in MLflow's form."""
     return legal_name(name), _cut(value, _MAX_PARAM)
 
 

@@ -21,7 +21,7 @@ _LOCK_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What one sync did. Counts are metric values, params, tags and files."""
+    """Result of one sync. Metric values, params, tags and files are counted."""
 
     run_dir: Path
     uri: str
@@ -45,15 +45,16 @@ class SyncReport:
 
 
 def sync(run_dir: Path, uri: str | None = None, *, full: bool = False) -> SyncReport:
-    """Bring into MLflow what a run's journal has and MLflow has not.
+    """Upload the entries of a run's journal that are missing from MLflow.
 
     Args:
         run_dir: directory of one run.
         uri: the store; None: the one that the run was started with.
-        full: deliver everything again, for a store that lost data; equal values are taken once.
+        full: deliver everything again, for a store that lost data; equal values are stored once.
 
     Raises:
-        ConfigError: no run there, or a malformed address. A store that does not answer is an `error` of the report.
+        ConfigError: no run in this directory, or a malformed address. If the store does not answer, the report has an
+            `error`.
     """
     identity = read_identity(run_dir)
     if identity is None or not (run_dir / JOURNAL).is_file():
@@ -78,7 +79,7 @@ def _sync_locked(run_dir: Path, uri: str, identity: RunIdentity, full: bool) -> 
         error = str(away)
     state = delivery.state
     left = pending(run_dir, state)
-    if state.delivered < already:  # the store had lost the run, so it was delivered anew
+    if state.delivered < already:  # the store had lost the run, so it was delivered again
         already = 0
     return SyncReport(
         run_dir,
@@ -94,12 +95,12 @@ def _sync_locked(run_dir: Path, uri: str, identity: RunIdentity, full: bool) -> 
 
 
 def sync_all(paths: Iterable[Path], uri: str | None = None, *, full: bool = False) -> list[SyncReport]:
-    """Sync several runs; a directory that is not a run means all runs below it. Parents go before their children."""
+    """Sync several runs; a directory that is not a run means all runs below it. Parents come before their children."""
     runs: dict[Path, None] = {}
     for path in paths:
         found = [path] if (path / JOURNAL).is_file() else [journal.parent for journal in sorted(path.rglob(JOURNAL))]
         if not found:
-            raise ConfigError(f"{path}: no run there, and none below it (a run directory has a {JOURNAL})")
+            raise ConfigError(f"{path}: not a run, and there is none below it (a run directory has a {JOURNAL})")
         runs |= dict.fromkeys(found)
     return [sync(run, uri, full=full) for run in sorted(runs, key=_is_child)]
 

@@ -1,6 +1,6 @@
-"""Tracking addresses: which are accepted, the default, and where a password that was left out comes from.
+"""Tracking addresses: the accepted ones, the default, and the source of a password that was left out.
 
-Nothing that is written holds a password: config.yaml, run.json and what MLflow gets say *** in its place.
+No file holds a password: config.yaml, run.json and MLflow's copy have *** in its place.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from pipeline.passwords import MASK, redact
 _QUOTED = re.compile(r"[?%]")
 _SERVERS = ("http", "https", "databricks")
 _PASSWORD_VARIABLES = dict.fromkeys(("http", "https"), "MLFLOW_TRACKING_PASSWORD") | {"postgresql": "PGPASSWORD"}
-# The drivers that MLflow is run with; an address without one gets the first that is installed, not SQLAlchemy's choice.
+# MLflow's drivers; an address without one gets the first that is installed, not SQLAlchemy's default.
 _DRIVERS = {"postgresql": ("psycopg2", "psycopg"), "mysql": ("pymysql",), "mssql": ("pyodbc",)}
 
 
 class PasswordMissing(ConfigError):
-    """The password of an address was left out when it was stored, and is not provided again."""
+    """The password of an address was left out when it was stored, and nothing provides it again."""
 
 
 def resolve_uri(uri: str | None, out: Path) -> str:
-    """The address to use, see `checked_uri`, with its password if that was left out as ***.
+    """The address to use (see `checked_uri`), with its password in place of ***.
 
     Raises:
-        ConfigError: see there; PasswordMissing when the password is to be found nowhere.
+        ConfigError: see `checked_uri`; PasswordMissing if nothing provides the password.
     """
     return with_password(checked_uri(uri, out))
 
 
 def with_password(uri: str) -> str:
-    """`uri`, a *** in it replaced: by MLFLOW_TRACKING_URI if it is the same address, else by the client's own means.
+    """`uri` with its *** replaced: by MLFLOW_TRACKING_URI if that is the same address, else by the client's own means.
 
     Those are MLFLOW_TRACKING_PASSWORD for a server, and for PostgreSQL PGPASSWORD or ~/.pgpass, which libpq reads.
     """
@@ -54,7 +54,7 @@ def with_password(uri: str) -> str:
     own = "" if variable is None else f", or the password alone by {variable}"
     own += " or ~/.pgpass" if variable == "PGPASSWORD" else ""
     raise PasswordMissing(
-        f"the password of {uri} is kept nowhere; give the whole address by MLFLOW_TRACKING_URI, tracking.uri or "
+        f"the password of {uri} is not stored; give the whole address by MLFLOW_TRACKING_URI, tracking.uri or "
         f"--uri{own}"
     )
 
@@ -66,7 +66,7 @@ def _has_pgpass() -> bool:
 
 
 def without_user(uri: str) -> str:
-    """A server's address without name and password, for a request that needs neither."""
+    """A server's address without user and password, for a request that needs neither."""
     return re.sub(r"(?<=://)[^/@]*@", "", uri)
 
 
@@ -76,7 +76,7 @@ def checked_uri(uri: str | None, out: Path) -> str:
     A server that does not answer is not an error here; an invalid address is.
 
     Raises:
-        ConfigError: the address is malformed, or names a file store, which MLflow has given up.
+        ConfigError: the address is malformed, or names a file store, which MLflow no longer supports.
     """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(out / "mlflow.db")
     scheme, separator, rest = uri.partition("://")
@@ -100,26 +100,26 @@ def checked_uri(uri: str | None, out: Path) -> str:
 
 
 def sqlite_uri(path: Path) -> str:
-    """The address of a SQLite file: ? begins the options of an address, and % a sign that is written by its number."""
+    """The address of a SQLite file, with ? and % quoted, which have a meaning in addresses."""
     plain = str(path.absolute())
     quoted = _QUOTED.sub(lambda sign: quote(sign[0]), plain)
-    # With the driver named MLflow does not make a directory of the quoted name.
+    # With a driver in the address, MLflow does not create a directory with the quoted name.
     return f"sqlite:///{plain}" if quoted == plain else f"sqlite+pysqlite:///{quoted}"
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """The file of a resolved sqlite address, None for any other."""
+    """The file of a resolved SQLite address; None for any other."""
     found = re.match(r"sqlite(?:\+pysqlite)?:///", uri)
     return None if found is None else Path(unquote(uri[found.end() :]))
 
 
 def artifact_root(uri: str, out: Path) -> str | None:
-    """Where a new experiment keeps its files: next to the SQLite file, else in `out`; None leaves it to the server."""
+    """Place of a new experiment's files: next to the SQLite file, else in `out`; None leaves it to the server."""
     path = sqlite_path(uri)
     if path is None and uri.partition("+")[0] not in _DRIVERS:
         return None
     root = (out.absolute() if path is None else path.parent) / "mlartifacts"
-    # MLflow also decodes %.. of a plain path; where there is none a plain path is what people read.
+    # MLflow also decodes %.. in a plain path; without any, a plain path is easier to read.
     return root.as_uri() if re.search(r"[?%#]", str(root)) else str(root)
 
 

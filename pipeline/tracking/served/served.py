@@ -1,4 +1,4 @@
-"""The MLflow model directory of a fine-tuned model: written, looked over and loaded here, before any server sees it."""
+"""The MLflow model directory of a fine-tuned model: written, checked and loaded here, before a server gets it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
 CODE = Path(__file__).with_name("served_model.py")
-REQUIRED = ("pandas", "pillow", "safetensors", "torch", "torchvision")  # and open_clip_torch or timm
+REQUIRED = ("pandas", "pillow", "safetensors", "torch", "torchvision")  # plus open_clip_torch or timm
 MODEL_ENVIRONMENT = {
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    # else the uv.lock and pyproject.toml of the working directory go into the model
+    # otherwise the uv.lock and pyproject.toml of the working directory go into the model
     "MLFLOW_UV_AUTO_DETECT": "false",
     "MLFLOW_LOG_UV_FILES": "false",
 }
@@ -44,8 +44,8 @@ class Labels:
 def save_served(stage: Path, weights: Path, labels: Labels | None, facts: Mapping[str, Any]) -> Path:
     """Write the MLflow model STAGE/model around an open_clip or timm directory; `facts` becomes its metadata.
 
-    weights: the directory. labels: of a CLIP; None for a timm directory, whose classifier has its own. Returns the
-    model's directory. `stage` should be a temporary directory. No path of this machine is left in the model.
+    weights: the directory. labels: labels of a CLIP; None for a timm directory, whose classifier has its own. Returns
+    the model's directory. `stage` should be a temporary directory. The model contains no path of this machine.
     """
     import mlflow
 
@@ -69,7 +69,7 @@ def save_served(stage: Path, weights: Path, labels: Labels | None, facts: Mappin
 
 
 def load_served(model: Path | str) -> Any:
-    """The model as MLflow loads it, with unpickling forbidden; `.predict(table, params=)`."""
+    """Load the model as MLflow does, with unpickling forbidden; `.predict(table, params=)`."""
     import mlflow
 
     with quiet():
@@ -77,9 +77,9 @@ def load_served(model: Path | str) -> Any:
 
 
 def signature(*, reads_texts: bool) -> ModelSignature:
-    """What the model takes and gives; all columns are optional, since each task has its own.
+    """Inputs and outputs of the model; all columns are optional, because each task has its own.
 
-    A ViT has the params of a CLIP: it refuses those that it has no use for, where MLflow would drop them silently.
+    A ViT declares the params of a CLIP so that it can refuse those without effect; MLflow would drop them silently.
     """
     from mlflow.models import ModelSignature
     from mlflow.types.schema import Array, ColSpec, ParamSchema, ParamSpec, Schema
@@ -104,14 +104,14 @@ def signature(*, reads_texts: bool) -> ModelSignature:
 
 
 def requirements(weights: Path) -> list[str]:
-    """What the model needs, in the versions that it was checked with; MLflow adds itself."""
+    """The requirements of the model, in the versions that it was checked with; MLflow adds itself."""
     names = sorted({*REQUIRED, *_libraries(weights)})
-    # 2.15.0+cu130 is not a version that an index has
+    # no index has a version 2.15.0+cu130
     return [f"{name}=={version(name).partition('+')[0]}" for name in names]
 
 
 def _libraries(weights: Path) -> list[str]:
-    """What reads the directory."""
+    """The libraries that read the directory."""
     file = weights / "open_clip_config.json"
     if not file.is_file():
         return ["timm"]
@@ -130,7 +130,7 @@ def example_image(width: int = 32, height: int = 32) -> bytes:
 
 
 def predict(model: Any, columns: Mapping[str, Sequence[Any]], **params: Any) -> list[dict[str, Any]]:
-    """The rows of the model's answer to a table given by columns."""
+    """The rows of the model's answer to a table, given as columns."""
     answer = model.predict(_table(columns), params=params)
     return answer.to_dict(orient="records")
 
@@ -150,7 +150,7 @@ def _write_labels(directory: Path, labels: Labels) -> Path:
 
 
 def _drop_paths(model: Path) -> None:
-    """Where the parts were staged is nobody's business; MLflow reads only their names in the model."""
+    """Remove the paths of the staged parts; MLflow reads only their names in the model."""
     import yaml
 
     file = model / "MLmodel"
@@ -166,7 +166,7 @@ def _drop_paths(model: Path) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """MLflow without its progress bars and notes, and with unpickling forbidden."""
+    """Run MLflow without its progress bars and messages, and with unpickling forbidden."""
     before = {name: os.environ.get(name) for name in MODEL_ENVIRONMENT}
     loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
     levels = [logger.level for logger in loggers]

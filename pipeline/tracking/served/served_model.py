@@ -1,9 +1,9 @@
 """The model that the registry holds: a fine-tuned CLIP or ViT behind MLflow's `predict`.
 
-MLflow copies this file next to the weights and runs it wherever the model is loaded, so it imports nothing of this
+MLflow copies this file next to the weights and runs it wherever the model is loaded, so it imports nothing from this
 package. The artifacts of a CLIP are `clip`, an open_clip directory, and `labels`, a directory with labels.json (class
-names and templates) and labels.safetensors (their unit vectors); of a ViT `vit`, a timm directory, which names the
-classes of its classifier.
+names and templates) and labels.safetensors (their unit vectors). The artifact of a ViT is `vit`, a timm directory,
+which names the classes of its classifier.
 
     input    a table with one of the columns
                image  bytes of an image file (base64 in JSON)
@@ -38,47 +38,47 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-BATCH = 64  # images or texts of one forward
+BATCH = 64  # images or texts per forward
 PLACEHOLDER = "{c}"
-# Limits of one request to a server, which other requests wait behind.
+# Limits of one request to a server, because other requests wait for it.
 MAX_ROWS, MAX_TEXTS, MAX_SERVED_PIXELS = 1024, 2**17, 2**26
 # Characters of one text; a context of 77 tokens holds a few hundred.
 MAX_TEXT = 10_000
 # Images of more pixels are decoded one at a time, so that their memory does not add up.
 LARGE = 2**25
-# Vectors of class names are kept for later requests: at most so many lists, and numbers in all lists together.
+# Vectors of class names are kept for later requests, up to these numbers of lists and of values in all of them.
 HEADS, HEAD_NUMBERS = 64, 2**25
-# The limits of training and evaluation (pipeline/data/image_files.py): what was not learned from is not answered.
+# The limits of training and evaluation (pipeline/data/image_files.py).
 MAX_PIXELS, MAX_RATIO = 2**28, 400
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
-# What Pillow's plugins and base64 raise for damaged input.
+# Exceptions of Pillow's plugins and base64 for damaged input.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, OverflowError)
 
-# Pillow's own limit is below ours, which is checked before a pixel is decoded.
+# Pillow's own limit is below this module's, which is checked before any pixel is decoded.
 Image.MAX_IMAGE_PIXELS = None
 
 
 class BadRequest(MlflowException, ValueError):
-    """A request that cannot be answered as it is: a server answers 400 with the reason, and without a traceback."""
+    """A malformed request: a server answers 400 with the reason and without a traceback."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason, error_code=INVALID_PARAMETER_VALUE)
 
 
 class Served(PythonModel):
-    """The model in fp32 in eval mode, on the GPU where there is one."""
+    """The model in fp32 in eval mode, on the GPU if there is one."""
 
     def load_context(self, context: Any) -> None:
-        """Read the artifacts; nothing is fetched and nothing is unpickled."""
+        """Read the artifacts, without downloading or unpickling anything."""
         artifacts = {name: Path(path) for name, path in context.artifacts.items()}
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         vit = artifacts.get("vit")
         self.kind = ServedClip(**artifacts, device=device) if vit is None else ServedVit(vit, device)
-        # Requests are decoded in parallel and computed in turn: there are activations of one batch at a time.
+        # Requests are decoded in parallel and computed in turn, so only one batch at a time has activations.
         self.turn = threading.Lock()
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: Mapping[str, Any] | None = None) -> Any:  # noqa: ARG002
-        """A row of the answer per row of the table; a BadRequest (a ValueError) names what is wrong."""
+        """One row of the answer per row of the table; a BadRequest (a ValueError) names the fault."""
         tasks = {"classify": self._classify, "embed_images": self._embed_images, "embed_texts": self._embed_texts}
         options = {"task": "classify", "class_names": [], "templates": [], "top_k": 5} | dict(params or {})
         if options["task"] not in tasks:
@@ -121,12 +121,12 @@ class Served(PythonModel):
         return pd.DataFrame({"embedding": vectors.tolist()})
 
     def _images(self, table: pd.DataFrame, compute: Callable[[Tensor], Tensor], width: int) -> Tensor:
-        """What `compute` gives for the table's images, decoded a batch at a time, on the CPU; (0, width) for none."""
+        """Results of `compute` for the table's images, decoded a batch at a time, on the CPU; (0, width) for none."""
         column = next((name for name in ("image", "path") if name in table), None)
         if column is None:
             raise BadRequest(f"images come in a column image or path, got {', '.join(map(str, table.columns))}")
         if column == "path" and serving():
-            # it would tell clients which files the server has
+            # it would reveal to clients which files the server has
             raise BadRequest("path: a server reads no files; send the image itself in the column image")
         read = _decode if column == "image" else Path
         values = list(table[column])
@@ -140,12 +140,12 @@ class Served(PythonModel):
 
 
 def serving() -> bool:
-    """Whether this process answers requests of others."""
+    """Whether this process serves requests."""
     return os.environ.get("_MLFLOW_IS_IN_SERVING_ENVIRONMENT") == "true"
 
 
 class ServedClip:
-    """Classes are compared with images by their texts: the model's own classes, or any that a request names."""
+    """Compares images with texts of classes: the model's own classes, or those of a request."""
 
     def __init__(self, clip: Path, labels: Path, device: torch.device) -> None:
         import open_clip
@@ -174,17 +174,17 @@ class ServedClip:
         return torch.cat(parts) if parts else self.head.new_zeros(0, self.head.shape[1])
 
     def classifier(self, names: list[str], templates: list[str]) -> tuple[list[str], Callable[[Tensor], Tensor]]:
-        """The K names, those of the request before the model's own, and what makes logits (N, K) of pixels."""
+        """The K names, from the request or else the model's own, and a function from pixels to logits (N, K)."""
         names, head = self._head(names, templates)
         scale, bias = self.model.logit_scale.exp(), 0.0 if self.model.logit_bias is None else self.model.logit_bias
         return names, lambda pixels: scale * self.images(pixels) @ head.T + bias
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Shares of the classes; of a SigLIP the probability of each class on its own, as it was trained."""
+        """Shares of the classes; for a SigLIP the probability of each class on its own, as it was trained."""
         return logits.softmax(dim=-1) if self.model.logit_bias is None else logits.sigmoid()
 
     def _head(self, names: list[str], templates: list[str]) -> tuple[list[str], Tensor]:
-        """Names, and a (K, D) unit vector for each."""
+        """Names, and their (K, D) unit vectors."""
         if not names and not templates and self.class_names:
             return self.class_names, self.head
         names, templates = names or self.class_names, templates or self.templates
@@ -197,7 +197,7 @@ class ServedClip:
         return names, self._kept_head(tuple(names), tuple(templates))
 
     def _kept_head(self, names: tuple[str, ...], templates: tuple[str, ...]) -> Tensor:
-        """The (K, D) unit vectors, computed once for a list of names; the lists used last are kept."""
+        """The (K, D) unit vectors, computed once for a list of names; the most recently used lists are kept."""
         key = names, templates
         if key not in self.heads:
             texts = [template.replace(PLACEHOLDER, name) for name in names for template in templates]
@@ -213,7 +213,7 @@ class ServedClip:
 
 
 class ServedVit:
-    """A model with the classes of its own classifier, and no others."""
+    """A model with only the classes of its own classifier."""
 
     def __init__(self, vit: Path, device: torch.device) -> None:
         import timm
@@ -230,7 +230,7 @@ class ServedVit:
         return normalize(features.float(), dim=-1)
 
     def classifier(self, names: list[str], templates: list[str]) -> tuple[list[str], Callable[[Tensor], Tensor]]:
-        """The K names, and what makes logits (N, K) of pixels."""
+        """The K names, and a function from pixels to logits (N, K)."""
         for option, given in (("class_names", names), ("templates", templates)):
             if given:
                 known = ", ".join(self.class_names[:5]) + (", .." if len(self.class_names) > 5 else "")
@@ -245,7 +245,7 @@ class ServedVit:
 
 
 def _rgb(row: int, read: Any, value: Any) -> Image.Image:
-    """An upright RGB image, as the evaluation saw its own."""
+    """An upright RGB image, read as in the evaluation."""
     try:
         with Image.open(read(value)) as image:
             sides = sorted(image.size)

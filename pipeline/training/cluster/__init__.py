@@ -1,1 +1,1 @@
-"""Ranks, the nodes they run on, and who owns a run's directory."""
+"""Ranks, the nodes they run on, and the lease of a run's directory."""

@@ -1,4 +1,4 @@
-"""The device that a rank trains on, and why it is a CPU where a card was to be expected."""
+"""The device that a rank trains on, and why it is a CPU if a card was expected."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.config import ConfigError
 
 Device = Literal["auto", "cuda", "cpu"]
 
-# One file for each NVIDIA card that was given to this machine or container.
+# One file for each NVIDIA card of this machine or container.
 _NODES = Path("/dev")
 _MASK = "CUDA_VISIBLE_DEVICES"
 
@@ -24,11 +24,10 @@ def choose_device(local_rank: int, wanted: Device = "auto") -> torch.device:
 
     Args:
         local_rank: number of this process among those of its host.
-        wanted: auto takes a card where there is one.
+        wanted: auto takes a card if there is one.
 
     Returns:
-        The card with the number of the local rank. A launcher may show a process its own card alone, which is number 0
-        whatever the local rank is.
+        The card with the number of the local rank, or number 0 if the launcher shows each process only its own card.
 
     Raises:
         ConfigError: `wanted` is cuda and there is no card, or the host has cards that torch cannot use.
@@ -51,7 +50,7 @@ def choose_device(local_rank: int, wanted: Device = "auto") -> torch.device:
 
 @contextmanager
 def card_as_local_rank(device: torch.device) -> Iterator[None]:
-    """DeepSpeed takes the card with the number of the local rank, also where each rank sees its own card alone."""
+    """Make DeepSpeed use this rank's card: it takes the local rank's number even if a rank sees only one card."""
     names = [name for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK") if name in os.environ]
     before = {name: os.environ[name] for name in names}
     if device.type == "cuda":
@@ -81,7 +80,7 @@ def _opens(node: Path) -> bool:
 
 
 def _torch_fault() -> str:
-    """Why torch has no CUDA, in its own words."""
+    """Why torch has no CUDA, in torch's own words."""
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:

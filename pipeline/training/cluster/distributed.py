@@ -1,4 +1,4 @@
-"""Who this process is among all ranks, read once from the launcher's environment."""
+"""The rank of this process and the number of ranks, read once from the launcher's environment."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _HEAP_SETTINGS = {-1: 2**31 - 1, -2: 64 * 2**20, -4: 0}
 
 @dataclass(frozen=True)
 class Launcher:
-    """The variables by which one kind of launcher tells a process who it is."""
+    """The variables by which one kind of launcher sets the rank of a process."""
 
     name: str
     rank: str
@@ -34,7 +34,7 @@ class Launcher:
     local_size: tuple[str, ...]
 
 
-# torchrun, deepspeed and Ray Train set the same variables; the others are read where these are missing.
+# torchrun, deepspeed and Ray Train set the same variables; the others are read if these are missing.
 _COMMON = Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
 _DIRECT = (
     Launcher("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ("SLURM_STEP_TASKS_PER_NODE",)),
@@ -72,8 +72,8 @@ def read_world(env: Mapping[str, str] | None = None, device: Device = "auto") ->
         device: what to train on (`choose_device`).
 
     Raises:
-        ConfigError: launchers clash, only a part of one's variables is set (half a launcher would hang later), or the
-            device is not there.
+        ConfigError: launchers clash, a launcher's variables are only partly set (it would hang later), or the device
+            does not exist.
     """
     env = os.environ if env is None else env
     launcher = _launcher(env)
@@ -113,7 +113,7 @@ def _launcher(env: Mapping[str, str]) -> Launcher | None:
 
 
 def _refuse_nested(env: Mapping[str, str]) -> None:
-    """torchrun in every task of `srun --ntasks-per-node=8` would start 64 ranks per node, each thinking it is alone."""
+    """Refuse torchrun in every task of `srun --ntasks-per-node=8`, which would start 64 ranks per node."""
     tasks, nodes = int(env.get("SLURM_STEP_NUM_TASKS", "1")), int(env.get("SLURM_STEP_NUM_NODES", "1"))
     if "TORCHELASTIC_RUN_ID" in env and tasks > nodes:
         raise ConfigError(
@@ -123,7 +123,7 @@ def _refuse_nested(env: Mapping[str, str]) -> None:
 
 
 def share_threads(world: World) -> None:
-    """Split this host's cores over its ranks unless OMP_NUM_THREADS says otherwise; unset it makes ranks fight."""
+    """Divide this host's cores among its ranks unless OMP_NUM_THREADS is set; otherwise ranks compete for them."""
     if "OMP_NUM_THREADS" in os.environ:
         return
     threads = max(1, len(os.sched_getaffinity(0)) // world.local_world_size)
@@ -132,9 +132,9 @@ def share_threads(world: World) -> None:
 
 
 def keep_heap(world: World) -> None:
-    """On a CPU, keep freed memory in the process: glibc hands big buffers back to the kernel after every operation.
+    """On a CPU, keep freed memory in the process: glibc returns big buffers to the kernel after every operation.
 
-    Each next operation then pays for fresh pages. On 2 cores a small CLIP trains twice as fast with this.
+    Each following operation then pays for new pages. On 2 cores a small CLIP trains twice as fast with this.
     """
     if world.device.type != "cpu" or not sys.platform.startswith("linux"):
         return
@@ -146,7 +146,7 @@ def keep_heap(world: World) -> None:
 
 
 def label_logs(world: World, run: str) -> None:
-    """Let every log line say when, which run (SWEEP/TRIAL in a sweep), which rank and on which host."""
+    """Begin every log line with the time, the run (SWEEP/TRIAL in a sweep), the rank and the host."""
     log = logging.getLogger("selora")
     log.propagate = False  # a library's logging.basicConfig would print every line a second time
     for handler in [each for each in log.handlers if each.name == _LOG_HANDLER]:
@@ -159,7 +159,7 @@ def label_logs(world: World, run: str) -> None:
 
 
 class AnyRank:
-    """Whether a flag is true on any rank, known one question later, so that no rank waits for the slowest one.
+    """Whether a flag is true on any rank; the answer arrives one call later, so no rank waits for the slowest one.
 
     Args:
         group: the gloo control group; no device takes part.
@@ -170,13 +170,13 @@ class AnyRank:
         self._pending: tuple[torch.Tensor, dist.Work | None] | None = None
 
     def ask(self, flag: bool) -> None:
-        """Send this rank's flag, the same number of times on every rank."""
+        """Send this rank's flag; call it equally often on every rank."""
         value = torch.tensor([int(flag)])
         work = dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         self._pending = value, work
 
     def answer(self) -> bool:
-        """True on every rank when the last flag of any rank was true; False before the first one."""
+        """True on every rank if the last flag of any rank was true; False before the first one."""
         if self._pending is None:
             return False
         value, work = self._pending

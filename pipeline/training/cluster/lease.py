@@ -1,9 +1,9 @@
-"""One job per run, also across hosts: a lease next to the run's directory.
+"""A lease next to the run's directory: one job per run, even across hosts.
 
-The file names its holder and carries a number that the holder raises every few seconds. A job that claims the run
-watches whether the number changes: no two clocks are compared. Only on the same boot of the same host and in the same
-PID namespace is the holder's process looked up, and its death seen at once. A holder that was taken for dead and comes
-back (a frozen node, a cut network file system) finds another name in the file and may not write any more.
+The file names its holder and has a number that the holder increases every few seconds. A job that claims the run
+watches whether the number changes, so no two clocks are compared. On the same boot of the same host and in the same PID
+namespace, the holder's process is looked up instead, and its death is noticed at once. A holder that was presumed dead
+and returns (a frozen node, a cut network file system) finds another name in the file and may no longer write.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.files import read_json, replace_json
 
 RENEW_SECONDS = 5.0
 STALE_SECONDS = 30.0
-_SETTLE_SECONDS = 0.2
+_CONFIRM_SECONDS = 0.2
 
 logger = logging.getLogger("selora.training")
 
@@ -38,7 +38,7 @@ class Lease:
     Args:
         run_dir: the run; the lease is a file next to it, so that the directory may be moved.
         renew_s: seconds between two signs of life.
-        stale_s: seconds without a sign of life after which a lease is free.
+        stale_s: seconds without a sign of life after which the lease is free.
 
     Raises:
         ConfigError: a living job holds the run.
@@ -61,8 +61,8 @@ class Lease:
         self._lost = False
         self._wait_for(run_dir, stale_s)
         self._write()
-        # Of two that found it free at once, the later writer has it.
-        time.sleep(_SETTLE_SECONDS)
+        # If two jobs found it free at once, the later writer holds it.
+        time.sleep(_CONFIRM_SECONDS)
         self.check()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
@@ -74,7 +74,7 @@ class Lease:
         return self._lost
 
     def check(self) -> None:
-        """Raise LeaseLost when another job has taken the run over."""
+        """Raise LeaseLost if another job has taken the run over."""
         found = self._read()
         if found is not None and found["holder"] != self._own["holder"]:
             raise LeaseLost(
@@ -83,7 +83,7 @@ class Lease:
             )
 
     def release(self) -> None:
-        """Give the run free, unless it is another's by now."""
+        """Release the run, unless another job has taken it over."""
         self._over.set()
         self._thread.join()
         found = self._read()
@@ -91,7 +91,7 @@ class Lease:
             self._path.unlink(missing_ok=True)
 
     def _wait_for(self, run_dir: Path, stale_s: float) -> None:
-        """Return when nobody alive holds the run; a holder in this process table is looked up, others are watched."""
+        """Return once no living job holds the run; a holder in this process table is looked up, others are watched."""
         first = self._read()
         if first is None or _is_dead_here(first):
             return
@@ -132,7 +132,7 @@ class Lease:
 
 @contextmanager
 def held(run_dir: Path, wanted: bool) -> Iterator[Lease | None]:
-    """The run's lease for the time of the block, on the one rank that writes; None on the others."""
+    """The run's lease for the duration of the block, on the one rank that writes; None on the others."""
     if not wanted:
         yield None
         return
@@ -144,17 +144,17 @@ def held(run_dir: Path, wanted: bool) -> Iterator[Lease | None]:
 
 
 def _place() -> dict[str, str]:
-    """Whose process table this is, "" where /proc does not say; host names alone are shared by containers."""
+    """Identifies this process table; "" if /proc does not tell. Containers may share a host name."""
     boot = processes = ""
     with suppress(OSError):
-        if str(Path("/proc/self").readlink()) == str(os.getpid()):  # else /proc is that of another namespace
+        if str(Path("/proc/self").readlink()) == str(os.getpid()):  # otherwise /proc belongs to another namespace
             boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
             processes = str(Path("/proc/self/ns/pid").readlink())
     return {"host": os.uname().nodename, "boot": boot, "processes": processes}
 
 
 def _started(pid: int) -> int | None:
-    """When a process began, in ticks since the boot, which no clock changes; None if that is not to be seen."""
+    """Start of a process in ticks since the boot, which no clock change affects; None if unknown."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
@@ -163,7 +163,7 @@ def _started(pid: int) -> int | None:
 
 
 def _is_dead_here(found: dict[str, Any]) -> bool:
-    """Whether the holder would be seen here if it lived, and is not; a lease of an older version is only watched."""
+    """Whether the holder must be dead because it would be visible here; a lease of an older version is only watched."""
     place = _place()
     if not place["processes"] or any(found.get(key) != value for key, value in place.items()):
         return False

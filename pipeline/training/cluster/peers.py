@@ -1,7 +1,7 @@
-"""The ranks of one run as each other's peers: they meet, they are seen to live, and who is missing is named.
+"""The ranks of one run as peers: they meet, give signs of life, and missing ranks are named.
 
-A collective that waits for a dead host says "timed out", never for whom. So every rank also tells a key-value store
-that it lives, from a thread of its own; when a collective fails, the store says whose word is missing.
+A collective that waits for a dead host reports only "timed out", not which host. So a thread of every rank also writes
+a pulse to a key-value store; when a collective fails, the store shows whose pulse is missing.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from pipeline.config import Ended
 from pipeline.training.cluster.distributed import World
 
 BEAT_SECONDS = 3.0
-_WARN_AFTER = 4  # beats missed before a warning
+_WARN_AFTER = 4  # missed beats before a warning
 _NAMED = 8  # ranks listed in one message
 
 logger = logging.getLogger("selora.training")
 
 
 class PeerLost(Ended):
-    """Ranks are missing; the message names them and their hosts. The run continues from its last checkpoint."""
+    """Ranks are missing; the message names them and their hosts. The run can continue from its last checkpoint."""
 
 
 def meet(world: World, timeout: timedelta, env: Mapping[str, str] | None = None) -> dist.Store | None:
     """Wait until all ranks are at the store of MASTER_ADDR:MASTER_PORT, and return it.
 
-    None where nobody has to be waited for: a world of one, or a process group that Ray has made.
+    None if there is nothing to wait for: a world of one, or a process group made by Ray.
 
-    Raises PeerLost after `timeout`: on rank 0's side with the ranks that did not come, on another's with the host that
+    Raises PeerLost after `timeout`: on rank 0 with the ranks that did not arrive, on the others with the host that
     could not be reached.
     """
     if world.world_size == 1 or dist.is_initialized():
@@ -67,7 +67,7 @@ def _roll_call(store: dist.Store, world: World, timeout: timedelta, hosts: str) 
 
 def _connect(world: World, timeout: timedelta, env: Mapping[str, str]) -> dist.Store:
     address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-    # torchrun's agent serves a store of its own there; else the first rank does.
+    # torchrun's agent serves its own store there; otherwise the first rank does.
     serves = world.rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
         store = dist.TCPStore(
@@ -79,7 +79,7 @@ def _connect(world: World, timeout: timedelta, env: Mapping[str, str]) -> dist.S
         raise PeerLost(
             f"rank {world.rank} on {world.host} {where} port {port}: {_first_line(error)}{way_out}"
         ) from None
-    # Restarted workers meet at the same store as those before them.
+    # Restarted workers meet at the same store as their predecessors.
     return dist.PrefixStore(f"selora/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
@@ -98,7 +98,7 @@ def _absent(store: dist.Store, missing: list[int], world: World, timeout: timede
 
 
 class Pulse:
-    """Tells the store every few seconds that this rank lives, and remembers when each other one last did."""
+    """Writes a pulse to the store every few seconds, and remembers the latest pulse of each other rank."""
 
     def __init__(self, store: dist.Store, world: World, seconds: float = BEAT_SECONDS) -> None:
         self._store, self._world, self._seconds = store.clone(), world, seconds
@@ -113,12 +113,12 @@ class Pulse:
         self._thread.start()
 
     def stop(self) -> None:
-        """Say no more."""
+        """Stop the pulse."""
         self._over.set()
         self._thread.join(2 * self._seconds)
 
     def verdict(self) -> str:
-        """The missing ranks, after another look at all pulses; empty if all are alive."""
+        """The missing ranks, after reading all pulses again; empty if all are alive."""
         seen = dict(self._seen)
         self._over.wait(2.5 * self._seconds)
         if self._unreachable is not None:
@@ -141,7 +141,7 @@ class Pulse:
                 words = self._store.multi_get(self._keys)
                 self._unreachable = None
             except (dist.DistError, RuntimeError) as error:
-                # The store leaves with its rank at the end of a run; before the end, verdict() says it.
+                # The store ends with its rank at the end of a run; before that, verdict() reports it.
                 self._unreachable = self._unreachable or time.monotonic()
                 logger.debug("no pulse: %s", _first_line(error))
                 continue
@@ -168,7 +168,7 @@ class Pulse:
 
 @contextmanager
 def watched_peers(store: dist.Store | None, world: World) -> Iterator[None]:
-    """Keep a pulse meanwhile; a failed collective is raised as PeerLost, naming the rank and host that is missing."""
+    """Keep a pulse during the block; raise a failed collective as PeerLost with the missing rank and host."""
     if store is None:
         yield
         return
@@ -188,7 +188,7 @@ def watched_peers(store: dist.Store | None, world: World) -> Iterator[None]:
 
 
 def is_broken_link(error: BaseException) -> bool:
-    """Whether a collective failed because of another rank or the network, and not this rank's own computation."""
+    """Whether a collective failed because of another rank or the network, not because of this rank's computation."""
     if isinstance(error, dist.DistError):
         return True
     text = str(error)
@@ -198,8 +198,8 @@ def is_broken_link(error: BaseException) -> bool:
 def use_route_to(address: str) -> None:
     """Let gloo use the interface that leads to `address`.
 
-    Left alone it takes the address of the host's name, which on many systems is 127.0.1.1: ranks of other hosts then
-    wait for a connection that cannot come.
+    By default it takes the address of the host's name, which on many systems is 127.0.1.1; ranks of other hosts then
+    wait for a connection that cannot be made.
     """
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return
@@ -210,7 +210,7 @@ def use_route_to(address: str) -> None:
 
 
 def route_address(address: str) -> str | None:
-    """This host's own address on the way to `address`; None when there is no way or it is this host's loopback."""
+    """This host's own address on the route to `address`; None without a route, or if it is the loopback."""
     try:
         family, kind, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:

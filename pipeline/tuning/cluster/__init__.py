@@ -1,1 +1,1 @@
-"""Ray's cluster: connecting to it or starting it, what is passed to it, and what its errors mean."""
+"""Ray's cluster: connecting to it or starting it, the environment of its processes, and its errors."""

@@ -14,14 +14,14 @@ from typing import Any
 from pipeline.config import ConfigError
 from pipeline.tracking.tracker import SHIPPED_VARIABLE
 from pipeline.tuning.cluster.environment import kept_back, passed_on, short_sockets
-from pipeline.tuning.cluster.ray_errors import check_reachable, token_fault, told
+from pipeline.tuning.cluster.ray_errors import check_reachable, reason_behind, token_fault
 from pipeline.tuning.grid import Resources
 from pipeline.tuning.plan import Capacity, Node
 
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[3])
-_OBJECT_STORE_BYTES = 100 * 2**20  # only configs pass through it
-_CHANCES = 4  # to start a local cluster
-# Of the driver and of the trials' processes: no usage report over the network, no doubled prints, our own paths.
+_OBJECT_STORE_BYTES = 100 * 2**20  # bytes; only configs pass through it
+_CHANCES = 4  # attempts to start a local cluster
+# For the driver and the trials' processes: no usage report over the network, no repeated output, our own paths.
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -30,10 +30,10 @@ _QUIET = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "RAY_worker_register_timeout_seconds": "300",
     "RAY_agent_register_timeout_ms": "300000",
-    "RAY_worker_niceness": "0",  # as in `selora train`; with Ray's 15, any other process would starve a trial
+    "RAY_worker_niceness": "0",  # as in `selora train`; with Ray's 15 any other process would starve a trial
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
-    # Else a process that reserves no GPU sees all of them, and takes the first.
+    # Otherwise a process that reserves no GPU sees all of them and takes the first.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -52,14 +52,14 @@ def cluster(address: str | None, resources: Resources) -> Iterator[Capacity]:
         _name_secrets()
     settings = dict(_QUIET)
     if address is None and "RAY_AUTH_MODE" not in os.environ:
-        # A token of this cluster's own, in no file: Ray would put one into the home directory.
+        # A token for this cluster only, not in a file: Ray would write one into the home directory.
         settings |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     if address is None:
-        # What Ray does on a laptop with macOS or Windows: a cluster of one machine talks over its loopback alone.
+        # As Ray does on macOS and Windows: a cluster of one machine uses only the loopback.
         settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-        # Nobody reclaims this machine; the watcher is a process of every start of workers.
+        # This machine is not preemptible; the watcher would be another process at every start of workers.
         settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
-        # The process of an evaluation waits for the next one: its imports take as long as a small benchmark.
+        # An evaluation's process is kept for the next one, because its imports take as long as a small benchmark.
         settings["RAY_idle_worker_killing_time_threshold_ms"] = "3600000"
     with short_sockets(os.environ) if address is None else nullcontext(), _environment(settings):
         import ray
@@ -76,24 +76,24 @@ def _name_secrets() -> None:
     if names:
         sys.stderr.write(
             f"{', '.join(names)}: set here and not passed to the cluster, because Ray would write them into its logs; "
-            "its nodes need their own where trials read from such a store\n"
+            "its nodes need their own if trials read from such a store\n"
         )
 
 
 def _connect(address: str | None, resources: Resources) -> None:
-    """ray.init; a local cluster gets some chances: Ray gives its own start half a minute, busy machine or not."""
+    """Call ray.init, repeatedly for a local cluster, because Ray limits its start to half a minute."""
     import ray
 
     for chance in reversed(range(_CHANCES)):
         try:
             ray.init(**_init_settings(address, resources))
             return
-        except Exception as error:  # Ray raises bare ones
+        except Exception as error:  # Ray raises bare exceptions
             ray.shutdown()
             if address is None and chance:
                 continue
             where = "start a Ray cluster on this machine" if address is None else f"use the Ray cluster at {address}"
-            raise ConfigError(f"cannot {where}: {token_fault(error) or told(error)}") from error
+            raise ConfigError(f"cannot {where}: {token_fault(error) or reason_behind(error)}") from error
 
 
 def _init_settings(address: str | None, resources: Resources) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def _init_settings(address: str | None, resources: Resources) -> dict[str, Any]:
         environment["DS_ACCELERATOR"] = "cpu"
     shared = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": "error"}
     # A process frees the workers of stopped trials through the dashboard; without an address it would use that of the
-    # cluster started last on the machine, which may belong to someone else.
+    # machine's newest cluster, which may belong to another user.
     if address is not None:
         environment["RAY_ADDRESS"] = address
         return {"address": address, **shared}

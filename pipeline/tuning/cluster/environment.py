@@ -1,6 +1,6 @@
 """Environment variables that are passed to the processes of a cluster, and those that its nodes must set themselves.
 
-Ray writes the environment that it passes on into its logs, so no secret goes that way.
+Ray writes the environment that it passes on into its logs, so secrets are not passed on.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ _NAMES = {
     "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
     *(f"{what}_PROXY" for what in ("HTTP", "HTTPS", "ALL", "NO")),
 }  # fmt: skip
-# Variables for the launcher and the tracker of this process itself.
+# Variables for the launcher and the tracker of this process only.
 _ONLY_HERE = {"SELORA_HOSTS", "SELORA_STOPPED", "SELORA_SHIPPED", "SELORA_SHIPPING_URI"}
 _SECRET = re.compile(r"SECRET|PASSWORD|PASSWD|TOKEN|CREDENTIAL|(^|_)KEY(_|$)")
 _WHERE_ONE_IS = re.compile(r"_(FILE|PATH|URI)$|^GOOGLE_APPLICATION_CREDENTIALS$")
-# Ray's longest socket: TMP/ray/session_<date and process: 34>/sockets/plasma_store, in the bytes of an address.
+# Ray's longest socket is TMP/ray/session_<date and process: 34>/sockets/plasma_store; the limit is in bytes.
 _LONGEST_TMP = LONGEST - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 
 
 def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
-    """The own variables, those of stores, endpoints and proxies, and those of the network libraries.
+    """selora's variables, those of stores, endpoints and proxies, and those of the network libraries.
 
     Args:
-        environment: of the process that starts a sweep.
+        environment: environment of the process that starts a sweep.
 
     Returns:
-        {name: value} without any secret; of a tracking address all but its password.
+        {name: value} without secrets; a tracking address without its password.
     """
     found = {name: value for name, value in _wanted(environment).items() if not _is_secret(name, value)}
     if "MLFLOW_TRACKING_URI" in environment:
@@ -46,7 +46,7 @@ def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def kept_back(environment: Mapping[str, str]) -> list[str]:
-    """The names of the secrets that `passed_on` leaves out, and that the nodes may need."""
+    """Names of secrets that `passed_on` leaves out although the nodes may need them."""
     return sorted(name for name, value in _wanted(environment).items() if _is_secret(name, value))
 
 
@@ -65,11 +65,11 @@ def _is_secret(name: str, value: str) -> bool:
 
 @contextmanager
 def short_sockets(environment: MutableMapping[str, str]) -> Iterator[None]:
-    """Let the sockets of a cluster on this machine have addresses that the system takes, for the time of the block.
+    """Give the sockets of a cluster on this machine valid addresses for the block.
 
     Args:
-        environment: RAY_TMPDIR and TMPDIR say where they would be; both are set to a short directory where that is too
-            long, because a process of Ray's own has sockets in either.
+        environment: RAY_TMPDIR and TMPDIR determine their place; if that is too long, both are set to a short
+            directory, because Ray's processes have sockets in either.
 
     Raises:
         ConfigError: RAY_TMPDIR is too long, or no short directory can be written.

@@ -1,4 +1,4 @@
-"""The meaning of Ray's errors: why a cluster cannot be used, and why a trial ended.
+"""Ray's errors in plain words: why a cluster cannot be used, and why a trial ended.
 
 Ray wraps the cause in its own errors, each of which starts with a headline.
 """
@@ -37,7 +37,7 @@ def check_reachable(address: str) -> None:
 
 
 def token_fault(error: BaseException) -> str | None:
-    """What to do if the cluster requires a token; None for another error. Ray reports it in a cause of a cause."""
+    """Advice if the cluster requires a token, which Ray reports in a cause of a cause; None for another error."""
     if "AuthenticationError" not in "".join(traceback.format_exception(error)):
         return None
     mode = os.environ.get("RAY_AUTH_MODE", "not set")
@@ -47,7 +47,7 @@ def token_fault(error: BaseException) -> str | None:
     )
 
 
-def told(error: BaseException) -> str:
+def reason_behind(error: BaseException) -> str:
     """The reason behind an error of Ray or of selora."""
     cause, rank = _cause(error, None)
     text = final_reason(cause) or _of_a_dead_process(str(cause)) or _plain(cause)
@@ -56,7 +56,7 @@ def told(error: BaseException) -> str:
 
 
 def _cause(error: BaseException, rank: int | None) -> tuple[BaseException, int | None]:
-    """(the error inside all wrappers, its rank); with several ranks, one that did not merely lose another."""
+    """(the error inside all wrappers, its rank); of several ranks, one that did not merely lose another."""
     failures = getattr(error, "worker_failures", None)
     if failures:
         number, first = min(failures.items(), key=lambda pair: (_lost_a_peer(pair[1]), pair[0]))

@@ -73,7 +73,7 @@ def assert_same(one: Path, other: Path) -> None:
 def test_parallel_shards_hold_every_image_once(imagenet: Path, packing: Callable[..., Packing]) -> None:
     """Shards hold every image once with its label and its bytes."""
     seen = []
-    index = pack(packing(), told=lambda done, total: seen.append((done, total)))
+    index = pack(packing(), on_progress=lambda done, total: seen.append((done, total)))
     assert seen == [(n, 6) for n in range(1, 7)]
     found = {}
     for shard in index.shards:

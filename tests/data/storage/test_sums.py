@@ -27,14 +27,14 @@ def expected(tars: list[TarIndex]) -> list[str]:
     return [hashlib.sha256(tar.path.read_bytes()).hexdigest() for tar in tars]
 
 
-def test_a_settled_file_is_read_once_and_a_changed_one_again(
+def test_a_file_is_read_once_and_a_changed_one_again(
     tars: list[TarIndex], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = Cache(tmp_path / "cache", 10**9)
     assert content_sums("here", tars, cache) == expected(tars)
     kept = tmp_path / "cache/sums" / f"{hashlib.sha256(b'here').hexdigest()[:24]}.json"
     assert not kept.exists(), "they were written a moment ago, and could change without a new date"
-    monkeypatch.setattr(sums, "SETTLED", -(10**12))
+    monkeypatch.setattr(sums, "UNCHANGED_NS", -(10**12))
     assert content_sums("here", tars, cache) == expected(tars)
     known = json.loads(kept.read_text())
     kept.write_text(json.dumps({name: [*entry[:-1], "kept"] for name, entry in known.items()}))
@@ -50,7 +50,7 @@ def test_a_cache_that_is_damaged_or_not_writable_changes_nothing(
     tars: list[TarIndex], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: str
 ) -> None:
     cache = Cache(tmp_path / "cache", 10**9)
-    monkeypatch.setattr(sums, "SETTLED", -(10**12))
+    monkeypatch.setattr(sums, "UNCHANGED_NS", -(10**12))
     content_sums("here", tars, cache)
     (kept,) = (tmp_path / "cache/sums").glob("*.json")
     kept.write_text(spoil)
