@@ -1,1 +1,1 @@
-"""Images on disk to batches: formats in, shards between, a pure order and a stream out. Owns webdataset."""
+"""From images on disk to batches: sources, shards, a pure order and a stream. Only this package imports webdataset."""

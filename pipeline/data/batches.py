@@ -1,8 +1,8 @@
-"""A list of positions in, batches out in that list's order, made by worker processes or none.
+"""Batches for a list of positions, in its order, made by worker processes or by this process.
 
-The one place that uses torch's DataLoader. It is used with one "index" per batch, so that a worker makes whole batches
-and the result cannot depend on their number. Faults of the user's data come back as values, so that the user reads the
-message and not a worker's traceback.
+Only this module uses torch's DataLoader, with one "index" per batch, so that a worker makes whole batches and the
+result cannot depend on the number of workers. Faults of the user's data are returned as values, so that the user sees
+the message instead of a worker's traceback.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _running: weakref.WeakSet[Generator[Any]] = weakref.WeakSet()
 
 
 class BatchPlan(Protocol):
-    """What each batch is made of, in order."""
+    """The positions of each batch, in order."""
 
     def __len__(self) -> int: ...
 
@@ -75,7 +75,8 @@ class Batches(Generic[Made]):
             batch_size=None,
             collate_fn=_as_it_is,
             worker_init_fn=_calm_worker,
-            # Its own generator: the DataLoader draws a seed, which would move the trainer's random state at a resume.
+            # A separate generator, because the DataLoader draws a seed, which would change the trainer's random state
+            # at a resume.
             generator=torch.Generator().manual_seed(0),
             **self._options,
         )
@@ -91,8 +92,8 @@ class Batches(Generic[Made]):
                     raise made
                 yield made
         finally:
-            # A traceback would keep the workers; left to the garbage collector, their queues go first, and those who
-            # then never hear that it is over take the minute of _leave_in_a_minute.
+            # A traceback would keep the workers alive; the garbage collector would remove their queues first, and
+            # workers that are not notified would take the minute of _leave_in_a_minute.
             del ready
 
 
@@ -120,18 +121,18 @@ def _as_it_is(made: Any) -> Any:
 
 
 def _calm_worker(_worker: int) -> None:
-    """A launcher signals every process of the job; workers must outlive it until the trainer has saved."""
+    """Ignore the signals that a launcher sends to every process: workers must run until the trainer has saved."""
     threading.Thread(target=_leave_with_the_trainer, daemon=True).start()
     queues.Queue._on_queue_feeder_error = staticmethod(_tell_and_leave)  # type: ignore[attr-defined]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    # SIGTERM cannot be ignored for good, for it is also how a stuck worker is ended: a minute is the time to save.
+    # SIGTERM cannot be ignored forever, because it also ends a stuck worker; a minute is enough to save.
     signal.signal(signal.SIGTERM, _leave_in_a_minute)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def _tell_and_leave(error: Exception, _batch: object) -> None:
-    """In the thread that sends batches: it would drop this one, and the trainer would wait for it without end."""
+    """Exit from the thread that sends batches, which would drop this one; the trainer would wait for it forever."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     reason = NO_SHARED_MEMORY if "shared memory" in text else one_line(error) or text
     sys.stderr.write(f"loader worker {os.getpid()}: {reason}\n")
@@ -139,7 +140,7 @@ def _tell_and_leave(error: Exception, _batch: object) -> None:
 
 
 def _leave_with_the_trainer() -> None:
-    """A trainer that kill -9 ended says nothing, and under forkserver torch watches the server instead of it."""
+    """End with the trainer, even after kill -9: under forkserver torch watches the server instead of the trainer."""
     trainer = multiprocessing.parent_process()
     if trainer is not None:
         trainer.join()
@@ -153,9 +154,9 @@ def _leave_in_a_minute(_number: int, _frame: object) -> None:
 
 @atexit.register
 def _end_workers() -> None:
-    """End the workers of streams that nobody read to the end, and kill those that are stuck.
+    """End the workers of streams that were not read to the end, and kill stuck ones.
 
-    multiprocessing would send them SIGTERM, and wait for them without bound.
+    multiprocessing would send them SIGTERM and wait without limit.
     """
     for stream in list(_running):
         stream.close()

@@ -1,4 +1,4 @@
-"""When two spellings name the same class, in any script."""
+"""Decides whether two spellings name the same class, in any script."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterable
 
 from pipeline.config import ConfigError
 
-_KEPT = "LMNS"  # letters, the marks that belong to them, numbers, symbols; not punctuation, spaces and controls
+_KEPT = "LMNS"  # letters with their marks, numbers and symbols; not punctuation, spaces and control characters
 
 
 def plain_name(name: str) -> str:
-    """A class name without what people write differently: case, width, composed accents, spaces and punctuation.
+    """A class name without differences of case, width, composed accents, spaces and punctuation.
 
-    "aquarium_fish" and "Aquarium fish" are one class. A name of punctuation alone stays as it is.
+    "aquarium_fish" and "Aquarium fish" are one class. A name that consists of punctuation is not changed.
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
     return "".join(sign for sign in folded if unicodedata.category(sign)[0] in _KEPT) or folded
@@ -23,8 +23,7 @@ def by_plain_name(names: Iterable[str], where: str) -> dict[str, str]:
     """{plain name: name}.
 
     Args:
-        names: class names; the same name may come several times.
-        where: what holds them, for the message.
+        names: class names; the same name may occur several times.
 
     Raises:
         ConfigError: two different names with one plain name; the message gives both.

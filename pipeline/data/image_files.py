@@ -1,4 +1,4 @@
-"""What counts as an image file, and what is known of one before its pixels are decoded; nothing here imports torch."""
+"""Image files: which ones count, and checks before their pixels are decoded; does not import torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from PIL import Image, features
 
-# File extensions that hold an image, and the one each is stored under in a shard.
+# File extensions of images, and the one under which each is stored in a shard.
 IMAGE_EXTENSIONS = {
     "jpg": "jpg",
     "jpeg": "jpg",
@@ -20,9 +20,9 @@ IMAGE_EXTENSIONS = {
     "tif": "tif",
     "tiff": "tif",
 } | ({"avif": "avif", "avifs": "avif"} if features.check("avif") else {})
-# All spellings, for shards that others wrote.
+# All spellings, for shards of other tools.
 STORED_EXTENSIONS = tuple(IMAGE_EXTENSIONS)
-# Files that also hold images but are not read here; a note says that they were not packed.
+# Files with images that are not read here; a note says that they were not packed.
 # fmt: off
 UNREAD_EXTENSIONS = frozenset((
     "avif", "avifs", "heic", "heif", "jp2", "j2k", "jpx", "jpf", "jxl", "psd", "svg", "exr", "ico", "tga", "ppm", "pgm",
@@ -34,8 +34,8 @@ MAX_PIXELS = 2**28
 # The evaluation resize brings the shorter side to the model's size, so a line of 60,000 x 1 pixels would take 9 GB.
 MAX_RATIO = 400
 
-# Pillow's own limit is one number for the whole process and is below ours. Ours is an argument of `decode`, looked at
-# before a pixel is decoded, so Pillow's is lifted.
+# Pillow's own limit is global for the process and lower than this one, which is an argument of `decode` and checked
+# before any pixel is decoded. So Pillow's limit is lifted.
 Image.MAX_IMAGE_PIXELS = None
 
 
@@ -44,7 +44,7 @@ class BadImageError(Exception):
 
 
 def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
-    """Raise BadImageError for an image with more pixels, or a longer and narrower one, than is decoded."""
+    """Raise BadImageError for an image with too many pixels or an extreme aspect ratio."""
     if width * height > max_pixels:
         raise BadImageError(f"{width} x {height} pixels, more than the limit of {max_pixels}")
     if max(width, height) > MAX_RATIO * min(width, height):
@@ -52,14 +52,14 @@ def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
 
 
 def stored_extension(suffix: str, read: Callable[[], bytes]) -> str:
-    """The extension to store an image file under: by its suffix, else by content.
+    """The extension under which an image file is stored: by its suffix, otherwise by content.
 
     Args:
         suffix: with its dot, as in ``Path.suffix``.
-        read: gives the bytes of the file; called where the suffix is not one of an image.
+        read: returns the bytes of the file; called if the suffix is not that of an image.
 
     Raises:
-        BadImageError: neither of the two names a kind of image that is stored.
+        BadImageError: the file is not of a stored image format.
     """
     by_name = IMAGE_EXTENSIONS.get(suffix[1:].lower())
     if by_name is not None:

@@ -4,8 +4,8 @@
 tensors (antialiased), about twice as fast and within two levels of the reference. Both give uint8 (3, H, W), and
 `normalize` makes floats of them on the device.
 
-Odd images: alpha is dropped and a palette is expanded as Pillow's convert("RGB") does, which is what open_clip does;
-16-bit grey is scaled to 8 bit, where convert would clip it to white; an EXIF orientation is applied.
+Unusual images: alpha is dropped and a palette is expanded by Pillow's convert("RGB"), as in open_clip; 16-bit grey is
+scaled to 8 bit, because convert would clip it to white; an EXIF orientation is applied.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ __all__ = [
 ]
 
 Preprocessing = Literal["fast", "reference"]
-# Another resize than the model's own: see `with_resize`.
+# A resize other than the model's own: see `with_resize`.
 Resize = Literal["squash"] | int
 Pixels = Tensor | Image.Image
-# These functions take Pillow images as well as tensors; their annotations say tensors only.
+# These functions take Pillow images as well as tensors, although their annotations name only tensors.
 functional: Any = annotated_functional
 
 _ORIENTATION = 0x0112
-# Width to height of a training crop.
+# Aspect ratio of a training crop.
 _RATIO = (3 / 4, 4 / 3)
 _LOG_RATIO = torch.tensor(_RATIO).log().tolist()
 _DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
@@ -71,11 +71,12 @@ def decode(
 ) -> Pixels:
     """An upright RGB image: a uint8 tensor (3, H, W) in the fast form, a Pillow image in the reference form.
 
-    A JPEG's pixels stay where the decoder put them, the channels of a pixel side by side: the resize is faster so.
+    A JPEG's pixels stay in the decoder's layout, with the channels of a pixel next to each other, which makes the
+    resize faster.
 
-    ``as_stored`` is plain convert("RGB"), for published numbers: other readers look neither at the orientation nor at
-    the depth. Raises BadImageError for what is not an image, is cut off, has more than ``max_pixels`` pixels, or is a
-    line rather than a picture (image_files.check_size).
+    ``as_stored`` is plain convert("RGB"), for published numbers, because other readers ignore orientation and depth.
+    Raises BadImageError for data that is not an image, is cut off, has more than ``max_pixels`` pixels, or has an
+    extreme aspect ratio (image_files.check_size).
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -87,7 +88,7 @@ def decode(
     except UnidentifiedImageError as error:
         raise BadImageError("not an image" if data else "no bytes") from error
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, OverflowError) as error:
-        # What Pillow's plugins raise for damaged files; anything else is a mistake of ours and should be seen.
+        # Exceptions of Pillow's plugins for damaged files; any other is a bug and should be seen.
         raise BadImageError(
             f"cannot be decoded ({str(error).partition(chr(10))[0] or type(error).__name__})"
         ) from error
@@ -114,7 +115,7 @@ def eval_resize(image: Pixels, cfg: Mapping[str, Any]) -> Tensor:
     """The resize of open_clip's `image_transform(is_train=False)`: uint8 (3, H, W).
 
     ``cfg`` is open_clip's preprocessing: size (int or (H, W)), interpolation, resize_mode shortest | longest | squash.
-    With ``shorter_side`` (see `with_resize`) the image is resized to that and the size cut out of its middle.
+    With ``shorter_side`` (see `with_resize`) the image is resized to it and cropped at the centre.
     """
     height, width = size_pair(cfg["size"])
     how = InterpolationMode(cfg.get("interpolation", "bicubic"))
@@ -131,7 +132,7 @@ def eval_resize(image: Pixels, cfg: Mapping[str, Any]) -> Tensor:
     if height == width or "shorter_side" in cfg:
         resized = functional.resize(image, [cfg.get("shorter_side", height)], how, antialias=True)
     else:
-        # open_clip does not hand its interpolation on here.
+        # open_clip does not pass on its interpolation here.
         resized = _resize_keeping_ratio(image, height, width, min, InterpolationMode.BICUBIC)
     return _tensor(functional.center_crop(resized, [height, width]))
 
@@ -139,10 +140,10 @@ def eval_resize(image: Pixels, cfg: Mapping[str, Any]) -> Tensor:
 def with_resize(cfg: Mapping[str, Any], resize: Resize | None) -> dict[str, Any]:
     """A model's preprocessing with another resize.
 
-    resize: "squash" to the model's size regardless of the image's shape; pixels of the shorter side, with a
-    central crop to the model's size; None: unchanged.
+    resize: "squash" to the model's size, whatever the image's shape; pixels of the shorter side, followed by a centre
+    crop to the model's size; None: unchanged.
 
-    Raises ConfigError where less would be left than the model takes.
+    Raises ConfigError if the result would be smaller than the model's input.
     """
     if resize is None:
         return dict(cfg)
@@ -155,7 +156,7 @@ def with_resize(cfg: Mapping[str, Any], resize: Resize | None) -> dict[str, Any]
 
 
 def without_border(image: Pixels, border: int) -> Pixels:
-    """The image without its outermost ``border`` pixels on each side. Raises BadImageError where nothing is left."""
+    """The image without its outermost ``border`` pixels on each side. Raises BadImageError if nothing is left."""
     if border == 0:
         return image
     _, height, width = functional.get_dimensions(image)
@@ -170,7 +171,7 @@ def size_pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 (B, 3, H, W) to float32, bit for bit ToTensor and Normalize, on the device the images are on."""
+    """uint8 (B, 3, H, W) to float32, bit for bit like ToTensor and Normalize, on the images' device."""
     mean_, std_ = (torch.tensor(v, dtype=torch.float32, device=images.device).view(1, -1, 1, 1) for v in (mean, std))
     return images.to(torch.float32).div_(255).sub_(mean_).div_(std_)
 
@@ -180,11 +181,11 @@ def _tensor(image: Pixels) -> Tensor:
 
 
 def _decode_fast(image: Image.Image, data: bytes) -> Tensor | None:
-    """torchvision's pixels for the formats in which they equal Pillow's; None for others.
+    """torchvision's pixels for the formats in which they equal Pillow's; None for other formats.
 
     PNG is excluded: torchvision 0.29 crashes with a segmentation fault on a PNG with damaged data.
     """
-    # A read-only buffer is enough for the decoders, but frombuffer warns about one.
+    # The decoders can use a read-only buffer, but frombuffer warns about it.
     if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
         decoder = decode_jpeg
     elif image.format == "WEBP" and image.mode == "RGB" and image.info.get("loop") is None:
@@ -194,7 +195,7 @@ def _decode_fast(image: Image.Image, data: bytes) -> Tensor | None:
     try:
         return cast(Tensor, decoder(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB))
     except RuntimeError:
-        return None  # Pillow has the last word on whether the image is bad, and a better message
+        return None  # Pillow decides whether the image is bad, and has a better message
 
 
 def _orientation(image: Image.Image) -> int:
@@ -206,10 +207,10 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(image: Tensor, orientation: int) -> Tensor:
-    """(3, H, W) turned as Pillow's exif_transpose turns it."""
+    """(3, H, W) rotated and flipped as by Pillow's exif_transpose."""
     if orientation >= 5:
         image = image.transpose(1, 2)
-    # After the transposition 5..8 differ from upright by the same flips as 1, 2, 4 and 3, in this order.
+    # After transposition, 5..8 need the same flips as 1, 2, 4 and 3, in this order.
     flips = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}.get(orientation)
     return image.flip(flips) if flips else image
 
@@ -229,7 +230,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _resize_keeping_ratio(image: Pixels, height: int, width: int, pick: Any, how: InterpolationMode) -> Pixels:
     _, h, w = functional.get_dimensions(image)
     ratio = pick(h / height, w / width)
-    # A side of a long image may round to nothing, which no resize takes.
+    # A side of a long image may round to 0, which no resize accepts.
     return functional.resize(image, [max(1, round(h / ratio)), max(1, round(w / ratio))], how, antialias=True)
 
 
@@ -244,7 +245,7 @@ def _center_crop_or_pad(image: Pixels, height: int, width: int, fill: int) -> Pi
 def _crop_box(height: int, width: int, scale: tuple[float, float], seed: int) -> tuple[int, int, int, int]:
     """Top, left, height and width of torchvision's RandomResizedCrop under ``seed``, number for number.
 
-    Its own method draws from torch's global state, and takes as long as a tenth of the decoding.
+    Its own method draws from torch's global state and takes a tenth of the decoding time.
     """
     draws, one = torch.Generator().manual_seed(seed), torch.empty(1)
     for _ in range(10):

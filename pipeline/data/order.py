@@ -2,10 +2,10 @@
 
 A *position* p counts samples since the first step: step g with global batch B covers p in [g*B, (g+1)*B), epoch e
 covers [e*N, (e+1)*N). Stream c holds the positions with p % S == c. In each epoch the samples in seeded shard order are
-cut into S contiguous runs, one a stream, and a stream reads its run through a seeded permutation inside windows.
+cut into S contiguous runs, one per stream, and a stream reads its run through a seeded permutation within windows.
 
-So every sample comes once an epoch, every rank has as many steps as the others, a resume needs the step number only,
-and the global batches are the same on any number of ranks that divides S.
+So every sample occurs once per epoch, all ranks have equally many steps, a resume needs only the step number, and the
+global batches are the same on any number of ranks that divides S.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def stable_hash(*parts: int | str) -> int:
 
 
 def seeded_permutation(n: int, seed: int) -> Ints:
-    """A permutation of 0..n-1 by sorting SplitMix64 values: integers only, so it can never change with a library."""
+    """A permutation of 0..n-1 by sorting SplitMix64 values: only integers, so it cannot change with a library."""
     with np.errstate(over="ignore"):
         z = np.uint64(seed) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -41,7 +41,7 @@ def seeded_permutation(n: int, seed: int) -> Ints:
 
 
 def draw_without_repetition(choices: int, seed: int, sample_id: str, epoch: int) -> int:
-    """Which of ``choices`` captions a sample has in ``epoch``: each comes once in ``choices`` epochs, then anew."""
+    """The caption of a sample in ``epoch``, out of ``choices``: each occurs once in ``choices`` epochs."""
     if choices == 1:
         return 0
     turn, place = divmod(epoch, choices)
@@ -88,13 +88,13 @@ class Order:
         return -(-self.samples // (self.streams * self.window))
 
     def in_window(self, epoch: int, stream: int, number: int) -> tuple[Ints, Ints]:
-        """The positions of one window of a stream, rising, and the shard of each: two arrays of at most ``window``."""
+        """The rising positions of one window of a stream, and the shard of each: two arrays of at most ``window``."""
         start = epoch * self.samples
         first = start + (stream - start) % self.streams
         _, run_start, count, _ = self._in_run(first)
         before = number * self.window
         size = min(self.window, count - before)
-        # Where an epoch has fewer samples than streams, this one's first position may be in the next epoch.
+        # If an epoch has fewer samples than streams, this stream's first position may be in the next epoch.
         if size <= 0 or first >= start + self.samples:
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         in_order = run_start + before + self._window(epoch, stream, number, size)
@@ -103,11 +103,11 @@ class Order:
         return positions, shards[np.searchsorted(ends, in_order, side="right")]
 
     def _in_run(self, position: int) -> tuple[int, int, int, int]:
-        """(epoch, where the stream's run starts in the shard order, the run's length, the offset in the run)."""
+        """(epoch, start of the stream's run in the shard order, length of the run, offset in the run)."""
         epoch, start = position // self.samples, position // self.samples * self.samples
         stream = position % self.streams
         # Stream c's first position is start + (c - start) % S, so streams differ in length by at most one; the long
-        # ones are the first N % S residues counted from start % S on.
+        # ones are the first N % S residues from start % S on.
         whole, extra = divmod(self.samples, self.streams)
         shift = start % self.streams
         rank = (stream - shift) % self.streams
@@ -139,7 +139,7 @@ class Order:
 
 
 def _count_wrapped(first: int, length: int, modulus: int, below: int) -> int:
-    """How many of the ``length`` residues first, first+1, .. (mod ``modulus``) are smaller than ``below``."""
+    """The number of the ``length`` residues first, first+1, .. (mod ``modulus``) that are smaller than ``below``."""
     end = first + length
     straight = max(0, min(below, end) - first)
     wrapped = max(0, min(below, end - modulus))
@@ -147,7 +147,7 @@ def _count_wrapped(first: int, length: int, modulus: int, below: int) -> int:
 
 
 def check_split(global_batch: int, streams: int, world: int) -> None:
-    """Raises ConfigError unless ranks can share out streams and every batch takes as many samples from each."""
+    """Raise ConfigError unless the ranks can share the streams and every batch takes equally many samples from each."""
     if streams % world:
         near = streams // world * world or world
         raise ConfigError(
@@ -162,11 +162,11 @@ def check_split(global_batch: int, streams: int, world: int) -> None:
 
 
 def rank_streams(streams: int, rank: int, world: int) -> list[int]:
-    """The streams of ``rank``, rising."""
+    """The streams of ``rank``, in rising order."""
     return [stream for stream in range(streams) if stream * world // streams == rank]
 
 
 def rank_positions(step: int, global_batch: int, streams: int, rank: int, world: int) -> list[int]:
-    """The positions of ``rank`` in ``step``, rising; the ranks' lists are disjoint and make up the global batch."""
+    """The rising positions of ``rank`` in ``step``; the ranks' lists are disjoint and make up the global batch."""
     start, mine = step * global_batch, rank_streams(streams, rank, world)
     return [start + turn + stream for turn in range(0, global_batch, streams) for stream in mine]

@@ -15,7 +15,7 @@ from pipeline.config import ConfigError
 from pipeline.data.images import BadImageError, decode, eval_resize
 from pipeline.data.sources.sample import Sample, Source
 
-# Images on a sheet, of each class, and where there are captions only; and their size in pixels.
+# Images on a sheet per class, and in all if there are captions only; and their size in pixels.
 MOST, OF_A_CLASS, CAPTIONED, SIZE = 400, 4, 60, 224
 _STYLE = """
 :root{color-scheme:light dark}
@@ -29,12 +29,12 @@ figcaption{font-size:.8rem;overflow-wrap:anywhere}small{opacity:.65}
 
 
 def write_sheet(source: Source, file: Path) -> int:
-    """Write a self-contained HTML page, and return how many images are on it.
+    """Write a self-contained HTML page, and return the number of its images.
 
-    Images are upright, resized and cut out of the middle as in evaluation, to 224 x 224 pixels.
+    Images are upright, resized and centre-cropped as in evaluation, to 224 x 224 pixels.
 
     Args:
-        source: What to show: up to 4 images of each class, or 60 with their captions.
+        source: The source: up to 4 images of each class, or 60 with their captions.
         file: The page.
 
     Returns:
@@ -47,7 +47,7 @@ def write_sheet(source: Source, file: Path) -> int:
     shown = sum(len(samples) for _, samples in groups)
     title = f"{source.path.name}: {shown} of {len(source.samples)} images"
     sections = [(each, [figure(sample) for sample in samples]) for each, samples in groups]
-    write_page(file, title, "As the model sees them: upright, resized, cut out of the middle.", sections)
+    write_page(file, title, "As the model sees them: upright, resized and centre-cropped.", sections)
     return shown
 
 
@@ -56,9 +56,9 @@ def write_page(file: Path, title: str, text: str, sections: Iterable[tuple[str, 
 
     Args:
         file: The page.
-        title: Of the page.
-        text: What is on it, below the title.
-        sections: A heading, and figures as `figure` makes them.
+        title: Its title.
+        text: A line below the title.
+        sections: A heading, and figures made by `figure`.
 
     Raises:
         ConfigError: When the file cannot be written.
@@ -91,13 +91,13 @@ def _groups(source: Source) -> Iterator[tuple[str, list[Sample]]]:
 
 
 def _spread(items: Sequence, count: int) -> list:
-    """At most ``count`` of the items, from all over them."""
+    """At most ``count`` of the items, evenly spread."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
 
 
 def figure(sample: Sample, note: str = "") -> str:
-    """A sample as the model sees it, with a note or else its captions, and its name."""
+    """A sample as the model sees it, with a note or its captions, and its name."""
     try:
         pixels = eval_resize(decode(sample.image.read_bytes(), form="reference"), {"size": SIZE})
         out = io.BytesIO()

@@ -118,7 +118,7 @@ def test_a_name_that_is_too_long_is_refused_by_pack(image_folder, tmp_path: Path
 def test_a_full_disk_keeps_the_shards_from_looking_whole(image_folder, make_disk, capsys) -> None:
     disk = make_disk("64k")
     assert main(["pack", str(image_folder(classes=4, each=30, size=64)), str(disk / "shards")]) == 2
-    assert "No space left on device; what is packed so far is not complete" in capsys.readouterr().err
+    assert "No space left on device; the shards are incomplete" in capsys.readouterr().err
     assert main(["verify", str(disk / "shards")]) == 2
     assert "index.json" in capsys.readouterr().err
 

@@ -1,6 +1,6 @@
 """Evaluation sets as batches of pixels.
 
-Counts are exact: each sample goes to one rank, no batch is padded, and a sample that cannot be read is an error.
+Counts are exact: each sample goes to one rank, batches are not padded, and an unreadable sample is an error.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ def eval_loader(
     pin: bool = False,
     pixels: Cache | None = None,
 ) -> Batches[EvalBatch]:
-    """This rank's part of the set, a contiguous one: the ranks' parts after one another are the set in its order.
+    """This rank's contiguous part of the set; concatenated, the ranks' parts are the set in its order.
 
     ``cfg`` is open_clip's preprocessing (see images.eval_resize); "reference" is its ``image_transform`` up to the
     normalisation. ``only`` names the samples to take, ``limit`` takes that many of them, evenly spread. ``border``
-    pixels are cut off each side before the resize, which ``resize`` replaces (see images.with_resize). ``pixels`` keeps
-    what was decoded for the next time, and without it the batches are the same. Raises ConfigError for an unreadable
+    pixels are cropped from each side before the resize, which ``resize`` replaces (see images.with_resize). ``pixels``
+    keeps decoded images for the next time; the batches are the same without it. Raises ConfigError for an unreadable
     image.
     """
     pool = range(len(eval_set)) if only is None else only
@@ -84,7 +84,7 @@ def eval_loader(
         pixels, everywhere
     )
     if make.kept is not None and not pin and not make.kept.missing(chosen):
-        workers = 0  # reading is cheaper than handing over; for a GPU workers still read ahead
+        workers = 0  # reading is cheaper than passing tensors between processes; for a GPU workers still read ahead
     return Batches(make, plan, workers=workers, pin=pin)
 
 
@@ -99,7 +99,7 @@ class _MakeEvalBatch:
     trouble: str = ""
 
     def keeping(self, cache: Cache | None, wanted: Sequence[int]) -> _MakeEvalBatch:
-        """The same with the cache's entry for these pixels, or with the reason why there is none."""
+        """The same loader with the cache's entry for these pixels, or with the reason why there is none."""
         if cache is None:
             return self
         deciding = {name: self.cfg.get(name) for name in ("interpolation", "resize_mode", "fill_color", "shorter_side")}

@@ -1,13 +1,13 @@
-"""Evaluation images as they come out of decode and resize, kept on this disk for all processes of a machine.
+"""Decoded and resized evaluation images, kept on this disk for all processes of a machine.
 
-One set under one preprocessing is an entry of the cache (cache.py) with two files, full of holes at first:
+One set with one preprocessing is an entry of the cache (cache.py) with two files, which are sparse at first:
 
     NAME.pixels   image i, uint8 (3, H, W), at byte i * 3HW
-    NAME.sums     8 bytes for each image: the sum of its pixels, taken as 64-bit words; 0 where there is none
+    NAME.sums     8 bytes for each image: the sum of its pixels, taken as 64-bit words; 0 without an image
 
-Their room is promised beforehand (room.py), but nothing is locked. Writers of one image write the same bytes, and an
-image counts only with its sum, so neither a killed writer nor a disk that lost a page can give other pixels than
-decoding does. Training crops are drawn anew each epoch and never come here.
+Their space is reserved beforehand (cache_budget.py), but nothing is locked. All writers of an image write the same
+bytes, and an image counts only with its sum, so neither a killed writer nor a disk that lost a page can lead to pixels
+other than the decoded ones. Training crops are drawn anew in each epoch and are not kept.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from pipeline.data.storage.cache import Cache, entry_of
 from pipeline.data.storage.cache_budget import PAGE, Promise, on_disk, room_to_decode, unwritten
 
 SUM_BYTES = 8
-# The cache leaves as much of the disk as it takes.
+# The cache takes at most half of the free disk space.
 FREE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class KeptPixels:
-    """The images of one set, as far as a process of this machine has decoded them. Workers get copies.
+    """The images of one set that some process of this machine has decoded. Workers get copies.
 
-    ``room`` is what they are read and written under; without it nothing is.
+    ``room`` is the reservation for them; without it nothing is read or written.
     """
 
     path: Path
@@ -52,7 +52,7 @@ class KeptPixels:
 
     @property
     def bytes(self) -> int:
-        """Of one image."""
+        """Bytes of one image."""
         return 3 * self.height * self.width
 
     def takes(self, images: Sequence[int]) -> int:
@@ -60,7 +60,7 @@ class KeptPixels:
         return on_disk(_pages(images, self.bytes)) + on_disk(_pages(images, SUM_BYTES))
 
     def missing(self, wanted: Sequence[int]) -> list[int]:
-        """The images among `wanted` that have not been decoded yet."""
+        """The images among `wanted` that are not stored yet."""
         try:
             sums = np.fromfile(self._sums, dtype="<u8")
         except FileNotFoundError:
@@ -68,9 +68,9 @@ class KeptPixels:
         return [i for i in wanted if i >= len(sums) or sums[i] == 0]
 
     def read_through(self, wanted: Sequence[int], decode: Callable[[int], Tensor]) -> tuple[Tensor, str]:
-        """(len(wanted), 3, H, W) of what is kept, and of `decode(i)` for the rest, which is kept from now on.
+        """(len(wanted), 3, H, W) from the stored images, and from `decode(i)` for the rest, which is then stored.
 
-        The text says what went wrong with the disk, '' for nothing; the pixels are right in any case.
+        The text describes a fault of the disk, '' without one; the pixels are correct in any case.
         """
         found = torch.empty(len(wanted), 3, self.height, self.width, dtype=torch.uint8)
         trouble = ""
@@ -94,7 +94,7 @@ class KeptPixels:
     @contextmanager
     def _opened(self) -> Iterator[tuple[int, int]]:
         if self.room is None or not self.room.stands():
-            raise OSError(errno.ENOSPC, "their room was taken for fetched files")
+            raise OSError(errno.ENOSPC, "their space was used for fetched files")
         pixels = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             sums = os.open(self._sums, os.O_RDWR | os.O_CREAT, 0o666)
@@ -112,7 +112,7 @@ class KeptPixels:
         return os.preadv(files[0], [image], i * self.bytes) == self.bytes and stored == _sum_of(image)
 
     def _write(self, files: tuple[int, int], i: int, image: Any) -> str:
-        """Keep an image whole or not at all; says why it could not be kept."""
+        """Store an image completely or not at all; returns why it could not be stored."""
         try:
             if os.pwrite(files[0], image, i * self.bytes) < self.bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -123,10 +123,10 @@ class KeptPixels:
 
 
 def open_pixels(cache: Cache, name: str, key: object, size: tuple[int, int], wanted: Sequence[int]) -> KeptPixels:
-    """The entry for a set and a preprocessing, with room for the images `wanted`: what was used longest ago leaves.
+    """The entry for a set and a preprocessing, with space for the images `wanted`; the oldest used entries are removed.
 
-    ``key`` is all that decides the pixels, besides this code and its libraries. The room is given back when nobody
-    holds the result any more. Raises OSError if the disk is full.
+    ``key`` holds everything that determines the pixels, except this code and its libraries. The reservation ends with
+    the last reference to the result. Raises OSError if the disk is full.
     """
     text = repr((key, size, _code()))
     pixels = KeptPixels(entry_of(cache, "pixels", text, f"{name}.pixels"), *size)
@@ -150,7 +150,7 @@ def _no_room(needed: int, where: Path, why: str) -> OSError:
 
 
 def _pages(numbers: Sequence[int], each: int) -> int:
-    """How many pages of a file records of ``each`` bytes with these numbers occupy."""
+    """Number of pages of a file that the records of ``each`` bytes with these numbers occupy."""
     ordered = np.unique(np.asarray(numbers, dtype=np.int64))
     first, last = ordered * each // PAGE, ((ordered + 1) * each - 1) // PAGE
     first[1:] = np.maximum(first[1:], last[:-1] + 1)
@@ -158,12 +158,12 @@ def _pages(numbers: Sequence[int], each: int) -> int:
 
 
 def trouble_with(directory: Path, error: OSError) -> str:
-    """For the user: why images are not kept, and that it does no harm."""
+    """A message for the user: why images are not kept, and that it does no harm."""
     return f"decoded images are not kept in {directory}: {error.strerror or error}; results are the same without"
 
 
 def _sum_of(image: Any) -> int:
-    """Never 0. It finds pages that a disk lost, ten times as fast as the crc32 of the standard library."""
+    """A sum that is never 0. It finds pages that a disk lost, ten times as fast as the standard library's crc32."""
     flat = image.reshape(-1)
     words = flat[: flat.size // 8 * 8].view("<u8")
     total = int(words.sum(dtype=np.uint64)) + int(flat[words.nbytes :].sum())
@@ -172,6 +172,6 @@ def _sum_of(image: Any) -> int:
 
 @once
 def _code() -> tuple[str, ...]:
-    """What else decides the pixels: the libraries, and to the letter the code that calls them."""
+    """What else determines the pixels: the libraries and the exact code that calls them."""
     source = Path(image_code.__file__).read_bytes()
     return PIL.__version__, torchvision.__version__, torch.__version__, hashlib.sha256(source).hexdigest()

@@ -1,9 +1,9 @@
-"""Evaluation sets in the layout of huggingface.co/clip-benchmark (`wds_*` folders): read, and written for own data.
+"""Evaluation sets in the layout of huggingface.co/clip-benchmark (`wds_*` folders): reading, and writing user data.
 
-NAME/classnames.txt                          one class a line, label = line; only for classification
-NAME/zeroshot_classification_templates.txt   one sentence with {c} a line
+NAME/classnames.txt                          one class per line, label = line; only for classification
+NAME/zeroshot_classification_templates.txt   one sentence with {c} per line
 NAME/dataset_type.txt                        "retrieval"; absent or "classification" otherwise
-NAME/test/nshards.txt, 0.tar, 1.tar ..       members KEY.webp|png|jpg and KEY.cls or KEY.txt (a caption a line)
+NAME/test/nshards.txt, 0.tar, 1.tar ..       members KEY.webp|png|jpg and KEY.cls or KEY.txt (one caption per line)
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from pipeline.prompts import resolve_templates
 Kind = Literal["classification", "retrieval"]
 
 CLASSNAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
-# What clip_benchmark's reader decodes.
+# Formats that clip_benchmark's reader decodes.
 WDS_EXTENSIONS = ("webp", "png", "jpg")
 
 
@@ -78,7 +78,7 @@ class EvalSet:
 
 
 def open_eval_set(location: str | Path, *, split: str = "test", cache: Cache | None = None) -> EvalSet:
-    """Scan the headers and read labels or captions of a set. Raises ConfigError that names the file at fault.
+    """Scan the headers and read the labels or captions of a set. Raises ConfigError with the faulty file.
 
     ``location``: a folder, a URL or ``hf:ORG/NAME`` (see remote.py), whose tars are copied into ``cache`` first.
     """
@@ -109,7 +109,7 @@ def open_eval_set(location: str | Path, *, split: str = "test", cache: Cache | N
 
 @dataclass(frozen=True)
 class PackEvalReport:
-    """What pack_eval wrote, from which source, and what became of everything in the source."""
+    """Result of pack_eval: the set, its source, and the account of everything in the source."""
 
     eval_set: EvalSet
     account: Account
@@ -133,9 +133,9 @@ def pack_eval(
     max_pixels: int = MAX_PIXELS,
     workers: int = 4,
 ) -> PackEvalReport:
-    """The user's own test images as an evaluation set: classification where there are classes, else retrieval.
+    """Pack the user's test images as an evaluation set: classification if there are classes, otherwise retrieval.
 
-    Unreadable images are left out and named, and an error above the share ``max_unreadable``, as in shards.pack.
+    Unreadable images are left out and named; more than the share ``max_unreadable`` is an error, as in shards.pack.
     """
     data = read_source(source, options)
     check_empty(Path(out), force)
@@ -164,9 +164,9 @@ def write_wds_eval(
 ) -> EvalSet:
     """Write an evaluation set that this module and clip_benchmark read alike; equal samples give equal bytes.
 
-    Image bytes are kept, but what clip_benchmark would see turned, clipped or not at all (an EXIF orientation, 16 bit,
-    gif, bmp, tiff) is stored as the upright 8-bit PNG that training sees. ``as_found`` keeps the bytes of these
-    as well, for published sets, which others read as they are. Raises ConfigError for unreadable images.
+    Image bytes are kept, except for images that clip_benchmark would see rotated, clipped or not at all (with an EXIF
+    orientation, 16 bit, gif, bmp, tiff): these are stored as the upright 8-bit PNG that training sees. ``as_found``
+    keeps their bytes as well, for published sets. Raises ConfigError for unreadable images.
     """
     folder = Path(out)
     check_empty(folder, force)
@@ -196,7 +196,7 @@ def _parts(samples: Sequence[Sample], most: int, most_bytes: int) -> Iterator[li
     part: list[Sample] = []
     size = 0
     for sample in samples:
-        # Images from arrays are small; only files can fill a shard before the count does.
+        # Images from arrays are small; only files can fill a shard before the count is reached.
         more = sample.image.stat().st_size if isinstance(sample.image, Path) else 0
         if part and (len(part) == most or size + more > most_bytes):
             yield part
@@ -228,7 +228,7 @@ def _check_complete(
 
 
 def _members(sample: Sample) -> dict[str, bytes]:
-    """Image and label or captions; both, where a sample has both, since readers take the one their kind asks for."""
+    """The image with label, captions or both; readers take the one for their kind."""
     data = sample.image.read_bytes()
     try:
         ext = stored_extension(sample.image.suffix, sample.image.read_bytes)
@@ -249,7 +249,7 @@ def _members(sample: Sample) -> dict[str, bytes]:
 
 
 def _check_left_over(folder: Folder, split: str, count: int) -> None:
-    """Raise ConfigError where there are more tars than nshards.txt says: their images would be left out silently."""
+    """Raise ConfigError for more tars than in nshards.txt, whose images would be left out silently."""
     numbers = sorted(int(name[:-4]) for name in folder.tars(split) if name[:-4].isdecimal())
     if beyond := [number for number in numbers if number >= count]:
         raise ConfigError(
@@ -268,7 +268,7 @@ def _kind(folder: Folder) -> Kind:
 
 
 def _lines(folder: Folder, file: str) -> tuple[str, ...] | None:
-    """The lines of a small file; a label is the number of a line, so a blank one is an error but at the end."""
+    """The lines of a small file; labels are line numbers, so a blank line is an error except at the end."""
     text = folder.read_text(file)
     if text is None:
         return None

@@ -1,1 +1,1 @@
-"""The public datasets of the benchmark as their authors hand them out -> evaluation sets and training shards."""
+"""The benchmark's public datasets, as distributed by their authors -> evaluation sets and training shards."""

@@ -1,4 +1,4 @@
-"""A public dataset as its authors hand it out -> an evaluation set in the clip-benchmark layout, with exact counts."""
+"""A public dataset as distributed by its authors -> an evaluation set in clip-benchmark's layout, exact in number."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def read_original(row: Original, root: str | Path) -> Source:
 
 
 def known_datasets() -> list[str]:
-    """What `selora pack --dataset` takes: those of the benchmark, and the training images."""
+    """The names for `selora pack --dataset`: the benchmark's datasets, and the training images."""
     return [*ORIGINALS, "imagenet-train"]
 
 
@@ -67,7 +67,7 @@ def convert(
     """Write the dataset in the user's folder ``root`` as an evaluation set.
 
     Files keep their bytes, and arrays become lossless webp. A bank becomes the split "train" of the set.
-    ``wnid_names``: readable names of classes that the dataset calls by wnid. ``decoded``: every image is decoded once.
+    ``wnid_names``: readable names for datasets that name their classes by wnid. ``decoded``: decode every image once.
     Raises ConfigError, before anything is written, for wrong counts with their likely cause, and for unreadable images.
     """
     check_empty(Path(out), force)
@@ -82,7 +82,7 @@ def convert(
     names = [(wnid_names or {}).get(name, name) for name in found[split].classes or ()]
     sentences = resolve_templates(templates)
     written = [
-        # Together they were found to have an empty folder, or one that may be written over.
+        # Both were found to have an empty folder, or one that may be overwritten.
         write_wds_eval(good, out, classnames=names, templates=sentences, split=name, as_found=True, force=True)
         for name, good in usable.items()
     ]
@@ -90,12 +90,12 @@ def convert(
 
 
 def check_counts(row: Original, source: Source) -> None:
-    """Raise one ConfigError with everything that is found and expected, and what it is likely to come from."""
+    """Raise one ConfigError with all found and expected counts and their likely cause."""
     found = len(source.samples)
     faults = [f"images: {found} found, {row.images} expected"] if found != row.images else []
     if source.left_out:
         faults.append(
-            f"files: {len(source.left_out)} are listed and not there: {_few([each.name for each in source.left_out])}"
+            f"files: {len(source.left_out)} are listed but missing: {_few([each.name for each in source.left_out])}"
         )
     faults += _class_faults(row, source) if row.classes is not None else []
     captions = sum(len(sample.captions) for sample in source.samples)

@@ -1,4 +1,4 @@
-"""ImageNet-1K and the sets made for it, in the forms they are handed out. Labels are places in the sorted wnids."""
+"""ImageNet-1K and related sets in their distributed forms. Labels are positions in the sorted wnids."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def wnids(flag: str = "") -> tuple[str, ...]:
     """The sorted wnids of ImageNet-1K, or of a subset of it.
 
     The flag "A" selects ImageNet-A, "R" ImageNet-R (200 classes each), and "C" ImageNet-100.
-    The lists are timm's (timm/data/_info), which are the authors'; clip_benchmark's agree with them. ImageNet-100 is
-    drawn anew by many; this draw is the usual one, imagenet100.txt of github.com/HobbitLong/CMC (commit bc687a2).
+    The lists come from timm (timm/data/_info), are the authors' own and agree with clip_benchmark's. There are several
+    draws of ImageNet-100; this is the usual one, imagenet100.txt of github.com/HobbitLong/CMC (commit bc687a2).
     """
     lines = Path(__file__).with_name("imagenet_wnids.txt").read_text(encoding="ascii").splitlines()
     entries = [(line[:9], line[10:]) for line in lines]
@@ -33,7 +33,7 @@ def wnids(flag: str = "") -> tuple[str, ...]:
 
 
 def read_wnid_folders(root: Path, places: Sequence[str], flag: str = "") -> Source:
-    """Folders named by wnid, in the first of ``places`` below ``root`` that has any. Raises ConfigError."""
+    """Folders named by wnid, in the first of ``places`` below ``root`` that has such folders. Raises ConfigError."""
     return read_class_folders(_first_with_folders(root, places, _WNID), wnids(flag), wnids(flag))
 
 
@@ -56,7 +56,7 @@ def read_val(root: Path) -> Source:
     for file in image_names(flat):
         found = _VAL_NUMBER.fullmatch(Path(file).stem)
         if found is not None:
-            # The number is the line of the list, so an image that is missing moves no label.
+            # The number is the line of the list, so a missing image does not shift labels.
             label = labels.get(int(found[1]))
             if label is None:
                 raise ConfigError(f"{flat / file}: has no label; the lists end at {max(labels, default=0)}")
@@ -73,13 +73,13 @@ def read_val_100(root: Path) -> Source:
 
 
 def read_train_100(root: Path) -> Source:
-    """The training images of ImageNet-100, from a tree of ImageNet's or of these 100 classes alone."""
+    """The training images of ImageNet-100, from a tree of ImageNet or of only these 100 classes."""
     folder, chosen = _first_with_folders(root, TRAIN_PLACES, _WNID), wnids("C")
     return Source("class folders", folder, list(class_samples(folder, chosen)), list(chosen))
 
 
 def read_class_folders(folder: Path, folders: Sequence[str], classes: Sequence[str]) -> Source:
-    """Images in folders; label i is ``folders[i]``, called ``classes[i]``. A folder of another name is an error."""
+    """Images in folders; label i is ``folders[i]``, named ``classes[i]``. Any other folder is an error."""
     strangers = sorted(set(subfolders(folder)) - set(folders))
     if strangers:
         listed = ", ".join(strangers[:5])
@@ -90,7 +90,7 @@ def read_class_folders(folder: Path, folders: Sequence[str], classes: Sequence[s
 
 
 def class_samples(folder: Path, folders: Sequence[str]) -> Iterator[Sample]:
-    """The images of these folders, sorted in each; those of the i-th have label i. A folder may be missing."""
+    """The images of these folders, each sorted; those of the i-th folder have label i. A folder may be missing."""
     for label, below in enumerate(folders):
         for file in image_names(folder / below) if (folder / below).is_dir() else ():
             name = f"{below}/{file}"
@@ -102,7 +102,7 @@ def subfolders(folder: Path) -> list[str]:
 
 
 def image_names(folder: Path) -> list[str]:
-    """The files of a folder that are images by their names, sorted."""
+    """The files of a folder with names of images, sorted."""
     names = (entry.name for entry in os.scandir(folder))
     return sorted(
         name for name in names if not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
@@ -137,7 +137,7 @@ def _flat_labels(root: Path, flat: Path) -> dict[int, int]:
 
 
 def _devkit_labels(folder: Path) -> dict[int, int]:
-    """The devkit numbers classes in an order of its own (ILSVRC2012_ID); meta.mat says which wnid each is."""
+    """Labels from the devkit, which numbers classes in its own order (ILSVRC2012_ID); meta.mat has the wnid of each."""
     from scipy.io import loadmat
 
     if not (folder / "meta.mat").is_file():

@@ -1,4 +1,4 @@
-"""COCO and Flickr30k in Karpathy's split: images with all their captions, just as they were written."""
+"""COCO and Flickr30k in Karpathy's split: images with all their captions, unchanged."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from pipeline.config import ConfigError
 from pipeline.data.sources.account import LeftOut
 from pipeline.data.sources.sample import Sample, Source, sample_key
 
-# (path of the image below a place of `images`, its captions)
+# (path of the image below an entry of `images`, its captions)
 Entry = tuple[str, list[str]]
 
 
 @dataclass(frozen=True)
 class Karpathy:
-    """Reads the test split from the first of ``lists`` that is there. ``images``: where the images may be."""
+    """Reads the test split from the first of ``lists`` that exists. ``images``: possible folders of the images."""
 
     lists: tuple[str, ...]
     images: tuple[str, ...]
 
     def __call__(self, root: Path) -> Source:
-        """Raises ConfigError when there is no list, or it is none of Karpathy's."""
+        """Raises ConfigError without a list, or if it is not one of Karpathy's."""
         file = next((root / name for name in self.lists if (root / name).is_file()), None)
         if file is None:
             raise ConfigError(f"{root}: none of {', '.join(self.lists)} is there")
@@ -43,7 +43,7 @@ class Karpathy:
         return Source("karpathy", root, samples, None, missing)
 
     def _find(self, root: Path, name: str) -> Path | None:
-        """With the folder that the list gives ("val2014/..") and without it."""
+        """Look with the folder in the list ("val2014/..") and without it."""
         names = (name, Path(name).name)
         candidates = (root / place / below for place in self.images for below in names)
         return next((path for path in candidates if path.is_file()), None)
@@ -67,7 +67,7 @@ def _from_csv(file: Path) -> Iterator[Entry]:
 
 
 def _from_txt(file: Path) -> Iterator[Entry]:
-    """flickr30k_test_karpathy.txt: a header, then "1234.jpg,A caption" with commas in it, a line for each caption."""
+    """flickr30k_test_karpathy.txt: a header, then a line "1234.jpg,A caption" for each caption, commas included."""
     captions: dict[str, list[str]] = {}
     for line in file.read_text(encoding="utf-8").splitlines()[1:]:
         if line.strip():

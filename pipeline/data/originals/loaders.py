@@ -1,7 +1,7 @@
-"""The datasets that torchvision reads: its loaders say which images there are and which label each has.
+"""Datasets with a loader in torchvision, which lists the images and their labels.
 
-Label orders are the datasets' own and those of the public wds sets: CIFAR's and STL's name files, the digits, DTD and
-Food by sorted name, SUN's ClassName.txt, Aircraft's variants.txt, and the numbers of Flowers and Pets less one.
+Label orders are those of the datasets and of the public wds sets: the name files of CIFAR and STL, the digits, DTD and
+Food by sorted name, SUN's ClassName.txt, Aircraft's variants.txt, and the numbers of Flowers and Pets minus one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FAULTS = (RuntimeError, OSError, ValueError, KeyError, IndexError, EOFError, pi
 
 @dataclass(frozen=True)
 class ArrayImage:
-    """An image that its dataset keeps as an array. Its file is lossless webp, as in the public sets."""
+    """An image that its dataset stores as an array. It becomes lossless webp, as in the public sets."""
 
     dataset: Sequence[tuple[Image.Image, int]]
     number: int
@@ -40,14 +40,14 @@ class ArrayImage:
 
 
 def array_samples(dataset: Any) -> Iterator[Sample]:
-    """Samples of a dataset that gives (image, label)."""
+    """Samples of a dataset of (image, label)."""
     for number in range(len(dataset)):
         name = f"{number:07d}"
         yield Sample(name, name, ArrayImage(dataset, number), int(dataset[number][1]))
 
 
 def file_samples(dataset: Any) -> Iterator[Sample]:
-    """Samples of a dataset that gives (path, label), sorted by path, for some loaders list as the disk does."""
+    """Samples of a dataset of (path, label), sorted by path because some loaders list files in the disk's order."""
     listed = sorted((str(path), int(label)) for path, label in (dataset[i] for i in range(len(dataset))))
     for path, label in listed:
         name = "/".join(Path(path).parts[-2:])
@@ -58,8 +58,8 @@ def file_samples(dataset: Any) -> Iterator[Sample]:
 class Loader:
     """Reads a dataset below the user's folder.
 
-    ``open`` is given the first of ``places`` that holds ``anchor``. ``md5`` are the checksums of its small files,
-    looked at before any is read, since some of them are pickles.
+    ``open`` gets the first of ``places`` that holds ``anchor``. ``md5``: checksums of its small files, verified before
+    any is read, because some of them are pickles.
     """
 
     open: Callable[[Path], Any]
@@ -69,7 +69,7 @@ class Loader:
     md5: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, root: Path) -> Source:
-        """Raises ConfigError when the files are not there or are not the authors'."""
+        """Raises ConfigError if files are missing or are not the authors'."""
         folder = next((root / place for place in self.places if (root / place / self.anchor).exists()), None)
         if folder is None:
             raise ConfigError(f"{root}: no {self.anchor} in {', '.join(str(root / place) for place in self.places)}")
@@ -98,7 +98,7 @@ def _check_md5(file: Path, wanted: str) -> None:
         raise ConfigError(f"{file}: damaged or not the authors' file (md5 {found}, not {wanted}); download it again")
 
 
-# torchvision asks for the training files too and compares checksums; the table has those that matter, as data.
+# torchvision also requires the training files and their checksums; the table has only the necessary ones.
 class _Cifar10(datasets.CIFAR10):
     base_folder = ""
     train_list: Any = ()
@@ -147,7 +147,7 @@ class _Pets(datasets.OxfordIIITPet):
 
 
 def _as_path(path: str | Path) -> Any:
-    """Given as the loader of images: the path is what is wanted of them."""
+    """The loader of images, which returns only their path."""
     return path
 
 
@@ -201,7 +201,7 @@ AIRCRAFT = Loader(
 
 
 def dtd(split: str) -> Loader:
-    """The first of DTD's ten ways to split it; "train", "val" or "test"."""
+    """The first of DTD's ten splits; "train", "val" or "test"."""
     anchor = f"dtd/dtd/labels/{split}1.txt"
     return Loader(lambda root: datasets.DTD(root, split=split, loader=_as_path), file_samples, anchor, _ABOVE)
 

@@ -1,4 +1,4 @@
-"""ObjectNet as it is unpacked: 313 class folders of png files, of which 113 have a class in ImageNet."""
+"""ObjectNet when unpacked: 313 class folders of png files, of which 113 correspond to classes of ImageNet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def read_objectnet(root: Path) -> Source:
 
     Labels are positions in the sorted folder names of the overlap, as in FLYP, clip_benchmark and the public set; names
     are ObjectNet's own in lower case.
-    Raises ConfigError when the mappings are not there or a class folder is not.
+    Raises ConfigError if the mappings or a class folder are missing.
     """
     label_file, overlap_file = _mapping(root, _LABELS), _mapping(root, _OVERLAP)
     name_of: dict[str, str] = json.loads(label_file.read_text(encoding="utf-8"))

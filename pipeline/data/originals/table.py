@@ -1,4 +1,4 @@
-"""The public datasets that `selora pack --dataset` reads, as one table: how each is read and its number of images."""
+"""The public datasets of `selora pack --dataset` as one table: the reader of each and its number of images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OTHER_SPLIT = "another split"
 
 @dataclass(frozen=True)
 class Split:
-    """Other images of a dataset than those of its evaluation set; the fields are those of `Original`."""
+    """Images of a dataset outside its evaluation set; the fields are those of `Original`."""
 
     read: Callable[[Path], Source]
     images: int
@@ -35,13 +35,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Original:
-    """One dataset as its authors hand it out.
+    """One dataset as distributed by its authors.
 
-    read: the user's folder -> its samples; ConfigError when it is not that dataset. images, classes, captions: how many
-    there are, and per_class where every class has as many. holds: what the folder must hold. fewer, more: what is
-    likely wrong when images are missing or too many are there; known: the same for counts that tell. splits: what else
-    of it is packed, each by itself: "train" as training shards. bank: what K-NN looks among, packed as split "train" of
-    the evaluation set.
+    read: the user's folder -> its samples; ConfigError if it is not this dataset. images, classes, captions: their
+    numbers; per_class: images per class if all classes have the same number. holds: required content of the folder.
+    fewer, more: likely cause of too few or too many images; known: likely causes of certain counts. splits: other
+    splits that are packed separately, "train" as training shards. bank: images among which K-NN searches, packed as
+    split "train" of the evaluation set.
     """
 
     read: Callable[[Path], Source]
@@ -61,11 +61,11 @@ class Original:
         return self.captions is not None
 
     def of(self, split: Split) -> Original:
-        """The same dataset with other images of it."""
+        """The same dataset with another split's images."""
         return replace(self, **vars(split), splits={}, bank=None)
 
     def counted(self, *, images: int | None, classes: int | None = None, captions: int | None = None) -> Original:
-        """With other expected counts, where they are given."""
+        """The same dataset with other expected counts, if given."""
         return replace(
             self,
             images=images or self.images,

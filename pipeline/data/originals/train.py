@@ -1,4 +1,4 @@
-"""ImageNet-1K's training images, listed without opening one."""
+"""ImageNet-1K's training images, listed without opening them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HOLDS = (
 
 
 def list_imagenet_train(root: str | Path, images: int = IMAGES) -> Listing:
-    """The training images in wnid folders; labels are places in the sorted wnids. ConfigError for wrong counts."""
+    """The training images in wnid folders; labels are positions in the sorted wnids. ConfigError for wrong counts."""
     base = _base(Path(root))
     wanted, there = wnids(), set(subfolders(base))
     files = tuple(image_names(base / wnid) if wnid in there else [] for wnid in wanted)

@@ -1,1 +1,1 @@
-"""Reference texts that ship with the package: general sentences whose features `keep` holds in place."""
+"""Reference data of section keep: shipped sentences, a user's images, and their features from the untouched model."""

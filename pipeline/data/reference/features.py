@@ -1,8 +1,8 @@
-"""Features of the untouched model on reference data: constants, computed once and kept in the cache of the machine.
+"""Features of the untouched model on reference data, computed once and kept in the machine's cache.
 
-An entry of the cache (storage/cache.py) holds those of one shard, or of one list of texts. Its name follows from all
-that decides them: the untouched model, the content and the preprocessing. So trials and ranks share them, and after a
-kill only the entry that was not complete is computed again.
+An entry of the cache (storage/cache.py) holds the features of one shard, or of one list of texts. Its name follows from
+everything that determines them: the untouched model, the content and the preprocessing. So trials and ranks share them,
+and after a kill only the incomplete entry is computed again.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from pipeline.data.storage.cache import Cache, entry_of, lock_of, touch
 from pipeline.data.storage.cache_budget import room_to_decode
 from pipeline.data.storage.tar import TarIndex
 
-# Of the entries; another number makes them anew.
+# Version of the entries; a new number recomputes them.
 VERSION = 1
-# Samples of a forward: always as many, so that an entry does not depend on who computed it.
+# Samples per forward: a constant, so that an entry does not depend on the process that computed it.
 ROWS = 64
 
 logger = logging.getLogger("selora.data")
@@ -41,14 +41,14 @@ logger = logging.getLogger("selora.data")
 
 @dataclass(frozen=True)
 class Untouched:
-    """The untouched model, as far as features need it.
+    """The parts of the untouched model that features need.
 
     Attributes:
         images: uint8 (B, 3, H, W) -> fp32 unit vectors (B, D) on the CPU.
         texts: tokens (B, context) -> the same; None for a model without a text tower.
         tokenize: N texts -> tokens (N, context); None with `texts`.
-        preprocess: how it takes images (see `eval_resize`).
-        identity: what tells this model from every other.
+        preprocess: its image preprocessing (see `eval_resize`).
+        identity: distinguishes this model from all others.
     """
 
     images: Callable[[Tensor], Tensor]
@@ -60,7 +60,7 @@ class Untouched:
 
 @dataclass(frozen=True)
 class Reading:
-    """How reference images are read: as for evaluation, in the fast or the reference form."""
+    """How reference images are read: as in evaluation, in the fast or the reference form."""
 
     preprocess: dict[str, Any]
     form: Preprocessing
@@ -72,7 +72,7 @@ class Reading:
 
 
 def stored_image(tar: TarIndex, number: int) -> bytes:
-    """The image of sample `number` as it is stored. Raises BadImageError where there is none."""
+    """The image of sample `number` as it is stored. Raises BadImageError without an image."""
     members = tar.samples[number].members
     ext = next((ext for ext in STORED_EXTENSIONS if ext in members), None)
     if ext is None:
@@ -96,9 +96,9 @@ def image_features(
     """Features of every reference image and caption, by shard.
 
     Args:
-        workers: processes that decode.
-        first: number of the shard to begin with. Ranks that begin at different shards share the work: a shard at which
-            another process is comes last.
+        workers: number of decoding processes.
+        first: number of the shard to begin with. Ranks that begin with different shards share the work: a shard that
+            another process is computing comes last.
 
     Returns:
         For each of the n samples of a shard: image (n, D) fp32, zeros where it is bad; good (n,) bool; key (n,) int64,
@@ -128,7 +128,7 @@ def _kept(
     *,
     wait: bool = True,
 ) -> dict[str, Tensor]:
-    """The entry, computed first where it is missing; without `wait` nothing where another process is computing it."""
+    """The entry, computed if it is missing; without `wait` None while another process is computing it."""
     entry = entry_of(cache, "reference", repr((VERSION, *untouched.identity, *key)), "features.safetensors")
     try:
         with FileLock(lock_of(cache, entry), blocking=wait):
@@ -151,7 +151,7 @@ def _write(cache: Cache, entry: Path, found: dict[str, Tensor]) -> None:
     size = sum(each.nbytes for each in found.values())
     room = room_to_decode(cache, entry.parent, lambda: size, entry.parent.name)
     if room is None:
-        raise OSError(errno.ENOSPC, "SELORA_CACHE_GB has no room for them", str(entry))
+        raise OSError(errno.ENOSPC, "SELORA_CACHE_GB is too small for them", str(entry))
     with room:
         entry.parent.mkdir(parents=True, exist_ok=True)
         partial = entry.with_suffix(".part")
@@ -169,7 +169,7 @@ def _encode_texts(untouched: Untouched, texts: list[str]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Part:
-    """Some samples of a shard as they are read; pixels of the good ones only."""
+    """Some samples of a shard as read from it, with pixels of the good ones only."""
 
     pixels: Tensor
     good: list[bool]

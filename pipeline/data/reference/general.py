@@ -2,8 +2,8 @@
 
     python -m pipeline.data.reference.general /usr/share/wordnet > pipeline/data/reference/general.txt
 
-The nouns are chosen by WordNet's own sense counts alone, so no class name of an evaluated data set is in the list on
-purpose. Every draw follows from the noun itself: the same WordNet gives the same file.
+The nouns are chosen only by WordNet's sense counts, so no class name of an evaluated dataset is in the list
+intentionally. Every draw follows from the noun itself, so the same WordNet gives the same file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipeline.data.order import stable_hash
 
-# WordNet's lexicographer files, and how many of their most frequent nouns are taken.
+# WordNet's lexicographer files, and the number of most frequent nouns taken from each.
 _CATEGORIES = {"animal": (5, 130), "thing": (6, 560), "food": (13, 130), "place": (17, 90), "plant": (20, 80)}
 _PEOPLE = (
     "man woman boy girl child baby family couple crowd friend student teacher doctor nurse farmer worker cook waiter "
@@ -41,7 +41,7 @@ _FOOD = (
     "a photo of {n}.|{n} on a plate.|{people} eating {n} {scene}.|{n} for sale at a market.|a bowl with {n}.|"
     "{n} and {m} on a table.|a drawing of {n}.|a recipe with {n}.|a close-up of {n}."
 ).split("|")
-# Frequent in WordNet's corpus of the 1960s, and hardly to be seen on a photo.
+# Frequent in WordNet's corpus of the 1960s, but rarely seen in photos.
 _LEFT_OUT = frozenset(
     "female male young human_being bitch cocotte anode anion cation thermocouple micelle electron ion fragment agent "
     "cell drug andrena universe buckskin product device facility surface cannabis brothel whorehouse noose gallows "
@@ -87,7 +87,7 @@ def _frequent(wordnet: Path, file: int, most: int) -> list[str]:
 
 
 def _common_nouns(wordnet: Path) -> set[str]:
-    """Lemmas written in small letters: no names of persons, peoples and places. One or two words."""
+    """Lemmas in lower case, which excludes names of persons, peoples and places. One or two words."""
     found = set()
     for line in (wordnet / "data.noun").read_text(encoding="ascii").splitlines():
         if not line.startswith(" "):

@@ -1,6 +1,7 @@
-"""Reference samples of a training step: which ones is decided by seed and step alone, as for training samples.
+"""Reference samples of a training step, determined only by seed and step, like training samples.
 
-About a tenth is held out, by a hash of the sample's key: never trained on, it measures how far the model has moved.
+About a tenth of them is held out, by a hash of the key: it is never trained on and measures how far the model has
+    moved.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ _SUBSTITUTES = 64
 
 
 class Reference(NamedTuple):
-    """Reference images and texts with the features that the untouched model gives them.
+    """Reference images and texts with their features from the untouched model.
 
-    images: uint8 (R, 3, H, W). image_features: (R, D). tokens: int64 (T, context); captions of the images first, where
-    they have some, then other texts. text_features: (T, D). R or T may be 0.
+    images: uint8 (R, 3, H, W). image_features: (R, D). tokens: int64 (T, context); captions of the images first, if
+    they have any, then other texts. text_features: (T, D). R or T may be 0.
     """
 
     images: Tensor
@@ -42,7 +43,7 @@ class Reference(NamedTuple):
 
 @dataclass(frozen=True)
 class ReferenceBatch:
-    """What this rank is held to in a step. bad: "shard/key: reason" of each image that another one replaces."""
+    """This rank's reference samples in a step. bad: "shard/key: reason" of each image that another one replaces."""
 
     tensors: Reference
     bad: list[str]
@@ -53,7 +54,7 @@ class ReferenceBatch:
 
 
 def held_out(keys: Sequence[int] | np.ndarray) -> np.ndarray:
-    """(N,) bool: a tenth of the samples, 16 to 128 of them and at most half, those with the smallest hashes."""
+    """(N,) bool: the tenth of the samples with the smallest hashes, 16 to 128 of them and at most half."""
     count = len(keys)
     wanted = min(HELD_OUT_MOST, max(HELD_OUT_LEAST, math.ceil(HELD_OUT_SHARE * count)), count // 2)
     chosen = np.zeros(count, dtype=bool)
@@ -62,7 +63,7 @@ def held_out(keys: Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 class Texts:
-    """Reference texts as tokens, in an order of their own."""
+    """Reference texts as tokens, in their own order."""
 
     def __init__(self, texts: Sequence[str], found: dict[str, Tensor], *, seed: int, streams: int) -> None:
         out = held_out([stable_hash("keep", text) for text in texts])
@@ -76,7 +77,7 @@ class Texts:
         return self._rows([int(self._trained[self._order.locate(position).sample]) for position in positions])
 
     def held(self) -> tuple[Tensor, Tensor]:
-        """The same of the texts that are not trained on."""
+        """Tokens and features of the held-out texts."""
         return self._rows(self._held.tolist())
 
     def _rows(self, rows: list[int]) -> tuple[Tensor, Tensor]:
@@ -84,7 +85,7 @@ class Texts:
 
 
 class _Sample(NamedTuple):
-    """A reference image with its numbers: of the shard, of the sample and of a caption in that shard."""
+    """A reference image with the numbers of its shard, and of its sample and caption in the shard."""
 
     shard: int
     number: int
@@ -93,7 +94,7 @@ class _Sample(NamedTuple):
 
 
 class Images:
-    """Reference images read from shards, in an order of their own, with a caption each where all have one."""
+    """Reference images from shards, in their own order, with a caption each if all have one."""
 
     def __init__(
         self,
@@ -119,22 +120,22 @@ class Images:
             [len(each) for each in self._trained], seed=stable_hash("keep", seed), streams=streams, window=window
         )
         missing = sum(int(((shard["captions"].diff() == 0) & shard["good"]).sum()) for shard in found)
-        # Each image needs one, for every rank must have as many texts as the others; a ViT reads none of them.
+        # Each image needs one, because all ranks must have equally many texts; a ViT reads none of them.
         self.captioned, self.uncaptioned = missing == 0 and any(len(shard["tokens"]) for shard in found), missing
         self._tars: OrderedDict[int, TarIndex] = OrderedDict()
 
     @property
     def opened(self) -> OrderedDict[int, TarIndex]:
-        """The shards that this process has open."""
+        """The open shards of this process."""
         return self._tars
 
     def at(self, positions: Sequence[int]) -> tuple[Reference, list[str]]:
-        """Samples at these positions; a bad one is replaced by the next good one of its stream, and named."""
+        """Samples at these positions; a bad one is replaced by the next good one of its stream and named."""
         found = [self._good(position) for position in positions]
         return self._stacked([sample for sample, _ in found]), [fault for _, fault in found if fault]
 
     def held(self) -> Reference:
-        """The samples that are not trained on, each with its first caption."""
+        """The held-out samples, each with its first caption."""
         return self._stacked([self._sample(shard, number) for shard, number in self._held])
 
     def _good(self, position: int) -> tuple[_Sample, str]:
@@ -153,7 +154,7 @@ class Images:
         )
 
     def _sample(self, shard: int, number: int, key: str = "", epoch: int = 0) -> _Sample:
-        """With the caption of `epoch`; each comes once in as many epochs as there are captions."""
+        """The sample with its caption of `epoch`; each caption occurs once in as many epochs as there are captions."""
         pixels = self._reading.pixels(stored_image(self._tar(shard), number))
         first, end = self._found[shard]["captions"][number : number + 2].tolist()
         drawn = draw_without_repetition(end - first, self._seed, key, epoch) if key and end > first else 0
@@ -182,13 +183,13 @@ class Images:
 
 @dataclass(frozen=True)
 class ReferenceData:
-    """Reference images, texts or both, shared out over ranks as training samples are.
+    """Reference images, texts or both, distributed over ranks like training samples.
 
     Attributes:
-        global_batch: reference images, and as many texts of the list, of a step over all ranks.
+        global_batch: reference images, and as many texts of the list, per step over all ranks.
         streams: parts of an epoch of reference samples.
         size: (H, W) of images.
-        cut: tokens (T, context) -> (T, length), without the padding that this model need not read.
+        cut: tokens (T, context) -> (T, length), without padding that the model need not read.
     """
 
     images: Images | None
@@ -199,14 +200,14 @@ class ReferenceData:
     cut: Callable[[Tensor], Tensor]
 
     def batch(self, step: int, rank: int, world: int) -> ReferenceBatch:
-        """This rank's reference samples of a step: an equal share of the step's, in rank order."""
+        """This rank's reference samples of a step: an equal share, in rank order."""
         positions = rank_positions(step, self.global_batch, self.streams, rank, world)
         images, bad = (None, []) if self.images is None else self.images.at(positions)
         texts = None if self.texts is None else self.texts.at(positions)
         return ReferenceBatch(self._joined(images, texts), bad)
 
     def held(self) -> Reference:
-        """The samples that are not trained on, the same on every rank."""
+        """The held-out samples, the same on every rank."""
         images = None if self.images is None else self.images.held()
         return self._joined(images, None if self.texts is None else self.texts.held())
 
@@ -224,10 +225,10 @@ class ReferenceData:
 
 
 def reference_streams(global_batch: int, streams: int, world: int) -> int:
-    """Streams that divide a batch of reference samples, whatever the number of ranks.
+    """The number of streams of reference samples, which does not depend on the number of ranks.
 
     Raises:
-        ConfigError: where the ranks cannot share the batch.
+        ConfigError: the ranks cannot share the batch.
     """
     if global_batch % world:
         near = max(1, round(global_batch / world)) * world

@@ -1,4 +1,4 @@
-"""Reference texts: a list that ships with the package, or a file of the user's."""
+"""Reference texts: a list that ships with the package, or a user's file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.config import ConfigError
 from pipeline.config.text_file import decode_text, lines_of, read_text
 
-# Names of the lists that ship with the package, each a file NAME.txt in this folder.
+# Names of the shipped lists; each is a file NAME.txt in this folder.
 SHIPPED = ("general",)
 
 
@@ -16,7 +16,7 @@ def reference_texts(name_or_path: str) -> list[str]:
     """The sentences of a shipped list or of a text file, each once, in the order of the file.
 
     Args:
-        name_or_path: `general`, or the path of a UTF-8 file with a sentence a line; empty lines are left out.
+        name_or_path: `general`, or the path of a UTF-8 file with one sentence per line; empty lines are ignored.
 
     Raises:
         ConfigError: for a file that does not exist, is not UTF-8, or holds fewer than two sentences.
@@ -33,7 +33,7 @@ def reference_texts(name_or_path: str) -> list[str]:
     if len(sentences) < 2:
         found = "one sentence" if sentences else "no sentence"
         raise ConfigError(
-            f"keep.texts={name_or_path}: holds {found}, and two are the least; write one a line, or use "
+            f"keep.texts={name_or_path}: holds {found}, but at least two are needed; write one per line, or use "
             f"keep.texts={SHIPPED[0]}"
         )
     return sentences

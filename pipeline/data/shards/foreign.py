@@ -1,4 +1,4 @@
-"""An index.json for tars that others wrote, which stay as they are."""
+"""An index.json for existing WebDataset tars, which are not changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.data.storage.tar import TarIndex
 
 
 def read_shards(directory: Path) -> Source:
-    """The samples of a folder of shards, as a source. Raises ConfigError where its index or a tar is damaged."""
+    """The samples of a folder of shards, as a source. Raises ConfigError if its index or a tar is damaged."""
     index = load_index(directory)
     return read_members(directory, [directory / shard.name for shard in index.shards], index.classes)
 
@@ -30,32 +30,32 @@ def index_tars(
     max_pixels: int = MAX_PIXELS,
     workers: int = 4,
 ) -> PackReport:
-    """Check tars and write an index.json next to them, so that they can be trained on without a copy.
+    """Check tars and write an index.json next to them, to train on them without copying.
 
-    A sample that cannot be used stays in its tar; training passes over it, as over one that is damaged later.
+    An unusable sample stays in its tar; training skips it, like one that is damaged later.
 
     Args:
         source: A folder, a tar or a pattern (``shards/{00000..00010}.tar``); all tars in one folder.
-        options: Where class names come from.
-        force: Replace an index that is there.
-        decoded: Whether every image is decoded once.
-        max_unreadable: Largest share of samples that may be unusable.
+        options: Source of the class names.
+        force: Replace an existing index.
+        decoded: Whether to decode every image once.
+        max_unreadable: Largest share of unusable samples.
         max_pixels: An image with more pixels is unusable.
         workers: Decoding threads.
 
     Returns:
-        The index, and the sum over all samples.
+        The index, and the account of all samples.
 
     Raises:
-        ConfigError: For a damaged tar, too many unusable samples, tars of several folders, or an index that is there.
+        ConfigError: For a damaged tar, too many unusable samples, tars of several folders, or an existing index.
     """
     files = tar_files(source)
     folder = files[0].parent
     if other := next((file for file in files if file.parent != folder), None):
         raise ConfigError(f"{source}: tars of one folder make an index, and {other} is not in {folder}")
     if (folder / INDEX_NAME).exists() and not force:
-        raise ConfigError(f"{folder / INDEX_NAME}: is there already; give --force to replace it")
-    data = replace(read_tars(source, options), notes=())  # which say how to come here
+        raise ConfigError(f"{folder / INDEX_NAME}: exists already; give --force to replace it")
+    data = replace(read_tars(source, options), notes=())  # whose messages suggest this command
     _, account = usable_samples(
         data, decoded=decoded, max_unreadable=max_unreadable, max_pixels=max_pixels, workers=workers
     )

@@ -33,9 +33,9 @@ INDEX_NAME = "index.json"
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar as the index records it.
+    """One tar, as recorded in the index.
 
-    ``table`` is where the tar has the table of its members; None for tars of others and of older versions.
+    ``table`` is the position of the table of members in the tar; None for tars of other tools and older versions.
     """
 
     name: str
@@ -45,13 +45,13 @@ class Shard:
     table: Member | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """What ``from_json`` takes."""
+        """The input of ``from_json``."""
         known = {"name": self.name, "samples": self.samples, "bytes": self.bytes, "sha256": self.sha256}
         return known if self.table is None else known | {"table": [self.table.offset, self.table.size]}
 
     @staticmethod
     def from_json(known: dict[str, Any]) -> Shard:
-        """Raises KeyError or TypeError for what is not a shard."""
+        """Raises KeyError or TypeError for anything but a shard."""
         name, samples, size, sha256 = (known[key] for key in ("name", "samples", "bytes", "sha256"))
         table = known.get("table")
         return Shard(name, samples, size, sha256, None if table is None else Member(*table))
@@ -59,7 +59,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """A folder of shards. ``classes`` are readable names by label, None when samples carry captions only."""
+    """A folder of shards. ``classes`` are readable names by label, None if samples have captions only."""
 
     folder: Folder
     shards: tuple[Shard, ...]
@@ -70,7 +70,7 @@ class ShardIndex:
 
     @property
     def directory(self) -> Path:
-        """Of shards on this disk."""
+        """The directory of local shards."""
         return Path(self.folder.location)
 
     def sizes(self) -> list[int]:
@@ -79,7 +79,7 @@ class ShardIndex:
 
 @dataclass(frozen=True)
 class PackReport:
-    """What pack wrote, from which source, and what became of everything in the source."""
+    """Result of pack: the index, its source, and the account of everything in the source."""
 
     index: ShardIndex
     account: Account
@@ -92,10 +92,10 @@ class PackReport:
 
 
 def load_index(location: str | Path, cache: Cache | None = None) -> ShardIndex:
-    """The index of a shard folder, after a cheap check that each tar is there with the recorded size.
+    """The index of a shard folder, after a cheap check that each tar exists with the recorded size.
 
     ``location``: a folder, or a URL (see remote.py), whose shards are copied into ``cache`` and checked by their sha256
-    when they are opened. Raises ConfigError that names the shard.
+    when they are opened. Raises ConfigError with the shard's name.
     """
     index = read_index(folder_at(location, cache))
     if isinstance(index.folder, LocalFolder):
@@ -107,7 +107,7 @@ def load_index(location: str | Path, cache: Cache | None = None) -> ShardIndex:
 
 
 def open_shard(index: ShardIndex, number: int) -> TarIndex:
-    """The samples of one shard, as many as the index says; TarError otherwise."""
+    """The samples of one shard; TarError if their number differs from the index."""
     shard = index.shards[number]
     tar = index.folder.open_tar(shard.name, size=shard.bytes, sha256=shard.sha256, table=shard.table)
     if len(tar) != shard.samples:
@@ -116,13 +116,13 @@ def open_shard(index: ShardIndex, number: int) -> TarIndex:
 
 
 def fetch_shard(index: ShardIndex, number: int) -> None:
-    """Have the copy of a shard made before it is opened, unless another process is at it. Raises ConfigError."""
+    """Copy a shard before it is opened, unless another process is copying it. Raises ConfigError."""
     shard = index.shards[number]
     index.folder.fetch(shard.name, size=shard.bytes, sha256=shard.sha256)
 
 
 def read_index(folder: Folder) -> ShardIndex:
-    """The index alone, without a look at its tars. Raises ConfigError."""
+    """The index, without checking its tars. Raises ConfigError."""
     file = f"{folder.location}/{INDEX_NAME}"
     text = folder.read_text(INDEX_NAME)
     if text is None:
@@ -146,19 +146,19 @@ def read_index(folder: Folder) -> ShardIndex:
 
 
 def _without_index(folder: Folder) -> str:
-    """What is at a location that has no index.json, and the way out."""
+    """The message for a location without index.json, with the way out."""
     if is_pattern(folder.location) or folder.location.endswith(".tar"):
         return f"name the folder of the shards; `selora index '{folder.location}'` writes the index.json that it needs"
     if not folder.exists():
         return "no such folder; `selora pack SOURCE OUT` writes a folder of shards"
-    # Tars of ours without an index are what a packing that was broken off has left.
+    # Tars of selora without an index come from an interrupted packing.
     if isinstance(folder, LocalFolder) and holds_tars(folder.path) and not any(folder.path.glob("shard-*.tar")):
         return f"no index.json in it; `selora index {folder.location}` takes its tars as they are"
     return "no index.json in it; `selora pack SOURCE OUT` writes a folder of shards"
 
 
 def size_fault(folder: Path, shard: Shard) -> str | None:
-    """How the size of a tar differs from what its index says; None where it does not."""
+    """How the size of a tar differs from its index; None if it does not."""
     path = folder / shard.name
     if not path.is_file():
         return f"missing, with {shard.samples} samples"
@@ -183,10 +183,10 @@ def pack(
 ) -> PackReport:
     """Write ``source`` as shards of ``samples_per_shard`` (default: about 16 shards, 64 to 5000 samples each).
 
-    Samples are shuffled with ``seed`` since class folders come sorted; equal input gives equal bytes. Image bytes are
-    kept as they are. Each image is decoded once (``check``); unreadable or missing ones are left out and named in
-    report and index, and more than the share ``max_unreadable`` of them is an error. index.json comes last, so what
-    was broken off is not a shard folder.
+    Samples are shuffled with ``seed``, because class folders are sorted; equal input gives equal bytes. Image bytes are
+    not changed. Each image is decoded once (``check``); unreadable or missing ones are left out and named in report and
+    index, and more than the share ``max_unreadable`` is an error. index.json is written last, so the result of an
+    interrupted packing is not a shard folder.
     """
     data = source if isinstance(source, Source) else read_source(source, options)
     folder = Path(out)
@@ -204,7 +204,7 @@ def pack(
 
 
 def described(data: Source, account: Account) -> dict[str, Any]:
-    """What index.json keeps of a source: no path of this machine, and what became of everything in it."""
+    """The entry of index.json about its source: its account, without paths of this machine."""
     left_out = [str(each) for each in account.left_out]
     return {"format": data.format, "name": data.path.name, "left_out": left_out, "account": account.as_json()}
 
@@ -227,7 +227,7 @@ def _write(
 def write_index(
     folder: Path, shards: Sequence[Shard], classes: Sequence[str] | None, source: dict[str, Any]
 ) -> ShardIndex:
-    """Make a folder of complete tars a shard folder. The index appears whole or not at all."""
+    """Turn a folder of complete tars into a shard folder. The index appears completely or not at all."""
     content = {
         "format": FORMAT_NAME,
         "version": FORMAT_VERSION,
@@ -249,13 +249,13 @@ def write_tar(
     *,
     table: bool = False,
 ) -> Shard:
-    """One shard, under a temporary name until it is complete. Equal samples give equal bytes.
+    """Write one shard, under a temporary name until it is complete. Equal samples give equal bytes.
 
     Args:
-        path: of the tar.
-        samples: in this order.
-        members: the files of a sample by extension; None: `sample_members`.
-        table: whether the tar gets a table of its members, by which it is opened in one read.
+        path: path of the tar.
+        samples: samples, in this order.
+        members: function to the files of a sample by extension; None: `sample_members`.
+        table: whether the tar gets a table of its members, with which one read opens it.
     """
     files_of = members or sample_members
     with appearing(path) as temporary:
@@ -270,7 +270,7 @@ def write_tar(
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """A name that no other writer of ``path`` uses; the file takes its place after the block, or is gone."""
+    """A name that no other writer of ``path`` uses; after the block the file replaces ``path``, or is removed."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     with disk_faults_as_errors(path):
         with replacing(path, temporary):
@@ -279,16 +279,16 @@ def appearing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def disk_faults_as_errors(path: Path) -> Iterator[None]:
-    """Report a full disk, a folder without permission or a vanished source with its file, without a traceback."""
+    """Raise a full disk, a missing permission or a vanished source as ConfigError with the file's name."""
     try:
         yield
     except OSError as error:
         what = f"{error.filename or path}: {error.strerror}"
-        raise ConfigError(f"{what}; what is packed so far is not complete") from error
+        raise ConfigError(f"{what}; the shards are incomplete") from error
 
 
 def check_empty(folder: Path, force: bool) -> None:
-    """ConfigError if something is in the folder and must not be overwritten."""
+    """Raise ConfigError if the folder is not empty and must not be overwritten."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: a file; give a folder to write to")
     if folder.exists() and any(folder.iterdir()) and not force:
@@ -296,7 +296,7 @@ def check_empty(folder: Path, force: bool) -> None:
 
 
 def sample_members(sample: Sample) -> dict[str, bytes]:
-    """The files of one sample by extension: the image as it was, ``cls`` and ``txt`` where there is one."""
+    """The files of one sample by extension: the unchanged image, and ``cls`` and ``txt`` if present."""
     members = {stored_extension(sample.image.suffix, sample.image.read_bytes): sample.image.read_bytes()}
     if sample.cls is not None:
         members["cls"] = str(sample.cls).encode()
@@ -306,7 +306,7 @@ def sample_members(sample: Sample) -> dict[str, bytes]:
 
 
 def _digest(shards: Sequence[Shard], classes: Sequence[str] | None) -> str:
-    """Equal for equal shards and class names, whatever the folder is called."""
+    """Digest of shards and class names, independent of the folder's name."""
     content = (
         [[shard.name, shard.samples, shard.sha256] for shard in shards],
         None if classes is None else list(classes),

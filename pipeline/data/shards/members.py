@@ -1,4 +1,4 @@
-"""What the members of a sample say: its captions and its label, written by selora or by others."""
+"""Captions and label of a sample from its members, written by selora or other tools."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def sample_texts(tar: TarIndex, number: int, classes: Sequence[str] | None) -> t
 
     Args:
         tar: The shard.
-        number: Of the sample in it.
-        classes: Names by label; None where samples have captions only, and a label does not count.
+        number: Number of the sample in it.
+        classes: Names by label; None if samples have captions only and labels do not count.
 
     Returns:
-        The label, -1 without one, and the captions in ``txt``, or else in ``json``; none is not an error.
+        The label, -1 without one, and the captions in ``txt``, or else in ``json``; there may be none.
 
     Raises:
         BadImageError: For a label without a class and for captions that are not UTF-8.
@@ -46,13 +46,13 @@ def caption_member(captions: Sequence[str]) -> bytes:
     """A txt member, one caption per line.
 
     A line end inside a caption is written as ``\\n``, as in clip-benchmark's own sets, and stays two characters for
-    every reader; only published captions contain any.
+    every reader; only published captions contain such line ends.
     """
     return "\n".join(text.replace("\n", "\\n") for text in captions).encode()
 
 
 def caption_lines(data: bytes, name: str) -> list[str]:
-    """The captions in a txt member, one a line, letter by letter as they were stored; blank lines are none.
+    """The captions in a txt member, one per line, exactly as stored; blank lines are ignored.
 
     Raises:
         ConfigError: When ``name``, as messages call it, is not UTF-8.
@@ -62,10 +62,10 @@ def caption_lines(data: bytes, name: str) -> list[str]:
 
 
 def json_captions(text: str, name: str) -> list[str]:
-    """The value of ``caption`` or ``captions``, a string or a list of them, in a json object; none without either.
+    """The value of ``caption`` or ``captions``, a string or a list of them, in a JSON object; empty without either.
 
     Raises:
-        ConfigError: When ``name``, as messages call it, is not json.
+        ConfigError: When ``name``, as messages call it, is not JSON.
     """
     content = parse_json(text, name)
     found = content.get("caption", content.get("captions")) if isinstance(content, dict) else None

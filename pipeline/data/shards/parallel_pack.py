@@ -1,12 +1,11 @@
-"""Class folders with millions of images -> training shards, by many processes and machines, resumed where it broke off.
+"""Class folders with millions of images -> training shards, by many processes and machines, resumable.
 
-    OUT/plan.json                what is being packed; another source, seed or size is refused
-    OUT/parts/shard-00012.json   that shard is complete: samples, bytes, sha256
-    OUT/index.json               all are; the two above are gone
+    OUT/plan.json                the source, seed and size of the packing; others are refused
+    OUT/parts/shard-00012.json   this shard is complete: samples, bytes, sha256
+    OUT/index.json               all shards are complete; the files above have been removed
 
-Which image goes into which shard follows from the listing and the seed alone, so parts of one job share nothing but the
-folder, may begin and end at the same moment, and may be cut anew on another day. What is held in memory are the names
-of the files.
+The shard of each image follows from the listing and the seed, so parts of one job share only the folder, may begin and
+end at the same moment, and may be divided differently later. Only the names of the files are in memory.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ class Listing:
 
 
 class Packing:
-    """What goes where. ``classes``: readable names by label. ``decoded``: every image is decoded once."""
+    """The shards and their images. ``classes``: readable names by label. ``decoded``: decode every image once."""
 
     def __init__(
         self,
@@ -81,12 +80,12 @@ class Packing:
         self._ends = np.cumsum([len(names) for names in listing.files])
 
     def __len__(self) -> int:
-        """How many shards."""
+        """Number of shards."""
         return math.ceil(len(self.listing) / self.samples_per_shard)
 
     @property
     def digest(self) -> str:
-        """Of everything that decides the bytes of the shards except for the images' own."""
+        """Digest of everything that determines the bytes of the shards, except the images' own bytes."""
         inputs = [self.listing.folders, self.classes, self.seed, self.samples_per_shard]
         content = hashlib.sha256(json.dumps(inputs, ensure_ascii=False).encode())
         for names in self.listing.files:
@@ -104,7 +103,7 @@ class Packing:
         return Sample(sample_key(name), name, self.listing.root / name, label)
 
     def write(self, shard: int) -> Shard:
-        """One shard and the record that it is complete; nothing is done when both are there and agree."""
+        """Write one shard and the record that it is complete, unless both exist and agree."""
         record = self.out / PARTS / f"shard-{shard:05d}.json"
         path = self.out / f"shard-{shard:05d}.tar"
         done = read_record(record)
@@ -120,7 +119,7 @@ class Packing:
             finished = _finished(self)
             if finished is None:
                 raise
-            return finished.shards[shard]  # its end has cleared away all that was begun, this one's file as well
+            return finished.shards[shard]  # its end has removed all unfinished files, including this one
         return made
 
     def _members(self, sample: Sample) -> dict[str, bytes]:
@@ -130,8 +129,8 @@ class Packing:
                 decode(next(iter(members.values())), max_pixels=self.max_pixels)
         except BadImageError as error:
             raise ConfigError(
-                f"{self.listing.root / sample.name}: {error}; nothing may be left out: copy it again, then give the "
-                "same command, which continues"
+                f"{self.listing.root / sample.name}: {error}; nothing may be left out: copy it again, then repeat "
+                "the same command, which continues"
             ) from error
         return members
 
@@ -144,11 +143,11 @@ def pack_in_parallel(
     force: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ShardIndex | None:
-    """Write the shards of part i of n, and the index if all others are complete by then; None while some are not.
+    """Write the shards of part i of n, and the index if all others are complete; returns None while some are not.
 
-    The same call again continues: shards that are complete and have their recorded sha256 are kept. ``on_progress`` is
-    given the finished and all shards of the part. Raises ConfigError for an unreadable image and when the folder holds
-    something else.
+    The same call continues an interrupted one: complete shards with their recorded sha256 are kept. ``on_progress``
+    gets the numbers of finished and of all shards of the part. Raises ConfigError for an unreadable image, and if the
+    folder holds something else.
     """
     finished = _claim(packing, force=force, alone=part[1] == 1)
     if finished is not None:
@@ -173,21 +172,21 @@ def pack_in_parallel(
 
 
 def _join(packing: Packing) -> ShardIndex | None:
-    """Write the index once all shards are there. Parts that end together may all do it: they write the same."""
+    """Write the index once all shards exist. Parts that end together may all do it, because they write the same."""
     records = [read_record(packing.out / PARTS / f"shard-{shard:05d}.json") for shard in range(len(packing))]
     shards = [record for record in records if record is not None]
     if len(shards) == len(packing):
         source = {"format": "imagefolder", "name": packing.listing.root.name, "seed": packing.seed, "left_out": []}
         index = write_index(packing.out, shards, packing.classes, {**source, "plan": packing.digest})
     else:
-        index = _finished(packing)  # by another part, which has removed the records since
+        index = _finished(packing)  # written by another part, which has removed the records since
     if index is not None:
         _clear_begun(packing.out)
     return index
 
 
 def _clear_begun(out: Path) -> None:
-    """What is left over when the index is there, the begun shards of killed processes included."""
+    """Remove the files that are not needed once the index exists, including unfinished shards of killed processes."""
     (out / PLAN).unlink(missing_ok=True)
     shutil.rmtree(out / PARTS, ignore_errors=True)
     for begun in out.glob("shard-*.part"):
@@ -195,7 +194,7 @@ def _clear_begun(out: Path) -> None:
 
 
 def read_record(file: Path) -> Shard | None:
-    """The shard that a record says is complete; None without one."""
+    """The complete shard of a record; None without a record."""
     try:
         return Shard.from_json(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -209,7 +208,7 @@ def _agrees(path: Path, record: Shard) -> bool:
 
 
 def _claim(packing: Packing, *, force: bool, alone: bool) -> ShardIndex | None:
-    """Make the folder this packing's; its index when all is done."""
+    """Claim the folder for this packing; returns its index if everything is done."""
     if force and not alone:
         raise ConfigError("--force: would remove what the other parts have written; empty the folder first")
     finished = _finished(packing)
@@ -217,7 +216,7 @@ def _claim(packing: Packing, *, force: bool, alone: bool) -> ShardIndex | None:
         return finished
     if force:
         _clear(packing.out)
-    # Looked at first: whatever another part of this job writes comes after its plan, which goes after its index.
+    # Checked first: other parts of this job write after the plan, which is removed after the index is written.
     occupied = _holds_other_things(packing.out)
     plan = packing.out / PLAN
     if not plan.is_file():
@@ -232,7 +231,7 @@ def _claim(packing: Packing, *, force: bool, alone: bool) -> ShardIndex | None:
 
 
 def _holds_other_things(out: Path) -> bool:
-    """Whether anything but a plan, half written by another part that begins at this moment, is in the folder."""
+    """Whether the folder holds anything but a plan that another part is writing at this moment."""
     return out.exists() and not (out.is_dir() and all(path.name.startswith((PLAN, PARTS)) for path in out.iterdir()))
 
 
@@ -258,9 +257,9 @@ def _check_plan(packing: Packing) -> None:
         return
     if known["digest"] != packing.digest:
         raise ConfigError(
-            f"{packing.out}: holds the begun packing of other files or settings ({known['images']} images in "
+            f"{packing.out}: holds an unfinished packing of other files or settings ({known['images']} images in "
             f"{known['shards']} shards, here {len(packing.listing)} in {len(packing)}); give the same source and "
-            "settings to continue it, or --force to begin anew"
+            "settings to continue it, or --force to start over"
         )
 
 
@@ -275,7 +274,7 @@ _packing: Packing | None = None
 
 
 def _start_worker(packing: Packing) -> None:
-    """A forked worker shares the listing with its parent, and ends with it, even if that is killed."""
+    """Start a forked worker, which shares the listing with its parent and ends with it, even if that is killed."""
     global _packing
     _packing = packing
     parent = multiprocessing.parent_process()

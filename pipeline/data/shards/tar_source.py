@@ -1,4 +1,4 @@
-"""WebDataset tars that others wrote, as a source: img2dataset's, a download of the hub, an export of a team."""
+"""Existing WebDataset tars as a source: from img2dataset, from the hub, or an export of a team."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MOST_TARS = 1_000_000
 
 @dataclass(frozen=True)
 class TarImage:
-    """The image of a sample, read where it is; the tar is open for as long as that takes."""
+    """The image of a sample, read in place; the tar is open only while it is read."""
 
     path: Path
     member: Member
@@ -44,7 +44,7 @@ class TarImage:
 
 
 def is_pattern(source: str | Path) -> bool:
-    """Whether a source names many files at once: ``shards/{00000..00010}.tar`` or ``shards/*.tar``."""
+    """Whether a source is a pattern of many files: ``shards/{00000..00010}.tar`` or ``shards/*.tar``."""
     return any(mark in str(source) for mark in "{*") and not Path(source).exists()
 
 
@@ -57,14 +57,14 @@ def holds_tars(path: Path) -> bool:
 
 
 def tar_files(source: str | Path) -> list[Path]:
-    """The tars that a folder, a file or a pattern names, sorted by name where the pattern has no order of its own.
+    """The tars of a folder, a file or a pattern, sorted by name unless the pattern has an order.
 
     Raises:
-        ConfigError: For one that is not there, or behind a URL.
+        ConfigError: For missing tars, and for URLs.
     """
     text, path = str(source), Path(source)
     if is_remote(text) or text.startswith("pipe:"):
-        raise ConfigError(f"{text}: tars are indexed where they are on a disk; copy them, or run this where they are")
+        raise ConfigError(f"{text}: tars are indexed on a local disk; copy them, or run this where they are")
     if not is_pattern(source):
         found = sorted(path.glob("*.tar")) if path.is_dir() else [path]
     elif "{" in text:
@@ -72,7 +72,7 @@ def tar_files(source: str | Path) -> list[Path]:
     else:
         found = [Path(name) for name in sorted(glob.glob(text, recursive=True))]  # noqa: PTH207 - may be absolute
     if missing := [str(file) for file in found if not file.is_file()]:
-        raise ConfigError(f"{text}: {len(missing)} of {len(found)} tars are not there: {few(missing, 3)}")
+        raise ConfigError(f"{text}: {len(missing)} of {len(found)} tars are missing: {few(missing, 3)}")
     if not found:
         raise ConfigError(f"{text}: no tar there")
     return found
@@ -91,12 +91,12 @@ def _expanded(pattern: str) -> list[str]:
 
 
 def read_tars(source: str | Path, options: SourceOptions) -> Source:
-    """The samples of tars: an image with ``txt`` (a caption a line), ``json`` (its ``caption``) or ``cls`` (a label).
+    """The samples of tars: an image with ``txt`` (a caption per line), ``json`` (its ``caption``) or ``cls`` (a label).
 
     Class names come from ``--classnames`` or a classnames.txt next to the tars, line = label.
 
     Raises:
-        ConfigError: For a damaged tar, and for labels without names where there is no caption either.
+        ConfigError: For a damaged tar, and for labels without names if there is no caption either.
     """
     files = tar_files(source)
     names_file = options.classnames or next(filter(Path.is_file, [files[0].parent / CLASSNAMES]), None)
@@ -105,7 +105,7 @@ def read_tars(source: str | Path, options: SourceOptions) -> Source:
 
 
 def read_members(source: Path, files: Sequence[Path], names: Sequence[str] | None) -> Source:
-    """The samples of the tars ``files``; ``names`` are the classes by label, None where only captions count."""
+    """The samples of the tars ``files``; ``names`` are the classes by label, None if only captions count."""
     samples: list[Sample] = []
     left_out: list[LeftOut] = []
     for file in files:
@@ -114,8 +114,8 @@ def read_members(source: Path, files: Sequence[Path], names: Sequence[str] | Non
         for number, found in enumerate(tar.samples):
             made = _sample(tar, number, names)
             if counted[found.key] > 1:
-                detail = f"{found.key} comes {counted[found.key]} times in its tar, here with {found}"
-                left_out.append(LeftOut(made.name, "a key that comes twice", detail))
+                detail = f"{found.key} occurs {counted[found.key]} times in its tar, here with {found}"
+                left_out.append(LeftOut(made.name, "a repeated key", detail))
             elif isinstance(made, LeftOut):
                 left_out.append(made)
             else:
@@ -127,7 +127,7 @@ def read_members(source: Path, files: Sequence[Path], names: Sequence[str] | Non
         unique_keys(samples),
         None if names is None else list(names),
         left_out=left_out,
-        notes=[f"`selora index {shlex.quote(str(source))}` takes these tars as they are, without a copy"],
+        notes=[f"`selora index {shlex.quote(str(source))}` uses these tars in place, without a copy"],
     )
 
 

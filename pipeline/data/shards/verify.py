@@ -1,4 +1,4 @@
-"""Shards against their index: sizes, checksums, counts, keys, members, and that every image decodes."""
+"""Checks shards against their index: sizes, checksums, counts, keys, members, and that every image decodes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.files import sha256_of
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What verify found. ``faults`` has a line for each, by shard and key."""
+    """Result of verify. ``faults`` has a line for each fault, by shard and key."""
 
     directory: Path
     shards: int
@@ -44,7 +44,7 @@ def verify(
 ) -> VerifyReport:
     """Compare shards with their index: size, checksum, count, keys, members and, with ``decode``, every image.
 
-    Every fault is reported, none stops the check. Raises ConfigError when the index itself cannot be read.
+    Every fault is reported; none stops the check. Raises ConfigError if the index itself cannot be read.
     """
     if is_remote(directory):
         raise ConfigError(
@@ -65,7 +65,7 @@ def verify(
     with ThreadPoolExecutor(workers) as pool:
         for shard in index.shards:
             if index.source.get("format") == "webdataset":
-                seen = {}  # others often count anew in each tar
+                seen = {}  # other tools often restart their numbers in each tar
             found, tar = _shard_faults(index.directory, shard)
             faults += found
             if tar is None:
@@ -102,7 +102,7 @@ def _shard_faults(folder: Path, shard: Shard) -> tuple[list[str], TarIndex | Non
 
 
 def _table_faults(path: Path, shard: Shard, tar: TarIndex) -> list[str]:
-    """Where the table of members, by which training reads, says something else than the headers."""
+    """Differences between the headers and the table of members, which training uses."""
     if shard.table is None:
         return []
     try:

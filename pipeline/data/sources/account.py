@@ -1,4 +1,4 @@
-"""What became of everything that a source holds: seen = packed + left out (by reason) + ignored (by kind)."""
+"""The account of a source: seen = packed + left out (by reason) + ignored (by kind)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class LeftOut:
-    """One thing that was meant as a sample and is not packed.
+    """One intended sample that is not packed.
 
     Attributes:
-        name: What the user calls it: a path inside the source, or ``line 7`` of a table that names none.
-        reason: Why, in words that many samples share, since the samples are counted by them ("no caption").
-        detail: The reason in full for this one, where more is known: a decoder's message, what its line holds.
+        name: Its name for the user: a path inside the source, or ``line 7`` of a table without a name.
+        reason: Reason in words that many samples share, because samples are counted by it ("no caption").
+        detail: The full reason for this sample, if more is known: a decoder's message, the content of its line.
     """
 
     name: str
@@ -31,16 +31,16 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Account:
-    """The sum over a source. Files are counted in folders, named images in tables and json files.
+    """The sum over a source. Folders count files; tables and JSON files count named images.
 
     Attributes:
-        seen: How many there are, counted where they were found.
-        packed: How many become samples.
-        left_out: Those meant as samples that do not.
-        ignored: Kind -> number of what was never meant as a sample (``"hidden files"``, ``".txt files"``).
+        seen: Their number, counted independently by the reader.
+        packed: Number of samples.
+        left_out: Intended samples that are not packed.
+        ignored: Kind -> number of files that were never intended as samples (``"hidden files"``, ``".txt files"``).
 
     Raises:
-        ValueError: When the sum does not add up, which is a fault of the reader and not of the source.
+        ValueError: When the sum does not add up, which is a fault of the reader, not of the source.
     """
 
     seen: int
@@ -55,11 +55,11 @@ class Account:
 
     @property
     def reasons(self) -> dict[str, int]:
-        """Reason -> number of samples left out for it, the most frequent first."""
+        """Reason -> number of samples left out for it, most frequent first."""
         return dict(Counter(each.reason for each in self.left_out).most_common())
 
     def __str__(self) -> str:
-        """The sum in a line, and a line for each reason and kind."""
+        """The sum in one line, followed by a line for each reason and kind."""
         lines = [
             f"{self.seen} seen = {self.packed} packed + {len(self.left_out)} left out + "
             f"{sum(self.ignored.values())} ignored"
@@ -73,7 +73,7 @@ class Account:
 
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> Account:
-        """The sum that ``as_json`` wrote.
+        """The account written by ``as_json``.
 
         Raises:
             ValueError: For anything else.
@@ -85,7 +85,7 @@ class Account:
             raise ValueError(f"not the sum over a source: {error}") from error
 
     def as_json(self) -> dict[str, Any]:
-        """The sum with every name, as index.json keeps it and ``--report`` writes it."""
+        """The account with every name, for index.json and ``--report``."""
         return {
             "seen": self.seen,
             "packed": self.packed,

@@ -1,4 +1,4 @@
-"""Class folders and labels -> the names that captions call them by."""
+"""Class folders and labels -> class names for captions."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _WNID = re.compile(r"n\d{8}")
 
 
 def class_names(folders: Sequence[str], options: SourceOptions) -> list[str]:
-    """Readable names of class folders or labels, from a file or by the look of them.
+    """Readable names of class folders or labels, from a file or derived from the folders.
 
     Args:
         folders: Names of folders, or labels of a table, in the order of the classes.
-        options: The user's, with the file.
+        options: The user's options, with the file.
 
     Returns:
-        A name for each.
+        A name for each folder.
 
     Raises:
         ConfigError: When two classes have the same name, or a name is missing.
@@ -36,29 +36,29 @@ def class_names(folders: Sequence[str], options: SourceOptions) -> list[str]:
             same = [_shown(folder) for folder, each in zip(folders, names, strict=True) if each == name]
             raise ConfigError(
                 f"classes: {count} classes read {name!r} ({', '.join(same[:5])}); rename or merge them, or give "
-                "--classnames FILE with names that tell them apart"
+                "--classnames FILE with different names"
             )
     return names
 
 
 def _shown(folder: str) -> str:
-    """The name in quotes, escaped where it may look like another one: é can be one character or two."""
+    """The name in quotes, escaped if it may look like another one: é can be one character or two."""
     return repr(folder) if unicodedata.is_normalized("NFC", folder) else ascii(folder)
 
 
 def class_notes(names: Sequence[str]) -> list[str]:
-    """What the user should know about the names of the classes, a sentence each."""
+    """Notes for the user about the class names, a sentence each."""
     notes = []
     wnids = [name for name in names if _WNID.fullmatch(name)]
     numbers = [name for name in names if name.isdecimal()]
     for what, found in (("WordNet ids", wnids), ("numbers", numbers)):
         if len(found) * 2 > len(names):
             notes.append(
-                f"the classes are called by {what}, so captions will say 'a photo of a {found[0]}.'; --classnames FILE "
-                f"gives names, a line each as in '{found[0]}<TAB>tench'"
+                f"the classes are named by {what}, so captions will say 'a photo of a {found[0]}.'; --classnames FILE "
+                f"gives names, one per line as in '{found[0]}<TAB>tench'"
             )
     if len(names) == 1:
-        notes.append(f"there is one class only, {names[0]!r}: nothing to tell it apart from")
+        notes.append(f"there is only one class, {names[0]!r}, so there is nothing to distinguish it from")
     return notes
 
 

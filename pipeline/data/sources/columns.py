@@ -1,4 +1,4 @@
-"""Which column of a table, or key of a json list, holds what."""
+"""Columns of a table, or keys of a JSON list, and their roles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.config import ConfigError
 from pipeline.data.sources.sample import SourceOptions, few
 
-# What others call their columns; of several in a table the first here is taken. Case, spaces, hyphens do not count.
+# Common names of columns; of several in a table the first here is used. Case, spaces and hyphens do not matter.
 COLUMNS = {
     "image": [
         "filepath",
@@ -70,7 +70,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Columns:
-    """Places of the columns that are read; captions, classes or both."""
+    """Positions of the columns that are read; captions, classes or both."""
 
     image: int
     caption: int | None
@@ -78,15 +78,15 @@ class Columns:
 
 
 def is_known(column: str) -> bool:
-    """Whether a column's name says what it holds."""
+    """Whether the role of a column is known from its name."""
     return any(_plain(column) in names for names in COLUMNS.values())
 
 
 def choose_columns(path: Path, columns: Sequence[str], options: SourceOptions) -> Columns:
-    """The columns to read: those that the options name, else those with a known name.
+    """The columns to read: those named by options, otherwise those with known names.
 
     Raises:
-        ConfigError: When an option names a column that is not there, or there are no images or nothing about them.
+        ConfigError: When an option names a missing column, or there is no column of images, or none about them.
     """
     image = _place(path, columns, "image", options.image_column)
     caption = _place(path, columns, "caption", options.caption_column)
@@ -106,7 +106,7 @@ def choose_columns(path: Path, columns: Sequence[str], options: SourceOptions) -
 
 
 def describe_columns(columns: Sequence[str], chosen: Columns) -> str:
-    """One sentence: which column was taken for what, and which were not used."""
+    """One sentence: the role of each column, and the unused ones."""
     roles = (("images", chosen.image), ("captions", chosen.caption), ("classes", chosen.cls))
     taken = [f"{role} from {columns[place]!r}" for role, place in roles if place is not None]
     used = {place for _, place in roles}

@@ -1,4 +1,4 @@
-"""A folder of class folders, or of images with their captions in files next to them -> samples."""
+"""A folder of class folders, or of images with captions in files next to them -> samples."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pipeline.data.sources.sample import Sample, Source, SourceOptions, few, sam
 from pipeline.data.sources.walk import Walked, hidden, kinds, printable, walk
 from pipeline.prompts import natural_key
 
-# Where the captions of an image are looked for, in this order: next to it, under its name without the extension.
+# Extensions of caption files next to an image, in this order; the rest of the name is that of the image.
 CAPTION_FILES = (".txt", ".json")
-# What a table or json file that names images is called.
+# Names of tables and JSON files that name images.
 LIST_SUFFIXES = (".csv", ".tsv", ".txt", ".token", ".json", ".jsonl", ".ndjson")
 LOOSE = "images next to the class folders"
 WITH_IMAGE = "caption files, read with their images"
@@ -28,8 +28,8 @@ def read_folders(root: Path, options: SourceOptions) -> Source:
     """The images of ``root/CLASS/…``, sorted by name; classes are the folders directly below ``root``.
 
     Raises:
-        ConfigError: For a class folder without an image or with a name that is not UTF-8, or class names that do not
-            fit.
+        ConfigError: For a class folder without an image or with a name that is not UTF-8, and for class names that do
+            not match.
     """
     walked = walk(root)
     found = (entry.name for entry in root.iterdir() if entry.is_dir() and not hidden(entry.name))
@@ -67,8 +67,8 @@ def _check_folders(walked: Walked, images: dict[str, list[str]]) -> None:
     for folder, found in images.items():
         if printable(folder) != folder:
             raise ConfigError(
-                f"{printable(str(walked.root / folder))}: the folder's name is not UTF-8, so no class can be called by "
-                "it; rename it (convmv -f latin1 -t utf8 --notest)"
+                f"{printable(str(walked.root / folder))}: the folder's name is not UTF-8, so it cannot name a "
+                "class; rename it (convmv -f latin1 -t utf8 --notest)"
             )
         if found:
             continue
@@ -87,16 +87,16 @@ def _check_folders(walked: Walked, images: dict[str, list[str]]) -> None:
 
 
 def has_sidecars(root: Path) -> bool:
-    """Whether most images below ``root`` have a text file with a caption next to them, as img2dataset writes them."""
+    """Whether most images below ``root`` have a text file with a caption next to them, as written by img2dataset."""
     walked = walk(root)
-    # A few of them are opened: numbers alone are boxes of a detector, and a json without a caption is something else.
+    # A few of them are opened: numbers are boxes of a detector, and a JSON file without a caption is something else.
     named = _captions_next_to(walked)
     some = sorted(named)[:: max(1, len(named) // 16)]
     read = [image for image in some if any(map(str.isalpha, "".join(_captions(root, named[image])[0])))]
     return 2 * len(named) > len(walked.images) and 2 * len(read) > len(some)
 
 
-def read_sidecars(root: Path, options: SourceOptions) -> Source:  # noqa: ARG001 - as every reader
+def read_sidecars(root: Path, options: SourceOptions) -> Source:  # noqa: ARG001 - the signature of every reader
     """The images below ``root`` with the captions in the files next to them.
 
     ``a.txt`` has a caption per line, ``a.json`` has it under the key ``caption``.
@@ -128,7 +128,7 @@ def read_sidecars(root: Path, options: SourceOptions) -> Source:  # noqa: ARG001
 
 
 def _captions_next_to(walked: Walked) -> dict[str, list[str]]:
-    """Image -> the files next to it that may hold its captions, the first choice first."""
+    """Image -> the files next to it that may hold its captions, in order of preference."""
     beside: dict[str, list[str]] = defaultdict(list)
     for name in walked.others:
         if (path := PurePosixPath(name)).suffix.lower() in CAPTION_FILES:
@@ -141,7 +141,7 @@ def _captions_next_to(walked: Walked) -> dict[str, list[str]]:
 
 
 def _captions(root: Path, files: Sequence[str]) -> tuple[tuple[str, ...], str]:
-    """The captions in the first of the files that has some, and otherwise why there are none."""
+    """The captions in the first of the files that has any, otherwise the reason why there are none."""
     faults = []
     for file in files:
         name = printable(file)

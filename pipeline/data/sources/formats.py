@@ -1,4 +1,4 @@
-"""What users have on disk -> a list of samples: the format of a source, and the reader of each format."""
+"""The format of a source, and the reader of each format, which returns its samples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_source(source: str | Path, options: SourceOptions = SourceOptions()) ->
     """The samples of ``source`` in a stable order (sorted by name for folders, file order for lists).
 
     Raises:
-        ConfigError: When the source is none of the known formats or is inconsistent.
+        ConfigError: When the source has no known format or is inconsistent.
     """
     path = Path(source)
     if is_pattern(source):
@@ -48,12 +48,12 @@ READERS = {
 
 
 def _list_in(folder: Path, options: SourceOptions) -> Path | None:
-    """The table or json file in a folder that names the images in it, as Flickr8k and HF's imagefolder have it.
+    """The table or JSON file in a folder that names its images, as in Flickr8k and HF's imagefolder.
 
-    None with several class folders, unless the list is called as those are, and where no file names images.
+    None if no file names images, and for several class folders unless the file has such a name.
 
     Raises:
-        ConfigError: For several such files, and for none when a format is given that needs one.
+        ConfigError: For several such files, or for none if the given format needs one.
     """
     if options.format == "auto" and ((folder / "index.json").exists() or holds_tars(folder) or has_sidecars(folder)):
         return None
@@ -74,14 +74,14 @@ def _names_images(file: Path, options: SourceOptions) -> bool:
     try:
         return bool(read_source(file, replace(options, classnames=None)).samples)
     except ConfigError as error:
-        # For a broken list, the message says what is broken.
+        # A broken list counts, so that the message describes its fault.
         if file.stem.lower() in LIST_NAMES:
             raise ConfigError(f"{error}") from None
         return False
 
 
 def sniff(path: Path) -> Literal["imagefolder", "sidecar", "csv", "json", "webdataset"]:
-    """The format of a source by its look; ConfigError with what was seen when it is none."""
+    """Detect the format of a source; ConfigError with the findings if it is unknown."""
     if holds_tars(path) and not (path / "index.json").exists():
         return "webdataset"
     if path.is_file():

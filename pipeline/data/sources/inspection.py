@@ -1,4 +1,4 @@
-"""`selora inspect`: what a source holds, and the command and the config lines that come next."""
+"""`selora inspect`: the content of a source, and the next command and config lines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.data.sources.sample import Sample, Source, SourceOptions, few
 
 @dataclass(frozen=True)
 class Inspection:
-    """What inspect saw. As text: counts, classes, five samples, and the command and config lines that come next."""
+    """Result of inspect. As text: counts, classes, five samples, and the next command and config lines."""
 
     source: Source
     samples: list[str]
@@ -39,7 +39,7 @@ class Inspection:
             lines += [f"  {line}" for line in shown_mapping(found.folders, found.classes)]
         own = [len(sample.captions) for sample in found.samples if sample.captions]
         if own:
-            lines.append(f"  {sum(own)} captions of their own, {min(own)} to {max(own)} an image")
+            lines.append(f"  {sum(own)} captions, {min(own)} to {max(own)} per image")
         lines += ["samples:", *(f"  {sample}" for sample in self.samples)]
         lines += ["next:", f"  {self.command}", "config:", *(f"  {line}" for line in self.config.splitlines())]
         lines += [f"note: {note}" for note in found.notes]
@@ -48,10 +48,10 @@ class Inspection:
 
 
 def inspect(source: str | Path, options: SourceOptions = SourceOptions()) -> Inspection:  # noqa: B008 - frozen
-    """Look at a source without writing anything.
+    """Inspect a source without writing anything.
 
     Raises:
-        ConfigError: Where read_source does, and when none of the images can be used.
+        ConfigError: As in read_source, and when none of the images can be used.
     """
     found = read_source(source, options)
     if not found.samples:

@@ -1,4 +1,4 @@
-"""A json file that names images (COCO captions, a list of records, Karpathy's splits, metadata.jsonl) -> samples."""
+"""A JSON file that names images (COCO captions, a list of records, Karpathy's splits, metadata.jsonl) -> samples."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from pipeline.data.sources.places import looks_like_an_image
 from pipeline.data.sources.sample import Source, SourceOptions, few
 
 _PAIR = ("image", "caption")
-# Of Karpathy's splits, those that models are trained on.
+# Karpathy's splits for training.
 _TRAINED_ON = ("train", "restval")
 
 
 def read_json_file(path: Path, options: SourceOptions) -> Source:
-    """The images of a json or jsonl file, each with all its captions.
+    """The images of a JSON or JSONL file, each with all its captions.
 
     Raises:
-        ConfigError: For json that names no images in a known way.
+        ConfigError: For JSON that does not name images in a known way.
     """
     text = read_text(path, options.encoding, option=True)
     content = _by_line(path, text) if path.suffix.lower() in (".jsonl", ".ndjson") else _whole(path, text)
@@ -34,7 +34,7 @@ def read_json_file(path: Path, options: SourceOptions) -> Source:
 
 
 def _whole(path: Path, text: str) -> Any:
-    """The value of a json file; a list where it holds a value a line."""
+    """The value of a JSON file; a list if it has one value per line."""
     lines = [line for line in lines_of(text) if line.strip()]
     if len(lines) > 1 and all(line.lstrip().startswith("{") and line.rstrip().endswith("}") for line in lines):
         return _by_line(path, text)
@@ -46,7 +46,7 @@ def _by_line(path: Path, text: str) -> list[Any]:
 
 
 def _coco_rows(path: Path, content: Mapping[str, Any]) -> Rows:
-    """A row for each image with its captions; annotations without caption, or of no image, are counted."""
+    """A row for each image with its captions; annotations without caption or image are counted."""
     images, annotations = content["images"], content["annotations"]
     for key, value in (("images", images), ("annotations", annotations)):
         if not isinstance(value, list):
@@ -86,7 +86,7 @@ def _is_karpathy(content: Mapping[str, Any]) -> bool:
 
 
 def _karpathy_rows(images: Sequence[Any]) -> Rows:
-    """The images that models are trained on; where there are none of them, all."""
+    """The images of the training splits; all images if there are none."""
     fields = [image if isinstance(image, dict) else {} for image in images]
     splits = Counter(str(each.get("split", "train")) for each in fields)
     taken = [split for split in splits if split in _TRAINED_ON] or list(splits)

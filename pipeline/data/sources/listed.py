@@ -1,4 +1,4 @@
-"""Rows that name images, from a table or a json file -> samples."""
+"""Rows that name images, from a table or a JSON file -> samples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.data.sources.places import Found, ImagePlaces
 from pipeline.data.sources.sample import Sample, Source, SourceOptions, few, sample_key, unique_keys
 from pipeline.prompts import natural_key
 
-# How pandas writes what is not there.
+# Missing values as written by pandas.
 _NOTHING = frozenset(("", "nan", "NaN", "<NA>"))
 _HALVES = re.compile("[\ud800-\udfff]")
 NO_FILE, NO_CAPTION, NO_CLASS, NO_NAME = "no such file", "no caption", "no class", "no image path"
@@ -34,10 +34,10 @@ class Rows:
 
     Attributes:
         columns: The names of the columns.
-        rows: Where each row is in the file (``line 7``), and its values, as many as there are columns.
+        rows: Place of each row in the file (``line 7``), and its values, one for each column.
         misfits: Rows that cannot be read.
-        ignored: Kind -> number of images that are in the file and not meant for training.
-        notes: What the user should know about how the file was read.
+        ignored: Kind -> number of images in the file that are not meant for training.
+        notes: Notes for the user on how the file was read.
     """
 
     columns: Sequence[str]
@@ -49,26 +49,26 @@ class Rows:
 
 @dataclass
 class _Listed:
-    """What the rows say about one image."""
+    """The content of the rows about one image."""
 
     captions: list[str] = field(default_factory=list)
     cls: str = ""
 
 
 def read_rows(path: Path, format: str, table: Rows, options: SourceOptions) -> Source:  # noqa: A002 - as in Source
-    """The images that the rows name; the rows of one image are its captions, as FLYP and Flickr8k write them.
+    """The images named by the rows; several rows of one image are its captions, as in FLYP and Flickr8k.
 
     Args:
-        path: The file, which messages call by its name.
-        format: What the source is then called.
+        path: The file, for messages.
+        format: Format of the source.
         table: The rows.
-        options: The user's.
+        options: The user's options.
 
     Returns:
-        The source. What is left out: rows without image, images without file, without caption or without class.
+        The source. Left out are rows without an image, and images without file, caption or class.
 
     Raises:
-        ConfigError: Without the needed columns, for an image of two classes, and when none of the images is there.
+        ConfigError: When columns are missing, for an image of two classes, and when none of the images exists.
     """
     chosen = choose_columns(path, table.columns, options)
     left_out = list(table.misfits)
@@ -118,7 +118,7 @@ def read_rows(path: Path, format: str, table: Rows, options: SourceOptions) -> S
 
 
 def texts_of(value: Any) -> list[str]:
-    """The captions in a cell: one text, or a list of them as json or as Python prints it; each becomes one line."""
+    """The captions in a cell: one text, or a list of texts in JSON or Python syntax; each becomes one line."""
     if isinstance(value, str):
         value = _listed_in(value)
     if isinstance(value, dict):
@@ -130,7 +130,7 @@ def texts_of(value: Any) -> list[str]:
 
 
 def _listed_in(text: str) -> Any:
-    """The list that a text spells out, else the text."""
+    """The list that a text represents, otherwise the text."""
     if not re.match(r"""\s*\[\s*["']""", text) or not text.rstrip().endswith("]"):
         return text
     for read in (json.loads, ast.literal_eval):
@@ -138,7 +138,7 @@ def _listed_in(text: str) -> Any:
             value = read(text.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
-        # Half a character in an escape can be written nowhere, so such a text stays as it is.
+        # An escaped half of a character cannot be encoded, so such a text is not changed.
         if isinstance(value, list) and all(isinstance(each, str) and not _HALVES.search(each) for each in value):
             return value
     return text
@@ -159,14 +159,14 @@ def _label(value: Any) -> str:
 
 
 def _labels(found: Sequence[str]) -> dict[str, str]:
-    """Normalised labels: if all are whole numbers, the 3.0 that pandas writes in a column with empty fields is 3."""
+    """Normalised labels: if all are whole numbers, pandas' 3.0 (in a column with empty fields) becomes 3."""
     whole = {label: re.fullmatch(r"(\d+)(?:\.0+)?", label, re.ASCII) for label in set(found)}
     return {label: match[1] if match and all(whole.values()) else label for label, match in whole.items()}
 
 
 def _find_all(path: Path, names: Sequence[str], places: ImagePlaces, options: SourceOptions) -> dict[str, Found]:
     found = {name: places.find(name) for name in names}
-    # Without their folders a/1.jpg and b/1.jpg are one name, and one of the two would get the other's image.
+    # Without their folders a/1.jpg and b/1.jpg are the same name, and one of them would get the other's image.
     files = Counter(each.file for each in found.values() if each.file is not None)
     for name, each in found.items():
         if each.file is not None and each.shortened and files[each.file] > 1:
@@ -174,19 +174,18 @@ def _find_all(path: Path, names: Sequence[str], places: ImagePlaces, options: So
     if names and not any(each.file or each.others for each in found.values()):
         way_out = "" if options.image_root is not None else "; give --image-root DIR"
         raise ConfigError(
-            f"{path}: none of its {len(names)} images is there: {few(names, 3)}; looked in {places.looked_in()}"
-            f"{way_out}"
+            f"{path}: none of its {len(names)} images exists: {few(names, 3)}; looked in {places.looked_in()}{way_out}"
         )
     return found
 
 
 def _fault(image: _Listed, found: Found, captioned: bool, classed: bool) -> tuple[str, str] | None:
-    """Reason and detail for what cannot be packed."""
+    """Reason and detail for an image that cannot be packed."""
     if found.others:
         first, *more = map(str, found.others)
         if more:
             return AMBIGUOUS, f"its name fits {first} and {more[0]}; give --image-root DIR"
-        return AMBIGUOUS, f"its folder is not there, and without it the name fits {first}, as another one does"
+        return AMBIGUOUS, f"its folder does not exist, and without it the name fits {first}, like another name"
     if found.file is None:
         return NO_FILE, ""
     if classed and not image.cls:

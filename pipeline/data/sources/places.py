@@ -1,4 +1,4 @@
-"""Where to find the images that a table or a json file names."""
+"""Finds the images that a table or a JSON file names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from pipeline.data.image_files import IMAGE_EXTENSIONS, UNREAD_EXTENSIONS
 
-# Folders next to a list, or next to the folder of a list, that hold its images.
+# Names of image folders next to a list, or next to its folder.
 _IMAGE_FOLDERS = ("images", "image", "imgs", "img", "photos", "pictures", "jpegimages", "data", "train", "val", "test")
 _MOST_FOLDERS = 200
 _PARENTS = 3
@@ -19,13 +19,13 @@ _PARENTS = 3
 
 @dataclass(frozen=True)
 class Found:
-    """What was found for one name.
+    """The result for one name.
 
     Attributes:
-        file: The image; None when there is none, or more than one.
-        base: The folder from which the name led to it.
-        shortened: How many leading folders of the name had to be dropped.
-        others: Files that the name could mean as well.
+        file: The image; None if there is none or more than one.
+        base: The folder that the name is relative to.
+        shortened: Number of leading folders of the name that had to be dropped.
+        others: Other files that the name could mean.
     """
 
     file: Path | None
@@ -35,12 +35,12 @@ class Found:
 
 
 class ImagePlaces:
-    """The folders in which the images of one list are looked for, the likeliest first.
+    """The folders in which the images of one list are searched, the likeliest first.
 
     Args:
         path: The list.
-        root: ``--image-root``, which is then the only folder; None: next to the list, in a folder called like the split
-            in its name, in its image folders, in the working directory and in the folders above the list.
+        root: ``--image-root``, which is then the only folder; None: next to the list, in a folder named after the
+            split in its name, in its image folders, in the working directory and in the folders above the list.
     """
 
     def __init__(self, path: Path, root: str | Path | None = None) -> None:
@@ -49,7 +49,7 @@ class ImagePlaces:
 
     @cached_property
     def levels(self) -> list[list[Path]]:
-        """Folders by rank; a name that leads to two files from folders of one rank is ambiguous."""
+        """Folders by level; a name with two files in folders of one level is ambiguous."""
         if self._root is not None:
             return [[Path(self._root)]]
         here = self._path.parent
@@ -62,11 +62,11 @@ class ImagePlaces:
         return [level for level in kept if level]
 
     def looked_in(self) -> str:
-        """The folders, as a message lists them."""
+        """The folders, for a message."""
         return ", ".join(str(folder) for level in self.levels for folder in level[:8])
 
     def find(self, name: str) -> Found:
-        """The file that ``name`` means: as it is written, else without its first folders."""
+        """The file that ``name`` means: as written, otherwise without its first folders."""
         spellings = [name, name.replace("\\", "/")] if "\\" in name else [name]
         for spelling in spellings:
             if not spelling or "\0" in spelling:
@@ -106,11 +106,11 @@ class ImagePlaces:
                 with os.scandir(directory or ".") as entries:
                     known |= {unicodedata.normalize("NFC", each.name): each.name for each in entries if each.is_file()}
             except (OSError, ValueError):
-                pass  # a folder that cannot be listed holds no image; the images missed are named by the caller
+                pass  # a folder that cannot be listed has no images; the caller names the missing ones
         return known
 
     def _folders(self, over: Path) -> list[Path]:
-        """The folders in one, and in its folder ``images``."""
+        """The folders in a folder, and in its folder ``images``."""
         folders = _subfolders(over)
         return folders + [
             below for folder in folders if folder.name.lower() == "images" for below in _subfolders(folder)
@@ -129,7 +129,7 @@ class ImagePlaces:
 
 
 def looks_like_an_image(name: str) -> bool:
-    """Whether a text ends as the name of an image file does."""
+    """Whether a text ends like the name of an image file."""
     return name.rpartition(".")[2].strip().lower() in _SUFFIXES and "." in name
 
 
@@ -149,7 +149,7 @@ def _is_absolute(name: str) -> bool:
 
 
 def _tails(name: str) -> Iterator[str]:
-    """The name, followed by what is left of it without its first folder, without its first two, and so on."""
+    """The name, then the name without its first folder, without its first two, and so on."""
     pure = PureWindowsPath(name) if PureWindowsPath(name).drive else PurePosixPath(name)
     parts = [part for part in pure.parts if part != pure.anchor]
     if parts:
@@ -160,7 +160,7 @@ def _tails(name: str) -> Iterator[str]:
 
 
 def _with_extensions(name: str) -> Iterator[str]:
-    """The name; and, where it has no extension as in Kaggle's tables of ids, with those of images."""
+    """The name; without an extension, as in Kaggle's tables of ids, also with those of images."""
     yield name
     if not looks_like_an_image(name):
         yield from (f"{name}.{ext}" for each in IMAGE_EXTENSIONS for ext in (each, each.upper()))

@@ -1,4 +1,4 @@
-"""Which samples of a source can be packed, and by name and reason which cannot: nothing is dropped silently."""
+"""The samples of a source that can be packed; the others are listed with name and reason, none is dropped silently."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ LISTED = 20
 def usable_samples(
     data: Source, *, decoded: bool, max_unreadable: float, max_pixels: int, workers: int
 ) -> tuple[list[Sample], Account]:
-    """The samples to pack, and the sum over the whole source.
+    """The samples to pack, and the account of the whole source.
 
     Args:
         data: The source.
-        decoded: Whether every image is decoded once.
+        decoded: Whether to decode every image once.
         max_unreadable: Largest share of the images that may be left out.
         max_pixels: An image with more pixels is left out.
         workers: Decoding threads.
@@ -30,7 +30,7 @@ def usable_samples(
         The samples that can be packed, in the order of the source, and its account.
 
     Raises:
-        ConfigError: When too many are left out, and for keys that cannot be in one tar.
+        ConfigError: When too many are left out, or for keys that cannot be in the same tar.
     """
     _check_keys(data)
     bad = {
@@ -51,7 +51,7 @@ def usable_samples(
 
 
 def _check_keys(data: Source) -> None:
-    """A key that comes twice, or that a reader would split, makes samples that run into each other."""
+    """Refuse repeated keys and keys that a reader would split, because their samples would be merged."""
     seen: dict[str, str] = {}
     for sample in data.samples:
         if split_name(f"{sample.key}.jpg")[0] != sample.key:
@@ -62,7 +62,7 @@ def _check_keys(data: Source) -> None:
 
 
 def _unreadable(samples: Sequence[Sample], max_pixels: int, workers: int) -> dict[str, LeftOut]:
-    """By key, the images that do not decode. Decoders release the interpreter lock, so threads help."""
+    """The images that cannot be decoded, by key. Decoders release the interpreter lock, so threads help."""
 
     def fault(sample: Sample) -> LeftOut | None:
         try:

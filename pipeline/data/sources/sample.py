@@ -1,4 +1,4 @@
-"""What every reader of a source returns: samples with their keys, and what was not made a sample."""
+"""The result of every reader of a source: samples with their keys, and everything that is not a sample."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class SourceOptions:
     """How to read a source; each field is an option of `selora inspect` and `selora pack` with the same name.
 
     Attributes:
-        format: ``auto`` looks at the source.
+        format: ``auto`` detects the format.
         classnames: Text file with readable class names (see prompts.read_classnames).
-        image_column: Column of a table that holds image paths; sniffed unless given, like the other two.
-        caption_column: Column that holds captions.
-        class_column: Column that holds classes.
-        image_root: The only folder in which the images of a table or a json file are looked for.
-        encoding: Of tables, json and class names that are not UTF-8.
-        quotes: Of a table: ``csv`` where they enclose fields, ``none`` where they are letters.
+        image_column: Column of a table with image paths; detected unless given, like the next two.
+        caption_column: Column with captions.
+        class_column: Column with classes.
+        image_root: The only folder in which the images of a table or a JSON file are searched.
+        encoding: Encoding of tables, JSON and class names that are not UTF-8.
+        quotes: Quotes in a table: ``csv`` if they enclose fields, ``none`` if they are ordinary characters.
     """
 
     format: Format = "auto"
@@ -43,7 +43,7 @@ class SourceOptions:
 
 
 class ImageFile(Protocol):
-    """What is needed of an image's file: a path has it, and so has an image that a dataset keeps as an array."""
+    """The interface of an image's file; a path has it, and an image that a dataset stores as an array."""
 
     @property
     def suffix(self) -> str: ...
@@ -53,7 +53,7 @@ class ImageFile(Protocol):
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with its class, its captions or both. ``name`` is what the user calls it: a path inside the source."""
+    """One image with its class, its captions or both. ``name`` is its name for the user: a path inside the source."""
 
     key: str
     name: str
@@ -67,15 +67,15 @@ class Source:
     """Everything a source holds.
 
     Attributes:
-        format: What it was read as.
-        path: Where it is.
-        samples: What can be packed, in a stable order.
-        classes: Readable names by label, None when samples carry captions only.
-        left_out: What is meant as a sample and cannot be one: its file is missing, it has no caption.
-        ignored: Kind -> number of files that were never meant as samples.
-        seen: How many files or named images there are, counted where they were found; None: the sum of the above.
-        folders: Folder or label as the user wrote it, by label, where there are classes.
-        notes: What the user should know about how the source was read, a sentence each.
+        format: Format as which it was read.
+        path: Its path.
+        samples: Samples that can be packed, in a stable order.
+        classes: Readable names by label, None if samples have captions only.
+        left_out: Intended samples that cannot be packed: a missing file, no caption.
+        ignored: Kind -> number of files that were never intended as samples.
+        seen: Number of files or named images, counted independently by the reader; None: the sum of the above.
+        folders: Folder or label as the user wrote it, by label, if there are classes.
+        notes: Notes for the user on how the source was read, a sentence each.
     """
 
     format: str
@@ -89,7 +89,7 @@ class Source:
     notes: Sequence[str] = ()
 
     def account(self, unusable: Sequence[LeftOut] = ()) -> Account:
-        """The sum over the source, when of its samples those in ``unusable`` are left out too."""
+        """The account of the source, with the samples in ``unusable`` also left out."""
         left_out = (*self.left_out, *unusable)
         packed = len(self.samples) - len(unusable)
         seen = packed + len(left_out) + sum(self.ignored.values()) if self.seen is None else self.seen
@@ -97,9 +97,9 @@ class Source:
 
 
 def sample_key(name: str) -> str:
-    """A key for the tar that still reads like ``name``; other characters are replaced and a digest keeps it unique."""
+    """A key for the tar that resembles ``name``; other characters are replaced, and a digest keeps it unique."""
     stem = name.rsplit(".", 1)[0] if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS else name
-    # webdataset takes __double__ underscores for a remark about the archive, and ustar holds 100 bytes.
+    # webdataset treats __double__ underscores as metadata of the archive, and ustar holds 100 bytes.
     clean = re.sub(r"(^|/)__+", r"\1_", re.sub(r"[^A-Za-z0-9_/-]+", "_", stem)).strip("/")
     if clean == stem and len(clean) <= 80:
         return clean
@@ -107,7 +107,7 @@ def sample_key(name: str) -> str:
 
 
 def unique_keys(samples: Iterable[Sample]) -> list[Sample]:
-    """Samples with a digest added to the keys that two names share (a.jpg and a.png); the rest keep theirs."""
+    """Samples with a digest added to keys that two names share (a.jpg and a.png); other keys are unchanged."""
     listed = list(samples)
     counts = Counter(sample.key for sample in listed)
     return [
@@ -117,11 +117,11 @@ def unique_keys(samples: Iterable[Sample]) -> list[Sample]:
 
 
 def few(names: Sequence[str], count: int) -> str:
-    """The first ``count`` names, and how many more there are."""
+    """The first ``count`` names, and the number of further ones."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
 
 
 def _digest(name: str) -> str:
-    # A file name that is not UTF-8 comes as lone surrogates.
+    # A file name that is not UTF-8 has lone surrogates.
     return blake2b(name.encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()

@@ -19,7 +19,7 @@ from pipeline.data.sources.sample import Source, SourceOptions, few
 _DELIMITERS = "\t,;|"
 # Flickr8k.token.txt and results_20130124.token: "1000.jpg#0<TAB>A child …", without a header.
 _TOKEN = re.compile(r"(.+\.\w+)#\d+")
-# A field as csv writers quote it: from one quote to another, those inside it doubled.
+# A quoted field of a csv: from one quote to another, with quotes inside it doubled.
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 
 # (number of its first line, its fields)
@@ -27,19 +27,19 @@ Fields = tuple[int, list[str]]
 
 
 def read_table(path: Path, options: SourceOptions) -> Source:
-    """The images that a table names; the rows of one image are its captions.
+    """The images named by a table; several rows of one image are its captions.
 
     Raises:
-        ConfigError: For a table without the needed columns, and where quotes may have swallowed lines.
+        ConfigError: For a table with missing columns, and if quotes may have swallowed lines.
     """
     return read_rows(path, "csv", table_rows(path, options), options)
 
 
 def table_rows(path: Path, options: SourceOptions) -> Rows:
-    """The header and the rows of a table. The delimiter is the one that the header uses, or that ``sep=`` names.
+    """The header and the rows of a table. The delimiter comes from the header, or from ``sep=``.
 
     Raises:
-        ConfigError: When the table is empty, has no header, or its quotes do not fit.
+        ConfigError: When the table is empty, has no header, or its quotes do not match.
     """
     text = read_text(path, options.encoding, option=True)
     lines = lines_of(text)
@@ -76,7 +76,7 @@ def table_rows(path: Path, options: SourceOptions) -> Rows:
 
 
 def _delimiter(header: str) -> str:
-    """The one that gives the most columns with a known name, else the most columns."""
+    """The delimiter with the most columns of known names, otherwise with the most columns."""
 
     def score(delimiter: str) -> tuple[int, int]:
         cells = [cell.strip().strip('"') for cell in header.split(delimiter)]
@@ -86,7 +86,7 @@ def _delimiter(header: str) -> str:
 
 
 def _fields(path: Path, lines: Sequence[str], start: int, delimiter: str, quotes: str) -> Iterator[Fields]:
-    """The rows by line, or as csv with quotes."""
+    """The rows, by line or as csv with quotes."""
     if quotes == "csv" or (quotes == "auto" and delimiter != "\t"):
         yield from _csv_fields(path, lines, start, delimiter, checked=quotes == "auto")
         return
@@ -106,7 +106,7 @@ def _fields(path: Path, lines: Sequence[str], start: int, delimiter: str, quotes
 
 
 def _csv_fields(path: Path, lines: Sequence[str], start: int, delimiter: str, *, checked: bool) -> Iterator[Fields]:
-    """Rows as csv writes them. ``checked``: a field over several lines must not hold what looks like other rows."""
+    """Rows in csv syntax. ``checked``: a field over several lines must not contain lines that look like rows."""
     way_out = "close the quote or double it inside quotes, or give --quotes none where quotes are letters"
     file = io.StringIO("\n".join(lines))
     reader = csv.reader(file, delimiter=delimiter, strict=True, skipinitialspace=True)
@@ -139,7 +139,7 @@ def _is_row(line: str, delimiter: str) -> bool:
 
 
 def _header(path: Path, first: Fields, options: SourceOptions) -> tuple[list[str], list[Fields], list[str]]:
-    """The columns, the rows that are in the first line, and notes. A table without header counts its columns."""
+    """The columns, the rows in the first line, and notes. A table without header has numbered columns."""
     number, cells = first
     if _TOKEN.fullmatch(cells[0]) and len(cells) == 2:
         return ["image", "caption"], [first], ["the table has no header and is read as Flickr's: image#number, caption"]
@@ -156,9 +156,10 @@ def _header(path: Path, first: Fields, options: SourceOptions) -> tuple[list[str
 
 
 def _as_quoted(rows: list[tuple[str, list[str]]]) -> tuple[list[tuple[str, list[str]]], list[str]]:
-    """The fields of a tsv whose writer quoted, without their quotes; and what to tell the user.
+    """The fields of a tsv without quotes that its writer added, and notes for the user.
 
-    Writers quote all fields of a column, or those that hold a quote, which they then double. Other quotes are letters.
+    Writers quote all fields of a column, or fields with a quote, which they double. Other quotes are ordinary
+    characters.
     """
     width = len(rows[0][1]) if rows else 0
     all_quoted = [all(_QUOTED.fullmatch(cells[place]) for _, cells in rows) for place in range(width)]

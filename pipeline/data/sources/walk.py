@@ -1,4 +1,4 @@
-"""Every file below a folder, once: the images among them, and of all others what kind they are and how many."""
+"""All files below a folder, each once: images, and the kinds and numbers of all others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.data.image_files import IMAGE_EXTENSIONS, UNREAD_EXTENSIONS
 from pipeline.data.sources.account import SHOWN, LeftOut
 from pipeline.data.sources.sample import few
 
-# What systems and tools put into folders of photos: previews of a NAS, the other half of a Mac's zip, bins.
+# Files that systems and tools add to folders of photos: previews of a NAS, resource forks of macOS, bins.
 SYSTEM_FOLDERS = frozenset(
     ("@eaDir", "__MACOSX", "#recycle", "@Recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 )
@@ -24,15 +24,15 @@ LINKS = "links to folders that are read elsewhere"
 
 @dataclass
 class Walked:
-    """What is below ``root``. Paths are relative to it, with ``/``, as the file system has them.
+    """The content of ``root``. Paths are relative to it, with ``/``, as in the file system.
 
     Attributes:
         root: The folder.
         images: Image files by their names, sorted.
         others: All other files, sorted; a reader may use them.
-        left_out: Image files that are not there: links to nothing.
-        ignored: Kind -> number of what is skipped everywhere.
-        links: Links to folders that are read elsewhere, and where they lead.
+        left_out: Image files that do not exist: broken links.
+        ignored: Kind -> number of files that are always skipped.
+        links: Links to folders that are read elsewhere, with their targets.
     """
 
     root: Path
@@ -44,11 +44,11 @@ class Walked:
 
     @property
     def seen(self) -> int:
-        """How many files and links there are."""
+        """Number of files and links."""
         return len(self.images) + len(self.others) + len(self.left_out) + self.ignored.total()
 
     def notes(self) -> list[str]:
-        """A sentence on each thing here that matters to the user."""
+        """Notes for the user, a sentence each."""
         notes = []
         if self.links:
             notes.append(f"each folder is read once, so these links to folders are skipped: {few(self.links, SHOWN)}")
@@ -60,13 +60,13 @@ class Walked:
 
 
 def walk(root: Path) -> Walked:
-    """Look at every file below ``root``; each real folder is visited once, links to folders after all real ones.
+    """Visit every file below ``root``; each real folder is visited once, links to folders after all real ones.
 
     Raises:
         ConfigError: For a folder that cannot be listed.
     """
     walked, later = Walked(root), []
-    # A link to a folder above would bring in whatever else is there, and this one once more.
+    # A link to a parent folder would add everything else in it, and this folder a second time.
     visited = {_identity(folder) for folder in (root.resolve(), *root.resolve().parents)}
     _visit(walked, "", visited, later)
     while later:
@@ -83,13 +83,13 @@ def walk(root: Path) -> Walked:
 
 
 def _files_first(name: str) -> list[tuple[bool, str]]:
-    """Sorts the files of a folder before those of the folders in it."""
+    """Sort key that puts the files of a folder before those of its subfolders."""
     parts = name.split("/")
     return [(True, part) for part in parts[:-1]] + [(False, parts[-1])]
 
 
 def _visit(walked: Walked, below: str, visited: set[tuple[int, int]], later: list[str]) -> None:
-    """The files in ``root/below`` and in the real folders under it; links to folders are put off until ``later``."""
+    """The files in ``root/below`` and in the real folders under it; links to folders are postponed in ``later``."""
     folders = [below]
     while folders:
         below = folders.pop()
@@ -111,7 +111,7 @@ def _sort_in(walked: Walked, name: str, entry: os.DirEntry[str]) -> None:
     if entry.is_file():
         (walked.images if image else walked.others).append(name)
     elif image and entry.is_symlink():
-        walked.left_out.append(LeftOut(printable(name), "link to a file that is not there"))
+        walked.left_out.append(LeftOut(printable(name), "link to a missing file"))
     else:
         walked.ignored["broken links, pipes and devices"] += 1
 
@@ -123,21 +123,21 @@ def kinds(names: Sequence[str]) -> Counter[str]:
 
 def extension(name: str) -> str:
     """Lower case, without its dot; empty for a name without one."""
-    return os.path.splitext(name)[1][1:].lower()  # noqa: PTH122 - a Path for each file takes as long as the walk
+    return os.path.splitext(name)[1][1:].lower()  # noqa: PTH122 - creating a Path for each file takes as long as the walk
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder of this name is the system's or a tool's, and no part of anybody's data."""
+    """Whether a file or folder of this name belongs to the system or a tool, not to the data."""
     return name.startswith(".") or name in SYSTEM_FOLDERS or name.lower() in SYSTEM_FILES
 
 
 def printable(name: str) -> str:
-    """The name of a file as text that can be written anywhere; bytes that are not UTF-8 as ``\\xe9``."""
+    """The name of a file as text that can always be encoded; bytes that are not UTF-8 as ``\\xe9``."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _count(folder: Path) -> int:
-    """How many files and links are below a folder that is skipped."""
+    """Number of files and links below a skipped folder."""
     below = os.walk(folder)
     return sum(len(files) + sum((Path(at) / name).is_symlink() for name in folders) for at, folders, files in below)
 

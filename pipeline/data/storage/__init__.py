@@ -1,1 +1,1 @@
-"""Where bytes come from: local and remote folders, tar files, the node's cache."""
+"""Storage: local and remote folders, tar files, the machine's cache."""

@@ -1,11 +1,11 @@
-"""A folder of fetched files under a bound (room.py), shared by the processes of a machine.
+"""A folder of fetched files with a size limit (cache_budget.py), shared by the processes of a machine.
 
-    CACHE/files/<digest of url and version>/NAME        complete, for it is renamed to that; its mtime is its last use
-    CACHE/files/<digest ..>/NAME.part                   begun
+    CACHE/files/<digest of url and version>/NAME        complete, because it is renamed; its mtime is its last use
+    CACHE/files/<digest ..>/NAME.part                   incomplete
     CACHE/locks/<digest ..>.lock                        held while it is fetched or removed
 
 Decoded evaluation images are also entries (decoded_cache.py). A removed file stays readable for processes that have it
-open, and takes its space on the disk until then. Locks end with the process that holds them, however it ends.
+open, and uses disk space until they close it. Locks end with the process that holds them, however it ends.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Cache:
     """A directory for fetched files.
 
     ``max_bytes`` bounds the size of its files, including those that are being written. ``attempts``: number of requests
-    to a failing store before it counts as gone.
+    to a failing store before it counts as unavailable.
     """
 
     directory: Path
@@ -40,7 +40,7 @@ class Cache:
 
     @staticmethod
     def named(place: str | None) -> Cache | None:
-        """By what a user says: a directory, "off" for none, None for the machine's own."""
+        """The cache by its name: a directory, "off" for none, None for the machine's own."""
         if place == OFF:
             return None
         machine = Cache.from_environment()
@@ -62,7 +62,7 @@ class Cache:
 def cache_directory() -> Path:
     """The machine's cache: SELORA_CACHE, else `selora` in XDG_CACHE_HOME, in ~/.cache, or below TMPDIR with a warning.
 
-    The last is for a process without a home, or with one that it may not write, as user ids in containers have it.
+    TMPDIR is for a process without a writable home, such as some user ids in containers.
     """
     value = os.environ.get("SELORA_CACHE")
     if value:
@@ -73,7 +73,7 @@ def cache_directory() -> Path:
 
 
 def expand(path: str) -> Path:
-    """`path` with ~ replaced, as it is where no home directory is known."""
+    """`path` with ~ expanded; unchanged if no home directory is known."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -81,14 +81,14 @@ def expand(path: str) -> Path:
 
 
 def _is_writable(directory: Path) -> bool:
-    """Whether a directory can be written, or made."""
+    """Whether a directory is writable or can be created."""
     there = next(parent for parent in (directory, *directory.parents) if parent.exists())
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 @functools.cache
 def _temporary(refused: Path) -> Path:
-    """A directory of this user alone below TMPDIR; one of another user is not used."""
+    """A directory below TMPDIR that belongs to this user; one of another user is not used."""
     directory = Path(tempfile.gettempdir()) / f"selora-cache-{os.getuid()}"
     with suppress(OSError):
         directory.mkdir(mode=0o700, exist_ok=True)
@@ -99,7 +99,7 @@ def _temporary(refused: Path) -> Path:
 
 
 def entry_of(cache: Cache, url: str, version: str, name: str) -> Path:
-    """The path for the copy of one version of a file, whether the copy exists or not."""
+    """The path of the copy of one version of a file, whether it exists or not."""
     digest = hashlib.sha256(f"{url}\0{version}".encode()).hexdigest()[:24]
     return cache.directory / "files" / digest / name
 
@@ -111,7 +111,7 @@ def lock_of(cache: Cache, path: Path) -> Path:
 
 
 def touch(path: Path) -> bool:
-    """Note that a copy is used now; False when there is none."""
+    """Record that a copy is used now; False if it does not exist."""
     try:
         os.utime(path)
     except FileNotFoundError:

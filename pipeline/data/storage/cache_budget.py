@@ -1,10 +1,10 @@
-"""Room in the cache is promised before it is written, so that what many processes write at once stays under one bound.
+"""Reservations of cache space, made before writing, so that many concurrent processes stay within one limit.
 
-    CACHE/locks/room.lock        held while room is counted and promised, never while something is fetched or decoded
-    CACHE/promised/<uuid>        what an entry may grow to; its process holds a lock on it
+    CACHE/locks/room.lock        held while space is counted and reserved, never while something is fetched or decoded
+    CACHE/promised/<uuid>        the size to which an entry may grow; its process holds a lock on it
 
-An entry counts with what it takes of the disk or with what it was promised, whichever is more. A promise whose lock
-nobody holds is void, so it ends with its process, however that ends.
+An entry counts with its space on the disk or its reservation, whichever is larger. A reservation (`Promise`) whose lock
+is free is void, so it ends with its process, however that ends.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from pipeline.config import ConfigError
 from pipeline.data.storage.cache import Cache, lock_of
 
-# How long a fetch waits for others to end before it goes over the bound.
+# Seconds that a fetch waits for others before it exceeds the limit.
 WAIT_S = 600.0
 PAGE = 4096
 _POLL_S = 0.2
@@ -37,21 +37,21 @@ logger = logging.getLogger("selora.data")
 
 
 def on_disk(pages: int) -> int:
-    """The bytes that a file with so many pages may take; a file system needs some for its own records."""
+    """The bytes that a file with this many pages may take, including the file system's own records."""
     return PAGE * (pages + pages // 256 + 1) if pages else 0
 
 
 class Promise:
-    """Room for one entry. Given back by close(), when nobody holds the promise any more, and with its process.
+    """A reservation for one entry. It ends with close(), with its last reference, and with its process.
 
-    Forked processes hold it as well; a pickled copy only refers to it.
+    Forked processes share it; a pickled copy only refers to it.
     """
 
     def __init__(self, file: Path, fd: int) -> None:
         self._file, self._fd, self._pid = file, fd, os.getpid()
 
     def stands(self) -> bool:
-        """False once it was given back, or taken for a fetched file."""
+        """False once it has been released, or taken for a fetched file."""
         return self._file.exists()
 
     def close(self) -> None:
@@ -74,12 +74,12 @@ class Promise:
 
 
 def room_to_fetch(cache: Cache, url: str, folder: Path, size: int) -> Promise:
-    """Room for the entry ``folder`` to become a file of ``size`` bytes.
+    """Reserve space for the entry ``folder`` to become a file of ``size`` bytes.
 
-    The oldest used entries leave for it, then images that are just being decoded, for they can do without. Where other
-    fetches have all the rest it waits for one to end; after ten minutes of that it goes over the bound with a warning,
-    by this one file: a store that hangs for one user should not end the training of another. Raises ConfigError when
-    the whole cache could not hold the file.
+    The oldest used entries are removed for it, then images that are just being decoded, which are optional. If other
+    fetches have all the rest, it waits for one to end. After ten minutes it exceeds the limit by this one file, with a
+    warning, because a store that hangs for one user should not end the training of another. Raises ConfigError if the
+    file is larger than the whole cache.
     """
     wanted = _Wanted(folder.name, on_disk(-(-size // PAGE)), _FETCH)
     if wanted.bytes > cache.max_bytes:
@@ -92,28 +92,29 @@ def room_to_fetch(cache: Cache, url: str, folder: Path, size: int) -> Promise:
         if promise is not None:
             return promise
         if not reported:
-            logger.warning("%s: waits for other fetches, which take as much as SELORA_CACHE_GB allows", url)
+            logger.warning("%s: waits for other fetches, which use all of SELORA_CACHE_GB", url)
             reported = True
         time.sleep(_POLL_S)
 
 
 def room_to_decode(cache: Cache, folder: Path, more: Callable[[], int], share: str) -> Promise | None:
-    """Room for the entry ``folder`` to grow by ``more()`` bytes; None at once where writers have it.
+    """Reserve space for the entry ``folder`` to grow by ``more()`` bytes; returns None at once if writers hold it.
 
-    Those who come with one ``share`` write the same, so their room is counted once. A fetch may take the promise away.
+    Reservations with the same ``share`` are for the same bytes, so they count once. A fetch may take a reservation
+    away.
     """
     return _promise(cache, lambda: _Wanted(folder.name, _use(_files(folder)) + more(), share))
 
 
 def unwritten(cache: Cache) -> int:
-    """The bytes that are promised and not on the disk yet."""
+    """The bytes that are reserved but not on the disk yet."""
     with FileLock(_room_lock(cache)):
         return sum(entry.size - entry.held for entry in _count(cache, _standing(cache)))
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """As a promise's file holds it: an entry may take ``bytes`` of the disk."""
+    """Content of a reservation's file: an entry may take ``bytes`` of the disk."""
 
     entry: str
     bytes: int
@@ -122,7 +123,7 @@ class _Wanted:
 
 @dataclass(frozen=True)
 class _Entry:
-    """``held``: bytes on the disk, ``size``: those or the promised, ``promises``: their files and for whom they are."""
+    """``held``: bytes on the disk, ``size``: the same or the reserved ones, ``promises``: their files and purposes."""
 
     folder: Path
     used: float
@@ -132,12 +133,12 @@ class _Entry:
 
     @property
     def turn(self) -> tuple[bool, float]:
-        """Who leaves first."""
+        """Sort key: the first entry to be removed."""
         return bool(self.promises), self.used
 
 
 def _promise(cache: Cache, ask: Callable[[], _Wanted], *, over: bool = False) -> Promise | None:
-    """Room for what ``ask`` says while nobody else counts; None where what may leave for it is not enough."""
+    """Reserve space as ``ask`` returns under the lock; None if too little can be removed for it."""
     with FileLock(_room_lock(cache)):
         wanted = ask()
         entries = _count(cache, [*_standing(cache), (None, wanted)])
@@ -160,14 +161,14 @@ def _may_leave(entry: _Entry, wanted: _Wanted) -> bool:
 
 
 def _remove(cache: Cache, entry: _Entry) -> int:
-    """The bytes that came free."""
+    """Remove an entry; returns the freed bytes."""
     try:
         with FileLock(lock_of(cache, entry.folder / "any"), blocking=False):
             shutil.rmtree(entry.folder, ignore_errors=True)
-    except Timeout:  # another process is reading it, or begins to fetch it
+    except Timeout:  # another process is reading it, or starts to fetch it
         return 0
     for file, _ in entry.promises:
-        assert file is not None, "the promise that is asked for now is for an entry that stays"
+        assert file is not None, "an entry with a new reservation is not removed"
         file.unlink(missing_ok=True)
     return entry.size - _use(_files(entry.folder))
 
@@ -181,7 +182,7 @@ def _warn_over(cache: Cache, lacking: int) -> None:
 
 
 def _count(cache: Cache, promises: Iterable[tuple[Path | None, _Wanted]]) -> list[_Entry]:
-    """All entries, those included of which there is only a promise."""
+    """All entries, including those that are only reserved."""
     by_entry: defaultdict[str, list[tuple[Path | None, _Wanted]]] = defaultdict(list)
     for file, wanted in promises:
         by_entry[wanted.entry].append((file, wanted))
@@ -202,7 +203,7 @@ def _entry(folder: Path, promises: Sequence[tuple[Path | None, _Wanted]]) -> _En
 
 def _files(folder: Path) -> list[os.stat_result]:
     found: list[os.stat_result] = []
-    # Another process may remove any of them in this moment; what it held is counted as gone.
+    # Another process may remove any of them at this moment; they then count as 0.
     with suppress(FileNotFoundError):
         for file in folder.iterdir():
             with suppress(FileNotFoundError):
@@ -211,16 +212,16 @@ def _files(folder: Path) -> list[os.stat_result]:
 
 
 def _use(files: Iterable[os.stat_result]) -> int:
-    """What they take of the disk: files of decoded images have holes."""
+    """The disk space of files; those of decoded images are sparse."""
     return sum(512 * status.st_blocks for status in files)
 
 
 def _standing(cache: Cache) -> Iterator[tuple[Path, _Wanted]]:
-    """The promises whose holders live; the others are cleared away."""
+    """The valid reservations; the others are removed."""
     for file in (cache.directory / "promised").glob("*"):
         try:
             fd = os.open(file, os.O_RDONLY)
-        except FileNotFoundError:  # given back in this moment
+        except FileNotFoundError:  # released at this moment
             continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""A folder of shards, on this disk or behind a URL: its small texts and its tars, through the same functions."""
+"""Folders of shards, local or behind a URL, with one interface to their small texts and their tars."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pipeline.data.storage.remote import MissingError, RemotePlace, is_remote, l
 from pipeline.data.storage.tar import Member, TarIndex
 from pipeline.passwords import MASK, redact
 
-# Tars of an evaluation set that are fetched at once.
+# Tars of an evaluation set that are fetched in parallel.
 AT_ONCE = 4
-# Of an address that was kept with *** in the place of its password.
+# Password of a stored address, which has *** in its place.
 STORE_PASSWORD = "SELORA_STORE_PASSWORD"
 
 
 class Folder(Protocol):
-    """``location`` is what messages call it, ``name`` its last part."""
+    """``location`` is its name in messages, ``name`` its last part."""
 
     @property
     def location(self) -> str: ...
@@ -38,33 +38,33 @@ class Folder(Protocol):
         ...
 
     def read_text(self, path: str) -> str | None:
-        """A small file; None where there is none."""
+        """A small file; None if it does not exist."""
         ...
 
     def tars(self, path: str) -> list[str]:
-        """The names of the tars in a folder of it; none where a store is not listed."""
+        """The names of the tars in a subfolder; empty for a store that cannot be listed."""
         ...
 
     def open_tar(
         self, path: str, *, size: int | None = None, sha256: str | None = None, table: Member | None = None
     ) -> TarIndex:
-        """A tar, at hand for reading. What is known of it is checked when it is fetched. Raises ConfigError.
+        """A tar, ready for reading. Known facts about it are checked when it is fetched. Raises ConfigError.
 
         Args:
-            path: inside the folder.
-            size: in bytes, where it is known.
-            sha256: where it is known.
-            table: where the tar has the table of its members; None: its headers are read.
+            path: path inside the folder.
+            size: size in bytes, if known.
+            sha256: digest, if known.
+            table: position of the table of its members; None: its headers are read.
         """
         ...
 
     @property
     def cache(self) -> Cache | None:
-        """Where copies of its tars are kept; None where they are read in place."""
+        """The cache for copies of its tars; None if they are read in place."""
         ...
 
     def fetch(self, path: str, *, size: int, sha256: str) -> None:
-        """Have a tar at hand before it is opened, unless another process is just fetching it. Raises ConfigError."""
+        """Fetch a tar before it is opened, unless another process is fetching it. Raises ConfigError."""
         ...
 
 
@@ -111,7 +111,7 @@ class LocalFolder:
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """Texts are read anew each time; tars are copied into ``cache`` and fetched again if they are pushed out of it."""
+    """A folder behind a URL. Texts are read each time; tars are copied into ``cache`` and fetched again if evicted."""
 
     location: str
     place: RemotePlace
@@ -146,7 +146,7 @@ class RemoteFolder:
 
 
 def folder_at(location: str | Path, cache: Cache | None = None) -> Folder:
-    """The folder that a path, a URL or a dataset of the hub names; see remote.py for URLs and the default cache."""
+    """The folder at a path, a URL or a dataset of the hub; see remote.py for URLs and the default cache."""
     if isinstance(location, str) and is_remote(location):
         place = remote_place(_with_password(location))
         return RemoteFolder(redact(location), place, cache or Cache.from_environment())
@@ -154,7 +154,7 @@ def folder_at(location: str | Path, cache: Cache | None = None) -> Folder:
 
 
 def _with_password(location: str) -> str:
-    """A location as it was kept, its password from the environment where it was left out as ***."""
+    """A stored location; its password, stored as ***, comes from the environment."""
     if MASK not in location:
         return location
     password = os.environ.get(STORE_PASSWORD)
@@ -166,7 +166,7 @@ def _with_password(location: str) -> str:
 
 
 def open_tars(folder: Folder, paths: Sequence[str]) -> tuple[TarIndex, ...]:
-    """Several tars, fetched side by side where they are fetched. Raises the error of the first that has one."""
+    """Several tars, fetched in parallel if they are remote. Raises the first error in their order."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         opened = [pool.submit(folder.open_tar, path) for path in paths]
         try:

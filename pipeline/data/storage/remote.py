@@ -1,9 +1,9 @@
-"""Files behind a URL as files on this disk: fetched once a node, resumed where a fetch broke off, kept under a bound.
+"""Local copies of files behind a URL, fetched once per node; interrupted fetches resume, and their size is limited.
 
 A location is a folder, any fsspec URL (s3://, gs://, https://, file://, memory://) or a dataset of the hub, written
-``hf:ORG/NAME[@REVISION]`` or as its page. The cache is a matter of the machine, not of a run, so the environment places
-it: SELORA_CACHE (default ~/.cache/selora) and SELORA_CACHE_GB (default 100). An S3 store that is not Amazon's is named
-by AWS_ENDPOINT_URL_S3.
+``hf:ORG/NAME[@REVISION]`` or as its page. The cache belongs to the machine, not to a run, so environment variables set
+it: SELORA_CACHE (default ~/.cache/selora) and SELORA_CACHE_GB (default 100). AWS_ENDPOINT_URL_S3 names an S3 store
+other than Amazon's.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from pipeline.files import sha256_of
 from pipeline.passwords import redact
 
 CHUNK = 8 * 2**20
-_WARN_FROM = 3  # a store that fails so often in a row is worth a line in the log
+_WARN_FROM = 3  # failures in a row after which the log gets a line
 PUBLIC_HUB = "https://huggingface.co"
 _HUB = re.compile(
     r"(?:hf:(?!//)|(?P<endpoint>https?://[^/]+)/datasets/)(?P<name>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/?"
 )
 _BUSY = (408, 425, 429)
-# The package that a store needs with fsspec, and where it takes its credentials from.
+# The package that a store needs in addition to fsspec, and the source of its credentials.
 _STORES: Mapping[str, tuple[str, str]] = {
     "s3": ("pip install 'selora[s3]'", "AWS_* in the environment or ~/.aws"),
     "gs": ("pip install 'selora[gcs]'", "GOOGLE_APPLICATION_CREDENTIALS or gcloud"),
@@ -50,23 +50,23 @@ logger = logging.getLogger("selora.data")
 _counting = threading.Lock()
 _retries = 0
 _AWAY_S = 60.0
-_given_up: dict[str, tuple[int, float]] = {}  # store: (how often it failed in a row, when that ended)
+_given_up: dict[str, tuple[int, float]] = {}  # store: (number of failures in a row, time of the last one)
 
 
 def retries() -> int:
-    """How often this process has repeated a request because a store failed or sent something else."""
+    """Number of requests that this process has repeated because a store failed or sent wrong content."""
     return _retries
 
 
 class MissingError(ConfigError):
-    """The store says that there is no such file."""
+    """The store has no such file."""
 
 
 @dataclass(frozen=True)
 class RemotePlace:
     """A folder behind a URL.
 
-    ``texts`` and ``files`` are the addresses of its small and its large files, which the hub keeps apart.
+    ``texts`` and ``files`` are the addresses of its small and its large files, which differ on the hub.
     """
 
     name: str
@@ -80,7 +80,7 @@ def is_remote(location: str | Path) -> bool:
 
 
 def remote_place(location: str) -> RemotePlace:
-    """The parts of a location that `is_remote`."""
+    """The parts of a remote location."""
     found = _HUB.fullmatch(location)
     if found is None or found["endpoint"] not in (None, _hub(), PUBLIC_HUB):
         plain = location.rstrip("/")
@@ -92,12 +92,12 @@ def remote_place(location: str) -> RemotePlace:
 def local_copy(
     url: str, cache: Cache, *, size: int | None = None, sha256: str | None = None, wait: bool = True
 ) -> Path:
-    """The path of a copy of the file behind ``url``, fetched unless the cache has it.
+    """The path of a local copy of the file behind ``url``, fetched unless the cache has it.
 
-    With ``sha256`` the copy is checked when it is fetched, and found again without asking the store; without, it is
-    found by the size and version that the store tells now. Another process may push the copy out at any time, so open
-    it at once and ask again when it is gone. Without ``wait`` a file that another is just fetching is left to it, and
-    the path need not be there yet. Raises ConfigError that names the URL.
+    With ``sha256`` the copy is checked when it is fetched, and found again without a request; otherwise it is found by
+    the size and version that the store reports. Another process may evict the copy at any time, so open it at once and
+    call again if it is missing. Without ``wait`` a file that another process is fetching is left to it, and the path
+    need not exist yet. Raises ConfigError with the URL.
     """
     version = sha256
     if version is None or size is None:
@@ -123,7 +123,7 @@ def local_copy(
 
 
 def _fetch(url: str, path: Path, cache: Cache, size: int | None, sha256: str | None) -> None:
-    """Write ``path`` whole or not at all. What another process had begun is continued, unless its content is wrong."""
+    """Write ``path`` completely or not at all. An interrupted fetch is continued, unless its content is wrong."""
     part = path.with_name(path.name + ".part")
     for last in (False, True):
         found = _fetched(url, path, part, cache, size, sha256)
@@ -136,12 +136,12 @@ def _fetch(url: str, path: Path, cache: Cache, size: int | None, sha256: str | N
 
 
 def _fetched(url: str, path: Path, part: Path, cache: Cache, size: int | None, sha256: str | None) -> str | None:
-    """Fetch once and keep it if its content is right; the sha256 that was found, None where none is known."""
+    """Fetch once and keep the file if its content is correct; returns the sha256 found, None if none is expected."""
     whole = None
-    if size is None:  # the store does not tell it, so the file comes in one piece
+    if size is None:  # the store does not report it, so the file is fetched in one piece
         whole = read_bytes(url, cache.attempts)
         size = len(whole)
-    # Held over the renaming, for nobody can count a file while it changes its name.
+    # Held during the renaming, because a file cannot be counted while its name changes.
     with room_to_fetch(cache, url, path.parent, size):
         part.parent.mkdir(parents=True, exist_ok=True)
         if whole is None:
@@ -162,15 +162,15 @@ def _download(url: str, part: Path, attempts: int, size: int) -> None:
     with part.open("ab") as file:
         while (at := file.tell()) < size:
             file.write(read_bytes(url, attempts, (at, min(at + CHUNK, size))))
-            # What is on the disk survives a killed process and is not fetched again.
+            # Data on the disk survives a killed process and is not fetched again.
             file.flush()
         os.fsync(file.fileno())
 
 
 def read_bytes(url: str, attempts: int, span: tuple[int, int] | None = None) -> bytes:
-    """The bytes [span[0], span[1]) of a file, or as many of them as came; the whole file without a span.
+    """The bytes [span[0], span[1]) of a file, or as many of them as were received; the whole file without a span.
 
-    Raises MissingError when there is no such file, ConfigError that names the URL when it cannot be read.
+    Raises MissingError if there is no such file, and ConfigError with the URL if it cannot be read.
     """
 
     def once() -> bytes:
@@ -200,7 +200,7 @@ def _store(url: str) -> tuple[Any, str]:
     protocol = url.partition("://")[0]
     options: dict[str, Any] = {}
     if protocol in ("http", "https"):
-        # Compressed answers would have other lengths than the store says.
+        # Compressed answers would have lengths other than the store reports.
         options["headers"] = {"Accept-Encoding": "identity"}
         token = os.environ.get("HF_TOKEN")
         if token and url.startswith(_hub() + "/"):
@@ -208,14 +208,14 @@ def _store(url: str) -> tuple[Any, str]:
     fsspec.asyn.get_loop().set_exception_handler(_on_loop_error)
     if protocol != "s3":
         return fsspec.core.url_to_fs(url, **options)
-    # Left alone, botocore and s3fs ask again by themselves, 125 times in all and without a word.
+    # By default botocore and s3fs retry on their own, 125 times in all and silently.
     store, path = fsspec.core.url_to_fs(url, config_kwargs={"retries": {"total_max_attempts": 1}})
     store.retries = 1
     return store, path
 
 
 def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """What a broken connection leaves behind in tasks of the store's library: the request itself has failed before."""
+    """Ignore errors that a broken connection leaves in tasks of the store's library; the request itself has failed."""
     if "never retrieved" in context.get("message", ""):
         logger.debug("%s: %r", context["message"], context.get("exception"))
     else:
@@ -223,9 +223,9 @@ def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> 
 
 
 def _retried(url: str, attempts: int, once: Callable[[], T]) -> T:
-    """The result of ``once``, repeated with growing pauses (a minute over 9 attempts) while the store fails.
+    """The result of ``once``, retried with growing pauses (a minute over 9 attempts) while the store fails.
 
-    A store that has just failed for all of another file's attempts, as for a prefetched shard, is tried once.
+    A store that has just failed in all attempts for another file, such as a prefetched shard, is tried once.
     """
     store = url.partition("://")[0] + "://" + url.partition("://")[2].partition("/")[0]
     before, when = _given_up.get(store, (0, 0.0))
@@ -238,7 +238,7 @@ def _retried(url: str, attempts: int, once: Callable[[], T]) -> T:
             result = once()
             _given_up.pop(store, None)
             return result
-        # Every store's library has errors of its own, most of them not even an OSError.
+        # Every store's library has its own errors, most of which are not an OSError.
         except Exception as error:
             refusal = _refusal(url, error)
             if refusal is not None:
@@ -246,8 +246,8 @@ def _retried(url: str, attempts: int, once: Callable[[], T]) -> T:
             if attempt == attempts:
                 _given_up[store] = before + attempts, time.monotonic()
                 raise ConfigError(
-                    f"{url}: failed {before + attempts} times, last with {type(error).__name__}: {error}; what has "
-                    "come is kept, so the same command continues when the store answers again"
+                    f"{url}: failed {before + attempts} times, last with {type(error).__name__}: {error}; the "
+                    "received part is kept, so the same command continues when the store answers again"
                 ) from error
             _note_retry(url, f"{type(error).__name__}: {error}", attempt)
             time.sleep(min(0.2 * 2 ** (attempt - 1), 30))
@@ -264,18 +264,18 @@ def _note_retry(url: str, reason: str, failures: int) -> None:
 
 
 def _refusal(url: str, error: Exception) -> ConfigError | None:
-    """The error to raise when asking again cannot help."""
+    """The error to raise if a retry cannot help."""
     protocol = url.partition("://")[0]
     install, credentials = _STORES.get(protocol, ("its fsspec package", "the store's own settings"))
     if isinstance(error, ImportError):
         return ConfigError(f"{url}: reading it needs another package ({error}); {install}")
-    # fsspec's http says "not found" for whatever went wrong with both ways to ask for the size; its cause knows better.
+    # fsspec's http reports "not found" for any failure of both requests for the size; its cause is more precise.
     blurred = protocol in ("http", "https") and isinstance(error, FileNotFoundError) and error.__cause__ is not None
     cause = error.__cause__ if blurred else error
     status = getattr(cause, "status", None) or getattr(cause, "code", None)
     if status == 404 or (isinstance(cause, FileNotFoundError | IsADirectoryError) and not blurred):
         return MissingError(f"{url}: no such file; look for a mistyped location or an upload that is not complete")
-    # The stores' libraries agree on this word, though not on a class.
+    # The stores' libraries share this word, but no class.
     if isinstance(cause, PermissionError) or status in (401, 403) or "Credentials" in type(cause).__name__:
         return ConfigError(f"{url}: access refused ({cause}); credentials are taken from {credentials}")
     if isinstance(cause, ValueError) or (isinstance(status, int) and 400 <= status < 500 and status not in _BUSY):
@@ -284,7 +284,7 @@ def _refusal(url: str, error: Exception) -> ConfigError | None:
 
 
 def _version(info: Mapping[str, Any]) -> str:
-    """What changes when the file behind a URL does, from what the store tells of it."""
+    """A value that changes with the file behind a URL, from the store's information about it."""
     marks = ("size", "ETag", "etag", "md5Hash", "Content-MD5", "Last-Modified", "LastModified", "mtime", "created")
     return repr([(mark, str(info[mark])) for mark in marks if info.get(mark) is not None])
 

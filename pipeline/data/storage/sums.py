@@ -1,9 +1,9 @@
-"""What tars hold, as the sha256 of their bytes: read once by a machine, and again when a file has changed.
+"""The sha256 of tars, computed once per machine, and again if a file has changed.
 
     CACHE/sums/<digest of the folder>.json     path -> [size, times, sha256]
 
-A file whose size, inode and times are as they were is not read again. The time of the last change of an inode (ctime)
-cannot be set back, so neither `cp -p` nor a writer that keeps sizes and dates hides new bytes.
+A file with the same size, inode and times is not read again. The time of an inode's last change (ctime) cannot be set
+back, so neither `cp -p` nor a writer that preserves sizes and dates can hide new bytes.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from pipeline.config import ConfigError
 from pipeline.data.storage.cache import Cache
 from pipeline.data.storage.tar import TarIndex
 
-# Files that are read at once, and how long a rank waits for another one that is reading them.
+# Files that are read in parallel, and seconds that a rank waits for another one that is reading them.
 AT_ONCE, PATIENCE = 4, 600
-# A file system may count time in steps of two seconds, so what was written just now could still change unseen.
+# A file system may count time in steps of two seconds, so a file written just now could still change unnoticed.
 UNCHANGED_NS = 2_500_000_000
 
 
@@ -34,9 +34,9 @@ def content_sums(location: str, tars: Sequence[TarIndex], cache: Cache) -> list[
     """The sha256 of each tar, in hex.
 
     Args:
-        location: Of the folder; its tars share an entry in the cache.
-        tars: Opened ones. A copy from behind a URL has a path of its own for every version, so its size is enough.
-        cache: Where sums are kept. One that cannot be written keeps none, and the sums are the same.
+        location: Location of the folder, whose tars share an entry in the cache.
+        tars: Opened tars. A copy of a remote file has a separate path for every version, so its size is enough.
+        cache: Cache of the sums. If it cannot be written, they are computed each time.
 
     Raises:
         ConfigError: For a file that cannot be read.
@@ -79,7 +79,7 @@ def _entry(tar: TarIndex, marks: list[int], known: Any) -> list[Any]:
 
 
 def _marks(tar: TarIndex) -> list[int]:
-    """What changes with a file: size and inode, then its times, in ns."""
+    """Values that change with a file: size and inode, then its times, in ns."""
     try:
         status = os.stat(tar.path)  # noqa: PTH116
     except OSError as error:

@@ -1,10 +1,11 @@
-"""Random access to the samples of one tar, from a scan of its headers.
+"""Random access to the samples of one tar, by a scan of its headers.
 
-Python's tarfile takes a damaged header for the end of the archive, so the samples behind it would vanish without a
-word. This scan has two ends only: the end marker, and an error that names the byte.
+Python's tarfile treats a damaged header as the end of the archive, so the samples after it would vanish silently. This
+scan ends only at the end marker or with an error that names the byte.
 
-A scan reads every header, 15,000 of a shard with 5,000 captioned and labelled images. So a shard ends with a table of
-its members, itself a member under a name that readers of webdataset pass over, and whoever knows its place reads that.
+A scan reads every header: 15,000 in a shard with 5,000 captioned and labelled images. So a shard ends with a table of
+its members, which is a member with a name that webdataset's readers skip; a reader that knows its position reads only
+it.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from pathlib import Path
 from pipeline.config import ConfigError
 
 BLOCK = tarfile.BLOCKSIZE
-# A copy that is pushed out of its cache this often before it is opened has a cache that is far too small.
+# If a copy is evicted this often before it is opened, the cache is far too small.
 FETCHES = 5
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")
 _REMARK = re.compile(r"__[^/]*__($|/)")
 _PAX_RECORD = re.compile(rb"([0-9]{1,10}) ([^=\n]*)=")
-# Tars are filled up to full records of 20 blocks, or of more blocks by some writers.
+# Tars are padded to full records of 20 blocks, or of more blocks by some writers.
 PADDING = 4 * tarfile.RECORDSIZE
-# What may be found instead of a tar under its name, by its first bytes.
+# Other contents of a file named like a tar, by its first bytes.
 _NOT_A_TAR = {
-    "a git-lfs pointer, not the file itself; `git lfs pull` fetches it": re.compile(rb"version https://git-lfs"),
-    "compressed by gzip, so nothing in it can be found by its place; `gunzip` it": re.compile(rb"\x1f\x8b"),
-    "compressed, so nothing in it can be found by its place; unpack it to a plain tar": re.compile(
+    "a git-lfs pointer instead of the file; `git lfs pull` fetches it": re.compile(rb"version https://git-lfs"),
+    "compressed by gzip, so it does not allow random access; `gunzip` it": re.compile(rb"\x1f\x8b"),
+    "compressed, so it does not allow random access; unpack it to a plain tar": re.compile(
         rb"BZh|\xfd7zXZ|\x28\xb5\x2f\xfd"
     ),
     "a zip archive and not a tar": re.compile(rb"PK\x03\x04"),
@@ -39,21 +40,21 @@ _NOT_A_TAR = {
         rb"\s*<(!doctype html|html|\?xml)", re.IGNORECASE
     ),
 }
-# Bytes of a member's long name, or of its pax header; both are read whole.
+# Largest number of bytes of a member's long name or pax header, which are read whole.
 MAX_NAME = 2**20
-# Members that a message names of one sample.
+# Members of a sample that a message names.
 _NAMED = 6
-# The member with the table of all others. webdataset takes __NAME__ for a remark about the archive.
+# The member with the table of all others. webdataset treats __NAME__ as metadata of the archive.
 TABLE = "__members__"
 
 
 class TarError(ConfigError):
-    """The tar is damaged or not what its index says. The message names the file and, where known, the byte."""
+    """The tar is damaged or differs from its index. The message names the file and, if known, the byte."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """Where the bytes of one file are in the tar."""
+    """Position of the bytes of one file in the tar."""
 
     offset: int
     size: int
@@ -67,8 +68,8 @@ class TarSample:
     members: dict[str, Member]
 
     def __str__(self) -> str:
-        """Its members in few words, for a message."""
-        # A damaged name may hold bytes that are not UTF-8, and messages go into index.json.
+        """Its members, briefly, for a message."""
+        # A damaged name may contain bytes that are not UTF-8, and messages are written to index.json.
         named = [ext.encode("utf-8", "backslashreplace").decode() for ext in sorted(self.members)]
         more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
         listed = ", ".join(named[:_NAMED]) + more
@@ -79,10 +80,10 @@ class TarSample:
 
 
 class TarIndex:
-    """The samples of a tar and their bytes. The file stays open until close(), or until nobody holds the index.
+    """The samples of a tar and their bytes. The file stays open until close(), or as long as the index is referenced.
 
-    ``fetch`` gives the path anew when the file is gone, as a copy in a cache may be; ``name`` is what messages call it.
-    ``table`` is the place of the table of its members; None where it has none, and its headers are read.
+    ``fetch`` returns the path again if the file is missing, such as an evicted copy in a cache; ``name`` is for
+    messages. ``table`` is the position of the table of its members; None if it has none and its headers are read.
     """
 
     def __init__(
@@ -103,17 +104,17 @@ class TarIndex:
 
     @property
     def is_copy(self) -> bool:
-        """Whether the path is a copy in a cache, which has a path of its own for every version of the file."""
+        """Whether the path is a copy in a cache, which has a separate path for every version of the file."""
         return self._fetch is not None
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_pid": -1}  # a copy opens the file for itself
+        return {**self.__dict__, "_pid": -1}  # a copy opens the file itself
 
     def __del__(self) -> None:
         self.close()
 
     def read(self, sample: int, ext: str) -> bytes:
-        """The bytes of a member; KeyError when the sample has no such member, TarError when the file ends early."""
+        """The bytes of a member; KeyError if the sample has no such member, TarError if the file ends early."""
         member = self.samples[sample].members[ext]
         data = os.pread(self._handle(), member.size, member.offset)
         if len(data) != member.size:
@@ -122,13 +123,13 @@ class TarIndex:
         return data
 
     def close(self) -> None:
-        """Give the file back; the next read opens it again."""
+        """Close the file; the next read opens it again."""
         if self._pid == os.getpid():
             os.close(self._fd)
             self._pid = -1
 
     def _handle(self) -> int:
-        # Reads name their offset, so a handle from before a fork would do, but then nobody knew who closes it.
+        # Reads have an offset, so a handle from before a fork would work, but its owner would be unclear.
         if self._pid != os.getpid():
             self._fd, self._pid = self._open(), os.getpid()
         return self._fd
@@ -146,7 +147,7 @@ class TarIndex:
             raise TarError(f"{self.name}: cannot be opened ({error.strerror})") from error
 
     def _listed(self, table: Member) -> list[TarSample]:
-        """The samples that the table names."""
+        """The samples in the table."""
         content = os.pread(self._handle(), table.size, table.offset)
         total = os.fstat(self._fd).st_size
         try:
@@ -171,13 +172,13 @@ class TarIndex:
             if not samples or samples[-1].key != key:
                 samples.append(TarSample(key, {}))
             if ext in samples[-1].members:
-                raise TarError(f"{self.name}: {name} comes twice")
+                raise TarError(f"{self.name}: {name} occurs twice")
             samples[-1].members[ext] = member
         return samples
 
 
 def add_table(path: Path) -> Member:
-    """Put the table of its members at the end of a complete tar of files alone, in place; returns the table's place."""
+    """Append the table of its members to a complete tar of regular files, in place; returns the table's position."""
     samples = TarIndex(path).samples
     rows = [[each.key, {ext: [m.offset, m.size] for ext, m in each.members.items()}] for each in samples]
     content = json.dumps(rows, separators=(",", ":")).encode("ascii")
@@ -197,7 +198,7 @@ def add_table(path: Path) -> Member:
 def split_name(name: str) -> tuple[str, str]:
     """Key and extension of a member as webdataset splits them: at the first dot of the last part, lower case.
 
-    Two empty strings for what webdataset skips: names without a dot, and remarks about the archive (``__meta__/..``).
+    Two empty strings for members that webdataset skips: names without a dot, and metadata (``__meta__/..``).
     """
     match = _NAME.match(name)
     if match is None or _REMARK.match(name):
@@ -206,7 +207,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def _members(fd: int, path: str) -> Iterator[tuple[str, Member]]:
-    """Name and place of each regular file. Understands ustar, GNU long names, and pax path and size."""
+    """Name and position of each regular file. Supports ustar, GNU long names, and pax path and size."""
     total, at = os.fstat(fd).st_size, 0
     long_name: str | None = None
     pax: dict[str, str] = {}
@@ -241,7 +242,7 @@ def _size(pax: dict[str, str], info: tarfile.TarInfo, path: str, at: int) -> int
 
 
 def _check_kind(info: tarfile.TarInfo, pax: dict[str, str], path: str, name: str) -> None:
-    """Members whose bytes are not where their header is, or not whole there, would make samples that lack them."""
+    """Refuse members whose bytes do not follow their header completely; their samples would lack them."""
     if not split_name(name)[0]:
         return
     if info.islnk() or info.issym():
@@ -258,7 +259,7 @@ def _header(fd: int, path: str, at: int, total: int) -> tarfile.TarInfo | None:
     try:
         return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except (tarfile.HeaderError, ValueError) as error:
-        # The classes that tell the end marker from damage are not public; the marker is a block of zeros.
+        # The exceptions that distinguish the end marker from damage are not public; the marker is a block of zeros.
         if len(block) == BLOCK and not block.strip(b"\0"):
             return None
         if at == 0:
@@ -267,32 +268,31 @@ def _header(fd: int, path: str, at: int, total: int) -> tarfile.TarInfo | None:
                     raise TarError(f"{path}: {kind}") from error
         if len(block) < BLOCK:
             raise TarError(f"{path}: cut off at byte {at} of {total}, before its end marker") from error
-        raise TarError(f"{path}: damaged header at byte {at}; the samples behind it cannot be found") from error
+        raise TarError(f"{path}: damaged header at byte {at}; the samples after it cannot be found") from error
 
 
 def _check_end(fd: int, path: str, end: int, total: int) -> None:
-    """Behind the end marker come zeros up to the next full record, and nothing else.
+    """After the end marker only zeros may follow, up to the next full record.
 
     Raises:
-        TarError: There is more, as where tars were joined by cat, or there are zeros where an unfinished download would
-            have put its bytes.
+        TarError: There is more, as in tars joined by cat, or there are too many zeros, as in an unfinished download.
     """
     at = end
     while at < total:
         part = os.pread(fd, 2**20, at)
         if not part:
-            return  # it shrinks under the reader, who will find out
+            return  # it shrinks while being read, and the reader will notice
         if rest := part.lstrip(b"\0"):
             more = at + len(part) - len(rest)
             raise TarError(
-                f"{path}: ends at byte {end} and goes on at byte {more} of {total}: several tars joined by cat, of "
-                "which readers see the first; join them by `tar --concatenate`, or keep them apart"
+                f"{path}: ends at byte {end} and continues at byte {more} of {total}: several tars joined by cat, of "
+                "which readers see only the first; join them by `tar --concatenate`, or keep them apart"
             )
         at += len(part)
     if total - end > PADDING:
         raise TarError(
-            f"{path}: zeros from byte {end} to its end at {total}, more than a tar is filled up with: a download or a "
-            "copy that was not finished; copy it again"
+            f"{path}: zeros from byte {end} to its end at {total}, more than a tar's padding: an unfinished download or "
+            "copy; copy it again"
         )
 
 

@@ -1,8 +1,8 @@
-"""The next shards behind a URL, fetched by a thread of each loader process while it uses the present ones.
+"""Prefetching of remote shards by a thread of each loader process while it uses the current ones.
 
-A process fetches ahead what it will need itself, in the order in which it will ask, so the wait and the retries that a
-fetch still costs belong to a batch of this process. A fetch that fails is dropped: whoever needs the shard asks the
-store again, and tells what is wrong with it.
+A process prefetches the shards that it will need itself, in this order, so any remaining waits and retries belong to a
+batch of this process. A failed prefetch is dropped: when the shard is needed, it is requested again, and then any fault
+is reported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger("selora.data")
 
 @dataclass(frozen=True)
 class Turns:
-    """The steps that one process of a rank makes batches for: every ``every``-th in [start, stop)."""
+    """The steps for which one process of a rank makes batches: every ``every``-th in [start, stop)."""
 
     start: int
     stop: int
@@ -39,7 +39,7 @@ class Turns:
 
 
 def first_needs(order: Order, turns: Turns) -> Iterator[tuple[int, int]]:
-    """(step, shard) wherever a stream comes to a shard that its last window did not touch; the steps rise."""
+    """(step, shard) whenever a stream reaches a shard that its previous window did not use; in rising steps."""
     streams = rank_streams(order.streams, turns.rank, turns.world)
     before: dict[int, dict[int, int]] = {stream: {} for stream in streams}
     for epoch, window in _windows(order, turns):
@@ -70,10 +70,10 @@ def _first_steps(order: Order, turns: Turns, epoch: int, stream: int, window: in
 
 
 def room_ahead(sizes: list[int], samples: int, max_bytes: int, *, streams: int, window: int) -> int:
-    """Bytes that a rank of ``streams`` may have fetched and not used yet, in a cache that holds ``max_bytes`` for it.
+    """Bytes that a rank of ``streams`` may have prefetched, in a cache with ``max_bytes`` for it.
 
-    Half of what the shards in use leave: the oldest leave a full cache first, which are about, but not quite,
-    those that all are done with. A set that fits in as a whole has no such bound.
+    Half of the space that the shards in use leave: a full cache evicts the oldest, which are roughly, but not exactly,
+    the shards that are no longer needed. A set that fits as a whole has no such limit.
     """
     total = sum(sizes)
     if total <= max_bytes:
@@ -105,11 +105,11 @@ class ReadAhead:
         self._ahead: deque[tuple[int, int]] = deque()
         self._step, self._closed = step, False
         self._changed = threading.Condition()
-        # A daemon: a process that ends does not wait for a store, and what has come stays for the next one.
+        # A daemon, so that an ending process does not wait for a store; the received part stays for the next process.
         threading.Thread(target=self._run, name="selora-read-ahead", daemon=True).start()
 
     def reached(self, step: int) -> None:
-        """What ``step`` needs is needed from now on, and no longer counts as ahead."""
+        """Mark ``step`` as current: its shards no longer count as prefetched."""
         with self._changed:
             self._step = step
             while self._ahead and self._ahead[0][0] <= step:
@@ -117,7 +117,7 @@ class ReadAhead:
             self._changed.notify()
 
     def close(self) -> None:
-        """The thread ends after the fetch that it is at."""
+        """End the thread after its current fetch."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -126,7 +126,7 @@ class ReadAhead:
         for step, shard in self._needs:
             if not self._admitted(step, self._sizes[shard]):
                 return
-            # What an earlier step needed is there, or failed; of the present step's shards, some may come in time.
+            # Shards of earlier steps are present or have failed; some of the current step's may still arrive in time.
             if step < self._step or shard in self._at_hand:
                 continue
             try:
@@ -135,7 +135,7 @@ class ReadAhead:
                 logger.info("%s; a prefetch, so it is fetched again when it is needed", error)
 
     def _admitted(self, step: int, size: int) -> bool:
-        """Waits until the shard may be fetched; False when no more are to be fetched."""
+        """Wait until the shard may be fetched; False if no more are to be fetched."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or step <= self._step or self._fits(size))
             if step > self._step:
@@ -149,9 +149,9 @@ class ReadAhead:
 def read_ahead(
     index: ShardIndex, order: Order, turns: Turns, shards: int, sharing: int, at_hand: Container[int]
 ) -> ReadAhead | None:
-    """Start to fetch ``shards`` per stream ahead, if shards are fetched at all.
+    """Start prefetching ``shards`` per stream, if the shards are remote.
 
-    Bounded by the room in the cache, which ``sharing`` ranks use.
+    The limit is the space in the cache, which ``sharing`` ranks share.
     """
     cache = index.folder.cache
     if cache is None or not shards:
@@ -160,7 +160,7 @@ def read_ahead(
     room = room_ahead(sizes, index.samples, cache.max_bytes // sharing, streams=streams, window=order.window)
     if room < min(sizes):
         return None
-    # The order keeps what it computed last, and is not made for two threads.
+    # The order caches its last result and is not thread-safe.
     needs = first_needs(copy.deepcopy(order), turns)
     return ReadAhead(
         lambda shard: fetch_shard(index, shard),

@@ -1,4 +1,4 @@
-"""Shards to training batches, in the order that order.py fixes. The stream's position is one number: the step."""
+"""From shards to training batches, in the order of order.py. The position of the stream is one number, the step."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from pipeline.prompts import caption, resolve_templates
 OPEN_TARS = 256
 # Captions to tokens (B, L), int64, in the process that makes the batch.
 Tokenizer = Callable[[list[str]], Tensor]
-# Captions and their tokens to the numbers of those whose end is cut off.
+# Captions and their tokens to the numbers of the captions that are cut off.
 FindCut = Callable[[list[str], Tensor], list[int]]
-# A stream whose next 64 samples are all bad is a fault of more than single images.
+# If the next 64 samples of a stream are all bad, more than single images is at fault.
 SUBSTITUTES = 64
 
 
 @dataclass(frozen=True)
 class TrainSample:
-    """One decoded sample: uint8 (3, H, W). ``bad`` says which sample it replaces and why; '' for none."""
+    """One decoded sample: uint8 (3, H, W). ``bad``: the sample that it replaces and why; '' for none."""
 
     image: Tensor
     caption: str
@@ -43,9 +43,9 @@ class TrainSample:
 
 @dataclass(frozen=True)
 class Batch:
-    """What this rank trains on in ``step``.
+    """The batch of this rank in ``step``.
 
-    images: uint8 (B, 3, H, W). labels: int64 (B,), -1 without a class. keys: "shard/key" of what is really there. bad:
+    images: uint8 (B, 3, H, W). labels: int64 (B,), -1 without a class. keys: "shard/key" of the actual samples. bad:
     "shard/key: reason" of each sample that another one replaces. tokens: int64 (B, L) of the captions, None without a
     tokenizer. retries: repeated requests to a store since the last batch of the same process. cut: "shard/key" of each
     sample whose caption has more tokens than the model reads.
@@ -74,7 +74,7 @@ class Batch:
 
 
 class TrainDataset:
-    """Training samples by global position: a function of the arguments alone, in every process."""
+    """Training samples by global position: a function of the arguments only, the same in every process."""
 
     def __init__(
         self,
@@ -99,13 +99,13 @@ class TrainDataset:
 
     @property
     def opened(self) -> Container[int]:
-        """The shards that this process has open."""
+        """The open shards of this process."""
         return self._tars
 
     def __getitem__(self, position: int) -> TrainSample:
-        """The sample at ``position``; when it is bad, the next good one of its stream, cropped for this epoch.
+        """The sample at ``position``; if it is bad, the next good one of its stream, cropped for this epoch.
 
-        Raises TarError when a shard is broken, ConfigError when too many samples in a row are bad.
+        Raises TarError for a damaged shard, and ConfigError if too many samples in a row are bad.
         """
         first = place = self.order.locate(position)
         fault = ""
@@ -159,7 +159,7 @@ class TrainDataset:
 
 @dataclass(frozen=True)
 class RankSteps:
-    """For each step in [start, stop) the positions of one rank."""
+    """The positions of one rank for each step in [start, stop)."""
 
     start: int
     stop: int
@@ -177,7 +177,7 @@ class RankSteps:
 
 
 class _MakeBatch:
-    """Positions of one rank and step into a Batch, in the process that makes it; see `train_loader` for the options."""
+    """Makes a Batch from the positions of one rank and step; see `train_loader` for the options."""
 
     def __init__(
         self,
@@ -210,7 +210,7 @@ class _MakeBatch:
         if self.reference is not None:
             reference = self.reference.batch(step, plan.rank, plan.world)
         if begins:
-            # Not before, for the first batch should not have to share the line with those that come later.
+            # Not before, because the first batch should not share the bandwidth with later ones.
             self._reading = self._read_ahead(step, every)
         before, self._retries = self._retries, retries()
         captions = [sample.caption for sample in samples]
@@ -274,13 +274,13 @@ def train_loader(
     pin: bool = False,
     start_method: str | None = None,
 ) -> Batches[Batch]:
-    """Batches of this rank for steps [start_step, stop_step), in order and the same with any number of workers.
+    """Batches of this rank for the steps [start_step, stop_step), in order, the same with any number of workers.
 
-    ``tokenizer``: makes the tokens of a batch, in the worker that makes the batch. ``find_cut``: finds the captions
-    that have more tokens than the model reads. ``reference``: what each batch gets its reference samples from.
-    ``ahead``: shards behind a URL that are fetched before they are needed, per stream of the rank. ``sharing``: ranks
-    on this machine, which share its cache.
-    Raises ConfigError when streams, batch and ranks do not fit each other, and while iterating when a shard is broken.
+    ``tokenizer``: makes the tokens of a batch, in the worker that makes the batch. ``find_cut``: finds captions
+    with more tokens than the model reads. ``reference``: source of the reference samples of each batch. ``ahead``:
+    number of remote shards to prefetch per stream of the rank. ``sharing``: number of ranks on this machine, which
+    share its cache. Raises ConfigError if streams, batch and ranks do not match, and during iteration for a damaged
+    shard.
     """
     streams = dataset.order.streams
     check_split(global_batch, streams, world)

@@ -209,14 +209,14 @@ class MlflowStore:
 
 @contextmanager
 def as_config_errors(uri: str, what: str = "") -> Iterator[None]:
-    """The errors of MLflow and of drivers below it as the user's: a wrong address, a store that is away or damaged.
+    """Raise errors of MLflow and of its drivers as ConfigErrors: a wrong address, a store that is away or damaged.
 
     Args:
         uri: the store's address.
-        what: begins the message.
+        what: start of the message.
 
     Raises:
-        ConfigError: in place of these errors.
+        ConfigError: instead of these errors.
     """
     from mlflow import MlflowException
     from sqlalchemy.exc import SQLAlchemyError

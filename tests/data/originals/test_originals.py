@@ -235,7 +235,7 @@ BREAKS: list[tuple[str, Callable[[Path], Made], Callable[[Path], Any], str]] = [
         "fgvc_aircraft",
         make_aircraft,
         remove("fgvc-aircraft-2013b/data/images/0000007.jpg"),
-        r"1 are listed and not there",
+        r"1 are listed but missing",
     ),
     ("flowers", make_flowers, remove("flowers-102/setid.mat"), r"no flowers-102/setid.mat in"),
     ("food101", make_food, remove("food-101/images/dish_00/100.jpg"), r"not there: dish_00/100.jpg\n"),

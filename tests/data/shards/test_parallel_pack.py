@@ -279,7 +279,9 @@ def test_packing_twice_does_nothing_unless_options_differ(packing: Callable[...,
     assert again.digest != index.digest
     begun = packing("begun")
     assert pack_in_parallel(begun, part=(1, 6)) is None
-    with pytest.raises(ConfigError, match=r"begun packing of other files or settings \(1030 images in 6 shards, here"):
+    with pytest.raises(
+        ConfigError, match=r"unfinished packing of other files or settings \(1030 images in 6 shards, here"
+    ):
         pack(packing("begun", samples_per_shard=100))
 
 

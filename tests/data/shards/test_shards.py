@@ -226,9 +226,7 @@ def test_what_was_broken_off_is_no_shard_folder(class_folders: Path, tmp_path: P
     broken = Source(
         source.format, source.path, [*source.samples, Sample("gone", "gone", Path(pack_copy), 0)], ["a"] * 3
     )
-    with pytest.raises(
-        ConfigError, match=r"gone.jpg: No such file or directory; what is packed so far is not complete"
-    ):
+    with pytest.raises(ConfigError, match=r"gone.jpg: No such file or directory; the shards are incomplete"):
         pack(broken, out, force=True, check="none", samples_per_shard=20)
     with pytest.raises(ConfigError, match="no index.json in it"):
         load_index(out)
@@ -238,7 +236,7 @@ def test_a_full_disk_is_told_and_leaves_no_shard_folder(class_folders: Path, tmp
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8000, hard))  # the disk takes no more than this of one file
     try:
-        with pytest.raises(ConfigError, match=r"shard-00000.tar: File too large; what is packed so far"):
+        with pytest.raises(ConfigError, match=r"shard-00000.tar: File too large; the shards are incomplete"):
             pack(class_folders, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -177,7 +177,7 @@ def test_links_out_of_the_source_are_followed(shop: Path, tmp_path: Path, photo:
     names = [sample.name for sample in source.samples if sample.cls == 2]
     assert names == ["vase/x.jpg", "vase/deep/y.jpg"]
     assert "mug/z.jpg" in [sample.name for sample in source.samples]
-    assert [str(each) for each in source.left_out] == ["mug/gone.jpg: link to a file that is not there"]
+    assert [str(each) for each in source.left_out] == ["mug/gone.jpg: link to a missing file"]
     (shop / "urn").symlink_to(store)
     with pytest.raises(ConfigError, match=r"vase: .* holds no image .*read as another class already"):
         read_source(shop)

@@ -227,5 +227,5 @@ def test_inspect_shows_counts_samples_and_the_next_command(class_folders: Path, 
 
 def test_inspect_of_a_source_without_a_usable_image_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("path,caption\nnowhere.jpg,hat\n")
-    with pytest.raises(ConfigError, match="none of its 1 images is there: nowhere.jpg; looked in"):
+    with pytest.raises(ConfigError, match="none of its 1 images exists: nowhere.jpg; looked in"):
         inspect(tmp_path / "t.csv")

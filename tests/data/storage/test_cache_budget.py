@@ -259,7 +259,7 @@ def test_a_fetch_counts_images_that_are_being_decoded(
     assert torch.equal(pixels_of(iter(made)), plain)
     assert made[0].trouble == ""
     # Workers may have read ahead to the end by then.
-    assert workers or "their room was taken for fetched files" in made[-1].trouble
+    assert workers or "their space was used for fetched files" in made[-1].trouble
     assert SIZE <= disk_use(cache) <= cache.max_bytes
     # The other way round the file leaves for the images, for nobody fetches it any more.
     again = list(batches(clothes, cache))

@@ -81,7 +81,7 @@ def test_a_damaged_header_in_the_middle_is_an_error_at_its_byte(tmp_path: Path) 
 
 def test_a_member_that_comes_twice_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tar", [("a.jpg", b"1"), ("a.JPG", b"2")])
-    with pytest.raises(TarError, match=r"a.tar: a.JPG comes twice"):
+    with pytest.raises(TarError, match=r"a.tar: a.JPG occurs twice"):
         TarIndex(path)
 
 
