@@ -1,4 +1,4 @@
-"""The files that the demo ships with: unpacked once into a working folder."""
+"""The files that ship with the demo, unpacked once into a working folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tarfile
 from importlib import resources
 from pathlib import Path
 
-# Archives in assets/ and what each unpacks to; tar's padding of small files is why they are compressed at all.
+# Archives in assets/ and their folders; they are compressed because of tar's padding of small files.
 ARCHIVES = {
     "pretrain.tar.gz": "pretrain",
     "reference.tar.gz": "reference",

@@ -1,9 +1,9 @@
-"""How the embedded demo data came about: six public image sets in, shards and evaluation sets out.
+"""The recipe of the embedded demo data: from six public image sets to shards and evaluation sets.
 
     python -m pipeline.demo.recipe SOURCES OUT        # then OUT/*.tar.gz are the archives in assets/
 
-SOURCES holds the unpacked sets named in LICENCES.md. Images are 64 x 64 and stored as WebP, so that everything, the
-tiny CLIP included, fits in 40 MB. This file has every choice that went into the demo.
+SOURCES holds the unpacked sets named in LICENCES.md. Images are 64 x 64 and stored as WebP, so that everything,
+including the tiny CLIP, fits in 40 MB. This file has every choice made for the demo data.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from pipeline.data.sources.sample import Sample, Source
 from pipeline.demo.assets import ARCHIVES
 
 SIZE, QUALITY = 64, 75
-# The photos of clothes that pretraining may see: as CLIP saw the web's, so that the demo starts above chance there.
+# The photos of clothes for pretraining, like those that CLIP saw on the web, so that the demo starts above chance.
 PRETRAIN_SHARE_OF_CLOTHING = 0.25
 PRETRAIN_FASHION = 2000
 HELD_OUT_CLIPART = 0.2
-# Images of the pretraining mix that `keep` holds in place.
+# Reference images for section keep, from the pretraining mix.
 REFERENCE = 2048
 
 CLOTHING = ("dress", "hat", "longsleeve", "outwear", "pants", "shirt", "shoes", "shorts", "skirt", "t-shirt")
@@ -59,7 +59,7 @@ EMOJI_STYLES, EMOJI_HELD_OUT = ("noto", "twemoji", "emojione"), "fluent3d"
 
 @dataclass(frozen=True)
 class Picture:
-    """One source image with all that is known about it. ``kind`` is the broad name, ``name`` the precise one."""
+    """One source image with everything known about it. ``kind`` is the broad name, ``name`` the precise one."""
 
     path: Path
     kind: str
@@ -212,14 +212,14 @@ def _emoji_names(root: Path) -> Iterator[tuple[Picture, tuple[str, ...]]]:
 
 
 def archive(folder: Path, target: Path) -> None:
-    """A folder as tar.gz whose bytes depend on its content alone: what the package ships, see assets.py."""
+    """A folder as tar.gz with bytes that depend only on its content; the package ships it (assets.py)."""
 
     def plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:
         entry.mtime = entry.uid = entry.gid = 0
         entry.uname = entry.gname = ""
         return entry
 
-    # An empty name, for gzip would put the target's own into the header.
+    # An empty name; otherwise gzip would put that of the target into the header.
     with (
         target.open("wb") as out,
         gzip.GzipFile("", "wb", compresslevel=9, fileobj=out, mtime=0) as file,

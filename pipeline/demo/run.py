@@ -1,8 +1,8 @@
 """`selora demo`: from photos to a registered model in one command, on embedded images and an embedded CLIP.
 
-A sweep on Ray trains and evaluates the trials, the report shows what was learned against what was kept, the best
-trade-off becomes champion in the registry, and a new process asks it about photos that it has not seen.
-Every stage is the code of the user's own command, which is printed with it. A second call continues.
+A sweep on Ray trains and evaluates the trials, the report shows gain against share kept, the best trade-off becomes
+champion in the registry, and a new process applies it to photos that it has not seen.
+Every stage runs the code of a user command, which is printed with it. A second call continues.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ T = TypeVar("T")
 
 
 def demo(out: Path, seed: int = 0) -> Path:
-    """Run the whole story below `out`; a second call continues. Returns the path of the report.
+    """Run all stages below `out`; a second call continues. Returns the path of the report.
 
-    Raises ConfigError when a trial failed; the others' results stay, and the same call goes on.
+    Raises ConfigError if a trial failed; the results of the others stay, and the same call continues.
     """
     from pipeline.handoff.promote import promote
     from pipeline.report.run import report_sweep
@@ -47,7 +47,7 @@ def demo(out: Path, seed: int = 0) -> Path:
     print(table(read_rows(outcome.directory)) + "\n")
     if outcome.failed:
         reasons = (f"{name}: {outcome.trials[name].error}" for name in outcome.failed)
-        raise ConfigError("\n".join([*reasons, "the same command repeats what failed"]))
+        raise ConfigError("\n".join([*reasons, "the same command repeats the failed trials"]))
     page = _stage("report", f"selora report {outcome.directory}", lambda: report_sweep(outcome.directory, config))
     promoted = _stage(
         "promotion",
@@ -56,14 +56,14 @@ def demo(out: Path, seed: int = 0) -> Path:
     )
     print(f"{promoted}\n")
     if promoted.version is None:
-        raise ConfigError(f"{outcome.directory}: the rule of promotion in {asset(FINETUNE)} does not hold")
+        raise ConfigError(f"{outcome.directory}: the promotion rule in {asset(FINETUNE)} does not hold")
     _ask(out, promoted.uri)
     print(f"report: {page}\ntracked: mlflow ui --backend-store-uri {promoted.uri}")
     return page
 
 
 def demo_config(out: Path, seed: int) -> Config:
-    """What all trials start from; the seed is part of the sweep's name."""
+    """The config of all trials; the seed is part of the sweep's name."""
     changes = {
         "name": "clothes" if seed == 0 else f"clothes_seed{seed}",
         "out": out,
@@ -127,7 +127,7 @@ def _gates(run_dir: Path) -> Mapping[str, Any]:
 
 
 def _ask(out: Path, uri: str) -> None:
-    """A process of its own loads the champion from the registry and names what is on photos of the test set."""
+    """Classify photos of the test set in a separate process with the champion from the registry."""
     photos = [os.path.relpath(photo, out) for photo in _photos(out)]
     command = ["predict", f"models:/{NAME}@champion", *photos, "--uri", uri]
     print(f"== prediction: selora {' '.join(command)}", file=sys.stderr)
@@ -135,7 +135,7 @@ def _ask(out: Path, uri: str) -> None:
 
 
 def _photos(out: Path) -> list[Path]:
-    """The first test photo of each class, as files named by what they show."""
+    """The first test photo of each class, in files named after the class."""
     from pipeline.data.eval.wds_layout import open_eval_set
 
     clothes, folder = open_eval_set(out / "data" / "eval" / "clothing"), out / "photos"
@@ -154,7 +154,7 @@ def _environment() -> dict[str, str]:
 
 
 def _stage(name: str, command: str, work: Callable[[], T]) -> T:
-    """Say which command of the user's does the same, and how long it took."""
+    """Print the equivalent user command and how long it took."""
     started = time.monotonic()
     print(f"== {name}: {command}", file=sys.stderr, flush=True)
     result = work()

@@ -12,7 +12,7 @@ from pipeline.display import text_table
 class MethodResult:
     """The result of one method. Accuracies and shares in [0, 1].
 
-    `kept` and `worst` are relative to the untouched model; `worst` is (dataset, share), None of the untouched one.
+    `kept` and `worst` are relative to the untouched model; `worst` is (dataset, share), None for the untouched one.
     """
 
     label: str

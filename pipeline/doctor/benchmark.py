@@ -32,13 +32,13 @@ def check_rows(rows: Sequence[Row]) -> Iterator[Finding]:
 
 
 def check_row(row: Row) -> Finding:
-    """What the directory of a row holds, or why the row cannot be evaluated.
+    """The content of a row's directory, or why the row cannot be evaluated.
 
-    The digest in the text covers images, labels and captions: equal ones on two machines mean equal data. For K-NN it
-    covers the query images and the bank.
+    The digest in the text covers images, labels and captions: equal digests on two machines mean equal data. For K-NN
+    it covers the query images and the bank.
     """
     if not is_there(row):
-        return Finding(row.key, "not found", f"put it into {row.path}, or {_command(row)} makes it")
+        return Finding(row.key, "not found", f"put it into {row.path}, or create it with {_command(row)}")
     try:
         dataset = open_dataset(row)
     except ConfigError as error:
@@ -52,7 +52,7 @@ def check_row(row: Row) -> Finding:
 
 
 def required_rows(rows: Sequence[Row]) -> Iterator[Finding]:
-    """What each row's directory must hold and how it is made; no directory is opened."""
+    """The required content of each row's directory and how to create it; no directory is opened."""
     for row in rows:
         known = ORIGINALS.get(row.key)
         place = f"ROOT/{Path(row.path).name}"
@@ -69,7 +69,7 @@ def reproduce(benchmark: Benchmark, model: str | None, tag: str | None, out: Pat
     """Evaluate an untouched model on the rows of a benchmark and compare the results with the published ones.
 
     Args:
-        benchmark: with at least one row that is ready.
+        benchmark: a benchmark with at least one row that is ready.
         model: name of the model; None: `GOLDEN_MODEL`.
         tag: open_clip tag or weights file; None: `GOLDEN_TAG` for the golden model.
         out: directory for the results.
@@ -81,7 +81,7 @@ def reproduce(benchmark: Benchmark, model: str | None, tag: str | None, out: Pat
 
 
 def compare_with_published(benchmark: Benchmark, results: Mapping[str, Result]) -> list[Finding]:
-    """Every published number of the rows that have a result, in percent, and how many of them are reproduced.
+    """Every published number of the rows with a result, in percent, and how many of them are reproduced.
 
     A value may differ by the number's tolerance plus half of the interval of a drawn sample.
     """
@@ -107,7 +107,7 @@ def _compare_row(row: Row, result: Result) -> Iterator[Finding]:
             continue
         value = 100 * result["metrics"][metric]
         text = f"{metric} {value:.2f}, published {expected:.2f}, difference {value - expected:+.2f}"
-        # The published numbers are rounded, so a value on the very edge of the tolerance may be on either side.
+        # Published numbers are rounded, so a value at the edge of the tolerance may be on either side.
         agrees = abs(value - expected) <= allowed + 1e-6
         yield Finding(row.key, text, "" if agrees else f"allowed is a difference of {allowed:.2f}")
 
@@ -131,7 +131,7 @@ def _joined(*parts: str | None) -> str:
 
 
 def _names_remark(dataset: Dataset) -> str | None:
-    """How the row's class names and the directory's differ by more than spelling: labels may mean other classes."""
+    """Differences beyond spelling between the row's class names and the directory's: labels may mean other classes."""
     shipped, subset = dataset.data.classnames or (), dataset.row.subset
     if dataset.row.classnames is None or (subset is not None and any(len(ids) > 1 for ids in subset)):
         return None

@@ -13,10 +13,10 @@ class Finding:
     """The result of one check.
 
     Attributes:
-        name: what was checked.
-        text: what was found.
-        todo: what to do about it; empty if nothing is wrong.
-        checked: False where only the requirements are known, and nothing was checked.
+        name: subject of the check.
+        text: the result.
+        todo: advice; empty if nothing is wrong.
+        checked: False if these are only requirements and nothing was checked.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Finding:
 
 
 def format_findings(findings: Iterable[Finding]) -> str:
-    """One line per finding, marked "ok" or "!!", and below it what to do."""
+    """One line per finding, marked "ok" or "!!", followed by the advice."""
     rows = []
     for each in findings:
         mark = "" if not each.checked else "ok" if each.ok else "!!"

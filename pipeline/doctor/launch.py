@@ -54,7 +54,7 @@ class Cluster:
 def check_launch(config: Config, timeout_s: float = 30.0) -> list[Finding]:
     """Run all checks on all ranks, which return the same findings. Collective.
 
-    Raises PeerLost when not all ranks come within `timeout_s`, naming those that are missing.
+    Raises PeerLost with the missing ranks unless all arrive within `timeout_s`.
     """
     world, timeout = read_world(), timedelta(seconds=timeout_s)
     control = start_process_group(world, timeout, meet(world, timeout))
@@ -97,7 +97,7 @@ def _bandwidth(cluster: Cluster, _config: Config) -> Finding:
         return Finding("collectives", "one rank: nothing to measure")
     big = torch.zeros(_BANDWIDTH_BYTES // 4, device=world.device)
     small = torch.zeros(1, device=world.device)
-    dist.all_reduce(big)  # the first one makes the connections
+    dist.all_reduce(big)  # the first one opens the connections
     seconds = _seconds(lambda: dist.all_reduce(big), 3, world)
     latency = _seconds(lambda: dist.all_reduce(small), 20, world)
     rate = 2 * (world.world_size - 1) / world.world_size * _BANDWIDTH_BYTES / seconds / 1e9
@@ -126,7 +126,7 @@ def _clocks(cluster: Cluster, _config: Config) -> Finding:
 
 
 def _shared_path(cluster: Cluster, config: Config) -> Finding:
-    """Check that all ranks read what rank 0 writes, and never see a half-replaced file."""
+    """Check that all ranks can read files of rank 0, and never see a half-replaced file."""
     world, out = cluster.world, Path(config.out).absolute()
     name = cluster.gather(uuid.uuid4().hex)[0]
     path, fault = out / f".doctor-{name}", ""
@@ -143,7 +143,7 @@ def _shared_path(cluster: Cluster, config: Config) -> Finding:
         elif not world.is_main:
             fault = _read_for_a_while(path)
     except FileNotFoundError:
-        fault = "is not shared: what rank 0 wrote is not there"
+        fault = "is not shared: a file written by rank 0 is missing"
     except OSError as error:
         fault = f"{error.strerror}"
     faults = {host: text for host, text in cluster.gather((world.host, fault)) if text}

@@ -1,1 +1,1 @@
-"""What leaves the pipeline: exports that other libraries load, and versions of a registered model."""
+"""Exports that other libraries load, and versions of a registered model."""

@@ -1,4 +1,4 @@
-"""Which run is meant by a directory: the run itself, or the chosen trial of a sweep."""
+"""The run of a directory: the run itself, or the chosen trial of a sweep."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.selection.standings import candidates_of
 def chosen_run(target: Path, rule: Promote | None = None) -> tuple[Path, str]:
     """(run directory, how it was chosen or "") of a run or a sweep; ConfigError for any other directory.
 
-    rule: what a trial should hold to be chosen (default: the rule in its config).
+    rule: the promotion rule for the choice (default: the rule in each trial's config).
     """
     if is_sweep(target):
         return _chosen_trial(target, rule)
@@ -27,10 +27,10 @@ def chosen_run(target: Path, rule: Promote | None = None) -> tuple[Path, str]:
 
 
 def strength_at_floor(target: Path, run_dir: Path) -> float | None:
-    """The strength at which a sweep with a floor has chosen one of its trials; None of a run, and without a floor.
+    """The strength at which a sweep with a floor has chosen a trial; None for a run, and without a floor.
 
     Raises:
-        ConfigError: no strength above 0 keeps the floor, so there is nothing to hand on.
+        ConfigError: no strength above 0 keeps the floor, so there is no model to export or register.
     """
     floor = floor_of(target) if is_sweep(target) else None
     if floor is None:
@@ -45,14 +45,14 @@ def strength_at_floor(target: Path, run_dir: Path) -> float | None:
 
 
 def rule_of(target: Path, changes: Sequence[str] = ()) -> Promote:
-    """The rule in the config of a run, or of a sweep's trials, with "min_id=0.75" and the like over it."""
+    """The promotion rule of a run or of a sweep's trials, overridden by settings such as "min_id=0.75"."""
     prefixed = [change if change.startswith("promote.") else f"promote.{change}" for change in changes]
     run_dir = trial_dirs(target)[0] if is_sweep(target) else chosen_run(target)[0]
     return load_config(run_dir / CONFIG_FILE, prefixed).promote
 
 
 def _chosen_trial(sweep: Path, rule: Promote | None) -> tuple[Path, str]:
-    """By the rule that the report marks its chosen model by, among the trials that are evaluated."""
+    """Choose among the evaluated trials in the same way as the report."""
     candidates, trials, floor = candidates_of(sweep, rule), len(trial_dirs(sweep)), floor_of(sweep)
     if not candidates:
         at = "" if floor is None else f" at the floor of {floor:g}"
@@ -74,13 +74,13 @@ def _describe(taken: Taken, candidates: Sequence[Candidate], trials: int, floor:
     text += f"least of {one.point.worst}, {one.point.worst_kept:.4f})"
     allowed = sum(each.allowed for each in candidates)
     if allowed < len(candidates):
-        text += f"; the rule of promotion holds for {allowed or 'none'} of them"
+        text += f"; the promotion rule holds for {allowed or 'none'} of them"
     estimate = taken.estimates[taken.configuration]
     if estimate.half is not None:
         what = "balance" if floor is None else f"id at kept >= {floor:g}"
         text += f"; {estimate.seeds} seed{'s' * (estimate.seeds > 1)}, mean {what} {estimate.mean:.4f} ± "
         text += f"{estimate.half:.4f} (95 % t-interval), and this seed is the nearest to it"
     if taken.equal:
-        text += f"; not told apart by the intervals, and not cheaper: {', '.join(taken.equal)}"
+        text += f"; not separated by the intervals, and not cheaper: {', '.join(taken.equal)}"
     left = trials - len(candidates)
     return text + (f"; {left} without results" if left else "")

@@ -1,4 +1,4 @@
-"""A run's checkpoint in the layout of open_clip, Hugging Face, PEFT, timm, ONNX or Triton, read back there first."""
+"""A run's checkpoint in the layout of open_clip, Hugging Face, PEFT, timm, ONNX or Triton, read back for a check."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from pipeline.model.restore import find_run, load_adapted, load_base
 from pipeline.model.vit import Vit, is_vit
 
 FACTS_FILE = "selora.json"
-TOLERANCE, RELATIVE = 1e-4, 1e-6  # of a logit, in fp32
+TOLERANCE, RELATIVE = 1e-4, 1e-6  # largest difference of a logit, in fp32
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written.
+    """Result of an export.
 
     Attributes:
-        difference: the largest of a logit, None if it was not compared.
-        loss: of weights in 8 bits, for each dataset of the benchmark the metric before and after.
+        difference: largest difference of a logit; None if it was not compared.
+        loss: for weights in 8 bits, the metric before and after for each dataset of the benchmark.
     """
 
     directory: Path
@@ -51,7 +51,7 @@ class ExportReport:
 
     @property
     def checked(self) -> str:
-        """How the export compares with the run's model."""
+        """The comparison of the export with the run's model."""
         if self.difference is None:
             return "NOT read back by its library"
         return (
@@ -65,7 +65,7 @@ class ExportReport:
 
 @dataclass(frozen=True)
 class Request:
-    """What an export is like. base_name: what a PEFT adapter calls its base; graph: of an ONNX or Triton export."""
+    """A request for an export. base_name: a PEFT adapter's name of its base; graph: options of ONNX and Triton."""
 
     to: str
     base_name: str
@@ -85,26 +85,26 @@ def export(
     strength: float = 1.0,
     graph: Callable[[TrainedModel], GraphOptions] | None = None,
 ) -> ExportReport:
-    """Write a run's model for another library. Nothing is at `out` before that library has given the run's logits.
+    """Write a run's model for another library. `out` appears only after that library has reproduced the run's logits.
 
     Args:
         run_dir: directory of the run.
         to: "open_clip", "hf", "peft", "timm" (a ViT), "onnx" or "triton".
         out: new directory.
-        merged: None as the format has it: peft keeps the adapters, the others merge them.
-        step: of the checkpoint; None: the newest.
+        merged: None: the default of the format: peft keeps the adapters, the others merge them.
+        step: step of the checkpoint; None: the newest.
         verify: load the export with its library and compare its outputs.
-        base_name: what a PEFT adapter calls its base (default: the folder of the base inside the adapter's own).
+        base_name: a PEFT adapter's name of its base (default: the folder of the base inside the adapter's own).
         force: replace an earlier export in `out`.
-        strength: of the fine-tuning in (0, 1], weights W0 + strength (W1 − W0).
-        graph: options of an ONNX or Triton export, of the model that is exported.
+        strength: strength of the fine-tuning in (0, 1], with weights W0 + strength (W1 − W0).
+        graph: function from the exported model to the options of an ONNX or Triton export.
 
     Returns:
-        What was written and how it compares.
+        The files written and the comparison.
 
     Raises:
         ConfigError: a wrong request; the message names it.
-        Mismatch: the library computes something else than the run's model.
+        Mismatch: the library does not reproduce the run's model.
     """
     out = Path(out).absolute()
     _check_request(to, merged, base_name)
@@ -160,8 +160,8 @@ def _write_peft(source: TrainedModel, directory: Path, request: Request) -> list
         raise ConfigError(f"to=peft: the run trained adapter.kind={kind}, which has no adapters; export it to hf")
     if kind == "dora" and source.strength != 1:
         raise ConfigError(
-            f"strength={source.strength:g}: a DoRA adapter has no factor that scales what it adds, so PEFT cannot hold "
-            "it at a strength; export the merged model (--to hf)"
+            f"strength={source.strength:g}: a DoRA adapter has no scale factor, so PEFT cannot "
+            "represent a strength; export the merged model (--to hf)"
         )
     model = as_clip(load_adapted(source.found), "to=peft")
     weaken(model.model, load_base(source.found).model, source.strength)
@@ -170,8 +170,8 @@ def _write_peft(source: TrainedModel, directory: Path, request: Request) -> list
     notes += [f"adapters of {len(source.active)} active blocks of {len(source.gate_map)}"]
     if source.found.train_rest != "none":
         notes.append(
-            f"train.train_rest={source.found.train_rest}: what trained outside the blocks is in {BASE}/, so the "
-            "adapter gives the fine-tuned model on that base only"
+            f"train.train_rest={source.found.train_rest}: weights trained outside the blocks are in {BASE}/, so the "
+            "adapter gives the fine-tuned model only on that base"
         )
     return notes
 
@@ -212,7 +212,7 @@ def _check_free(out: Path, force: bool) -> None:
 
 
 def _read_back(source: TrainedModel, request: Request, partial: Path, out: Path, notes: list[str]) -> ExportReport:
-    """Compare; Mismatch when the library sees another model."""
+    """Compare the export with the run's model; Mismatch if they differ."""
     reader, to = READERS[request.to], request.to
     if to in FILES:
         try:

@@ -1,4 +1,4 @@
-"""Options of an ONNX or Triton export, where they are not given those of the run's config."""
+"""Options of an ONNX or Triton export, with defaults from the run's config."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def graph_options(
     Args:
         source: the model that is exported.
         run_dir: its run.
-        precision: of the graphs.
-        pixels: what the image graph takes.
-        classnames: of the zero-shot head; None: those that the run was trained on, if it was trained on classes.
-        templates: a name of caption templates; None: the run's.
-        benchmark: what the loss of int8 is measured on; None: the run's.
-        limit: images of each of its datasets; None: all.
+        precision: precision of the graphs.
+        pixels: input of the image graph.
+        classnames: classes of the zero-shot head; None: those of the training, if it had classes.
+        templates: name of caption templates; None: the run's.
+        benchmark: benchmark that measures the loss of int8; None: the run's.
+        limit: number of images of each of its datasets; None: all.
 
     Raises:
         ConfigError: classes for a ViT, which has its own, or int8 without a benchmark.
@@ -45,7 +45,7 @@ def graph_options(
     labels, _ = labels_of(source, config, classnames, templates)
     if precision != "int8":
         if benchmark is not None or limit is not None:
-            raise ConfigError("--benchmark and --limit go with --int8, whose loss is measured")
+            raise ConfigError("--benchmark and --limit need --int8, whose loss they measure")
         return GraphOptions(precision, pixels, labels)
     request = EvalRequest(benchmark=benchmark, limit=limit)
     try:

@@ -31,13 +31,13 @@ from pipeline.tracking.served.served import Labels
 
 FILES = {"onnx": {name: f"{name}.onnx" for name in (IMAGE, TEXT, HEAD)}, "triton": triton.FILES}
 CLASSES_FILE = "labels.json"
-CHECKED = 64  # images, and as many texts
+CHECKED = 64  # number of images, and of texts
 
 
 class Limit(NamedTuple):
-    """What a graph must reach: the least cosine of a vector with the model's own, and the largest error of a logit.
+    """Requirements of a graph: the least cosine of a vector with the model's, and the largest error of a logit.
 
-    An error is in units of the logit scale, so of a cosine, where `scaled` says so.
+    If `scaled`, the error is in units of the logit scale, which is that of a cosine.
     """
 
     cosine: float
@@ -55,15 +55,15 @@ LIMITS: dict[Precision, Limit] = {
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """What an ONNX or Triton export is like.
+    """Options of an ONNX or Triton export.
 
     Attributes:
         precision: fp32, fp16, or int8: weights in 8 bits, whose loss is measured on `benchmark`.
-        pixels: "uint8" where the graph normalizes images itself, "normalized" where the caller does.
-        labels: the classes of the head; None: there is none, or it is the classifier of a ViT.
-        benchmark: of the run, for int8.
-        settings: how it is evaluated.
-        say: gets a line for each dataset.
+        pixels: "uint8" if the graph normalizes images, "normalized" if the caller does.
+        labels: the classes of the head; None: without a head, or for a ViT's classifier.
+        benchmark: the benchmark for int8.
+        settings: settings of its evaluation.
+        say: called with a line for each dataset.
     """
 
     precision: Precision = "fp32"
@@ -75,7 +75,7 @@ class GraphOptions:
 
 
 class Agreement(NamedTuple):
-    """How graphs compare with the model: the least cosine, the largest error of a logit and what was allowed."""
+    """Comparison of graphs with the model: the least cosine, the largest error of a logit and the tolerance."""
 
     cosine: float
     difference: float
@@ -84,7 +84,7 @@ class Agreement(NamedTuple):
 
 
 def write_graph_export(model: Model, to: str, directory: Path, options: GraphOptions) -> list[str]:
-    """Write the graphs of a merged model and all that goes with them. Returns what to tell the user."""
+    """Write the graphs of a merged model and their companion files. Returns notes for the user."""
     labels = options.labels
     head = None if labels is None or not len(labels.class_names) else labels.head
     files = _files(to, directory)
@@ -99,14 +99,14 @@ def write_graph_export(model: Model, to: str, directory: Path, options: GraphOpt
 
 
 def graph_facts(model: Model, to: str, options: GraphOptions) -> dict[str, Any]:
-    """What selora itself needs to run the graphs again, for selora.json."""
+    """Facts for selora.json, from which selora can run the graphs again."""
     cfg = {name: list(value) if isinstance(value, tuple) else value for name, value in model.preprocess_cfg.items()}
     facts = {"precision": options.precision, "pixels": options.pixels, "files": FILES[to], "preprocess_cfg": cfg}
     return facts | {"hf_tokenizer": hf_tokenizer(model)}
 
 
 def hf_tokenizer(model: Model) -> str | None:
-    """The Hugging Face tokenizer of a CLIP, whose texts open_clip cleans and pads by itself; None: CLIP's own."""
+    """The Hugging Face tokenizer of a CLIP, for which open_clip cleans and pads texts; None: CLIP's own."""
     return None if isinstance(model, Vit) else model.model_cfg["text_cfg"].get("hf_tokenizer_name")
 
 
@@ -116,7 +116,7 @@ def open_graphs(model: Model, to: str, directory: Path) -> OnnxModel:
 
 
 def compare_graphs(model: Model, to: str, directory: Path, options: GraphOptions) -> Agreement:
-    """Run the graphs over 64 images and 64 texts; Mismatch where they compute something else than the model."""
+    """Run the graphs over 64 images and 64 texts; Mismatch if they do not reproduce the model."""
     graphs = open_graphs(model, to, directory)
     images, limit = check_images(model), LIMITS[options.precision]
     notes = []
@@ -146,7 +146,7 @@ def compare_graphs(model: Model, to: str, directory: Path, options: GraphOptions
             f"onnxruntime gives cosines of {cosine:.6f} (at least {limit.cosine}) and logits that differ by "
             f"{difference:.2g} ({tolerance:.2g} allowed) from the run's model"
         )
-    # where the model itself is undecided, rounding decides
+    # if the model itself is undecided, rounding decides
     if options.precision != "int8" and any(_other_first(own, other, 2 * tolerance) for own, other in pairs):
         raise Mismatch("onnxruntime gives another text or class first than the run's model")
     agreed = sum(int((own.argmax(-1) == other.argmax(-1)).sum()) for own, other in pairs)
@@ -174,7 +174,7 @@ def measure_loss(model: Model, to: str, directory: Path, options: GraphOptions) 
         rows.append(found | {"n": before["n"]})
         say(f"{row.key}: {row.metric} {100 * before['value']:.2f} in fp32, {100 * after['value']:.2f} in 8 bits")
     if not rows:
-        raise ConfigError(f"benchmark {options.benchmark.name}: the model can answer none of its rows")
+        raise ConfigError(f"benchmark {options.benchmark.name}: the model cannot be evaluated on any of its rows")
     return rows
 
 
@@ -196,13 +196,13 @@ def check_texts() -> list[str]:
 
 
 def _check_tokenizer(file: Path, model: Any) -> None:
-    """tokenizer.json reads the texts as the model's own tokenizer does."""
+    """Check that tokenizer.json reads the texts like the model's own tokenizer."""
     from tokenizers import Tokenizer
 
     theirs, texts = Tokenizer.from_file(str(file)), check_texts()
     for text, wanted in zip(texts, model.tokenizer(texts).tolist(), strict=True):
         found = theirs.encode(text).ids
-        if found != wanted[: len(found)]:  # behind the end of the text each pads in its own way
+        if found != wanted[: len(found)]:  # each pads in its own way after the end of the text
             raise Mismatch(f"{file.name} reads {text!r} as {found}, the run's tokenizer as {wanted}")
 
 

@@ -15,7 +15,7 @@ _ENDPOINT = "https://huggingface.co"
 
 @dataclass(frozen=True)
 class Pushed:
-    """What went to the hub, or with a dry run would go: files and their bytes."""
+    """The upload to the hub, or what a dry run would upload: files and their bytes."""
 
     repository: str
     address: str
@@ -32,7 +32,7 @@ class Pushed:
 
 
 def check_push(repository: str, dry_run: bool = False) -> None:
-    """Raise ConfigError for a name that the hub does not take, and where no token is known; before anything is made."""
+    """Raise ConfigError for a name that the hub does not accept, or a missing token, before anything is created."""
     if not _NAME.fullmatch(repository):
         raise ConfigError(f"--push {repository}: should be ORG/NAME, of letters, digits, - _ and .")
     if not dry_run:
@@ -40,13 +40,13 @@ def check_push(repository: str, dry_run: bool = False) -> None:
 
 
 def push(directory: Path, repository: str, *, private: bool = True, dry_run: bool = False) -> Pushed:
-    """Upload a directory as one commit; the repository is made where it does not exist.
+    """Upload a directory as one commit; the repository is created if it does not exist.
 
     Args:
         directory: an export.
         repository: ORG/NAME.
-        private: of a new repository; one that exists stays as it is.
-        dry_run: only say what would be uploaded.
+        private: visibility of a new repository; that of an existing one does not change.
+        dry_run: only list what would be uploaded.
 
     Raises:
         ConfigError: there is no token, the hub refuses it or the name, or it does not answer.
@@ -79,7 +79,7 @@ def push(directory: Path, repository: str, *, private: bool = True, dry_run: boo
 
 
 def _by_network(error: BaseException | None) -> bool:
-    """Whether an error began as one of the system's, whichever HTTP client the hub's library has."""
+    """Whether an error started as a system error, whichever HTTP client the hub's library uses."""
     if error is None or isinstance(error, OSError):
         return error is not None
     return _by_network(error.__cause__ or error.__context__)

@@ -1,4 +1,4 @@
-"""Ask a registered model about image files."""
+"""Predictions of a registered model for image files."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def predict_files(
     class_names: Sequence[str] | None = None,
     top_k: int = 3,
 ) -> list[dict[str, Any]]:
-    """Ask for the best labels of each image.
+    """Predict the best labels of each image.
 
     Args:
         model_uri: ``models:/NAME@champion``, ``models:/NAME/3`` or a directory.
         images: Image files, under the same limits as in packing.
         uri: The store, as in tracking.uri.
-        class_names: Instead of the model's own; a ViT has no others.
-        top_k: Labels per image.
+        class_names: Class names instead of the model's own; not for a ViT.
+        top_k: Number of labels per image.
 
     Returns:
-        For each image, in order, label, score, labels and scores, best label first; or ``error``, why it cannot be
-        read.
+        For each image, in order, label, score, labels and scores, best label first; or ``error`` with the reason why it
+        cannot be read.
 
     Raises:
         ConfigError: When none of the images can be read, or the model refuses the request.
@@ -54,7 +54,7 @@ def predict_files(
 
 
 def _fault(image: Path) -> str:
-    """Why an image cannot be read, in the words of pack; empty where it can."""
+    """Why an image cannot be read, in the words of pack; empty if it can."""
     try:
         decode(image.read_bytes(), form="reference")
     except BadImageError as error:

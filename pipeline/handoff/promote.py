@@ -1,4 +1,4 @@
-"""From a run (or a sweep's chosen trial) to a version of a registered model, when the rule holds."""
+"""From a run (or a sweep's chosen trial) to a version of a registered model, if the promotion rule holds."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from pipeline.tracking.served.served import Labels
 
 @dataclass(frozen=True)
 class Promotion:
-    """What a promotion did. version None: the rule or the floor is not kept, and nothing was registered."""
+    """Result of a promotion. version None: the rule or the floor does not hold, and nothing was registered."""
 
     name: str
     uri: str
@@ -73,14 +73,14 @@ def promote(
 ) -> Promotion:
     """Register the newest checkpoint of a run, or of a sweep's chosen trial, if the rule (default: the run's) holds.
 
-    strength: register the model at this strength, or with "auto" at the largest that keeps the floor in the rule; its
-    results, which the rule is held against, are evaluated here as far as they are not there. Of a sweep with a floor
-    the default is the strength that the sweep has chosen, with the results that it has.
+    strength: register the model at this strength, or with "auto" at the largest that keeps the floor in the rule;
+    missing results at it, on which the rule is checked, are evaluated here. For a sweep with a floor the default is the
+    strength that the sweep has chosen, with its results.
 
-    It becomes the challenger; with `champion`, or as the rule says, the champion. Weights that the model has already
-    are not registered twice: that version gets the alias and the tags. class_names, templates: what the model answers
-    with by itself (default: those it was trained on); a ViT takes none. Results that are missing or of other weights,
-    and a store that does not answer, are ConfigErrors.
+    The version becomes the challenger, or the champion with `champion` or by the rule. Weights that are already
+    registered are not registered twice: their version gets the alias and the tags. class_names, templates: the model's
+    default classes (default: those of the training); not for a ViT. Missing results, results of other weights, and a
+    store that does not answer are ConfigErrors.
     """
     run_dir, chosen = chosen_run(Path(target), rule)
     config = load_config(run_dir / "config.yaml", [])
@@ -122,13 +122,13 @@ def promote(
 
 
 def _as_evaluated(target: Path, run_dir: Path) -> tuple[TrainedModel, Summary, list[str]]:
-    """The model, its results and what to tell; of a sweep with a floor at the strength that the sweep has chosen."""
+    """The model, its results and notes; for a sweep with a floor, at the strength that the sweep has chosen."""
     alpha = strength_at_floor(target, run_dir)
     if alpha is None:
         source = read_source(run_dir)
         return source, results_of(source), []
     source, floors = read_source(run_dir, strength=alpha), read_floors(run_dir / EVAL)
-    assert floors is not None  # the strength is from there
+    assert floors is not None  # the source of the strength
     floor, at = floors["floor"], floors_of(floors)[floors["floor"]]
     facts = {"alpha": alpha, "floor": f"kept >= {floor:g}", "choosing_digest": floors["choosing_digest"]}
     remarks = f"strength {alpha:g} keeps {floor:.2%} on the images it was chosen on, and {at.kept:.2%} on the others"
@@ -136,12 +136,12 @@ def _as_evaluated(target: Path, run_dir: Path) -> tuple[TrainedModel, Summary, l
 
 
 def rollback(name: str, uri: str | None = None) -> tuple[str, str]:
-    """Give `champion` back to the version that had it before. Returns (version that had it, version that has it)."""
+    """Return `champion` to the previous champion. Returns (version before, version now)."""
     return Registry(resolve_uri(uri, Path("runs")), name).roll_back()
 
 
 def results_of(source: TrainedModel, folder: Path | None = None) -> Summary:
-    """The summary in a folder (default: RUN/eval); ConfigError unless it is of these weights and of whole datasets."""
+    """The summary in a folder (default: RUN/eval); ConfigError unless it has these weights and whole datasets."""
     folder = source.run_dir / EVAL if folder is None else folder
     again = f"run `selora evaluate {source.run_dir}`"
     if not (folder / "summary.json").is_file():
@@ -160,7 +160,7 @@ def results_of(source: TrainedModel, folder: Path | None = None) -> Summary:
 
 
 def version_tags(source: TrainedModel, summary: Summary) -> dict[str, str]:
-    """Tags of the version: digests, code, gates and a summary of the results, all under selora."""
+    """Tags of the version: digests, code, gates and a summary of the results, all with the prefix selora."""
     groups = summary["groups"]
     results = [
         f"{name} {found['mean']:.4f}" + ("" if found["change"] is None else f" ({found['change']:+.4f})")
@@ -182,12 +182,12 @@ def version_tags(source: TrainedModel, summary: Summary) -> dict[str, str]:
     if (kept := kept_of(summary["datasets"])) is not None:
         tags |= {"kept": repr(kept.mean), "kept_worst": f"{kept.worst} {kept.worst_share:.4f}"}
     tags = {f"selora.{key}": value for key, value in tags.items()}
-    assert DIGEST_TAG in tags  # what Registry looks equal weights up by
+    assert DIGEST_TAG in tags  # Registry finds equal weights by it
     return tags
 
 
 def benchmark_digest(summary: Summary) -> str:
-    """sha256 over what was measured: the datasets, their content, group and metric."""
+    """sha256 over the measured datasets: their content, group and metric."""
     rows = {
         key: [row["group"], row["metric"], row["dataset_digest"], row["n"], row["in_mean"]]
         for key, row in summary["datasets"].items()
@@ -196,7 +196,7 @@ def benchmark_digest(summary: Summary) -> str:
 
 
 def linked_run(registry: Registry, source: TrainedModel, uri: str) -> tuple[str | None, list[str]]:
-    """The MLflow run of the training, brought to the store if it is not there yet; and a note where there is none."""
+    """The MLflow run of the training, uploaded if it is missing; and a note if there is none."""
     run = source.facts().get("run")
     if run is None:
         return None, ["the run was never tracked: the version has no link to an MLflow run"]
@@ -222,7 +222,7 @@ def _register(
 
 
 def _other_registry(uri: str) -> list[str]:
-    """A note where MLFLOW_REGISTRY_URI names another store than the run's."""
+    """A note if MLFLOW_REGISTRY_URI names a store other than the run's."""
     other = os.environ.get(REGISTRY_VARIABLE)
     if not other or other == uri:
         return []
@@ -245,7 +245,7 @@ def _deserves(rule: Promote, registry: Registry, version: str, tags: Mapping[str
 def _not_better(tags: Mapping[str, str], champion: Mapping[str, str]) -> str:
     """Why the first is not better than the second: no worse in id and kept, and better in one of them.
 
-    A champion registered before kept was a tag is compared by forgetting.
+    A champion without the tag for kept, from an older version, is compared by forgetting.
     """
     if tags["selora.benchmark_digest"] != champion.get("selora.benchmark_digest"):
         return "its results are of another benchmark"

@@ -1,4 +1,4 @@
-"""Reading an export back with transformers and peft: the one place that imports them, and only on request."""
+"""Reading an export back with transformers and peft; only this module imports them, and only on request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.config import ConfigError
 from pipeline.handoff.source import Mismatch
 from pipeline.model.export import BASE, CAPTIONS, logits_by_open_clip, logits_by_timm
 
-Read = Callable[..., Tensor]  # of the directory and the tensors of `fixed_batch`
+Read = Callable[..., Tensor]  # (directory, tensors of `fixed_batch`) -> logits
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Reader:
 
     Attributes:
         packages: distribution name -> module that it needs.
-        read: logits of a directory; None where handoff.graphs compares more than logits.
-        extra: of selora's distribution, which brings the packages.
-        shown: those of the packages that read it, where the others only write; empty: all.
+        read: logits of a directory; None if handoff.graphs compares more than logits.
+        extra: extra of selora's distribution that installs the packages.
+        shown: the packages that read, if others only write; empty: all.
     """
 
     packages: dict[str, str]
@@ -42,7 +42,7 @@ class Reader:
         return [name for name, module in self.packages.items() if importlib.util.find_spec(module) is None]
 
     def check_installed(self, needed: bool = False) -> None:
-        """ConfigError unless the packages are there. needed: without them nothing can be written either."""
+        """Raise ConfigError unless the packages are installed. needed: they are also necessary for writing."""
         if self.missing:
             what = "written" if needed else "checked"
             or_else = "" if needed else ", or give --unverified to write it unchecked"
@@ -75,13 +75,13 @@ def _read_peft(directory: Path, images: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _base(directory: Path, tokens: Tensor) -> Any:
-    """The CLIPModel, all of whose weights came from the directory; its tokenizer must give the same tokens."""
+    """The CLIPModel with all weights from the directory; its tokenizer must give the same tokens."""
     from transformers import CLIPModel, CLIPTokenizer
 
     tokenizer: Any = CLIPTokenizer.from_pretrained(str(directory), local_files_only=True)
     for caption, wanted in zip(CAPTIONS, tokens.tolist(), strict=True):
         found = tokenizer(caption, truncation=True)["input_ids"]
-        if found != wanted[: len(found)]:  # behind the end of the text each pads in its own way
+        if found != wanted[: len(found)]:  # each pads in its own way after the end of the text
             raise Mismatch(f"{directory}: CLIPTokenizer reads {caption!r} as {found}, open_clip as {wanted}")
     loaded: Any = CLIPModel.from_pretrained(str(directory), output_loading_info=True, local_files_only=True)
     model, report = loaded
@@ -93,7 +93,7 @@ def _base(directory: Path, tokens: Tensor) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers without its progress bars and notes, as the user had it afterwards."""
+    """Silence transformers' progress bars and messages, and restore the user's settings afterwards."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""The model that the registry will serve, made of a run's checkpoint and compared with it before it is registered."""
+"""The model for the registry, made from a run's checkpoint and compared with it before registration."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ TOLERANCE = 1e-4  # largest difference of an embedding or a score between the ru
 def check_labels(
     source: TrainedModel, class_names: Sequence[str] | None, templates: str | Sequence[str] | None
 ) -> None:
-    """ConfigError where a caller names classes or templates for a ViT, which has the classes of its classifier."""
+    """Raise ConfigError for classes or templates with a ViT, which has the classes of its classifier."""
     if not isinstance(source.model, Vit):
         return
     for option, given in (("classnames", class_names), ("templates", templates)):
         if given is not None:
             raise ConfigError(
-                f"{option}: {source.model.name} answers with the classes that it was trained on: leave it out"
+                f"{option}: {source.model.name} predicts only the classes that it was trained on: leave it out"
             )
 
 
 def labels_of(
     source: TrainedModel, config: Config, class_names: Sequence[str] | None, templates: str | Sequence[str] | None
 ) -> tuple[Labels | None, list[str]]:
-    """The classes that a CLIP answers with by itself, None for a ViT; and what to tell the user about them."""
+    """The default classes of a CLIP, None for a ViT; and notes about them for the user."""
     if isinstance(source.model, Vit):
         return None, []
     clip, notes = source.model, []
     if class_names is None:
         class_names, why = _trained_classes(source, config)
         if not class_names:
-            notes.append(f"the model has no class names of its own ({why}): each request must bring them")
+            notes.append(f"the model has no class names of its own ({why}): each request must give them")
     texts = resolve_templates(templates if templates is not None else config.data.templates)
     if not class_names:
         width = int(clip.model_cfg["embed_dim"])
@@ -70,7 +70,7 @@ def _trained_classes(source: TrainedModel, config: Config) -> tuple[Sequence[str
 
 
 def build_served(source: TrainedModel, labels: Labels | None, tags: Mapping[str, str], stage: Path) -> Path:
-    """The MLflow model in the temporary directory `stage`; Mismatch unless it answers as the run's model does."""
+    """The MLflow model in the temporary directory `stage`; Mismatch unless it agrees with the run's model."""
     model = source.model
     if isinstance(model, Vit):
         weights = save_timm(model, stage / "vit")
@@ -84,9 +84,9 @@ def build_served(source: TrainedModel, labels: Labels | None, tags: Mapping[str,
 
 
 def _compare(model: Model, labels: Labels | None, served: Any) -> None:
-    """Raise Mismatch unless the registered model sees a picture, and reads texts or classifies, as the run's does."""
+    """Raise Mismatch unless the registered model agrees with the run's on an image, and on texts or classes."""
     encoder = Encoder(model.model, None if isinstance(model, Vit) else model.tokenizer, torch.device("cpu"))
-    picture = example_image(48, 32)  # not square: resize and crop matter
+    picture = example_image(48, 32)  # not square, so that resize and crop matter
     pixels = eval_resize(decode(picture, form="reference"), model.preprocess_cfg)[None]
     pixels = normalize(pixels, model.preprocess_cfg["mean"], model.preprocess_cfg["std"])
     found = [_embeddings(served, "embed_images", {"image": [picture]})]

@@ -1,4 +1,4 @@
-"""What is handed off: a run's checkpoint, merged, with the digests that say where it comes from."""
+"""A run's merged checkpoint for exports and the registry, with the digests of its origin."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.tracking.journal import JOURNAL, Record, read
 
 
 class Mismatch(Exception):
-    """What was written does not compute what the run's model computes: a fault of this product, not of its user."""
+    """The exported model differs from the run's model: a fault of selora, not of its user."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TrainedModel:
     """One checkpoint of one run.
 
     Attributes:
-        model: merged, in fp32, at `strength` between the untouched model (0) and the fine-tuned one (1).
+        model: the merged model in fp32, at `strength` between the untouched model (0) and the fine-tuned one (1).
     """
 
     run_dir: Path
@@ -52,7 +52,7 @@ class TrainedModel:
         return [target for target, gate in self.gate_map.items() if gate["open"]]
 
     def facts(self) -> dict[str, str]:
-        """Where the weights come from, as texts, the same in exports and in version tags; without what is not known."""
+        """The origin of the weights as texts, the same in exports and in version tags; unknown facts are left out."""
         state = self.found.state
         identity = read_identity(self.run_dir)
         facts = {
@@ -85,7 +85,7 @@ def read_source(run_dir: str | Path, step: int | None = None, strength: float = 
 
 
 def adapter_digest(found: RunSource) -> str:
-    """sha256 over everything that trained: blocks, scores and what else the run trains."""
+    """sha256 over all trained parameters: blocks, scores and others."""
     file = found.checkpoint / "trainable.safetensors"
     try:
         return weights_digest(load_file(file))
@@ -94,7 +94,7 @@ def adapter_digest(found: RunSource) -> str:
 
 
 def base_name(model: dict[str, Any]) -> str:
-    """A name of the base that readers recognise; for a directory only its last part, since paths differ by machine."""
+    """A recognisable name of the base; for a directory only its last part, because paths differ by machine."""
     name, pretrained = model["name"], model["pretrained"]
     scheme = SCHEMA if name.startswith(SCHEMA) else ""
     plain = name.removeprefix(scheme)
@@ -105,7 +105,7 @@ def base_name(model: dict[str, Any]) -> str:
 
 
 def short_gate_map(active: list[str]) -> str:
-    """The open blocks in a line, as in `image.0: q k fc1; image.3: out`; `none` where all are closed."""
+    """The open blocks in a line, as in `image.0: q k fc1; image.3: out`; `none` if all are closed."""
     layers: dict[str, list[str]] = {}
     for target in active:
         layer, _, projection = target.rpartition(".")
@@ -114,7 +114,7 @@ def short_gate_map(active: list[str]) -> str:
 
 
 def trained_by(run_dir: Path) -> str | None:
-    """The git commit of the code that trained the run, as its journal noted it; None where it ran without git."""
+    """The git commit of the code that trained the run, from its journal; None without git."""
     journal = run_dir / JOURNAL
     commit = None
     for record in read(journal) if journal.is_file() else ():

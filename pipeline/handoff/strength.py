@@ -1,4 +1,4 @@
-"""A run's model at a strength, evaluated as its config says."""
+"""A run's model at a strength, evaluated according to its config."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.selection.floor import Floor
 def run_at_strength(
     run_dir: Path, strength: Strength, rule: Promote, config: Config
 ) -> tuple[ChosenStrength | None, Outcome | None]:
-    """The results of a run at a strength, as `selora evaluate RUN --strength` writes them; what is there is read."""
+    """The results of a run at a strength, as from `selora evaluate RUN --strength`; existing results are reused."""
     if strength == AUTO:
         Floor.of(rule)  # a rule without a floor is an error before anything is loaded
     options = EvalRequest()
@@ -25,7 +25,7 @@ def run_at_strength(
 
 
 def strength_of_export(run_dir: Path, strength: Strength, rule: Promote, config: Config) -> tuple[float, list[str]]:
-    """The strength to export at, and what to tell the user; ConfigError where none above 0 keeps the floor."""
+    """The strength of an export, and notes for the user; ConfigError if none above 0 keeps the floor."""
     if not isinstance(strength, str):
         if not 0 < strength <= 1:
             raise ConfigError(f"strength: {strength:g} should be above 0 (untouched), and 1 (fine-tuned) at most")

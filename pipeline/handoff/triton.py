@@ -25,9 +25,9 @@ _TYPES = {
 
 
 def write_repository(directory: Path, graphs: OnnxModel, class_names: Sequence[str]) -> None:
-    """Write config.pbtxt for each graph that is there, and the ensemble where there is a head.
+    """Write config.pbtxt for each graph, and the ensemble if there is a head.
 
-    A class name is a line of labels.txt, so Triton answers with names where a client asks for classification.
+    Each class name is a line of labels.txt, so Triton returns names if a client requests classification.
     """
     for name, session in graphs.sessions.items():
         labelled = name == HEAD or (name == IMAGE and len(session.get_outputs()) > 1)  # a ViT's own classifier
@@ -47,7 +47,7 @@ def _write_ensemble(directory: Path, graphs: OnnxModel, class_names: Sequence[st
     parts = [_tensor("input", image.get_inputs()[0]), _tensor("output", head.get_outputs()[0], True), scheduling]
     _write_config(directory, ENSEMBLE, "ensemble", parts)
     _write_labels(directory, class_names)
-    # Triton needs a version of every model, and an archive drops empty folders
+    # Triton needs a version folder for every model, and archives drop empty folders
     (directory / "1").mkdir()
     (directory / "1" / ".keep").touch()
 

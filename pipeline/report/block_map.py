@@ -52,7 +52,7 @@ def activation(collection: Collection, *, narrow: bool) -> Figure:
 
 
 def dropping(collection: Collection, *, narrow: bool) -> Figure:
-    """Draw of one run with a budget how long each block was open, and the usefulness by which blocks were kept."""
+    """Draw for one run with a budget how long each block was open, and the usefulness by which blocks were kept."""
     runs = [run for run in collection.runs if run.budget is not None]
     if not runs:
         raise NoData("needs a run with gate.budget")

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_NAMED = 6  # runs with a colour of their own; more colours could not be told apart
-FEWEST_DRIFTS = 3  # two points always lie on a line
+MOST_NAMED = 6  # runs with a colour of their own; more colours could not be distinguished
+FEWEST_DRIFTS = 3  # two points are always on a line
 
 
 class Look(NamedTuple):
-    """How a run is drawn in every figure: of its own where there are few runs, of its method otherwise."""
+    """The look of a run in every figure: its own if there are few runs, otherwise that of its method."""
 
     label: str
     colour: str
@@ -26,7 +26,7 @@ class Look(NamedTuple):
 
 
 def looks(collection: Collection) -> dict[str, Look]:
-    """{run: how it is drawn}, the same in all figures of a report."""
+    """{run: its look}, the same in all figures of a report."""
     few = len(collection.runs) <= MOST_NAMED
     keys = {run.name: run.name if few else run.settings.method for run in collection.runs}
     order = list(keys) if few else sorted(set(keys.values()))
@@ -123,7 +123,7 @@ def pareto(collection: Collection, *, narrow: bool) -> Figure:
 
 
 def drift(collection: Collection, *, narrow: bool) -> Figure:
-    """Draw what each finished run kept against how far it drifted on held-out reference samples."""
+    """Draw the share that each finished run kept against its drift on held-out reference samples."""
     found = {
         run.name: (last, collection.points[run.name].kept)
         for run in collection.runs

@@ -121,9 +121,9 @@ def _look(number: int) -> tuple[str, bool, str]:
 
 
 def cost_and_gain(collection: Collection, costs: Mapping[str, RunCost], *, narrow: bool) -> Figure:
-    """Draw what unmerged blocks add to a forward pass over rank, and the mean accuracy against that cost (Figure 9).
+    """Draw the cost of unmerged blocks in a forward pass over rank, and the mean accuracy against it (Figure 9).
 
-    costs: by run name, of those that have one.
+    costs: {run name: cost}, for runs with a cost.
     """
     runs = [run for run in collection.runs if run.name in costs and run.summary is not None]
     lines = families(runs)
@@ -177,7 +177,7 @@ def _gain_by_cost(
 def mean_change(run: Run) -> float | None:
     """Mean change of id, shift and zero-shot against the untouched model: the paper's relative gain counts these.
 
-    Of a ViT it is the mean of its classifier's gain over guessing and of the source set's change.
+    For a ViT it is the mean of its classifier's gain over guessing and of the source set's change.
     """
     groups = {} if run.summary is None else run.summary["groups"]
     if run.settings.classifies:

@@ -60,7 +60,7 @@ def _sweep(directory: Path) -> Collection:
 
 
 def _trial(directory: Path, entry: Mapping[str, Any], base: Flat) -> Run:
-    """A trial, also one that has not started, or died before it wrote anything; its settings are in sweep.json."""
+    """A trial, even one that has not started or died before it wrote anything; its settings are in sweep.json."""
     folder = trial_dir(directory, entry["name"])
     config = {**base, **entry["changes"], **({"soup": True} if entry.get("soup_of") else {})}
     state = read_state(folder) if (folder / TRIAL_FILE).is_file() else None

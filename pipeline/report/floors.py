@@ -1,4 +1,4 @@
-"""The report's headline: what each method reaches in-distribution while it keeps 99, 95 or 90 %."""
+"""The report's headline: the in-distribution accuracy of each method while it keeps 99, 95 or 90 %."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.selection.frontier import FLOORS, id_at
 
 
 def at_floors(collection: Collection) -> Table | None:
-    """A row for each configuration, seeds of one together; None where no run was evaluated at floors or has a curve."""
+    """A row for each configuration with all its seeds; None if no run was evaluated at floors or has a curve."""
     runs = [run for run in collection.runs if run.curve or run.floors]
     if not runs:
         return None
@@ -45,7 +45,7 @@ def at_floors(collection: Collection) -> Table | None:
 
 
 def _values(same: Sequence[Run], floor: float) -> list[float]:
-    """Of each run at the strength chosen for the floor; where none was chosen, as read off its curve."""
+    """Each run's accuracy at the strength chosen for the floor; if none was chosen, read from its curve."""
     found = (run.floors[floor].id if floor in run.floors else id_at(run.curve, floor) for run in same)
     return [value for value in found if value is not None]
 
@@ -67,7 +67,7 @@ def _notes(collection: Collection, groups: Sequence[tuple[int, Sequence[Run]]]) 
     if any(not run.floors for run in runs):
         notes.append(
             "In-distribution accuracy at the largest strength α, with weights W0 + α (W1 - W0), that keeps the share: "
-            "read off the run's strength curve, with straight lines between its points, on the images of the report."
+            "read from the run's strength curve, with straight lines between its points, on the images of the report."
         )
     if any(len(same) > 1 for _, same in groups):
         notes.append(
@@ -77,6 +77,6 @@ def _notes(collection: Collection, groups: Sequence[tuple[int, Sequence[Run]]]) 
         equal = [run.label for run in runs if run.configuration in collection.taken.equal]
         notes.append(
             f"★ taken: the most at kept ≥ {100 * collection.floor:g} %"
-            + (f"; not told apart by the intervals, and not cheaper: {', '.join(equal)}." if equal else ".")
+            + (f"; not separated by the intervals, and not cheaper: {', '.join(equal)}." if equal else ".")
         )
     return notes

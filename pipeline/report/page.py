@@ -75,7 +75,7 @@ def _facts(collection: Collection, when: datetime) -> list[tuple[str, str]]:
 
 
 def _chosen(part: Collection, run: Run) -> str:
-    """What the chosen model learned and kept, at the strength that keeps the floor where there is one."""
+    """Gain and share kept of the chosen model, at the strength that keeps the floor if there is one."""
     at = None if part.floor is None else run.floors.get(part.floor)
     one = run.point if at is None or run.at_floor is None else point_of(run.at_floor)
     if one is None:
@@ -88,7 +88,7 @@ def _chosen(part: Collection, run: Run) -> str:
 
 
 def _inline(svg: str, prefix: str) -> str:
-    """A drawing for a page with several: without prologue, with unique ids, in the colours of the page."""
+    """A drawing for a page with several drawings: without prologue, with unique ids, in the page's colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)

@@ -40,11 +40,11 @@ class RunSettings:
     train_rest: str
     keeps: bool = False  # held near the untouched model on reference data
     soup: bool = False  # the mean of several seeds, not a training
-    image_size: int | None = None  # where it is not the model's own
+    image_size: int | None = None  # if it differs from the model's own
 
     @staticmethod
     def of(flat: Flat) -> RunSettings:
-        """From a flat config; a missing key counts as None, as MLflow shows it."""
+        """Settings from a flat config; a missing key counts as None, as in MLflow."""
         kind, random_k = str(flat["adapter.kind"]), flat.get("adapter.random_k")
         has_blocks = kind in ("lora", "dora")
         gated = has_blocks and random_k is None and bool(flat["gate.enabled"])
@@ -134,7 +134,7 @@ class Run:
     configuration: str | None = None  # the same for the seeds of one configuration of a sweep; None: the run alone
     floors: Mapping[float, AtStrength] = field(default_factory=dict)  # share kept -> the model at its strength
     at_floor: Summary | None = None  # at the strength that keeps the floor of the sweep
-    cost: int | None = None  # trained parameters that act
+    cost: int | None = None  # number of trained parameters that act
     budget: Mapping[str, Any] | None = None  # usefulness of each block, and when it was dropped
 
     @cached_property
@@ -147,7 +147,7 @@ class Run:
 
     @cached_property
     def curve(self) -> list[AtStrength]:
-        """The points of its strength curve by rising α; empty where none was measured."""
+        """The points of its strength curve by rising α; empty if none was measured."""
         return curve_of(self.strength, self.summary["datasets"]) if self.strength and self.summary else []
 
     @property
@@ -175,7 +175,7 @@ class Run:
 
     @property
     def rule(self) -> Promote:
-        """The rule of promotion in its config."""
+        """The promotion rule in its config."""
         given = {
             key.removeprefix("promote."): value for key, value in self.config.items() if key.startswith("promote.")
         }
@@ -196,7 +196,7 @@ class Run:
 class Collection:
     """All runs of one report. `source` says where they were read.
 
-    `attended`: whether a process is working on unfinished runs; None where that cannot be determined.
+    `attended`: whether a process is working on unfinished runs; None if that cannot be determined.
     `floor`: share kept at which the runs of a sweep are compared.
     """
 
@@ -249,13 +249,13 @@ class Collection:
 
     @cached_property
     def taken(self) -> Taken | None:
-        """The choice by selection.candidates; None before the first result, and where there is no choice."""
+        """The choice by selection.candidates; None before the first result, and if there is no choice."""
         found = [one for run in self.runs if (one := run.candidate(self.floor)) is not None]
         return take(found) if len(found) > 1 else None
 
     @cached_property
     def chosen(self) -> Run | None:
-        """The run to hand on; None where there is no choice."""
+        """The chosen run; None if there is no choice."""
         return None if self.taken is None else next(run for run in self.runs if run.name == self.taken.name)
 
     @cached_property

@@ -79,9 +79,9 @@ def _catalogue(collection: Collection) -> tuple[Entry, ...]:
 def report(target: Path | str, out: Path | None = None, uri: str | None = None) -> Path:
     """Write report.html, tables/*.csv and figures/*.png|svg; returns the page's path.
 
-    target: directory of a run, of a sweep or of runs, or "mlflow:EXPERIMENT" (at `uri`, else as tracking finds its
-    store). out: default TARGET/report, for an experiment report/EXPERIMENT. Files are replaced as a whole, so an open
-    page is never half a page. ConfigError when there is nothing to report on.
+    target: directory of a run, of a sweep or of runs, or "mlflow:EXPERIMENT" (at `uri`, else in the default store).
+    out: default TARGET/report, for an experiment report/EXPERIMENT. Files are replaced atomically, so an open page is
+    never incomplete. ConfigError if there is nothing to report on.
     """
     text = str(target)
     if text.startswith(EXPERIMENT):

@@ -26,7 +26,7 @@ _TITLES = {
     "shift": "Distribution shift",
     "zero-shot": "Zero-shot classification",
     "retrieval": "Retrieval",
-    "source": "What the model was pretrained on (K-NN)",
+    "source": "Pretraining set (K-NN)",
 }
 
 
@@ -54,7 +54,7 @@ def _evaluated(collection: Collection) -> list[Run]:
 
 
 def overview(collection: Collection) -> Table:
-    """A row per run: its method, its progress, the evaluated groups, what it kept."""
+    """A row per run: its method, its progress, the evaluated groups, and the share kept."""
     known = {entry["group"] for entry in collection.datasets.values()}
     groups = [name for name in GROUPS if name in known or name == "id"]
     compared = any(run.best is not None for run in collection.runs)
@@ -226,7 +226,7 @@ def by_dataset(collection: Collection, kind: str, group: str) -> Table | None:
 
 
 def _rows(collection: Collection, kind: str, columns: _Columns) -> Iterator[tuple[Kind, list[str], Run | str | None]]:
-    """The untouched model, what has no adapter, adapters without gates, with gates; seeds of one setting as a mean.
+    """The untouched model, runs without adapters, adapters without and with gates; the seeds of a setting as a mean.
 
     The last item of each is the setting, for which the paper may have a row.
     """

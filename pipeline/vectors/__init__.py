@@ -1,1 +1,1 @@
-"""Unit vectors of images and texts: computed, kept in a file, searched, and used to look over a labelled set."""
+"""Unit vectors of images and texts: computed, stored in a file, searched, and used to review a labelled set."""

@@ -1,7 +1,7 @@
-"""Embed a list of items, in parts that any number of ranks share and that a later call finds again.
+"""Embed a list of items in parts, which any number of ranks share and a later call reuses.
 
-A part is one forward of fixed items, so vectors depend neither on the number of ranks nor on where a call was stopped.
-Parts are kept in OUT.parts until all of them are there; then they become one file.
+A part is one forward of fixed items, so vectors depend neither on the number of ranks nor on interruptions. Parts are
+kept in OUT.parts until all of them exist; then they become one file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Loaded = str | Tensor | BadImageError
 
 @dataclass(frozen=True)
 class Embedded:
-    """What an embedding ended with. left_out: key -> why an image cannot be read."""
+    """Result of an embedding. left_out: key -> why an image cannot be read."""
 
     file: Path
     written: int
@@ -63,18 +63,18 @@ def embed(
     Args:
         embedder: the model.
         items: in the order of the vectors.
-        kind: "images" or "texts", of all items.
+        kind: "images" or "texts", the same for all items.
         out: a .npy or .parquet file.
-        batch_size: items of a forward, and of a part.
-        workers: threads that decode images.
-        say: gets lines of progress of rank 0.
+        batch_size: number of items in a forward, and in a part.
+        workers: number of threads that decode images.
+        say: called with lines of progress, on rank 0.
 
     Returns:
-        Where the vectors are and which images are not among them.
+        The file of the vectors, and the images that are not in it.
 
     Raises:
-        ConfigError: the file exists or has another ending, OUT.parts is of other items or another model, or no image
-            can be read.
+        ConfigError: the file exists or has another extension, OUT.parts belongs to other items or another model, or no
+            image can be read.
     """
     check_suffix(out)
     ranks = Ranks.current()
@@ -97,12 +97,14 @@ def embed(
 
 
 def _prepare(folder: Path, out: Path, plan: dict[str, object]) -> set[int]:
-    """The parts that are there already; OUT.parts is made where it is not."""
+    """The existing parts; OUT.parts is created if necessary."""
     if out.exists():
         raise ConfigError(f"{out} exists: choose another file, or remove it")
     if (folder / PLAN).is_file():
         if read_json(folder / PLAN) != plan:
-            raise ConfigError(f"{folder} is of other items, another model or --batch-size: remove it to start again")
+            raise ConfigError(
+                f"{folder} belongs to other items, another model or another --batch-size: remove it to start again"
+            )
     else:
         folder.mkdir(parents=True, exist_ok=True)
         replace_json(folder / PLAN, plan)
@@ -119,7 +121,7 @@ def _digest(embedder: Embedder, items: Sequence[Item], kind: str, batch_size: in
 def _ahead(
     pool: ThreadPoolExecutor, embedder: Embedder, parts: Iterable[tuple[int, Sequence[Item]]]
 ) -> Iterator[tuple[int, list[Future[Loaded]]]]:
-    """The parts with what their items hold, read while the part before is computed."""
+    """The parts with the content of their items, read while the previous part is computed."""
     waiting: deque[tuple[int, list[Future[Loaded]]]] = deque()
     for part, items in parts:
         waiting.append((part, [pool.submit(_load, embedder, item) for item in items]))
@@ -129,7 +131,7 @@ def _ahead(
 
 
 def _load(embedder: Embedder, item: Item) -> Loaded:
-    """A text, the pixels of an image, or why it has none."""
+    """A text, the pixels of an image, or the fault of an unreadable one."""
     if isinstance(item.content, str):
         return item.content
     try:
@@ -141,7 +143,7 @@ def _load(embedder: Embedder, item: Item) -> Loaded:
 
 
 def _save(folder: Path, part: int, embedder: Embedder, loaded: Sequence[Loaded]) -> None:
-    """Compute and keep a part: vectors (n, D) of its readable items, their places, and the faults of the others."""
+    """Compute and store a part: vectors (n, D) of its readable items, their positions, and the faults of the others."""
     texts = [each for each in loaded if isinstance(each, str)]
     pixels = [each for each in loaded if isinstance(each, Tensor)]
     kept = torch.tensor([i for i, each in enumerate(loaded) if not isinstance(each, BadImageError)], dtype=torch.int64)
@@ -153,7 +155,7 @@ def _save(folder: Path, part: int, embedder: Embedder, loaded: Sequence[Loaded])
 
 
 def _join(folder: Path, out: Path, embedder: Embedder, items: Sequence[Item], kind: str, batch_size: int) -> Embedded:
-    """Make one file of all parts, and drop them."""
+    """Join all parts into one file, and remove them."""
     keys, vectors, left_out = [], [], {}
     for number, start in enumerate(range(0, len(items), batch_size)):
         with safe_open(_part(folder, number), "pt") as part:
@@ -173,7 +175,7 @@ def _part(folder: Path, number: int) -> Path:
 
 
 class _Progress:
-    """A line every few seconds: how much is done, how fast, and how long the rest takes at that pace."""
+    """Prints a line every few seconds: the share done, the pace, and the time left at that pace."""
 
     def __init__(self, parts: int, size: int, say: Say | None) -> None:
         self.parts, self.size, self.say = parts, size, say

@@ -1,4 +1,4 @@
-"""A model that embeds: a run, an export, a registered version, or a plain model by its name."""
+"""Embedding models: a run, an export, a registered version, or a plain model by its name."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Embedder:
     """Images and texts to unit vectors.
 
     Attributes:
-        name: what the user called the model, a path made absolute.
-        digest: sha256 of its weights; vectors of two models can be compared only where it is the same.
+        name: the user's name of the model, with a path made absolute.
+        digest: sha256 of its weights; vectors can be compared only if it is the same.
         encoder: the model on its device.
-        preprocess_cfg: how its images are resized and normalized.
+        preprocess_cfg: the resize and normalization of its images.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Embedder:
 def load_embedder(
     name: str, *, pretrained: str | None = None, uri: str | None = None, device: str | None = None
 ) -> Embedder:
-    """Load a model to embed with.
+    """Load an embedding model.
 
     Args:
         name: directory of a run or of an export (open_clip, timm, onnx), ``models:/NAME@ALIAS``, or as model.name.
@@ -75,7 +75,7 @@ def load_embedder(
         device: None: a GPU if there is one.
 
     Raises:
-        ConfigError: there is no such model, or it is a format that cannot be read here.
+        ConfigError: there is no such model, or it has a format that cannot be read here.
     """
     where = find_device(device)
     if name.startswith(_REGISTERED):
@@ -97,7 +97,7 @@ def _registered(name: str, uri: str) -> Model:
             return load_model(f"timm:local-dir:{files / 'vit'}")
         if (files / "clip").is_dir():
             return load_plain(str(files / "clip"), None)
-    raise ConfigError(f"{name}: was not registered by `selora promote`, so it has no weights that are read here")
+    raise ConfigError(f"{name}: was not registered by `selora promote`, so its weights cannot be read here")
 
 
 def _of(name: str, model: Model, device: torch.device) -> Embedder:
@@ -115,9 +115,7 @@ def _of_export(name: str, folder: Path, device: torch.device) -> Embedder:
     if to in ("onnx", "triton"):
         return _of_graphs(name, folder, facts)
     if to == "peft":
-        raise ConfigError(
-            f"{folder}: an adapter is not embedded with; take the run, or export it merged (--to open_clip)"
-        )
+        raise ConfigError(f"{folder}: an adapter cannot embed; use the run, or export it merged (--to open_clip)")
     return _of(name, load_model(f"local-dir:{folder}"), device)
 
 
@@ -126,7 +124,7 @@ def _of_graphs(name: str, folder: Path, facts: dict[str, Any]) -> Embedder:
     cfg = facts["graphs"]["preprocess_cfg"]
     files = {key: folder / file for key, file in facts["graphs"]["files"].items()}
     model = OnnxModel(files, cfg["mean"], cfg["std"])
-    # of a Hugging Face tokenizer the file does not say how open_clip cleans and pads
+    # the file of a Hugging Face tokenizer does not describe how open_clip cleans and pads
     ours = model.context is not None and facts["graphs"].get("hf_tokenizer") is None
     tokenizer = _graph_tokenizer(folder, model) if ours else None
     digest = f"{facts['weights_digest']}-{facts['graphs']['precision']}"

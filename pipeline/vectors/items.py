@@ -1,4 +1,4 @@
-"""What is embedded: images of a folder, a table, shards or a list of paths, and texts of a file, a table or a list."""
+"""Items to embed: images of a folder, a table, shards or a list of paths, and texts of a file, a table or a list."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TABLES = {".csv": ",", ".tsv": "\t"}
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to embed: an image file, or a text. `key`: what the user calls it."""
+    """One item to embed: an image file, or a text. `key`: its name for the user."""
 
     key: str
     content: ImageFile | str
@@ -31,7 +31,7 @@ def images_of(source: str, options: SourceOptions) -> list[Item]:
     """The images of a source in a stable order.
 
     Args:
-        source: folder (every image below it), table or json file, folder of shards or tars, or "-": a path a line.
+        source: folder (every image below it), table or JSON file, folder of shards or tars, or "-": one path per line.
         options: how a table is read.
 
     Raises:
@@ -43,7 +43,7 @@ def images_of(source: str, options: SourceOptions) -> list[Item]:
     elif (path / "index.json").is_file():
         items = [Item(sample.name, sample.image) for sample in read_shards(path).samples]
     elif path.is_dir() and options.format == "auto" and not any(path.glob("*.tar")):
-        # every image below it, so a folder without classes and captions is a source as well
+        # every image below it, so a folder without classes and captions is also a source
         items = [Item(printable(name), path / name) for name in walk(path).images]
     else:
         items = [Item(sample.name, sample.image) for sample in read_source(source, options).samples]
@@ -54,8 +54,8 @@ def texts_of(source: str, options: SourceOptions) -> list[Item]:
     """The texts of a source in its order; each is its own key.
 
     Args:
-        source: text file with one a line, csv or tsv with a column of them, shards or any other source with captions,
-            or "-": standard input, one a line.
+        source: text file with one per line, csv or tsv with a column of them, shards or any other source with captions,
+            or "-": standard input, one per line.
         options: caption_column names the column.
 
     Raises:

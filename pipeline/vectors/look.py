@@ -1,4 +1,4 @@
-"""`selora inspect --with MODEL`: embed the images of a labelled set, look them over, and show what was found."""
+"""`selora inspect --with MODEL`: embed the images of a labelled set, review them, and show the findings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ON_PAGE, IN_TERMINAL, OF_A_GROUP = 120, 10, 6
 
 @dataclass(frozen=True)
 class Look:
-    """A review, and the images that it is about."""
+    """A review and its images."""
 
     found: Review
     samples: list[Sample]
@@ -32,7 +32,7 @@ class Look:
     def __str__(self) -> str:
         found = self.found
         copies = sum(len(group) - 1 for group in found.duplicates)
-        lines = [f"{len(found.duplicates)} groups of near-duplicates, {copies} images more than one of each"]
+        lines = [f"{len(found.duplicates)} groups of near-duplicates, {copies} redundant images"]
         lines += [f"  {', '.join(self.samples[i].name for i in group)}" for group in found.duplicates[:IN_TERMINAL]]
         if len(self.classes) > 1:
             lines.append(f"{len(found.suspects)} images whose neighbours have another label")
@@ -50,11 +50,11 @@ class Look:
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, object]:
-        """Everything that was found, by the names of images and classes."""
+        """All findings, by the names of images and classes."""
         return self.found.as_json([sample.name for sample in self.samples], self.classes)
 
     def write_page(self, file: Path, title: str) -> None:
-        """The findings with their pictures, at most 120 of each kind."""
+        """Write a page of the findings with their images, at most 120 of each kind."""
         counts = f"{len(self.found.duplicates)} groups of near-duplicates, {len(self.found.suspects)} doubtful labels"
         text = f"{len(self.samples)} images: {counts}, {len(self.found.overlaps)} pairs of classes that overlap."
         write_page(file, title, text, self._sections())
@@ -85,17 +85,17 @@ def look_over(
     """Embed the images of a source and review them.
 
     Args:
-        source: with labels; without them only near-duplicates are looked for.
+        source: a source with labels; without labels it is searched only for near-duplicates.
         embedder: the model.
         duplicate: cosine from which two images are near-duplicates.
-        batch_size: images of a forward.
-        say: gets lines of progress.
+        batch_size: number of images per forward.
+        say: called with lines of progress.
 
     Raises:
         ConfigError: there are fewer than two images, or none can be read.
     """
     if len(source.samples) < 2:
-        raise ConfigError(f"{source.path}: has {len(source.samples)} images, and two are the least")
+        raise ConfigError(f"{source.path}: has {len(source.samples)} images, but at least two are needed")
     items = [Item(str(number), sample.image) for number, sample in enumerate(source.samples)]
     with tempfile.TemporaryDirectory(prefix="selora-") as folder:
         file = Path(folder) / "images.npy"

@@ -1,7 +1,7 @@
-"""A labelled set as a model sees it: near-duplicates, images whose neighbours have another label, classes that overlap.
+"""Review of a labelled set with a model: near-duplicates, doubtful labels and overlapping classes.
 
-Each image votes for its label among its nearest neighbours, as in K-NN evaluation. Copies of an image say nothing new
-about its label, so the near-duplicates of an image are not among its neighbours.
+Each image votes for its label among its nearest neighbours, as in K-NN evaluation. Copies of an image add no
+information about its label, so its near-duplicates are not among its neighbours.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from pipeline.evaluation.measures.knn import Nearest, class_votes, from_keys
 
-# A cosine from which two images are one: another size, crop or compression of it.
+# Cosine from which two images are the same one in another size, crop or compression.
 DUPLICATE = 0.985
 NEIGHBOURS, TEMPERATURE = 15, 0.07
-# An image is suspicious where its own label gets less of the votes than the first, and another one at least the second.
+# An image is suspicious if its own label gets less than the first share of the votes, and another one at least the
+# second.
 OWN, OTHER = 0.1, 0.4
 # Share of the images of two classes whose neighbours mostly have the other label.
 OVERLAP = 0.1
@@ -27,7 +28,7 @@ _EXTRA = 10  # neighbours that may turn out to be copies
 
 
 class Suspect(NamedTuple):
-    """An image, and what its neighbours say: shares of their votes for its own label and for the other."""
+    """An image, and the shares of its neighbours' votes for its own label and for another one."""
 
     image: int
     label: int
@@ -37,7 +38,7 @@ class Suspect(NamedTuple):
 
 
 class Overlap(NamedTuple):
-    """Two classes, the share of their images that look like the other one, and how many these are."""
+    """Two classes, and the share and number of their images that look like the other class."""
 
     first: int
     second: int
@@ -47,12 +48,12 @@ class Overlap(NamedTuple):
 
 @dataclass(frozen=True)
 class Review:
-    """What was found.
+    """The findings.
 
     Attributes:
-        duplicates: groups of images, each the same image as one of the others; largest first.
-        suspects: images whose neighbours contradict their label, the most certain first.
-        overlaps: pairs of classes, the most alike first.
+        duplicates: groups of near-duplicate images, largest first.
+        suspects: images whose neighbours contradict their label, most certain first.
+        overlaps: pairs of classes, most similar first.
     """
 
     duplicates: list[list[int]] = field(default_factory=list)
@@ -80,16 +81,16 @@ class Review:
 
 
 def review(vectors: Tensor, labels: Sequence[int | None], classes: int, duplicate: float = DUPLICATE) -> Review:
-    """Look over a set.
+    """Review a set.
 
     Args:
         vectors: (N, D) unit vectors, on the CPU.
-        labels: of the images; None: without a label, so only a near-duplicate of another may be found.
-        classes: how many labels there are.
+        labels: labels of the images; None for an image without label, which can only be a near-duplicate.
+        classes: number of labels.
         duplicate: cosine from which two images are near-duplicates.
 
     Returns:
-        What was found; every search is exact.
+        The findings; every search is exact.
     """
     count = len(vectors)
     k = min(NEIGHBOURS + _EXTRA + 1, count)
@@ -127,9 +128,9 @@ def _groups(cosines: Tensor, places: Tensor, itself: Tensor, duplicate: float) -
 
 
 def _shares(cosines: Tensor, places: Tensor, skipped: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """(N, classes) shares of the votes of the nearest labelled neighbours that are no copies."""
+    """(N, classes) shares of the votes of the nearest labelled neighbours, copies excluded."""
     skipped = skipped | (labels[places] < 0)
-    # of what is left the first NEIGHBOURS, in their order
+    # the first NEIGHBOURS of the remaining ones, in their order
     usable = ~skipped & ((~skipped).cumsum(1) <= NEIGHBOURS)
     far = torch.where(usable, cosines, torch.full_like(cosines, -1e4))
     order = far.argsort(dim=1, descending=True, stable=True)

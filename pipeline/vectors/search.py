@@ -14,27 +14,27 @@ from pipeline.data.images import BadImageError
 from pipeline.vectors.embedder import Embedder
 from pipeline.vectors.store import Vectors
 
-_AT_ONCE = 2**18  # vectors that are compared together
+_AT_ONCE = 2**18  # vectors compared at once
 
 
 class Hit(NamedTuple):
-    """A key, and the cosine of its vector with the question's."""
+    """A key, and the cosine of its vector with that of the query."""
 
     key: str
     cosine: float
 
 
 def search(found: Vectors, embedder: Embedder, question: str, top: int = 10) -> list[Hit]:
-    """The `top` nearest to a question, best first.
+    """The `top` vectors nearest to a question, best first.
 
     Args:
         found: the vectors.
         embedder: the model that they were computed with.
         question: the name of an image file, or a text.
-        top: how many.
+        top: number of results.
 
     Raises:
-        ConfigError: the vectors are of other weights, or the image cannot be read.
+        ConfigError: the vectors belong to other weights, or the image cannot be read.
     """
     if embedder.digest != found.digest:
         raise ConfigError(
@@ -46,14 +46,14 @@ def search(found: Vectors, embedder: Embedder, question: str, top: int = 10) -> 
 
 
 def nearest(vectors: Tensor, question: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """Cosines and places of the `top` of (N, D) unit vectors that are nearest to one (D,); ties in their order."""
+    """Cosines and indices of the `top` of (N, D) unit vectors that are nearest to one (D,); ties by index."""
     cosines = torch.cat([part @ question for part in vectors.split(_AT_ONCE)])
     places = cosines.argsort(descending=True, stable=True)[:top]
     return cosines[places], places
 
 
 def is_image(question: str) -> bool:
-    """Whether a question names an image file, there or not."""
+    """Whether a question is the name of an image file, which need not exist."""
     return Path(question).suffix[1:].lower() in IMAGE_EXTENSIONS or Path(question).is_file()
 
 

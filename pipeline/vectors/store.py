@@ -1,4 +1,4 @@
-"""Files of vectors: parquet with the columns key and vector, or npy with a json file next to it that has the keys."""
+"""Files of vectors: parquet with the columns key and vector, or npy with a JSON file of the keys next to it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Vectors:
     """Unit vectors with their keys.
 
     Attributes:
-        keys: N names, of images or the texts themselves.
+        keys: N names of images, or the texts themselves.
         vectors: (N, D) fp32.
-        model: what they were computed with, as the user named it.
-        digest: of the model's weights.
+        model: the user's name of the model.
+        digest: digest of the model's weights.
         kind: "images" or "texts".
     """
 
@@ -48,7 +48,7 @@ def check_suffix(file: Path) -> None:
 
 
 def write_vectors(file: Path, found: Vectors) -> None:
-    """Write the file, whole or not at all; the same vectors give the same bytes."""
+    """Write the file, completely or not at all; the same vectors give the same bytes."""
     check_suffix(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     values = found.vectors.contiguous().numpy()
@@ -69,14 +69,14 @@ def write_vectors(file: Path, found: Vectors) -> None:
 
 
 def read_vectors(file: Path) -> Vectors:
-    """A file that `write_vectors` wrote. Raises ConfigError for any other."""
+    """Read a file written by `write_vectors`. Raises ConfigError for any other."""
     check_suffix(file)
     try:
         keys, values, facts = _read_npy(file) if file.suffix == ".npy" else _read_parquet(file)
     except FileNotFoundError as error:
         raise ConfigError(f"{error.filename or file}: there is no such file; `selora embed` writes it") from error
     except (ValueError, KeyError, OSError, TypeError) as error:
-        raise ConfigError(f"{file}: is not a file of vectors by `selora embed` ({error})") from error
+        raise ConfigError(f"{file}: is not a file of vectors from `selora embed` ({error})") from error
     return Vectors(keys, torch.from_numpy(values), facts["model"], facts["digest"], facts["kind"])
 
 

@@ -1,4 +1,4 @@
-"""The rule of promotion in the config: what it accepts, and that it decides no result."""
+"""The promotion rule in the config: accepted values, and no effect on results."""
 
 from __future__ import annotations
 

@@ -86,6 +86,6 @@ def test_differences_between_nodes_are_named(folder: Path) -> None:
     assert "torch: 1 on" in first["versions"][1]
     assert "0.9 on" in first["versions"][1]
     assert first["shared path"][0] is False
-    assert "is not shared: what rank 0 wrote is not there" in first["shared path"][1]
+    assert "is not shared: a file written by rank 0 is missing" in first["shared path"][1]
     assert first["tracking"][0] is False
     assert "Connection refused" in first["tracking"][1]

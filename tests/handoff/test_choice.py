@@ -37,7 +37,7 @@ def test_a_trial_that_keeps_the_rule_is_preferred(sweep: Path) -> None:
     run_dir, told = chosen_run(sweep)
     assert run_dir.name == "mild"
     assert told.startswith("chosen of 2 trials: mild")
-    assert told.endswith("the rule of promotion holds for 1 of them; 1 without results")
+    assert told.endswith("the promotion rule holds for 1 of them; 1 without results")
 
 
 def test_another_rule_takes_another_trial(sweep: Path) -> None:

@@ -102,7 +102,7 @@ def test_the_champion_answers_what_the_run_computes(
 def test_classes_of_the_caller_are_refused(
     run: Path, store: str, wide: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ConfigError, match=r"classnames: timm:.* answers with the classes that it was trained on"):
+    with pytest.raises(ConfigError, match=r"classnames: timm:.* predicts only the classes that it was trained on"):
         promote(run, "own", class_names=["a cat"], uri=store)
     with pytest.raises(ConfigError, match="templates: timm:"):
         promote(run, "own", templates="simple", uri=store)

@@ -1,4 +1,4 @@
-"""The rule of promotion, clause by clause, on written results."""
+"""The promotion rule, clause by clause, on given results."""
 
 from __future__ import annotations
 

@@ -175,8 +175,7 @@ def _remove(cache: Cache, entry: _Entry) -> int:
 
 def _warn_over(cache: Cache, lacking: int) -> None:
     logger.warning(
-        "%s: goes over SELORA_CACHE_GB by %.3g GB: for %d minutes others have been fetching as much as it allows; "
-        "raise it",
+        "%s: exceeds SELORA_CACHE_GB by %.3g GB, because for %d minutes other fetches have used all of it; raise it",
         cache.directory, lacking / 1e9, WAIT_S // 60,
     )  # fmt: skip
 

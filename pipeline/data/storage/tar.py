@@ -291,7 +291,7 @@ def _check_end(fd: int, path: str, end: int, total: int) -> None:
         at += len(part)
     if total - end > PADDING:
         raise TarError(
-            f"{path}: zeros from byte {end} to its end at {total}, more than a tar's padding: an unfinished download or "
+            f"{path}: zeros from byte {end} to its end at {total}, more than a tar's padding: a partial download or "
             "copy; copy it again"
         )
 

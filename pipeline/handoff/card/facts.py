@@ -1,4 +1,4 @@
-"""What a model card says, gathered from a run: results of exactly these weights, the curve over strengths, licences."""
+"""The facts of a model card, from a run: results of exactly these weights, the curve over strengths, licences."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pipeline.model.clip import hub_entry
 from pipeline.model.vit import Vit
 from pipeline.runs.results import EVAL, STRENGTH_FILE, SUMMARY_FILE, read_summary
 
-# What the authors of pretrained weights published them under: a part of the tag or of the hub's name -> SPDX, where the
-# hub knows it. The first that fits.
+# Licences of pretrained weights: a part of the tag or of the hub's name -> the SPDX identifier on the hub. The first
+# match counts.
 LICENCES = {
     "metaclip": "cc-by-nc-4.0",
     "dfn": "apple-amlr",
@@ -34,16 +34,16 @@ LICENCES = {
 
 @dataclass(frozen=True)
 class CardFacts:
-    """Everything that a card is made of.
+    """The content of a card.
 
     Attributes:
         title: name of the run or of the registered model.
         source: the model.
-        to: where it went: a format of `selora export`, or "mlflow".
-        results: the summary of an evaluation of exactly these weights; None: there is none.
+        to: its destination: a format of `selora export`, or "mlflow".
+        results: the summary of an evaluation of exactly these weights, if there is one.
         curve: results between the untouched and the fine-tuned model; None: not evaluated.
-        checked: how the export compares with the run's model, a sentence each.
-        loss: of weights in 8 bits; empty for all other exports.
+        checked: comparisons of the export with the run's model, a sentence each.
+        loss: loss by weights in 8 bits; empty for all other exports.
     """
 
     title: str
@@ -63,32 +63,32 @@ class CardFacts:
 
     @property
     def is_vit(self) -> bool:
-        """Whether it answers by a classifier of its own."""
+        """Whether it has its own classifier."""
         return isinstance(self.source.model, Vit)
 
     @property
     def base_entry(self) -> str | None:
-        """ORG/NAME of the base at the Hugging Face hub; None where it comes from elsewhere."""
+        """ORG/NAME of the base on the Hugging Face hub; None if it comes from elsewhere."""
         state = self.source.found.state["model"]
         return hub_entry(state["name"], state["pretrained"])
 
     @property
     def base_licence(self) -> str | None:
-        """The licence of the base's weights, as far as known."""
+        """The licence of the base's weights, if known."""
         state = self.source.found.state["model"]
         named = f"{state['pretrained'] or ''} {state['name']}".lower()
         if "local-dir:" in named or "/" in (state["pretrained"] or ""):
-            return None  # a path says nothing about who wrote the weights
+            return None  # a path does not tell the author of the weights
         return next((licence for part, licence in LICENCES.items() if part in named), None)
 
 
 def _results(source: TrainedModel) -> dict[str, Any] | None:
-    """The summary whose digest is that of the weights: of the run, or of one of its strengths."""
+    """The summary with the digest of the weights, for the run or for one of its strengths."""
     folder = source.run_dir / EVAL
     files = [folder / SUMMARY_FILE, *sorted((folder / "strength").glob(f"*/{SUMMARY_FILE}"), reverse=True)]
     summaries = [_read(file) for file in files if file.is_file()]
     found = [each for each in summaries if each.get("model_digest") == source.weights_digest]
-    # of several the one that says which floor was kept
+    # of several, the one with the floor that was kept
     return max(found, key=lambda each: "floor" in (each.get("strength") or {}), default=None)
 
 
@@ -96,7 +96,7 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         return read_summary(file)
     except ConfigError:
-        return {}  # `selora report` names a damaged file
+        return {}  # `selora report` reports a damaged file
 
 
 def _curve(source: TrainedModel) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The figure of a model card: what was learned and what was kept, and the curve over strengths where there is one."""
+"""The figure of a model card: gain and share kept and, if evaluated, the curve over strengths."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MOST_ROWS = 24
 
 
 def write_figure(file: Path, results: Mapping[str, Any], curve: Mapping[str, Any] | None, strength: float) -> None:
-    """Write a PNG of the results, in percent, with the curve at their right where there is one."""
+    """Write a PNG of the results in percent, with the curve to their right if there is one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -14,9 +14,9 @@ CARD, FIGURE = "README.md", "results.png"
 
 LIBRARIES = {"open_clip": "open_clip", "hf": "transformers", "peft": "peft", "timm": "timm", "onnx": "onnx"}
 LIBRARIES |= {"triton": "onnx", "mlflow": "mlflow"}
-# The hub's own list of tasks has none for images and texts that are found by each other.
+# The hub's list of tasks has none for retrieval between images and texts.
 RETRIEVAL = "image-text-retrieval"
-# What the digests and settings of `TrainedModel.facts` are called in the card.
+# Names of the digests and settings of `TrainedModel.facts` in the card.
 ORIGIN = {
     "base_model": "base",
     "base_digest": "base weights, sha256",
@@ -31,7 +31,7 @@ ORIGIN = {
     "checkpoint": "checkpoint",
     "git_commit": "code",
 }
-# How each format is loaded; DIR is the folder that this file is in.
+# How each format is loaded; DIR is the folder of this file.
 LOADING = {
     "open_clip": """\
 ```python
@@ -88,7 +88,7 @@ tritonserver --model-repository DIR
 ```
 
 `classify` goes from `pixels` (N, 3, H, W; PIXELS) to `logits`, and its labels are the class names; `image`, `text` and
-`head` are there by themselves.
+`head` are also served separately.
 """,
     "mlflow": """\
 ```python
@@ -98,13 +98,13 @@ model = mlflow.pyfunc.load_model("models:/NAME@champion")
 model.predict(pandas.DataFrame({"image": [open("photo.jpg", "rb").read()]}))
 ```
 
-`artifacts/clip` (of a ViT `artifacts/vit`) is a directory of open_clip (timm), which loads it by `local-dir:`.
+`artifacts/clip` (for a ViT `artifacts/vit`) is a directory for open_clip (timm), which loads it by `local-dir:`.
 """,
 }
 
 
 def write_card(directory: Path, facts: CardFacts, *, base_name: str = "base", pixels: str = "uint8") -> list[Path]:
-    """Write README.md, and results.png where the weights were evaluated. Returns the files."""
+    """Write README.md, and results.png if the weights were evaluated. Returns the files."""
     files = [directory / CARD]
     if facts.results is not None:
         files.append(directory / FIGURE)
@@ -116,7 +116,7 @@ def write_card(directory: Path, facts: CardFacts, *, base_name: str = "base", pi
 
 
 def summary_line(facts: CardFacts) -> str:
-    """The model in a sentence, with its results where there are any."""
+    """The model in a sentence, with its results if there are any."""
     known = facts.source.facts()
     text = f"{known['base_model']}, fine-tuned by selora ({known['adapter']})"
     if facts.results is None:
@@ -211,10 +211,10 @@ def _origin(facts: CardFacts) -> Iterator[str]:
     known = facts.source.facts()
     yield from (f"- {name}: {known[key]}" for key, name in ORIGIN.items() if key in known)
     if facts.base_entry is not None:
-        yield f"- base at the hub: https://huggingface.co/{facts.base_entry}"
+        yield f"- base on the hub: https://huggingface.co/{facts.base_entry}"
     licence = facts.base_licence
-    yield f"- licence of the base: {licence or 'not known: ask whoever published it'}"
-    yield "- licence of the training data: not known to selora; it binds this model as well"
+    yield f"- licence of the base: {licence or 'not known: ask its publisher'}"
+    yield "- licence of the training data: not known to selora; it also applies to this model"
     yield ""
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pipeline.report.paper.tables import PaperRow, table, wrong_cells
 from pipeline.report.records import Collection, Run
 
-CLIP_ROW = "CLIP"  # the untouched model, in the place of a run
+CLIP_ROW = "CLIP"  # the untouched model instead of a run
 _PAPER_MODELS = ("ViT-B-16", "ViT-B-16-quickgelu")
 _PAPER_LAM, _PAPER_PENALTY = 1.0, "l1"
 _TABLE = {
