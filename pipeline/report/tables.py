@@ -122,7 +122,7 @@ def _overview_notes(collection: Collection, *, starred: bool, compared: bool) ->
     if compared:
         notes.append(
             "Best checkpoint: the highest in-distribution accuracy of those kept; it was chosen by this number, which "
-            "is too good by that much. A run that was evaluated at no other shows it in all its columns."
+            "is therefore too optimistic. A run that was evaluated at no other shows it in all its columns."
         )
     return notes
 

@@ -28,7 +28,7 @@ class Candidate:
         name: name of its trial.
         configuration: the same for trials that differ by their seed alone.
         point: its gain and the share that it kept.
-        allowed: whether the rule of promotion holds for it.
+        allowed: whether the promotion rule holds for it.
         at_floor: its results at the strength that keeps the floor of the sweep; None in a sweep without a floor.
         cost: number of trained parameters that act; None: not known.
     """
