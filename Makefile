@@ -6,12 +6,13 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
 # The environment is set up again only when pyproject.toml or uv.lock changes, or when the checkout has moved.
 STAMP := .venv/.made-$(shell { pwd; cat pyproject.toml uv.lock; } | cksum | tr -d ' ')
 
-.PHONY: help demo test test-slow bench first-light chaos audit docs lint format env clean
+.PHONY: help demo test test-slow coverage bench first-light chaos audit docs lint format env clean
 
 help:
 	@echo "make demo       run the whole pipeline on embedded data, from photos to a registered model"
 	@echo "make test       lint, types, import rules and all fast tests; needs no network once the environment is set up"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make coverage   lines of pipeline/ that the fast tests run, into build/coverage (needs the network once)"
 	@echo "make bench      measure speed and memory against PEFT, open_clip and webdataset, into build/benchmarks"
 	@echo "make first-light  run, compare and time everything on a GPU within 8 minutes, into build/first_light"
 	@echo "make chaos      kill and stop commands at random moments and compare what they end with, into build/chaos"
@@ -30,6 +31,15 @@ test: lint
 
 test-slow: env
 	$(BIN)/pytest -m slow
+
+# make coverage TESTS="tests/evaluation -m slow"
+coverage: env
+	$(UV) pip install --quiet --python $(BIN)/python 'coverage>=7.10'
+	rm -rf build/coverage && mkdir -p build/coverage
+	$(BIN)/coverage run -m pytest -n 0 $(TESTS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage html --quiet
+	$(BIN)/coverage report --sort=cover
 
 bench: env
 	$(BIN)/python tests/benchmarks/bench.py --out build/benchmarks

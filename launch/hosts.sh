@@ -37,7 +37,7 @@ for ((attempt = 0; ; attempt++)); do
     "$bin/deepspeed" --hostfile "$hostfile" --force_multi --no_ssh_check --ssh_port "${SSH_PORT:-22}" \
         --master_addr "${MASTER_ADDR:-${hosts[0]}}" --master_port "$((${MASTER_PORT:-29500} + attempt))" \
         --module pipeline train "$@" || status=$?
-    # 2 is a mistake of the user, which a retry would repeat; 130 is a run that was stopped on request, and has saved.
+    # 2 is a user's mistake, which a retry would repeat; 130 is a run that was stopped on request, and has saved.
     ((stopped)) && exit 130
     ((status == 0 || status == 130 || status == 2 || attempt >= ${RESTARTS:-0})) && exit "$status"
     echo "attempt $((attempt + 1)) ended with $status: waiting for all hosts, then continuing" >&2

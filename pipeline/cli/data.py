@@ -46,7 +46,7 @@ def _add_inspect(commands: Any) -> None:
         type=Path,
         metavar="FILE",
         help="write an HTML page with a few images of each class, or with captions, as the model sees them; of packed "
-        "shards as well; with --with, of what the model finds",
+        "shards as well; with --with, of the model's findings",
     )
     parser.add_argument(
         "--with",
@@ -113,7 +113,7 @@ def _look_over(arguments: argparse.Namespace, source: Source) -> int:
     )
     print(found)
     if arguments.sheet is not None:
-        found.write_page(arguments.sheet, f"{source.path.name}, looked over with {arguments.model}")
+        found.write_page(arguments.sheet, f"{source.path.name}, reviewed with {arguments.model}")
         print(arguments.sheet)
     if arguments.report is not None:
         _write_report(arguments.report, source, source.account(), found.as_json())

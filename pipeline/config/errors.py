@@ -27,7 +27,7 @@ class Ended(Exception):
 
 
 class Raw(NamedTuple):
-    """One value as it was written, before any check, and where it was written ("file:line" or "command line")."""
+    """One value before any check, and the place where it was written ("file:line" or "command line")."""
 
     value: Any
     origin: str
@@ -81,5 +81,5 @@ def did_you_mean(key: str, known: list[str]) -> str:
 
 
 def at(origin: str) -> str:
-    """` (configs/x.yaml:3)`, or nothing where the origin is unknown."""
+    """` (configs/x.yaml:3)`, or nothing if the origin is unknown."""
     return f" ({origin})" if origin else ""

@@ -62,15 +62,15 @@ class Config(Section):
         return is_vit(self.model.name)
 
     @model_validator(mode="after")
-    def _rules(self) -> Self:
-        faults = [message for _, message in broken_rules(self)]
+    def _refuse_conflicts(self) -> Self:
+        faults = [message for _, message in conflicts(self)]
         if faults:
             raise ValueError("\n".join(faults))
         return self
 
 
-def broken_rules(config: Config) -> Iterator[tuple[set[str], str]]:
-    """Rules between options that `config` breaks, as (keys involved, message)."""
+def conflicts(config: Config) -> Iterator[tuple[set[str], str]]:
+    """Conflicts between the options of `config`, as (keys involved, message)."""
     adapter, gate, train, data = config.adapter, config.gate, config.train, config.data
     if train.global_batch_size % data.streams:
         yield (
@@ -88,15 +88,15 @@ def broken_rules(config: Config) -> Iterator[tuple[set[str], str]]:
             f"gate.settle_margin: {gate.settle_margin} should be below gate.threshold ({gate.threshold}), "
             f"or no score can be low enough to settle",
         )
-    yield from _budget_rules(config)
+    yield from _budget_conflicts(config)
     # A classifier's head trains in any case: that is the linear probe.
     if adapter.kind == "none" and train.train_rest == "none" and not config.classifies:
         yield (
             {"adapter.kind", "train.train_rest"},
             "adapter.kind: none together with train.train_rest: none trains nothing",
         )
-    yield from _compiling_rules(train)
-    yield from _learning_rules(config)
+    yield from _compiling_conflicts(train)
+    yield from _learning_conflicts(config)
     for key, values in (("adapter.towers", adapter.towers), ("adapter.projections", adapter.projections)):
         if len(set(values)) < len(values):
             yield {key}, f"{key}: {', '.join(values)} names a value twice"
@@ -112,7 +112,7 @@ def broken_rules(config: Config) -> Iterator[tuple[set[str], str]]:
         yield {"data.templates"}, f"data.templates: {fault}"
 
 
-def _budget_rules(config: Config) -> Iterator[tuple[set[str], str]]:
+def _budget_conflicts(config: Config) -> Iterator[tuple[set[str], str]]:
     gate = config.gate
     if not gate.budgeted:
         return
@@ -143,7 +143,7 @@ def _budget_rules(config: Config) -> Iterator[tuple[set[str], str]]:
         )
 
 
-def _compiling_rules(train: Train) -> Iterator[tuple[set[str], str]]:
+def _compiling_conflicts(train: Train) -> Iterator[tuple[set[str], str]]:
     again = {
         "train.micro_batch_size": train.micro_batch_size,
         "train.activation_checkpointing": train.activation_checkpointing,
@@ -157,7 +157,7 @@ def _compiling_rules(train: Train) -> Iterator[tuple[set[str], str]]:
             )
 
 
-def _learning_rules(config: Config) -> Iterator[tuple[set[str], str]]:
+def _learning_conflicts(config: Config) -> Iterator[tuple[set[str], str]]:
     keep = config.keep
     if config.train.positives == "class" and config.classifies:
         yield (
@@ -305,11 +305,11 @@ def _validate(values: dict[str, Any], raw: Mapping[str, Raw]) -> tuple[Config | 
         found = faults_of(error, describe(), raw)
     wrong = {key for key, _ in found if key}
     if wrong:  # conflicts among the valid values are reported in the same message
-        found += _rules_without(values, wrong)
+        found += _conflicts_without(values, wrong)
     return None, list(dict.fromkeys(message for _, message in found))
 
 
-def _rules_without(values: dict[str, Any], wrong: set[str]) -> list[tuple[str, str]]:
+def _conflicts_without(values: dict[str, Any], wrong: set[str]) -> list[tuple[str, str]]:
     sound = {key: value for key, value in values.items() if key not in wrong}
     draft = _nest({"data.train": "unset"} | sound)
     sections = {
@@ -317,7 +317,7 @@ def _rules_without(values: dict[str, Any], wrong: set[str]) -> list[tuple[str, s
         for name, field in Config.model_fields.items()
         if isinstance(draft.get(name), dict)
     }
-    broken = broken_rules(Config.model_construct(**sections))
+    broken = conflicts(Config.model_construct(**sections))
     return [("", message) for keys, message in broken if not keys & wrong]
 
 

@@ -219,7 +219,7 @@ def _ray(cluster: Cluster, _: Config) -> Finding:
     own = os.environ.get("RAY_AUTH_MODE") == "token"
     open_hosts = dict.fromkeys(host for host, closed in cluster.gather((cluster.world.host, own)) if not closed)
     if open_hosts:
-        todo = "set RAY_AUTH_MODE=token, or anybody can run code there"
+        todo = "set RAY_AUTH_MODE=token, or anyone can run code there"
         return Finding("ray", f"no token authentication on {', '.join(open_hosts)}", todo)
     return Finding("ray", "token authentication is on")
 

@@ -157,7 +157,7 @@ def _newest_gates(run_dir: Path) -> Mapping[str, Any] | None:
     newest = latest_step(run_dir)
     try:
         return None if newest is None else read_checkpoint(run_dir, newest).state.get("gate_map")
-    except FileNotFoundError:  # a training that goes on has replaced it since
+    except FileNotFoundError:  # replaced since by a training that is still running
         return None
 
 
@@ -182,5 +182,5 @@ def acting_parameters(run_dir: Path) -> int | None:
             idle = tuple(name.removesuffix("gate.score") for name in closed)
             acting = [name for name in names if not (idle and name.startswith(idle))]
             return sum(math.prod(file.get_slice(name).get_shape()) for name in acting)
-    except (ConfigError, OSError, SafetensorError):  # a training that goes on has replaced it since
+    except (ConfigError, OSError, SafetensorError):  # replaced since by a training that is still running
         return None

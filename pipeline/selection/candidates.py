@@ -55,7 +55,7 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Taken:
-    """The model to hand on.
+    """The chosen model.
 
     Attributes:
         name: name of its trial, the seed nearest to the mean of its configuration.

@@ -151,7 +151,7 @@ class Journal:
     def _keep_in_memory(self, error: OSError) -> None:
         if self._disk_error is None:
             self._disk_error = error.strerror or str(error)
-            logger.warning("%s: %s; records wait in memory and the run goes on", self.path, self._disk_error)
+            logger.warning("%s: %s; records wait in memory and the run continues", self.path, self._disk_error)
         with suppress(OSError):  # otherwise the next reader reports the half line as unreadable
             os.ftruncate(self._fd, self._good)
         if len(self._waiting) > _MEMORY_LIMIT:

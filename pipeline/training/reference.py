@@ -30,7 +30,7 @@ _PROBE = ["a photo of a dog.", "two Zebras, crossing the street at 7:30 pm!"]
 
 
 def build_reference(config: Config, model: Model, world: World) -> ReferenceData | None:
-    """The reference samples of a run; None where `keep.weight` is 0.
+    """The reference samples of a run; None if `keep.weight` is 0.
 
     Args:
         model: the untouched model, without blocks.

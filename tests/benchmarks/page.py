@@ -54,7 +54,7 @@ def markdown(lines: list[Line], left_out: dict[int, str]) -> str:
         f"{sum(bool(line.met) for line in judged)} of {len(judged)} targets met. Product and peer run in turn in one",
         "process on one thread; a figure is the median over the rounds of the ratio of their CPU seconds, with its",
         "quartiles. *A / B* of 2 says that A takes twice as long as B. *Limit* is what the arithmetic or the hardware",
-        "allows. `make bench` makes this page anew.",
+        "allows. `make bench` rewrites this page.",
         "",
         f"{_processor()}, {os.cpu_count()} cores; torch {torch.__version__}; load of the machine "
         f"{_range([line.load for line in lines])}.",

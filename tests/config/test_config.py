@@ -141,7 +141,7 @@ train:
     assert any(message.startswith("data.train: is required") for message in told)
 
 
-def test_broken_rules_are_reported_with_wrong_values(write):
+def test_conflicts_are_reported_with_wrong_values(write):
     """Rules between sound values are reported alongside a wrong value."""
     told = faults(write(MINIMAL), "train.global_batch_size=100", "seed=-1")
     assert len(told) == 2
@@ -167,7 +167,7 @@ def test_no_rule_is_told_about_a_value_that_is_itself_wrong(write):
         (["data.templates=[a photo]"], "'a photo' has no {c} for the class name"),
     ],
 )
-def test_rules_between_options(write, typed, told):
+def test_conflicts_between_options(write, typed, told):
     (message,) = faults(write(MINIMAL), *typed)
     assert told in message
 
@@ -177,7 +177,7 @@ def test_rules_hold_for_a_config_built_in_code():
         Config.model_validate({"data": {"train": "x"}, "train": {"global_batch_size": 100}})
 
 
-def test_gate_rules_are_silent_where_there_are_no_gates(write):
+def test_gates_conflict_only_if_there_are_gates(write):
     path = write(MINIMAL)
     for change in ("gate.enabled=false", "adapter.kind=full", "adapter.random_k=8"):
         config = load_config(path, [change, "gate.init=0.0"])

@@ -175,7 +175,7 @@ journal.metrics(50, {"loss": 50})
 journal.close()
 """
     output = python(code, tmp_path).communicate()[0]
-    assert output.count("the run goes on") == 1
+    assert output.count("the run continues") == 1
     assert output.count("can be written again") == 1
     size = int(output.split("size ")[1].split()[0])
     assert 800 < size <= 1000

@@ -7,7 +7,7 @@ One set with one preprocessing is an entry of the cache (cache.py) with two file
 
 Their space is reserved beforehand (cache_budget.py), but nothing is locked. All writers of an image write the same
 bytes, and an image counts only with its sum, so neither a killed writer nor a disk that lost a page can lead to pixels
-other than the decoded ones. Training crops are drawn anew in each epoch and are not kept.
+other than the decoded ones. Training crops differ in each epoch and are not kept.
 """
 
 from __future__ import annotations

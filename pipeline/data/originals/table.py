@@ -19,7 +19,7 @@ from pipeline.data.originals.karpathy import Karpathy
 from pipeline.data.originals.objectnet import read_objectnet
 from pipeline.data.sources.sample import Source
 
-_BROKEN_OFF = "a download or an unpacking that broke off"
+_BROKEN_OFF = "an interrupted download or extraction"
 _OTHER_SPLIT = "another split"
 
 
@@ -170,7 +170,7 @@ ORIGINALS: Mapping[str, Original] = {
         108_754,
         "SUN397/ of SUN397.tar.gz",
         classes=397,
-        fewer="an unofficial split, or an unpacking that broke off; the benchmark takes all images",
+        fewer="an unofficial split, or an interrupted extraction; the benchmark takes all images",
         known={
             19_850: "this is one of the official partitions of 50 images a class",
             21_750: "this is a fifth of the images, as TFDS and ZSCL split them",

@@ -46,4 +46,4 @@ def _cause(found: int, images: int) -> str:
         return "these are the validation images"
     if found > images:
         return "there are other images among them"
-    return "a download or an unpacking that broke off; classes of the original hold 732 to 1300 images"
+    return "an interrupted download or extraction; classes of the original hold 732 to 1300 images"

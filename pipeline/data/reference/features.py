@@ -72,7 +72,7 @@ class Reading:
 
 
 def stored_image(tar: TarIndex, number: int) -> bytes:
-    """The image of sample `number` as it is stored. Raises BadImageError without an image."""
+    """The stored image of sample `number`. Raises BadImageError without an image."""
     members = tar.samples[number].members
     ext = next((ext for ext in STORED_EXTENSIONS if ext in members), None)
     if ext is None:

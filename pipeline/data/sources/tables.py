@@ -107,7 +107,7 @@ def _fields(path: Path, lines: Sequence[str], start: int, delimiter: str, quotes
 
 def _csv_fields(path: Path, lines: Sequence[str], start: int, delimiter: str, *, checked: bool) -> Iterator[Fields]:
     """Rows in csv syntax. ``checked``: a field over several lines must not contain lines that look like rows."""
-    way_out = "close the quote or double it inside quotes, or give --quotes none where quotes are letters"
+    way_out = "close the quote or double it inside quotes, or give --quotes none if quotes are ordinary characters"
     file = io.StringIO("\n".join(lines))
     reader = csv.reader(file, delimiter=delimiter, strict=True, skipinitialspace=True)
     done = 0

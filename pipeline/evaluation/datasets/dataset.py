@@ -143,7 +143,7 @@ def count_faults(row: Row, data: EvalSet) -> list[str]:
     found = len(data)
     faults = []
     if row.images is not None and found != row.images:
-        fewer = "shards are missing or a download broke off" if found < row.images else "another version or split"
+        fewer = "shards are missing or a download was interrupted" if found < row.images else "another version or split"
         cause = row.known_counts.get(found, f"probably {fewer}")
         faults.append(f"{row.key}: {found} images in {row.path} where {row.images} are expected: {cause}")
     texts = sum(len(each) for each in data.captions)

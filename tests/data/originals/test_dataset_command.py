@@ -66,7 +66,7 @@ def test_a_dataset_of_the_right_counts_is_packed(
     said = capsys.readouterr().err
     assert "images: 999 found, 1000 expected" in said
     assert "not there: 77.jpg" in said
-    assert "likely: a download or an unpacking that broke off" in said
+    assert "likely: an interrupted download or extraction" in said
 
 
 def test_splits_become_training_shards_and_an_evaluation_set(

@@ -292,7 +292,7 @@ def test_a_wrong_number_of_images_is_refused(stand_ins: StandIns) -> None:
     from pipeline.evaluation.datasets.dataset import open_dataset
 
     row = next(row for row in load_benchmark("paper", stand_ins.root).rows if row.key == "objectnet")
-    with pytest.raises(ConfigError, match=r"objectnet: 21 images in .* where 18574 are expected: .*broke off"):
+    with pytest.raises(ConfigError, match=r"objectnet: 21 images in .* where 18574 are expected: .*interrupted"):
         open_dataset(row)
 
 
