@@ -33,7 +33,7 @@ def serving(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[str]:
 
 
 class _GuardedFiles(QuietHandler, SimpleHTTPRequestHandler):
-    """Files for the user `me` with a password; 401 for everybody else."""
+    """Files for the user `me` with a password; 401 for all others."""
 
     password: str
 

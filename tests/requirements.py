@@ -1,4 +1,4 @@
-"""What a run of the tests may skip: what this machine lacks, unless SELORA_REQUIRE names it."""
+"""Skips tests whose requirements this machine lacks, unless SELORA_REQUIRE names them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Templates and class names are data that other programs share; they have to be the same data."""
+"""Templates and class names equal those of other programs."""
 
 from __future__ import annotations
 

@@ -190,5 +190,5 @@ ROWS: dict[int, Callable[[int], list[Line]]] = {12: train_steps, 13: inference}
 
 
 def why_not() -> str | None:
-    """Why the rows cannot run here; None where they can."""
+    """Why the rows cannot run here; None if they can."""
     return None if torch.cuda.is_available() else "no CUDA device"

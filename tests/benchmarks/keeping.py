@@ -1,4 +1,4 @@
-"""What keeps knowledge: the demo's tiny CLIP fine-tuned on two own tasks, with and without reference data.
+"""Methods of keeping knowledge: the demo's tiny CLIP fine-tuned on two own tasks, with and without reference data.
 
     python tests/benchmarks/keeping.py --out build/keeping                        # everything: hours on two cores
     python tests/benchmarks/keeping.py --out build/keeping --world clothes --seeds 0 --methods lora64
@@ -274,29 +274,29 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the tables and run nothing")
     parser.add_argument("--figure", type=Path, help="draw the curves of what is finished, and run nothing")
     parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    out = asked.out.absolute()
-    if asked.case:
-        world, method, reference, seed = asked.case
-        run(out, Case(world, method, reference, int(seed)), asked.steps)
+    args = parser.parse_args()
+    out = args.out.absolute()
+    if args.case:
+        world, method, reference, seed = args.case
+        run(out, Case(world, method, reference, int(seed)), args.steps)
         return
-    if asked.figure:
-        figure(out, asked.world, asked.seeds, asked.figure)
+    if args.figure:
+        figure(out, args.world, args.seeds, args.figure)
         return
-    if not asked.table:
-        prepare(out, asked.foreign)
+    if not args.table:
+        prepare(out, args.foreign)
         cases = [
             Case(world, method, reference, seed)
-            for world in asked.world
-            for seed in asked.seeds
-            for reference in asked.references
-            for method in asked.methods
+            for world in args.world
+            for seed in args.seeds
+            for reference in args.references
+            for method in args.methods
         ]
         todo = [case for case in cases if read_curve(out, case) is None]
-        with ThreadPoolExecutor(asked.jobs) as pool:
-            list(pool.map(lambda case: _spawn(out, case, asked.steps), todo))
-    for world in asked.world:
-        print(f"\n## {world}\n\n{table(out, world, asked.seeds)}")
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda case: _spawn(out, case, args.steps), todo))
+    for world in args.world:
+        print(f"\n## {world}\n\n{table(out, world, args.seeds)}")
 
 
 def _spawn(out: Path, case: Case, steps: int) -> None:

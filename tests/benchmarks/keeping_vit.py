@@ -1,4 +1,4 @@
-"""What reference images keep in a ViT: K-NN among a set it was pretrained on, with and without `keep`.
+"""Reference images and a ViT: K-NN on a set that it was pretrained on, with and without `keep`.
 
     python tests/benchmarks/keeping_vit.py --out build/keeping                 # 3 seeds, two methods, three references
     python tests/benchmarks/keeping_vit.py --out build/keeping --table         # the table of what is finished

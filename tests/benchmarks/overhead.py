@@ -1,4 +1,4 @@
-"""python tests/benchmarks/overhead.py SWEEP_DIR: what the trials of a sweep cost beyond training and evaluation.
+"""python tests/benchmarks/overhead.py SWEEP_DIR: the cost of a sweep's trials beyond training and evaluation.
 
 For a sweep with `resources: {concurrent: 1}` and `train.log_every=1`, whose trials followed each other. Everything is
 read from the journals and the result files of the trials, so nothing has to run again. Elapsed seconds, as median and

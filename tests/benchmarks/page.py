@@ -1,4 +1,4 @@
-"""What the benchmark shows: a line in the terminal, benchmarks.md, and one figure of all targets."""
+"""The benchmark's output: a line in the terminal, benchmarks.md, and one figure of all targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured: one linear, a small CLIP, ViT-B/16, each as selora, PEFT and full fine-tuning have it.
+"""The measured models: one linear, a small CLIP, ViT-B/16, each with selora, PEFT and full fine-tuning.
 
 PEFT works on the same open_clip modules with the same attention, so that nothing but the blocks differs.
 """

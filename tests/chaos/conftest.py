@@ -1,4 +1,4 @@
-"""The harness is a script of its own; its tests import it by its name."""
+"""The harness is a separate script, which its tests import by name."""
 
 from __future__ import annotations
 

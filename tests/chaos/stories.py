@@ -1,4 +1,4 @@
-"""What is disturbed: each command with its inputs, what must hold after every blow, and what must come of it."""
+"""The disturbed commands: inputs of each, checks after every fault, and the expected result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The harness finds what it is made to find: a command that does not survive, another result, a process left over."""
+"""The harness finds its faults: a command that does not survive, another result, a process left over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Killed, or refused by the disk, at every single change of a file: what is there is whole, and the next call works."""
+"""Killed, or with a disk error, at every change of a file: existing files are complete, and the next call works."""
 
 from __future__ import annotations
 

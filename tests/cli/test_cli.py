@@ -89,7 +89,7 @@ def test_all_datasets_are_listed_without_naming_files(capsys):
         (["pack", "a", "b", "--dataset", "imagnet"], "'imagnet' is not known; there are imagenet,"),
     ],
 )
-def test_a_wrong_name_is_told_with_what_to_do(arguments, told, capsys):
+def test_a_wrong_name_is_reported_with_the_way_out(arguments, told, capsys):
     assert main(arguments) == 2
     assert told in capsys.readouterr().err
 

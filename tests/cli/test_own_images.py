@@ -1,4 +1,4 @@
-"""The README's five commands, on a folder of images that nobody prepared."""
+"""The README's five commands, on an unprepared folder of images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the operating system refuses is one line with the path and the way out, in every command, and exit code 2."""
+"""An error of the operating system is one line with the path and the way out, in every command, and exit code 2."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_a_name_the_locale_cannot_write_is_refused() -> None:
     )
 
 
-def test_no_home_directory_is_told(monkeypatch, capsys) -> None:
+def test_no_home_directory_is_reported(monkeypatch, capsys) -> None:
     def look() -> None:
         raise RuntimeError("Could not determine home directory.")
 

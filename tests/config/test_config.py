@@ -1,4 +1,4 @@
-"""The config tree: what is refused, in which words, and where each value came from."""
+"""The config tree: refused values, their messages, and the origin of each value."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_unknown_key_lists_the_keys_of_its_section(write):
         ("data.max_bad_share=1.5", "should be less than or equal to 1, got 1.5"),
     ],
 )
-def test_wrong_value_is_told_with_option_rule_value_and_origin(write, typed, told):
+def test_wrong_value_is_reported_with_option_value_and_origin(write, typed, told):
     (message,) = faults(write(MINIMAL), typed)
     assert message.startswith(typed.partition("=")[0])
     assert told in message

@@ -1,4 +1,4 @@
-"""Config files: YAML 1.2 scalars, repeated keys, inheritance, and what cannot be read."""
+"""Config files: YAML 1.2 scalars, repeated keys, inheritance, and unreadable files."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_python_objects_are_refused(write):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("a: 1\nb: 2\na: 3\n", r"^a: given twice \(c.yaml:3, and before at line 1\)$"),
         ("s:\n  a: 1\n  a: 2\n", r"^s.a: given twice \(c.yaml:3, and before at line 2\)$"),
@@ -82,13 +82,13 @@ def test_python_objects_are_refused(write):
         ("l: [{a: 1, a: 2}]\n", r"^c.yaml: line 1: a is given twice$"),
     ],
 )
-def test_repeated_key_is_an_error_that_names_both_lines(write, text, told):
-    with pytest.raises(ConfigError, match=told):
+def test_repeated_key_is_an_error_that_names_both_lines(write, text, message):
+    with pytest.raises(ConfigError, match=message):
         read_chain(write(text))
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("a: [1, 2\n", "c.yaml: line 2"),
         ("a:\n\t- b\n", "cannot start any token"),
@@ -101,10 +101,10 @@ def test_repeated_key_is_an_error_that_names_both_lines(write, text, told):
         ("a: 1\n---\nb: 2\n", "another document"),
     ],
 )
-def test_unreadable_file_says_why(write, text, told):
+def test_unreadable_file_says_why(write, text, message):
     with pytest.raises(ConfigError) as caught:
         read_chain(write(text))
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_missing_file_and_missing_base_are_named(write, tmp_path):

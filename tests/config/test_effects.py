@@ -1,4 +1,4 @@
-"""What an option affects is written on the option, and everything that depends on it is derived from there."""
+"""The effect of an option is declared on the option, and everything else is derived from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every config in configs/ is one that `selora train` takes, and the base repeats the defaults without drifting."""
+"""Every config in configs/ is valid for `selora train`, and the base repeats the defaults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text from outside is read right, or refused with file, line, byte and way out."""
+"""Text files are read correctly, or refused with file, line, byte and way out."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_an_encoding_that_is_none_of_text_is_an_error(encoding: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ('{"a": 1,\n}', "x:2: not json"),
         ('["\\ud800"]', "half of a character"),
@@ -56,8 +56,8 @@ def test_an_encoding_that_is_none_of_text_is_an_error(encoding: str) -> None:
         ("9" * 5000, "not json that can be read"),
     ],
 )
-def test_json_that_cannot_be_read_is_an_error(text: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_json_that_cannot_be_read_is_an_error(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         parse_json(text, "x")
 
 

@@ -1,4 +1,4 @@
-"""The simulation of a long training against formulas, and what it must be monotonous in."""
+"""The simulation of a long training against formulas, and its monotonicity."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def daly(work: float, cost: float, restart: float, mtbf: float) -> float:
 
 
 @pytest.mark.parametrize("every", [100, 600, 1500, 6000])
-def test_a_blocking_checkpoint_costs_what_dalys_formula_says(every: int) -> None:
+def test_a_blocking_checkpoint_matches_dalys_formula(every: int) -> None:
     found = simulate(JOB, CALM, every, failures=20_000).share
     assert found == pytest.approx(daly(every, 20, 300, CALM.mtbf_s), rel=0.02)
 

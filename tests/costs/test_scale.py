@@ -1,4 +1,4 @@
-"""The figures on paper: known models come out exactly, formulas agree with the code, the page is theirs."""
+"""The computed figures: exact for known models, in agreement with the code, and current on the page."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_the_shape_of_a_model_on_the_disk_is_that_of_the_model() -> None:
     assert shape.parameters == sum(parameter.numel() for parameter in load_clip(name).model.parameters())
 
 
-def test_the_page_is_what_the_module_says() -> None:
+def test_the_page_is_current() -> None:
     """Written by: python -c "from pipeline.costs.scale_page import page; print(page(), end='')" > docs/scaling.md"""
     assert (Path(__file__).parents[2] / "docs" / "scaling.md").read_text() == page()
 

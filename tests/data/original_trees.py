@@ -1,4 +1,4 @@
-"""Small trees of the public datasets, in the forms that their authors hand out."""
+"""Small trees of the public datasets, as distributed by their authors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def encoded(seed: int) -> bytes:
 
 
 def jpeg(seed: int, path: Path) -> bytes:
-    """A small photograph; one in three says by EXIF that it lies on its side, as some of the originals do."""
+    """A small photograph; one in three is rotated by its EXIF orientation, as some of the originals are."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(encoded(seed))
     return encoded(seed)
@@ -107,7 +107,7 @@ def make_objectnet(root: Path) -> Made:
 
 
 def make_imagenet100(root: Path) -> Made:
-    """train/ and val/ with the folders of all 1000 classes, of which a hundred are taken. The bank lies in train/."""
+    """train/ and val/ with the folders of all 1000 classes, of which a hundred are taken. The bank is in train/."""
     chosen, files = wnids("C"), []
     for n, wnid in enumerate(WNIDS):
         data = jpeg(n, root / f"val/{wnid}/ILSVRC2012_val_{n + 1:08d}.JPEG")
@@ -310,7 +310,7 @@ def make_cifar100_train(root: Path) -> Made:
 
 
 def make_dtd_split(root: Path, split: str) -> Made:
-    """The tree of the test images has them as another split, and its own list beside it names other files."""
+    """The tree of the test images has them as another split, and the list next to it names other files."""
     made = make_dtd(root)
     labels = root / "dtd/dtd/labels"
     (labels / "test1.txt").rename(labels / f"{split}1.txt")

@@ -1,4 +1,4 @@
-"""What the fast preprocessing means for a model: embeddings that point the same way as the reference's."""
+"""The effect of the fast preprocessing on a model: embeddings in the same direction as the reference's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The worker processes: they survive the launcher's signals, and leave with the trainer."""
+"""The worker processes: they survive the launcher's signals, and end with the trainer."""
 
 from __future__ import annotations
 

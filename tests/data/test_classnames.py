@@ -1,4 +1,4 @@
-"""Which spellings are one class, in any script, and what happens where two classes have one spelling."""
+"""Spellings of one class in any script, and two classes with one spelling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pixels: the fast form against Pillow, Pillow against open_clip, and the images that are not as usual."""
+"""Pixels: the fast form against Pillow, Pillow against open_clip, and unusual images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the package ships for the demo: complete, small enough, and what the recipe says."""
+"""The demo's assets: complete, small enough, and as in the recipe."""
 
 from __future__ import annotations
 

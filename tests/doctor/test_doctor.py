@@ -1,4 +1,4 @@
-"""What doctor finds and what it tells to do."""
+"""The findings and the advice of doctor."""
 
 from __future__ import annotations
 

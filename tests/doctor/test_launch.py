@@ -1,4 +1,4 @@
-"""The questions that two ranks answer about themselves before a training, and the faults they find."""
+"""The checks of two ranks before a training, and the faults that they find."""
 
 from __future__ import annotations
 

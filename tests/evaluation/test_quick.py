@@ -1,4 +1,4 @@
-"""Parts drawn by seed, with intervals; rows that bring names, counts and places of their own."""
+"""Parts drawn by seed, with intervals; rows with their own names, counts and places."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run directory becomes the merged model it trained, or an error that names what does not fit."""
+"""A run directory becomes the merged model that it trained, or an error with the mismatch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Walking the table: what is written, what is skipped, what is compared, and what is refused."""
+"""Evaluating the table: written, skipped, compared and refused results."""
 
 from __future__ import annotations
 

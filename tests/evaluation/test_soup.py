@@ -1,4 +1,4 @@
-"""The mean of several fine-tuned models is that of their merged weights, exactly."""
+"""The mean of several fine-tuned models is exactly that of their merged weights."""
 
 from __future__ import annotations
 

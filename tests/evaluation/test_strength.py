@@ -81,7 +81,7 @@ def test_the_middle_mixes_the_merged_weights(tmp_path: Path, make_run: Callable[
 def test_a_curve_decodes_once_and_is_continued(
     tmp_path: Path, make_run: Callable[..., Path], benchmark_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Eleven strengths decode each image once and a broken curve goes on."""
+    """Eleven strengths decode each image once, and an interrupted curve continues."""
     shutil.copytree(benchmark_file.parent, tmp_path / "sets")
     run, table = make_run(tmp_path / "run"), load_benchmark(tmp_path / "sets" / benchmark_file.name)
     plain, decoded = pipeline.data.eval.batches.decode, []

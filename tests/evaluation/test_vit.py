@@ -1,4 +1,4 @@
-"""A ViT with a classifier at the benchmark: its own classes, K-NN on its source set, and why not the other rows."""
+"""A ViT with a classifier on a benchmark: its own classes, K-NN on its source set, and the reason for skipped rows."""
 
 from __future__ import annotations
 

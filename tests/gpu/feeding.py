@@ -1,4 +1,4 @@
-"""Stages about what surrounds a step: the card itself, the tests marked gpu, loader, tokens and evaluation."""
+"""Stages around a step: the card itself, the tests marked gpu, loader, tokens and evaluation."""
 
 from __future__ import annotations
 

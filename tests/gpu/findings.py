@@ -1,4 +1,4 @@
-"""What first light finds: tables and checks, written after every stage, so that a run cut short leaves the rest."""
+"""The findings of first light: tables and checks, written after every stage, so that an interrupted run leaves some."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Findings:
         print(f"  {'holds' if holds else 'FAILS'}: {claim} ({found})", flush=True)
 
     def skip(self, what: str, why: str) -> None:
-        """Something that was not run."""
+        """Record something that was not run."""
         self.left_out[what] = why
         print(f"  left out: {what}: {why}", flush=True)
 

@@ -1,4 +1,4 @@
-"""Which trial of a sweep is handed on, on written results."""
+"""The chosen trial of a sweep, on given results."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def sweep(tmp_path: Path, write_sweep_of: Callable[..., None]) -> Path:
 
 def test_a_trial_that_keeps_the_rule_is_preferred(sweep: Path) -> None:
     """A trial that keeps its rule is taken before a better one that does not."""
-    run_dir, told = chosen_run(sweep)
+    run_dir, message = chosen_run(sweep)
     assert run_dir.name == "mild"
-    assert told.startswith("chosen of 2 trials: mild")
-    assert told.endswith("the promotion rule holds for 1 of them; 1 without results")
+    assert message.startswith("chosen of 2 trials: mild")
+    assert message.endswith("the promotion rule holds for 1 of them; 1 without results")
 
 
 def test_another_rule_takes_another_trial(sweep: Path) -> None:
@@ -46,12 +46,12 @@ def test_another_rule_takes_another_trial(sweep: Path) -> None:
 
 
 def test_where_the_rule_holds_for_none_the_best_of_all_is_shown(sweep: Path) -> None:
-    run_dir, told = chosen_run(sweep, Promote(min_gain=0.9))
+    run_dir, message = chosen_run(sweep, Promote(min_gain=0.9))
     assert run_dir.name == "wild"
-    assert "holds for none of them" in told
+    assert "holds for none of them" in message
 
 
-def test_a_sweep_file_that_cannot_be_read_is_told(sweep: Path) -> None:
+def test_a_sweep_file_that_cannot_be_read_is_reported(sweep: Path) -> None:
     (sweep / "sweep.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be read"):
         chosen_run(sweep)

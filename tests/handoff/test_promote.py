@@ -102,10 +102,10 @@ def test_a_rule_that_fails_registers_nothing(
 ) -> None:
     arguments = ["promote", str(runs[0]), "--name", "never", "--uri", store]
     assert main([*arguments, "--rule", "min_id=1.0", "promote.min_dataset=[others >= 0.0]"]) == 1
-    told = capsys.readouterr().out
-    assert "FAILS  promote.min_id: mean of id 0." in told
-    assert "holds  promote.min_dataset: others" in told
-    assert "is not promoted" in told
+    message = capsys.readouterr().out
+    assert "FAILS  promote.min_id: mean of id 0." in message
+    assert "holds  promote.min_dataset: others" in message
+    assert "is not promoted" in message
     assert Registry(store, "never").version_of(read_source(runs[0]).weights_digest) is None
     assert main([*arguments, "--rule", "min_idd=1.0"]) == 2
     assert "did you mean promote.min_id" in capsys.readouterr().err
@@ -152,7 +152,7 @@ def test_a_worse_trial_does_not_become_champion(runs: tuple[Path, Path], store: 
     assert "version 1 stays champion, id is" in str(later)
 
 
-def test_what_is_neither_a_run_nor_a_sweep_is_told(tmp_path: Path, store: str) -> None:
+def test_a_folder_that_is_neither_run_nor_sweep_is_refused(tmp_path: Path, store: str) -> None:
     with pytest.raises(ConfigError, match="neither a run .* nor a sweep"):
         promote(tmp_path, "clothes", uri=store)
     with pytest.raises(ConfigError, match="a model name has none of"):

@@ -1,4 +1,4 @@
-"""The registered model behind MLflow's own server, asked over HTTP."""
+"""The registered model behind MLflow's own server, over HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run handed on at a strength: exports and the registered model against weights that are mixed here by hand."""
+"""A run at a strength: exports and the registered model against weights that are mixed here by hand."""
 
 from __future__ import annotations
 
@@ -134,15 +134,15 @@ def test_auto_is_promoted_with_its_floor_or_not_at_all(
     assert "give promote.min_kept (share kept" in capsys.readouterr().err
     rule = ["--rule", "min_kept=0.0", "min_gain=null", "max_forgetting=null"]
     assert main([*arguments, *rule]) == 0
-    told = capsys.readouterr().out
-    assert "strength auto: α = 1 keeps promote.min_kept >= 0" in told
+    message = capsys.readouterr().out
+    assert "strength auto: α = 1 keeps promote.min_kept >= 0" in message
     tags = Registry(store, "auto").tags("1")
     assert tags["selora.floor"] == "promote.min_kept >= 0" and len(tags["selora.choosing_digest"]) == 64
     monkeypatch.setattr("pipeline.evaluation.auto_strength.strongest", lambda margin, untouched: (0.0, {0.05: -0.2}))
     assert main([*arguments, *rule]) == 1
-    told = capsys.readouterr().out
-    assert "α = 0, the untouched model: no strength above 0 keeps promote.min_kept" in told
-    assert told.rstrip().endswith("is not promoted")
+    message = capsys.readouterr().out
+    assert "α = 0, the untouched model: no strength above 0 keeps promote.min_kept" in message
+    assert message.rstrip().endswith("is not promoted")
     export_it = ["export", str(run), "--to", "hf", "--strength", "auto", "--floor", "0.9"]
     assert main([*export_it[:2], str(run.parent / "out"), *export_it[2:]]) == 2
     assert "nothing is exported" in capsys.readouterr().err

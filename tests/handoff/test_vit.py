@@ -1,4 +1,4 @@
-"""A ViT with its classifier, handed on: read by timm, registered, and asked for what its run computes."""
+"""A ViT with its classifier: exported to timm, registered, and compared with its run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clusters of one machine, and a short training that finds its data on all their nodes."""
+"""Clusters on one machine, and a short training with its data on all nodes."""
 
 from __future__ import annotations
 

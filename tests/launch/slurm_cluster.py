@@ -1,4 +1,4 @@
-"""A real Slurm on this one machine: munge, a controller, and a daemon for each of two nodes with names of their own.
+"""A real Slurm on this one machine: munge, a controller, and a daemon for each of two nodes.
 
     python tests/launch/slurm_cluster.py DIR       # starts it, prints the environment, ends it at Ctrl-C or SIGTERM
 

@@ -162,7 +162,7 @@ def test_compose_locks_its_services_and_publishes_one_port_here() -> None:
 
 
 def test_no_file_that_ships_holds_a_password() -> None:
-    """A secret comes from a Kubernetes secret or from docker/.env, and there is no default for one."""
+    """A secret comes from a Kubernetes secret or from docker/.env, and none has a default."""
     secret = re.compile("PASSWORD|SECRET|TOKEN|_KEY")
     for template in [template for path in MANIFESTS for template in _templates(documents(path))]:
         for container in template["spec"]["containers"]:

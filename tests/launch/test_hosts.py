@@ -1,4 +1,4 @@
-"""Ranks on hosts of their own, with a cable between them that can be pulled."""
+"""Ranks on separate hosts, with a cable between them that can be pulled."""
 
 from __future__ import annotations
 

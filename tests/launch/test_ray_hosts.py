@@ -1,4 +1,4 @@
-"""A Ray cluster of real separate nodes, with token authentication, one of which loses its power."""
+"""A Ray cluster of separate nodes with token authentication, one of which loses its power."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def tail(log: Path) -> str:
     return log.read_text()[-3000:] if log.exists() else "no log; do its nodes see the directory it is written to?"
 
 
-def said(log: Path, text: str) -> bool:
+def logged(log: Path, text: str) -> bool:
     return log.exists() and text in log.read_text()
 
 
@@ -107,12 +107,12 @@ def test_a_signal_saves_requeues_and_the_run_ends_bit_equal(
     wait_until_completed(slurm_environment, whole, log, 900)
     log = open_folder / "cut.txt"
     cut = submit(slurm_environment, log, "train.sbatch", *training, "name=cut", **settings)
-    wait(slurm_environment, cut, log, lambda: said(log, "step 6/"), 900)
+    wait(slurm_environment, cut, log, lambda: logged(log, "step 6/"), 900)
     subprocess.run(["scancel", "--signal=TERM", cut], env=slurm_environment, check=True)
-    wait(slurm_environment, cut, log, lambda: said(log, "stopped by a signal and saved: requeue"), 300)
+    wait(slurm_environment, cut, log, lambda: logged(log, "stopped by a signal and saved: requeue"), 300)
     # Slurm itself lets two minutes pass before it starts a requeued job.
     wait_until_completed(slurm_environment, cut, log, 1200)
-    assert said(log, "attempt 2") and said(log, "continuing at step")
+    assert logged(log, "attempt 2") and logged(log, "continuing at step")
     assert equal_runs(open_folder / "runs" / "whole", open_folder / "runs" / "cut")
 
 

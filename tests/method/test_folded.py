@@ -1,4 +1,4 @@
-"""The fast ways of a block against the two paths they stand for, and the choice between them."""
+"""The fast ways of a block against the two paths that they replace, and the choice between them."""
 
 import itertools
 from copy import deepcopy

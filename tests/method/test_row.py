@@ -1,4 +1,4 @@
-"""The method stands on torch alone."""
+"""The method imports only torch."""
 
 import subprocess
 import sys

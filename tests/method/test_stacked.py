@@ -1,4 +1,4 @@
-"""Blocks that are computed together are those computed apart: outputs and every gradient."""
+"""Blocks computed together equal blocks computed apart, in outputs and every gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The families of open_clip and timm: what carries blocks and what is refused; docs/bases.md is written from here.
+"""The families of open_clip and timm, supported and refused, from which docs/bases.md is written.
 
 python tests/model/families.py > docs/bases.md
 """

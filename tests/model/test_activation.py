@@ -1,4 +1,4 @@
-"""QuickGELU that keeps its input only: exact in value and gradient, with a third of the memory."""
+"""QuickGELU that keeps only its input: exact in value and gradient, with a third of the memory."""
 
 from __future__ import annotations
 

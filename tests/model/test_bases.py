@@ -1,4 +1,4 @@
-"""Bases of other layouts, sizes and file formats: what is loaded is what stock open_clip and transformers load."""
+"""Bases of other layouts, sizes and file formats: the same weights as loaded by stock open_clip and transformers."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_what_is_saved_of_such_a_base_is_read_by_both(transformers_dir: Path, tm
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda c: c["vision_config"].update(hidden_act="relu"), "open_clip's CLIP has no hidden_act=quick_gelu, relu"),
         (lambda c: c["text_config"].update(layer_norm_eps=1e-6), "no text_config.layer_norm_eps=1e-06"),
@@ -80,7 +80,7 @@ def test_what_is_saved_of_such_a_base_is_read_by_both(transformers_dir: Path, tm
     ],
 )
 def test_what_open_clip_has_no_place_for_is_refused(
-    change: Any, told: str, transformers_dir: Path, tmp_path: Path
+    change: Any, message: str, transformers_dir: Path, tmp_path: Path
 ) -> None:
     for file in transformers_dir.iterdir():
         (tmp_path / file.name).symlink_to(file)
@@ -88,7 +88,7 @@ def test_what_open_clip_has_no_place_for_is_refused(
     change(config)
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         load_clip(f"local-dir:{tmp_path}")
 
 

@@ -1,4 +1,4 @@
-"""A base that was moved: the run says so, takes the new place with --base, and keeps it."""
+"""A base that has moved: the run reports it, takes the new place with --base, and keeps it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""timm's ViTs: nothing changes by splitting, adapters sit where they should, and timm reads what is written."""
+"""timm's ViTs: splitting changes nothing, adapters are in the right places, and timm reads the saved files."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_weight_file_of_dinos_own_layout_is_loaded(vit_dir: Callable[..., Path
 
 
 @pytest.mark.parametrize(
-    ("name", "pretrained", "told"),
+    ("name", "pretrained", "message"),
     [
         ("timm:vit_smal_patch16_224", None, r"model.name='timm:vit_smal.*near: vit_small_patch16_224"),
         ("timm:local-dir:/nowhere", None, "no config.json in that directory"),
@@ -114,6 +114,6 @@ def test_a_weight_file_of_dinos_own_layout_is_loaded(vit_dir: Callable[..., Path
         ("timm:beit_base_patch16_224", None, "attention of type Attention has no split form here"),
     ],
 )
-def test_wrong_names_are_refused(name: str, pretrained: str | None, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_wrong_names_are_refused(name: str, pretrained: str | None, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         load_vit(name, pretrained)

@@ -1,4 +1,4 @@
-"""The public Python API: what can be imported from `pipeline`, and that the examples of docs/python.md run."""
+"""The public Python API: the names in `pipeline`, and the examples in docs/python.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""README and docs/: every command parses, every file and option that is named exists, generated pages are current."""
+"""README and docs/: every command parses, every named file and option exists, generated pages are current."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is installed with the package: its dependencies and the files that it reads."""
+"""The installed package: its dependencies and the files that it reads."""
 
 from __future__ import annotations
 

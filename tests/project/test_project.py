@@ -1,4 +1,4 @@
-"""The files around the code: what a reader and CI rely on."""
+"""The files around the code, for readers and CI."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_licence_is_the_full_text_and_named_in_the_project(repository):
 def test_lock_holds_every_direct_dependency(repository):
     project = tomllib.loads((repository / "pyproject.toml").read_text())
     locked = {package["name"] for package in tomllib.loads((repository / "uv.lock").read_text())["package"]}
-    asked = project["project"]["dependencies"] + project["dependency-groups"]["dev"]
-    names = {re.split(r"[\[<>=~!; ]", text)[0].lower().replace("_", "-") for text in asked}
+    required = project["project"]["dependencies"] + project["dependency-groups"]["dev"]
+    names = {re.split(r"[\[<>=~!; ]", text)[0].lower().replace("_", "-") for text in required}
     assert names <= locked
 
 

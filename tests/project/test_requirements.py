@@ -1,4 +1,4 @@
-"""What a run of the tests may skip: only what a machine lacks, by name, and nothing that SELORA_REQUIRE names."""
+"""Skipped tests: only for named requirements that a machine lacks, and none that SELORA_REQUIRE names."""
 
 from __future__ import annotations
 

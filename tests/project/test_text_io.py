@@ -1,4 +1,4 @@
-"""Text on disk is UTF-8 whatever the locale: no call leaves the encoding to the machine."""
+"""Text files are UTF-8 in every locale: no call leaves the encoding to the machine."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def _said() -> None:
 
 @pytest.fixture
 def in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accesses wait for their turns, sleeping takes no time, and nobody renews."""
+    """Accesses wait for their turns, sleeping takes no time, and no lease is renewed."""
     read, write = Lease._read, Lease._write
 
     def in_turn(access: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Laws of what is pure, for any input that hypothesis finds; SELORA_EXAMPLES says how many each law is tried with."""
+"""Laws of pure functions, for any input that hypothesis finds; SELORA_EXAMPLES sets the number of examples per law."""
 
 from __future__ import annotations
 

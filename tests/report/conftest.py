@@ -1,4 +1,4 @@
-"""Run directories as training and evaluation write them, with chosen numbers in them: no model has to be trained."""
+"""Run directories as from training and evaluation, with given numbers, so that no model has to be trained."""
 
 from __future__ import annotations
 

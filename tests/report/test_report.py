@@ -137,7 +137,7 @@ def test_a_group_stands_in_the_page_where_it_was_evaluated(make_run: MakeRun, sw
     assert "source set" not in sweep_page.read_text()
 
 
-def test_the_chosen_model_is_marked_and_said(sweep_page: Path) -> None:
+def test_the_chosen_model_is_marked_and_named(sweep_page: Path) -> None:
     overview = rows(sweep_page.parent / "tables" / "runs.csv")
     chosen = [row["run"] for row in overview if row["row"] == "chosen"]
     assert chosen == ["★ r64_l0.3"]

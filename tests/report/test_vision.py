@@ -1,4 +1,4 @@
-"""The page of ViTs that were trained as classifiers: one tower, a target set of their own, K-NN on the source set."""
+"""The page of ViTs that were trained as classifiers: one tower, separate target sets, K-NN on the source set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs and sweeps of the version before go on with this one.
+"""Runs and sweeps of the previous version continue with this one.
 
 made_before.tar.gz was made by the commit that precedes options with effects, all paths relative: runs/single, stopped
 at step 7 of 12; runs/search with one finished trial, one stopped at step 7, and the others waiting, two of them named

@@ -1,4 +1,4 @@
-"""Files of somebody who means harm: nothing is read or written outside of what was named, and memory is bounded."""
+"""Hostile files: nothing is read or written outside the named folders, and memory is bounded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several seeds of a configuration: the mean decides, and what no interval tells apart is equal."""
+"""Several seeds of a configuration: the mean decides, and configurations that no interval separates are equal."""
 
 from __future__ import annotations
 

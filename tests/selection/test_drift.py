@@ -1,4 +1,4 @@
-"""The limit of drift that finished runs teach."""
+"""The drift limit learned from finished runs."""
 
 from pipeline.selection.drift import largest_drift, last_drift, learned_limit
 

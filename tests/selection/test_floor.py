@@ -1,4 +1,4 @@
-"""The largest strength that keeps a floor, on curves that are known."""
+"""The largest strength that keeps a floor, on known curves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run reaches at a floor, read off a written curve."""
+"""The accuracy of a run at a floor, read from a given curve."""
 
 from __future__ import annotations
 

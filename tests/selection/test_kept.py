@@ -1,4 +1,4 @@
-"""How much of what the untouched model could do was kept, on written results."""
+"""The share of the untouched model's abilities that was kept, on given results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one rule by which a model is chosen."""
+"""The choice of a model by gain and kept."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""One process beside a sweep ships its trials, too: their values, ends and places, whoever of them dies."""
+"""One process of a sweep also ships its trials: their values, ends and places, whichever of them dies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Journals brought into a real SQLite store by sync()."""
+"""Journals delivered to a real SQLite store by sync()."""
 
 from __future__ import annotations
 
@@ -362,7 +362,7 @@ def test_null_tracker_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_password_kept_nowhere_is_asked_for(tmp_path: Path) -> None:
-    """A password that is not stored is asked for and no other store taken."""
+    """A password that is not stored is an error, and no other store is used."""
     run_dir = tmp_path / "run"
     with open_tracker(run_dir, run_name="run", enabled=False):
         ensure_identity(run_dir, "run", "selora", "http://me:***@host", None)

@@ -1,4 +1,4 @@
-"""The password of tracking.uri is written and said nowhere, and found again where it is needed."""
+"""The password of tracking.uri is neither written nor printed, and found again when it is needed."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def test_a_registry_elsewhere_in_the_environment_is_not_used(
     assert _other_registry(elsewhere) == []
 
 
-def test_a_store_that_is_away_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_is_away_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(ConfigError, match="tracking.uri=http://me:\\*\\*\\*@127.0.0.1:9: Connection refused"):
         Registry("http://me:secret@127.0.0.1:9", "any").alias("champion")

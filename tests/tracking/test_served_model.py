@@ -1,4 +1,4 @@
-"""The model of the registry, saved, loaded and asked."""
+"""The model of the registry: saved, loaded and applied."""
 
 from __future__ import annotations
 

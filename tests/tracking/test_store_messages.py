@@ -1,4 +1,4 @@
-"""What a store that cannot be used says: its address, and what to do about it."""
+"""Messages about a store that cannot be used: its address and the way out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: never half a one, never the wrong number of them."""
+"""Checkpoints on disk: always complete, and always the right number of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A ViT of timm as a classifier: its steps are those of a plain loop, and it bears what a CLIP's training bears."""
+"""A ViT of timm as a classifier: its steps equal a plain loop's, and it survives the faults of a CLIP's training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The norm of the gradient is bounded by train.grad_clip alone: DeepSpeed's own bound of 1.0 is off."""
+"""The norm of the gradient is limited only by train.grad_clip; DeepSpeed's default of 1.0 is off."""
 
 from __future__ import annotations
 

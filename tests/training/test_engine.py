@@ -1,4 +1,4 @@
-"""What DeepSpeed is given, read back from the engine it makes of it, for every ZeRO stage."""
+"""DeepSpeed's settings, read back from the engine, for every ZeRO stage."""
 
 from __future__ import annotations
 

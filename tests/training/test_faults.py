@@ -1,4 +1,4 @@
-"""What goes wrong in a user's day, and the message or the continuation that comes of it."""
+"""Common faults of users and machines, and the resulting message or continuation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gates that settle in a run: what is shut stays as it was, on all ranks, under every stage and through a resume."""
+"""Gates that settle in a run: shut blocks do not change, on all ranks, under every stage and through a resume."""
 
 from __future__ import annotations
 

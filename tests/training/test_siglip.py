@@ -1,4 +1,4 @@
-"""A SigLIP goes the whole way: trained under the sigmoid loss over ranks, restored, exported and served."""
+"""A SigLIP from start to end: trained under the sigmoid loss over ranks, restored, exported and served."""
 
 from __future__ import annotations
 

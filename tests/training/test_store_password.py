@@ -1,4 +1,4 @@
-"""A store that wants a password: it is used, and written nowhere."""
+"""A store with a password, which is used but never written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training step never waits for the device: shapes alone carry it through, and shapes have no values to read."""
+"""A training step never waits for the device: it runs on shapes, which have no values to read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a cluster's processes get of the environment: everything but secrets, which are named."""
+"""The environment of a cluster's processes: secrets are not passed on but named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A grid file becomes trials, or one message with everything that is wrong with it."""
+"""A grid file becomes trials, or one message with all of its faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sweep will take is counted before it starts, and what cannot fit is refused with numbers."""
+"""The cost of a sweep is counted before it starts, and a sweep that cannot fit is refused with numbers."""
 
 from __future__ import annotations
 

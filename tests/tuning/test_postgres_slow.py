@@ -1,4 +1,4 @@
-"""A real `mlflow server` on PostgreSQL dies for a minute in mid-sweep: no trial notices, and no value is lost."""
+"""A real `mlflow server` on PostgreSQL is down for a minute during a sweep: no trial notices, and no value is lost."""
 
 from __future__ import annotations
 

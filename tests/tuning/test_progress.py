@@ -1,4 +1,4 @@
-"""What the terminal shows of a sweep, from files as they lie there in mid-run."""
+"""The terminal's view of a sweep, from files of a running one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real Ray, once: trials side by side, a worker killed in mid-run, and not a bit of difference."""
+"""Real Ray, once: parallel trials, a worker killed during a run, and bit-equal results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cluster that cannot be used from here is told at once, with the way out."""
+"""A cluster that cannot be used from here is reported at once, with the way out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a night may bring: a dead driver, Ctrl-C, hopeless trials, early stops, two nodes. Real Ray, real MLflow."""
+"""Faults of long sweeps on real Ray and MLflow: a dead driver, Ctrl-C, failing trials, early stops, two nodes."""
 
 from __future__ import annotations
 

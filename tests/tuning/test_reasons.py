@@ -1,4 +1,4 @@
-"""Errors as Ray hands them out, the texts copied from a real sweep, and the line that a user gets of each."""
+"""Ray's errors, copied from a real sweep, and the line that a user gets for each."""
 
 from __future__ import annotations
 

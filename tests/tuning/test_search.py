@@ -1,4 +1,4 @@
-"""A sampler proposes configurations; what was tried is in the trials' directories."""
+"""A sampler proposes configurations; earlier ones are in the trials' directories."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_mistakes_are_told_in_a_line(make_grid, text: str, message: str) -> None
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_ends_that_an_option_does_not_take_are_told(make_config, make_grid) -> None:
+def test_ends_that_an_option_does_not_take_are_refused(make_config, make_grid) -> None:
     with pytest.raises(ConfigError, match=r"ranges.adapter.rank: adapter.rank: .*greater than or equal to 1"):
         lay_out(make_config(), make_grid(GRID.replace("choices: [2, 4, 8]", "integers: [0, 8]")))
     with pytest.raises(ConfigError, match=r"has train.lr=0.001, outside ranges.train.lr"):

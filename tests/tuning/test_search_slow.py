@@ -1,4 +1,4 @@
-"""A search on real Ray: killed on its way it repeats nothing; a seed that fails does not lose its configuration."""
+"""A search on real Ray: after a kill it repeats nothing; a failed seed does not lose its configuration."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def test_a_floor_that_is_new_is_evaluated_by_finished_trials(make_config, make_g
 def test_seeds_and_their_soup_are_evaluated_at_the_floor(
     make_config, make_grid, by_hand, tmp_path: Path, known: Path
 ) -> None:
-    """Two seeds and their mean, each with results at the floor; the model that is chosen is handed on at its α."""
+    """Two seeds and their mean, each with results at the floor; the chosen model is exported at its α."""
     from pipeline.handoff.choice import chosen_run, strength_at_floor
 
     grid = make_grid("grid: {rank: [2]}\nseeds: [0, 1]\nsoup: true\nfloor: 0.5")

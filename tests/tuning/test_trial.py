@@ -1,4 +1,4 @@
-"""One trial without Ray: what its directory says before, while and after it runs, by hand as under Ray."""
+"""One trial without Ray: its directory before, during and after the run, by hand as under Ray."""
 
 from __future__ import annotations
 

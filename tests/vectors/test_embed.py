@@ -1,4 +1,4 @@
-"""Vectors of images and texts: equal whoever computes them and however often they were stopped, and searched."""
+"""Vectors of images and texts: equal for any ranks and interruptions, and searched."""
 
 from __future__ import annotations
 

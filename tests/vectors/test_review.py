@@ -1,4 +1,4 @@
-"""Looking over a labelled set: near-duplicates, labels that were swapped on purpose, classes that overlap."""
+"""Review of a labelled set: near-duplicates, intentionally swapped labels, overlapping classes."""
 
 from __future__ import annotations
 

@@ -213,7 +213,7 @@ def test_what_was_used_longest_ago_leaves_and_the_bound_holds(clothes: EvalSet, 
 
 @pytest.fixture
 def small_disk(make_disk: Callable[[str], Path]) -> Path:
-    """A file system of 128 kB: the 53 images need 163 kB."""
+    """On a file system of 128 kB: the 53 images need 163 kB."""
     return make_disk("128k")
 
 

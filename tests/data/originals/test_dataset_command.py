@@ -1,4 +1,4 @@
-"""`selora pack --dataset`: the counts and names of the benchmark's table, and what the user reads."""
+"""`selora pack --dataset`: the counts and names of the benchmark's table, and its output."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_splits_become_training_shards_and_an_evaluation_set(
         (["--dataset", "stl10"], "it must hold class_names.txt, test_X.bin and test_y.bin"),
     ],
 )
-def test_mistakes_end_in_2_and_are_told(
+def test_mistakes_end_in_2_with_a_message(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "root").mkdir()

@@ -1,4 +1,4 @@
-"""Public datasets in the forms their authors hand out -> evaluation sets; broken ones are refused with the cause."""
+"""Public datasets as distributed by their authors -> evaluation sets; damaged ones are refused with the cause."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_imagenet_100_comes_from_its_own_classes_alone(tmp_path: Path) -> None:
     assert [sample.cls for sample in read_original(row, tmp_path / "alone").samples] == alone.labels
 
 
-def test_a_split_that_is_not_packed_is_told() -> None:
+def test_a_split_that_is_not_packed_is_refused() -> None:
     with pytest.raises(ConfigError, match="--split: 'valid' of flowers is not packed, only test, train, val"):
         original("flowers", "valid")
 
@@ -296,7 +296,7 @@ def test_another_variant_of_v2_is_refused(tmp_path: Path) -> None:
         convert(original("imagenetv2"), tmp_path / "imagenetv2-top-images-format-val", tmp_path / "out")
 
 
-def test_unknown_names_and_folders_are_told(tmp_path: Path) -> None:
+def test_unknown_names_and_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--dataset: 'cifar' is not known; there are imagenet, imagenet100"):
         original("cifar")
     with pytest.raises(ConfigError, match="x: no such folder; it must hold SUN397/"):

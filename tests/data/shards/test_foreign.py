@@ -1,4 +1,4 @@
-"""WebDataset tars that others wrote: taken as they are, or packed anew, and counted in both cases."""
+"""WebDataset tars of other tools: used in place, or packed again, and counted in both cases."""
 
 from __future__ import annotations
 

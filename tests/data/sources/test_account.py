@@ -1,4 +1,4 @@
-"""What became of everything in a source adds up, or is refused."""
+"""The account of a source adds up, or is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders as people have them: captions next to images, links, leftovers of systems and tools, names in other codes."""
+"""Real-world folders: captions next to images, links, leftovers of systems and tools, names in other codes."""
 
 from __future__ import annotations
 

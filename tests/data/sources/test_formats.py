@@ -1,4 +1,4 @@
-"""What users have on disk, and what they are told when it is something else."""
+"""The formats of sources, and the messages for anything else."""
 
 from __future__ import annotations
 

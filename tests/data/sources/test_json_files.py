@@ -1,4 +1,4 @@
-"""Json that names images, whole and with holes."""
+"""JSON files that name images, complete and with missing values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The images that a list names are found where people keep them, and never another image of the same name."""
+"""The images of a list are found in the usual places, and never another image of the same name."""
 
 from __future__ import annotations
 

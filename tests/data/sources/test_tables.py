@@ -1,4 +1,4 @@
-"""Tables as people and programs write them: every row is read right, left out by name, or the table is refused."""
+"""Tables from people and programs: every row is read correctly or left out by name, or the table is refused."""
 
 from __future__ import annotations
 
@@ -155,13 +155,13 @@ def test_a_list_in_a_cell_is_several_captions(tmp_path: Path, ten: list[str], ce
     assert captions(read_source(table)) == {"0.jpg": ("a hat", "the hat"), "1.jpg": ("[sic] a cap",)}
 
 
-def test_the_columns_that_are_read_are_said(tmp_path: Path, ten: list[str]) -> None:
+def test_the_columns_that_are_read_are_named(tmp_path: Path, ten: list[str]) -> None:
     table = write(tmp_path, "t.csv", ["Image Name,Comment,split", "0.jpg,a hat,train"])
     told = read_source(table).notes[0]
     assert told == "columns: images from 'Image Name', captions from 'Comment'; not used: split"
 
 
-def test_one_class_and_classes_without_names_are_said(tmp_path: Path, ten: list[str]) -> None:
+def test_one_class_and_classes_without_names_are_noted(tmp_path: Path, ten: list[str]) -> None:
     notes = read_source(write(tmp_path, "t.csv", ["path,label", "0.jpg,n01440764"])).notes
     assert any("WordNet ids" in note and "--classnames" in note for note in notes)
     assert any("one class only" in note for note in notes)

@@ -1,4 +1,4 @@
-"""A store that is away costs its attempts once, and what its library leaves behind is not printed."""
+"""A store that is away costs its attempts once, and leftover errors of its library are not printed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.data.storage import remote
 
 
 def test_a_store_that_stays_away_is_given_its_attempts_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file after the one that was given up costs one request, and a store that is back is asked as ever."""
+    """After one file has been given up, the next costs one request; a store that is back gets all attempts again."""
     monkeypatch.setattr(remote, "_given_up", {})
     monkeypatch.setattr(remote.time, "sleep", lambda _: None)
     asked = 0

@@ -1,4 +1,4 @@
-"""The cache's bound holds while several processes write: fetched files, decoded images, and both."""
+"""The cache's limit holds while several processes write: fetched files, decoded images, and both."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def clothes(class_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Ev
 
 
 def disk_use(cache: Cache) -> int:
-    """In blocks, at one moment: while room is counted nobody may begin or remove an entry."""
+    """In blocks, at one moment: while space is counted no process may start or remove an entry."""
     (cache.directory / "locks").mkdir(parents=True, exist_ok=True)
     held = {}
     with FileLock(cache.directory / "locks" / "room.lock"):
@@ -119,7 +119,7 @@ class Writers:
         (self.folder / f"{os.getpid()}.{word}").touch()
 
     def wait_for(self, **told: int) -> None:
-        """Until the writers have told as much altogether, which must be exactly this."""
+        """Wait until the writers have reported this much in all, which must be exact."""
         deadline = time.monotonic() + 60
         while sum(self.told().values()) < sum(told.values()) and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Shards and evaluation sets behind a URL: fetched once, resumed, checked, kept under a bound, with a flaky server."""
+"""Shards and evaluation sets behind a URL: fetched once, resumed, checked, within a size limit, with a flaky server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bytes of tars as sums that are taken once."""
+"""Checksums of tars, computed once."""
 
 from __future__ import annotations
 

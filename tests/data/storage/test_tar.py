@@ -1,4 +1,4 @@
-"""Reading one tar by its headers: what webdataset reads, and an error where it would go on with less."""
+"""Reading one tar by its headers: the same as webdataset, and an error where that would silently read less."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards are fetched before they are needed: in the stream's order, once a node, and without another effect."""
+"""Shards are fetched before they are needed: in the stream's order, once per node, and without any other effect."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_the_allowed_number_of_shards_is_prefetched(
 
 
 def test_without_prefetch_a_shard_is_fetched_when_needed(far: ShardIndex, store: faulty_s3.FaultyStore) -> None:
-    """Without read ahead a shard is asked for when it is needed."""
+    """Without read_ahead a shard is fetched when it is needed."""
     for step, _ in enumerate(loader(far, ahead=0, stop_step=SAMPLES // BATCH)):
         assert len(store.served) == step // 2 + 1
         assert not readers()

@@ -1,4 +1,4 @@
-"""Training batches: the same on any number of ranks and workers, from any step, whatever single images are like."""
+"""Training batches: the same on any number of ranks and workers, from any step, even with bad images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark file: what a row means, and that all faults come at once."""
+"""The benchmark file: the meaning of a row, and all faults in one message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reference images that are also evaluated are found by content, whatever they are called."""
+"""Reference images that are also evaluated are found by content, whatever their names."""
 
 from __future__ import annotations
 

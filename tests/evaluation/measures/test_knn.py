@@ -1,4 +1,4 @@
-"""K-NN: scikit-learn's answers, exact whatever the bank is cut into, and a row of the table like any other."""
+"""K-NN: equal to scikit-learn, exact for any division of the bank, and a row of the table like any other."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_keys_keep_every_order() -> None:
 
 
 def test_equal_votes_go_to_the_lower_label() -> None:
-    """Equal votes go to the lower label and no vote is no answer."""
+    """Equal votes go to the lower label, and without votes there is no answer."""
     similarities = torch.tensor([[0.9, 0.9, 0.5, 0.5], [0.3, 0.3, 0.3, 0.3]])
     labels = torch.tensor([[6, 2, 2, 6], [5, 5, 1, 0]])
     logits = as_logits(class_votes(similarities, labels, 8, T))

@@ -1,4 +1,4 @@
-"""One job per run: the living are protected, the dead are not waited for, and who was overtaken writes no more."""
+"""One job per run: living holders are protected, dead ones are not waited for, and an overtaken one stops writing."""
 
 from __future__ import annotations
 

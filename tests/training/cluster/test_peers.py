@@ -1,4 +1,4 @@
-"""Ranks that meet, and the message about the one that does not come or goes silent."""
+"""Ranks that meet, and the message about one that does not arrive or becomes silent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who a process is, by the variables of the launcher in use; clashes are named."""
+"""The rank of a process from its launcher's variables; clashes are reported."""
 
 from __future__ import annotations
 
