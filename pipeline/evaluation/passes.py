@@ -218,8 +218,8 @@ def _neighbours(
     for i in range(len(subjects)):
         keys = merged(share[i] for share in shares)
         counts = count_votes(keys, of_bank, labels, dataset.classes, row.temperature)
-        settings = {"bank": size, "neighbours": k, "temperature": row.temperature}
-        outcomes.append({**_counted(counts, dataset), **settings})
+        facts = {"bank": size, "neighbours": k, "temperature": row.temperature}
+        outcomes.append({**_counted(counts, dataset), **facts})
     return outcomes
 
 

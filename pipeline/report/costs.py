@@ -43,7 +43,7 @@ def _counts(run: Run) -> bool:
 
 
 def _of_model(model: str, image_size: int | None, runs: list[Run]) -> dict[str, RunCost]:
-    from pipeline.costs.cost import OWN_RULE, model_cost
+    from pipeline.costs.cost import OWN_CONVENTION, model_cost
     from pipeline.model.load import load_model
     from pipeline.model.vit import untagged
 
@@ -55,10 +55,10 @@ def _of_model(model: str, image_size: int | None, runs: list[Run]) -> dict[str, 
     base = sum(cost.base.values())
     found = {}
     for run in runs:
-        rank, rule = run.settings.rank, OWN_RULE["dora" if run.settings.kind == "dora" else "lora"]
+        rank, convention = run.settings.rank, OWN_CONVENTION["dora" if run.settings.kind == "dora" else "lora"]
         assert rank is not None
         active = [target for target, is_open in run.gates.items() if is_open]
-        unmerged = base + sum(cost.overhead(rank, rule, active).values())
+        unmerged = base + sum(cost.overhead(rank, convention, active).values())
         found[run.name] = RunCost(unmerged / _GIGA, base / _GIGA)
     return found
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import webdataset as wds
 from measure import Line, Times, alternate, cpu_seconds_with_workers
 from photos import made_photos, own_photos, photo_files
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import Compose, InterpolationMode, Normalize, RandomResizedCrop, ToTensor, v2
+from webdataset.compat import WebDataset
 
 from pipeline.data.eval.batches import eval_loader
 from pipeline.data.eval.wds_layout import EvalSet, write_wds_eval
@@ -95,7 +95,7 @@ class Subject:
 
     def webdataset(self, workers: int = 0, *, epochs: int = 1) -> Pass:
         shards = epochs * [str(file) for file in sorted(self.shards.glob("*.tar"))]
-        samples = wds.WebDataset(shards, shardshuffle=False, empty_check=False).decode("pil")
+        samples = WebDataset(shards, shardshuffle=False, empty_check=False).decode("pil")
         return _images(DataLoader(samples.to_tuple("jpg", "cls").map_tuple(TRANSFORM, int), BATCH, num_workers=workers))
 
     def image_folder(self, workers: int = 0, *, epochs: int = 1) -> Pass:

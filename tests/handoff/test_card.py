@@ -33,8 +33,9 @@ def test_a_card_says_what_was_learned_and_where_it_comes_from(
     summary = json.loads((run / "eval/summary.json").read_text())
     export(run, "open_clip", tmp_path / "out")
     card = ModelCard.load(tmp_path / "out/README.md")
-    assert card.data.library_name == "open_clip" and card.data.pipeline_tag == "zero-shot-image-classification"
-    found = {each.dataset_name: each.metric_value for each in card.data.eval_results or ()}
+    data: Any = card.data
+    assert data.library_name == "open_clip" and data.pipeline_tag == "zero-shot-image-classification"
+    found = {each.dataset_name: each.metric_value for each in data.eval_results or ()}
     assert found == {key: pytest.approx(row["value"], abs=1e-6) for key, row in summary["datasets"].items()}
     facts = json.loads((tmp_path / "out/selora.json").read_text())
     for key in ("weights_digest", "base_digest", "data_digest"):
@@ -58,9 +59,8 @@ def test_results_of_retrieval_have_a_task_of_their_own(make_run: Callable[..., P
     }
     results = {"benchmark": "b", "precision": "fp32", "groups": {}, "datasets": datasets}
     write_card(tmp_path, CardFacts("clip", source, "open_clip", results))
-    found = {
-        each.dataset_name: each.task_type for each in ModelCard.load(tmp_path / "README.md").data.eval_results or ()
-    }
+    data: Any = ModelCard.load(tmp_path / "README.md").data
+    found = {each.dataset_name: each.task_type for each in data.eval_results or ()}
     assert found == {"pets": "zero-shot-image-classification", "flickr30k": "image-text-retrieval"}
 
 
@@ -88,7 +88,8 @@ def test_a_version_carries_its_card(
     files = Path(
         mlflow.artifacts.download_artifacts(f"models:/carded/{done.version}", dst_path=str(tmp_path / "files"))
     )
-    assert ModelCard.load(files / "README.md").data.library_name == "mlflow"
+    data: Any = ModelCard.load(files / "README.md").data
+    assert data.library_name == "mlflow"
     assert (files / "results.png").is_file()
     registered, own = load_embedder(f"models:/carded/{done.version}", uri=store), load_embedder(str(run))
     assert registered.digest == own.digest

@@ -88,13 +88,13 @@ def test_a_run_has_one_colour_in_all_figures(search: Path) -> None:
     expected = {run.label: to_hex(looks(collection)[run.name].colour) for run in collection.runs}
     assert len(set(expected.values())) == len(collection.runs) == 4
     drawn = [
-        {str(bars.get_label()): to_hex(bars.patches[0].get_facecolor()) for bars in axes.containers}
+        {str(bars.get_label()): to_hex(bars[0].get_facecolor()) for bars in axes.containers}
         | {str(line.get_label()): to_hex(line.get_color()) for line in axes.lines}
         for figure in (groups, pareto, drift)
         for axes in figure(collection, narrow=False).axes
     ]
     assert [{label: colours[label] for label in expected} for colours in drawn] == [expected] * 3
-    object.__setattr__(collection, "runs", collection.runs * 2)
+    object.__setattr__(collection, "runs", [*collection.runs, *collection.runs])
     assert {look.label for look in looks(collection).values()} == {"gated LoRA"}
     assert len(set(looks(collection).values())) == 1
 

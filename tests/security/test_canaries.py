@@ -1,4 +1,4 @@
-"""Every secret that a user may have in an environment or an address, and a run: none is in its files and output.
+"""Every secret that a user may have in an environment or an address, and a run: none is in its files and output."""
 
 from __future__ import annotations
 

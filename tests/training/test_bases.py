@@ -115,7 +115,8 @@ def logits_by_libraries(exports: Path, pixels: Tensor, normal: Tensor, tokens: T
     from open_clip import create_model_from_pretrained
     from transformers import CLIPImageProcessor, CLIPModel
 
-    stock, preprocess = create_model_from_pretrained(f"local-dir:{exports / 'open_clip'}")
+    loaded: Any = create_model_from_pretrained(f"local-dir:{exports / 'open_clip'}")
+    stock, preprocess = loaded
     assert preprocess.transforms[0].size in (96, (96, 96))
     theirs: Any = CLIPModel.from_pretrained(exports / "hf").eval()
     for library in ("hf", "onnx"):

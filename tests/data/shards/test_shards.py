@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import webdataset
 from PIL import Image
+from webdataset.compat import WebDataset
 
 from pipeline.config import ConfigError
 from pipeline.data.shards.index import ShardIndex, load_index, open_shard, pack, write_index, write_tar
@@ -51,7 +51,7 @@ def test_shards_hold_original_bytes_and_labels(shards: ShardIndex, class_folders
 
 def test_webdataset_reads_the_shards(shards: ShardIndex) -> None:
     urls = [str(shards.directory / shard.name) for shard in shards.shards]
-    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil"))
+    samples = list(WebDataset(urls, shardshuffle=False).decode("pil"))
     assert len(samples) == 53
     assert {sample["cls"] for sample in samples} == {0, 1, 2}
     assert all(sample["jpg"].size == (48, 40) for sample in samples)

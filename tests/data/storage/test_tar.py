@@ -10,7 +10,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import webdataset
+from webdataset.compat import WebDataset
 
 from pipeline.data.storage.tar import BLOCK, TarError, TarIndex
 
@@ -41,7 +41,7 @@ LONG = "folder.with.dot/" + "x" * 120 + "/n\u00e4me.seg.JPG"
 def test_samples_are_those_that_webdataset_reads(tmp_path: Path, kind: int) -> None:
     path = write(tmp_path / "a.tar", [*MEMBERS, (LONG, b"long"), (LONG[:-8] + ".txt", b"text")], kind)
     theirs = []
-    for sample in webdataset.WebDataset(str(path), shardshuffle=False):
+    for sample in WebDataset(str(path), shardshuffle=False):
         theirs.append((sample["__key__"], {ext: data for ext, data in sample.items() if not ext.startswith("__")}))
     assert everything(TarIndex(path)) == theirs
 
