@@ -9,7 +9,7 @@ set -eu
 python=${PYTHON:-python3}
 
 requirements() {
-    # Without the project, which is a step of its own. CUDA's packages belong only to the CUDA build of torch.
+    # Without the project, which is a separate step. CUDA's packages belong only to the CUDA build of torch.
     uv export --frozen --no-default-groups --no-emit-project --no-hashes --no-header --no-annotate "$@" --output-file "$VENV.txt" >/dev/null
     if [ -n "${TORCH_INDEX:-}" ]; then sed -i -E '/^(nvidia-|cuda-|triton)/d' "$VENV.txt"; fi
 }

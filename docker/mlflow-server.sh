@@ -5,7 +5,7 @@
 set -eu
 umask 077
 database="postgresql+psycopg2://mlflow:${POSTGRES_PASSWORD:?}@${POSTGRES_HOST:-postgres}:5432"
-# Passwords go into files and variables: `ps` shows a command line to everybody.
+# Passwords go into files and variables, because `ps` shows command lines to everyone.
 export MLFLOW_AUTH_CONFIG_PATH="${HOME}/auth.ini" MLFLOW_BACKEND_STORE_URI="$database/mlflow"
 cat >"$MLFLOW_AUTH_CONFIG_PATH" <<INI
 [mlflow]

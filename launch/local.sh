@@ -5,8 +5,8 @@
 #   RANKS=2 launch/local.sh configs/own_data.yaml train.zero_stage=2
 #
 # Needs the environment of `make env`, or SELORA_BIN=DIR with selora, python and torchrun.
-# Press Ctrl-C once to save and stop; the same command continues. A stopped run does not exit with 0 (torchrun makes 1 of its
-# ranks' 130), so `launch/local.sh CONFIG && selora promote ...` promotes finished runs alone.
+# Press Ctrl-C once to save and stop; the same command continues. A stopped run does not exit with 0 (torchrun turns its
+# ranks' 130 into 1), so `launch/local.sh CONFIG && selora promote ...` promotes only finished runs.
 set -euo pipefail
 
 [[ $# -ge 1 ]] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }

@@ -138,7 +138,7 @@ def _classification(
         return counts
 
     shares = ranks.gather(count_share)
-    return [_counted(ClassCounts.total(share[i] for share in shares), dataset) for i in range(len(subjects))]
+    return [_counted(ClassCounts.total(own), dataset) for own in zip(*shares, strict=True)]
 
 
 def _counted(counts: ClassCounts, dataset: Dataset) -> dict[str, Any]:
@@ -165,11 +165,9 @@ def _retrieval(subjects: Sequence[Subject], dataset: Dataset, ranks: Ranks, sett
         ]
 
     batches = [batch for share in ranks.gather(embed_share) for batch in share]
-    outcomes = []
-    for i in range(len(subjects)):
-        embeddings = join(batch[i] for batch in batches)
-        outcomes.append(_recalled(*recall_both_ways(embeddings, ranks, settings.device), dataset))
-    return outcomes
+    return [
+        _recalled(*recall_both_ways(join(own), ranks, settings.device), dataset) for own in zip(*batches, strict=True)
+    ]
 
 
 def _recalled(image_to_text: RecallCounts, text_to_image: RecallCounts, dataset: Dataset) -> dict[str, Any]:
@@ -203,9 +201,8 @@ def _neighbours(
         ]
 
     def search_share() -> list[Tensor]:
-        found = [
-            Nearest.of(torch.cat([own[i] for _, own in queries]), k, settings.device) for i in range(len(subjects))
-        ]
+        features = zip(*(own for _, own in queries), strict=True)
+        found = [Nearest.of(torch.cat(own), k, settings.device) for own in features]
         for batch, pixels in _batches(subjects[0].model, bank, row, ranks, settings, limit=limit):
             for subject, nearest in zip(subjects, found, strict=True):
                 nearest.add(subject.encoder.images(pixels), batch.indices)
@@ -215,9 +212,8 @@ def _neighbours(
     labels, of_bank = torch.cat([own for own, _ in queries]), torch.tensor(bank.labels)
     shares = ranks.gather(search_share)
     outcomes = []
-    for i in range(len(subjects)):
-        keys = merged(share[i] for share in shares)
-        counts = count_votes(keys, of_bank, labels, dataset.classes, row.temperature)
+    for own in zip(*shares, strict=True):
+        counts = count_votes(merged(own), of_bank, labels, dataset.classes, row.temperature)
         facts = {"bank": size, "neighbours": k, "temperature": row.temperature}
         outcomes.append({**_counted(counts, dataset), **facts})
     return outcomes

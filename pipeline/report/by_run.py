@@ -17,7 +17,7 @@ MOST_NAMED = 6  # runs with a colour of their own; more colours could not be dis
 FEWEST_DRIFTS = 3  # two points are always on a line
 
 
-class Look(NamedTuple):
+class RunLook(NamedTuple):
     """The look of a run in every figure: its own if there are few runs, otherwise that of its method."""
 
     label: str
@@ -25,7 +25,7 @@ class Look(NamedTuple):
     marker: str
 
 
-def looks(collection: Collection) -> dict[str, Look]:
+def looks(collection: Collection) -> dict[str, RunLook]:
     """{run: its look}, the same in all figures of a report."""
     few = len(collection.runs) <= MOST_NAMED
     keys = {run.name: run.name if few else run.settings.method for run in collection.runs}
@@ -34,14 +34,14 @@ def looks(collection: Collection) -> dict[str, Look]:
     for run in collection.runs:
         number = order.index(keys[run.name])
         label = run.label if few else run.settings.method
-        found[run.name] = Look(label, CYCLE[number % len(CYCLE)], MARKERS[number % len(MARKERS)])
+        found[run.name] = RunLook(label, CYCLE[number % len(CYCLE)], MARKERS[number % len(MARKERS)])
     return found
 
 
-def _by_look(collection: Collection, names: Iterable[str]) -> list[tuple[Look, list[str]]]:
+def _by_look(collection: Collection, names: Iterable[str]) -> list[tuple[RunLook, list[str]]]:
     """The runs of each look, in the order of the looks."""
     found, chosen = looks(collection), set(names)
-    members: dict[Look, list[str]] = {}
+    members: dict[RunLook, list[str]] = {}
     for name, look in found.items():
         if name in chosen:
             members.setdefault(look, []).append(name)
@@ -204,7 +204,7 @@ def training(collection: Collection, *, narrow: bool) -> Figure:
 
 def _curves(axes: Axes, collection: Collection, runs: Sequence[Run], metric: str, scale: float) -> None:
     """Draw a metric of each run that has it over the steps; the chosen run is thick."""
-    found, labelled = looks(collection), set[Look]()
+    found, labelled = looks(collection), set[RunLook]()
     for run in (run for run in runs if run.history.get(metric)):
         look = found[run.name]
         chosen = collection.chosen is not None and run.name == collection.chosen.name

@@ -161,7 +161,7 @@ def test_no_rule_is_told_about_a_value_that_is_itself_wrong(write):
         (["gate.settle_steps=9", "gate.settle_margin=0.1"], "0.1 should be below gate.threshold (0.1)"),
         (["adapter.kind=none", "train.train_rest=none"], "trains nothing"),
         (["adapter.towers=[image, image]"], "adapter.towers: image, image names a value twice"),
-        (["train.compile=true", "train.zero_stage=3", "train.micro_batch_size=4"], "reduces gradients twice"),
+        (["train.compile=true", "train.zero_stage=3", "train.micro_batch_size=4"], "would reduce gradients twice"),
         (["train.betas=[0.9, 1.0]"], "should be in 0 <= beta < 1"),
         (["data.crop_scale=[0.9, 0.5]"], "should be 0 < low <= high <= 1"),
         (["data.templates=[a photo]"], "'a photo' has no {c} for the class name"),

@@ -44,7 +44,7 @@ def test_each_dataset_is_found_or_named_with_what_to_do(sets: Path, capsys: pyte
     assert "ours; keep it" in lines["ours"]
     assert "1.tar" in text
     assert "20 images in" in text and "where 21 are expected" in text
-    assert "`selora pack --dataset gone` makes it" in text
+    assert "or create it with `selora pack --dataset gone`" in text
     assert "3 of 3 names in classnames.txt differ, first 'apple' where the row has 'bear'" in text
     assert "in another order?" in text
     assert text.splitlines()[-1] == "    ready    3 of 6 datasets"

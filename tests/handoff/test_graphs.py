@@ -127,7 +127,7 @@ def test_options_of_other_formats_and_missing_packages(
     assert main(["export", str(toy_run), out, "--to", "hf", "--int8"]) == 2
     assert "--int8 needs --to onnx" in capsys.readouterr().err
     assert main(["export", str(toy_run), out, "--to", "onnx", "--limit", "3"]) == 2
-    assert "go with --int8" in capsys.readouterr().err
+    assert "need --int8" in capsys.readouterr().err
     monkeypatch.setattr(stock.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"written without onnx .*selora\[onnx\]'`$"):
         export(toy_run, "onnx", tmp_path / "out", verify=False)

@@ -242,7 +242,7 @@ def test_directory_of_runs_is_synced_whole_parents_first(tmp_path: Path, journal
     assert all(report.complete for report in reports)
     assert mlflow_run(store, reports[2]).data.tags["mlflow.parentRunId"] == reports[1].run_id
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="no run there"):
+    with pytest.raises(ConfigError, match="not a run"):
         sync_all([tmp_path / "empty"], store)
     with pytest.raises(ConfigError, match="not the directory of a tracked run"):
         sync(tmp_path, store)

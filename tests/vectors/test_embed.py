@@ -84,7 +84,7 @@ def test_a_stopped_embedding_is_continued_to_the_same_file(
     with pytest.raises(KeyboardInterrupt):
         embed(embedder, items, "images", tmp_path / "cut.npy", batch_size=3)
     assert not (tmp_path / "cut.npy").exists()
-    with pytest.raises(ConfigError, match="another model or --batch-size"):
+    with pytest.raises(ConfigError, match="another model or another --batch-size"):
         embed(embedder, items, "images", tmp_path / "cut.npy", batch_size=4)
     done: list[int] = []
     monkeypatch.setattr(module, "_save", lambda folder, part, *rest: (done.append(part), real(folder, part, *rest)))

@@ -65,7 +65,7 @@ def test_a_dataset_of_the_right_counts_is_packed(
     assert main(["pack", "--dataset", "flickr30k", str(tmp_path), str(tmp_path / "again")]) == 2
     said = capsys.readouterr().err
     assert "images: 999 found, 1000 expected" in said
-    assert "not there: 77.jpg" in said
+    assert "missing: 77.jpg" in said
     assert "likely: an interrupted download or extraction" in said
 
 
@@ -104,16 +104,22 @@ def test_splits_become_training_shards_and_an_evaluation_set(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dataset", "imagenet-train", "--split", "train"], "imagenet-train: does not go with --split"),
-        (["--dataset", "cifar10", "--split", "train", "--part", "1/2"], "cifar10: does not go with --part"),
-        (["--dataset", "cifar10", "--split", "train", "--eval"], "cifar10: does not go with --eval"),
-        (["--dataset", "flowers", "--split", "val", "--seed", "1"], "flowers: does not go with --seed"),
+        (["--dataset", "imagenet-train", "--split", "train"], "imagenet-train: cannot be combined with --split"),
+        (["--dataset", "cifar10", "--split", "train", "--part", "1/2"], "cifar10: cannot be combined with --part"),
+        (["--dataset", "cifar10", "--split", "train", "--eval"], "cifar10: cannot be combined with --eval"),
+        (["--dataset", "flowers", "--split", "val", "--seed", "1"], "flowers: cannot be combined with --seed"),
         (["--dataset", "mnist", "--split", "train"], "--split: 'train' of mnist is not packed, only test"),
         (["--dataset", "cifar", "--split", "train"], "'cifar' is not known"),
         (["--split", "train"], "--split needs --dataset"),
         (["--dataset", "cifar"], "'cifar' is not known; there are imagenet, imagenet100"),
-        (["--dataset", "cifar10", "--format", "csv", "--part", "1/2"], "cifar10: does not go with --format, --part"),
-        (["--dataset", "imagenet-train", "--templates", "simple"], "imagenet-train: does not go with --templates"),
+        (
+            ["--dataset", "cifar10", "--format", "csv", "--part", "1/2"],
+            "cifar10: cannot be combined with --format, --part",
+        ),
+        (
+            ["--dataset", "imagenet-train", "--templates", "simple"],
+            "imagenet-train: cannot be combined with --templates",
+        ),
         (["--part", "1/2"], "--part needs --dataset imagenet-train"),
         (["--dataset", "imagenet-train"], "no folder n01440764 in it or in train/"),
         (["--dataset", "stl10"], "it must hold class_names.txt, test_X.bin and test_y.bin"),

@@ -238,14 +238,14 @@ BREAKS: list[tuple[str, Callable[[Path], Made], Callable[[Path], Any], str]] = [
         r"1 are listed but missing",
     ),
     ("flowers", make_flowers, remove("flowers-102/setid.mat"), r"no flowers-102/setid.mat in"),
-    ("food101", make_food, remove("food-101/images/dish_00/100.jpg"), r"not there: dish_00/100.jpg\n"),
+    ("food101", make_food, remove("food-101/images/dish_00/100.jpg"), r"missing: dish_00/100.jpg\n"),
     ("pets", make_pets, remove("oxford-iiit-pet/images/Breed_00_1.jpg"), r"36 found, 37 expected"),
     ("stl10", make_stl10, half("stl10_binary/test_X.bin"), r"stl10_binary: damaged or incomplete \(ValueError"),
     (
         "mscoco",
         make_coco,
         remove("val2014/COCO_2.jpg"),
-        r"not there: val2014/COCO_2.jpg\n.*captions: 5 found, 11 .*val2014.zip",
+        r"missing: val2014/COCO_2.jpg\n.*captions: 5 found, 11 .*val2014.zip",
     ),
     (
         "mscoco",

@@ -93,7 +93,7 @@ def test_a_brace_pattern_names_a_missing_tar(tmp_path: Path, jpeg: Callable[[int
     write(tmp_path / "sub/000.tar", captioned(jpeg, range(3)))
     with pytest.raises(ConfigError, match="tars of one folder make an index"):
         index_tars(f"{tmp_path}/{{.,sub}}/000.tar", force=True)
-    with pytest.raises(ConfigError, match="where they are on a disk"):
+    with pytest.raises(ConfigError, match="indexed on a local disk"):
         index_tars("pipe:aws s3 cp s3://x/{00..11}.tar -")
 
 

@@ -139,7 +139,7 @@ def test_concatenated_tars_are_an_error(tmp_path: Path) -> None:
     one, two = write(tmp_path / "1.tar", MEMBERS[:8]), write(tmp_path / "2.tar", MEMBERS[8:])
     (tmp_path / "a.tar").write_bytes(one.read_bytes() + two.read_bytes())
     at = one.stat().st_size
-    with pytest.raises(TarError, match=f"a.tar: ends at byte .* goes on at byte {at} of .*tar --concatenate"):
+    with pytest.raises(TarError, match=f"a.tar: ends at byte .* continues at byte {at} of .*tar --concatenate"):
         TarIndex(tmp_path / "a.tar")
 
 

@@ -154,7 +154,7 @@ def test_a_missing_shard_ends_the_run_where_it_is_needed(
     lost = shards_in_order(far)[3]
     store.asked = lambda path: "503" if path == lost else None
     steps: list[int] = []
-    told = rf"^s3:/{lost}: failed \d times, last with \w+: .*; what has come is kept, so the same command continues"
+    told = rf"^s3:/{lost}: failed \d times, last with \w+: .*; the received part is kept, so the same command continues"
     with pytest.raises(ConfigError, match=told):
         steps.extend(batch.step for batch in loader(far, ahead=ahead, workers=workers))
     # All that the three shards before it hold was made.
