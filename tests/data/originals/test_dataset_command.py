@@ -104,21 +104,21 @@ def test_splits_become_training_shards_and_an_evaluation_set(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dataset", "imagenet-train", "--split", "train"], "imagenet-train: cannot be combined with --split"),
-        (["--dataset", "cifar10", "--split", "train", "--part", "1/2"], "cifar10: cannot be combined with --part"),
-        (["--dataset", "cifar10", "--split", "train", "--eval"], "cifar10: cannot be combined with --eval"),
-        (["--dataset", "flowers", "--split", "val", "--seed", "1"], "flowers: cannot be combined with --seed"),
+        (["--dataset", "imagenet-train", "--split", "train"], "cannot be combined with --split"),
+        (["--dataset", "cifar10", "--split", "train", "--part", "1/2"], "cannot be combined with --part"),
+        (["--dataset", "cifar10", "--split", "train", "--eval"], "cannot be combined with --eval"),
+        (["--dataset", "flowers", "--split", "val", "--seed", "1"], "cannot be combined with --seed"),
         (["--dataset", "mnist", "--split", "train"], "--split: 'train' of mnist is not packed, only test"),
         (["--dataset", "cifar", "--split", "train"], "'cifar' is not known"),
         (["--split", "train"], "--split needs --dataset"),
         (["--dataset", "cifar"], "'cifar' is not known; there are imagenet, imagenet100"),
         (
             ["--dataset", "cifar10", "--format", "csv", "--part", "1/2"],
-            "cifar10: cannot be combined with --format, --part",
+            "cannot be combined with --format, --part",
         ),
         (
             ["--dataset", "imagenet-train", "--templates", "simple"],
-            "imagenet-train: cannot be combined with --templates",
+            "cannot be combined with --templates",
         ),
         (["--part", "1/2"], "--part needs --dataset imagenet-train"),
         (["--dataset", "imagenet-train"], "no folder n01440764 in it or in train/"),
