@@ -1,7 +1,7 @@
 """Sockets between the processes of one machine: no proxy in between, and no path that is too long for an address.
 
-The address of a Unix socket is a path. If TMPDIR is too long for one, as in the directory of a batch system's job, sockets
-go to a short directory instead; all other temporary files stay in TMPDIR.
+The address of a Unix socket is a path. If TMPDIR is too long for one, as in the directory of a batch system's job,
+sockets go to a short directory instead; all other temporary files stay in TMPDIR.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def use_short_sockets() -> None:
 
 
 def reach_loopback(environment: MutableMapping[str, str]) -> None:
-    """Let no proxy be asked for servers of this machine, such as MLflow's and the dashboard of Ray.
+    """Bypass proxies for servers of this machine, such as MLflow's and the dashboard of Ray.
 
     Args:
         environment: where a proxy is set, NO_PROXY and no_proxy get the loopback addresses; libraries read either.

@@ -1,4 +1,4 @@
-"""Sockets of one machine: a long TMPDIR makes no address too long, and a proxy is not asked for them."""
+"""Sockets of one machine: addresses stay short with a long TMPDIR, and no proxy is used for them."""
 
 from __future__ import annotations
 

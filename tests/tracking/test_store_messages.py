@@ -56,7 +56,7 @@ def test_tables_of_another_mlflow_name_the_command(
     ("content", "reason"),
     [
         (b"\x8f\x11 no database \x00" * 500, "it is not a SQLite database: name another file, or move it away"),
-        (None, "its file is damaged: put a backup in its place, or move it away"),
+        (None, "its file is damaged: restore a backup, or move it away"),
     ],
 )
 def test_a_corrupt_database_is_told_at_once(

@@ -102,7 +102,7 @@ def test_a_node_that_comes_back_with_fewer_gpus_is_told(monkeypatch, capsys) -> 
         said.append(capsys.readouterr().err)
     assert [bool(text) for text in said] == [False, False, True, False, False, True, False]
     assert said[2] == (
-        "resources: a trial needs 4 workers with 1 CPU and 1 GPUs each, and the cluster has room for 2: 1 node (n: 32 "
+        "resources: a trial needs 4 workers with 1 CPU and 1 GPUs each, and 2 fit this cluster: 1 node (n: 32 "
         "CPUs 2 GPUs); trials wait for a node with room. Ctrl-C ends the sweep, and the same command continues it\n"
     )
     assert said[5] == "the cluster has room for a trial again\n"

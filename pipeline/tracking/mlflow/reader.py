@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pipeline.config import ConfigError
 from pipeline.passwords import redact
 from pipeline.tracking.mlflow.moved import relocate
-from pipeline.tracking.mlflow.store import PARENT_TAG, client_environment, as_config_errors
+from pipeline.tracking.mlflow.store import PARENT_TAG, as_config_errors, client_environment
 from pipeline.tracking.mlflow.uris import resolve_uri, sqlite_path
 
 if TYPE_CHECKING:

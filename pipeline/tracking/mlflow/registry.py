@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import ConfigError
 from pipeline.passwords import redact
 from pipeline.tracking.mlflow.moved import relocate
-from pipeline.tracking.mlflow.store import Away, Gone, MlflowStore, Refused, client_environment, as_config_errors
+from pipeline.tracking.mlflow.store import Away, Gone, MlflowStore, Refused, as_config_errors, client_environment
 from pipeline.tracking.served.served import load_served, quiet
 
 if TYPE_CHECKING:
@@ -195,7 +195,11 @@ class Registry:
 
 def load_registered(model_uri: str, uri: str) -> Any:
     """Load a model by models:/NAME@champion, models:/NAME/3, runs:/… or a directory, as `mlflow.pyfunc.load_model`."""
-    with as_config_errors(uri, f"{model_uri}: cannot be loaded from "), client_environment(PATIENT), _default_store(uri):
+    with (
+        as_config_errors(uri, f"{model_uri}: cannot be loaded from "),
+        client_environment(PATIENT),
+        _default_store(uri),
+    ):
         relocate(uri)
         return load_served(model_uri)
 
@@ -204,7 +208,12 @@ def registered_files(model_uri: str, uri: str, folder: Path) -> Path:
     """Download a registered model's files into `folder`. Returns its directory; names as in `load_registered`."""
     import mlflow
 
-    with as_config_errors(uri, f"{model_uri}: cannot be loaded from "), client_environment(PATIENT), _default_store(uri), quiet():
+    with (
+        as_config_errors(uri, f"{model_uri}: cannot be loaded from "),
+        client_environment(PATIENT),
+        _default_store(uri),
+        quiet(),
+    ):
         relocate(uri)
         return Path(mlflow.artifacts.download_artifacts(model_uri, dst_path=str(folder)))
 
