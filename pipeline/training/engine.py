@@ -27,6 +27,9 @@ from pipeline.training.device import on_host, portions
 # Parameters up to this size stay whole under ZeRO-3: gathering the A and B of every block would cost hundreds of small
 # collectives per step and save only a few megabytes.
 PERSISTENT_ELEMENTS = 100_000
+# Elements that ZeRO-3 keeps gathered at a time, two layers of ViT-bigG/14. DeepSpeed's own limit of 1e9 is more than
+# ViT-L/14 has: every rank would hold the whole model from its forward to its backward.
+LIVE_ELEMENTS = 100_000_000
 # Gradients are reduced in about this many buckets, so that communication starts during the backward. DeepSpeed
 # allocates whole buckets: its default of 500 million elements takes 2 GB.
 BUCKETS = 4
@@ -94,6 +97,7 @@ def deepspeed_config(config: Config, world: World, trained: int) -> dict[str, An
         zero["compute_grad_norm"] = clip > 0
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = PERSISTENT_ELEMENTS
+        zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = LIVE_ELEMENTS
     return {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.global_batch_size // world.world_size,
