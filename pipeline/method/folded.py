@@ -23,6 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.torch_version import TorchVersion
+
+_LOSES_FOLD = TorchVersion(torch.__version__) < (2, 15)
 
 
 class Form(NamedTuple):
@@ -65,7 +68,17 @@ def full_precision(device: torch.device) -> nullcontext[None] | torch.autocast:
 
 def dense_linear(x: Tensor, bias: Tensor | None, pair: Pair, form: Form) -> Tensor:
     """(..., in) -> (..., out); D is formed in the backward. Best where the rank is high."""
+    if compiler_loses_fold():
+        return factor_linear(x, bias, pair, form)
     return F.linear(x, _Fold.apply(*pair, form, product_dtype(x)), bias)  # pyright: ignore[reportArgumentType]
+
+
+def compiler_loses_fold() -> bool:
+    """Whether a graph is traced by a torch whose compiler gives the pair of a folded weight gradients of zero.
+
+    Those of torch 2.11 are zero, those of 2.15 are right; the versions between were not tried.
+    """
+    return _LOSES_FOLD and torch.compiler.is_compiling()
 
 
 def factor_linear(x: Tensor, bias: Tensor | None, pair: Pair, form: Form) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.method.folded import full_precision, product_dtype, times, wide_dtype
+from pipeline.method.folded import compiler_loses_fold, full_precision, product_dtype, times, wide_dtype
 from pipeline.method.linear import Block
 from pipeline.method.route import Way, Work, cheapest
 
@@ -70,7 +70,7 @@ def project(x: Tensor, linears: Sequence[nn.Module]) -> list[Tensor]:
     bias = torch.cat(biases) if biases else None
     threshold = 0.0 if first.gate is None else first.gate.threshold
     form = StackForm(first.lowrank.scaling, threshold, product_dtype(x))
-    if way == "dense":
+    if way == "dense" and not compiler_loses_fold():
         out = F.linear(x, cast("Tensor", _StackedFold.apply(*stack, form)), bias)
     else:
         out = cast("Tensor", _StackedFactors.apply(x, bias, *stack, form))
