@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.torch_version import TorchVersion
 
-_LOSES_FOLD = TorchVersion(torch.__version__) < (2, 15)
+_LOSES_FOLD = TorchVersion(torch.__version__) < "2.15"
 
 
 class Form(NamedTuple):

@@ -87,7 +87,7 @@ def test_a_brace_pattern_names_a_missing_tar(tmp_path: Path, jpeg: Callable[[int
     assert load_index(tmp_path).samples == 11
     assert index_tars(f"{tmp_path}/*.tar", force=True).index.samples == 12
     assert pack(f"{tmp_path}/{{000,001,0{{02..04}}}}.tar", tmp_path / "packed").index.samples == 5
-    for pattern, message in (("{000..", "braces"), ("{0..9999999}.tar", "more than"), ("{x}.tar", "not there")):
+    for pattern, message in (("{000..", "braces"), ("{0..9999999}.tar", "more than"), ("{x}.tar", "are missing")):
         with pytest.raises(ConfigError, match=message):
             index_tars(f"{tmp_path}/{pattern}")
     write(tmp_path / "sub/000.tar", captioned(jpeg, range(3)))
