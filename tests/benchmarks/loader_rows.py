@@ -95,7 +95,7 @@ class Subject:
 
     def webdataset(self, workers: int = 0, *, epochs: int = 1) -> Pass:
         shards = epochs * [str(file) for file in sorted(self.shards.glob("*.tar"))]
-        samples = WebDataset(shards, shardshuffle=False, empty_check=False).decode("pil")
+        samples: Any = WebDataset(shards, shardshuffle=False, empty_check=False).decode("pil")
         return _images(DataLoader(samples.to_tuple("jpg", "cls").map_tuple(TRANSFORM, int), BATCH, num_workers=workers))
 
     def image_folder(self, workers: int = 0, *, epochs: int = 1) -> Pass:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import requests
+from http_servers import QuietHandler, serving
 
 from pipeline.sockets import reach_loopback
 
@@ -46,34 +45,26 @@ def test_workers_pass_tensors_whatever_the_length_of_tmpdir(tmp_path: Path, repo
     assert not Path(sockets).exists(), "the directory ends with its process"
 
 
-class _Here(BaseHTTPRequestHandler):
+class _Here(QuietHandler):
     def do_GET(self) -> None:
         self.send_response(204)
         self.end_headers()
-
-    def log_message(self, *_: object) -> None: ...
 
 
 @pytest.mark.parametrize("given", [{}, {"no_proxy": "intern"}, {"NO_PROXY": "intern, ::1"}])
 def test_http_proxy_is_not_asked_for_loopback(given: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The proxy is a port where nobody listens."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Here)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"http_proxy": "http://127.0.0.1:9", **given}.items():
         monkeypatch.setenv(name, value)
     for name in ("no_proxy", "NO_PROXY"):  # what is set below is also taken back
         monkeypatch.setenv(name, os.environ.get(name, ""))
-    address = f"http://127.0.0.1:{server.server_port}/"
-    try:
+    with serving(_Here) as server:
         with pytest.raises(requests.exceptions.ProxyError):
-            requests.get(address, timeout=10)
+            requests.get(f"http://{server}/", timeout=10)
         reach_loopback(os.environ)
-        assert requests.get(address, timeout=10).status_code == 204
-    finally:
-        server.shutdown()
-        server.server_close()
+        assert requests.get(f"http://{server}/", timeout=10).status_code == 204
     assert os.environ["no_proxy"] == os.environ["NO_PROXY"]
     assert os.environ["no_proxy"].split(",").count("::1") == 1
     assert ("intern" in os.environ["no_proxy"].split(",")) == bool(given)

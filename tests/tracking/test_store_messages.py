@@ -86,8 +86,8 @@ def test_a_locked_database_names_what_to_do(store: str, journal_only: Callable[.
         "import sqlite3, sys; c = sqlite3.connect(sys.argv[1], isolation_level=None); c.execute('begin exclusive');"
         "print(flush=True); input()"
     )
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", text, store.removeprefix("sqlite:///")], **pipes) as other:
+    command = [sys.executable, "-c", text, store.removeprefix("sqlite:///")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline()
         report = sync(run := journal_only("locked"), store)
         other.communicate(b"\n")

@@ -10,6 +10,7 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -51,7 +52,8 @@ def test_shards_hold_original_bytes_and_labels(shards: ShardIndex, class_folders
 
 def test_webdataset_reads_the_shards(shards: ShardIndex) -> None:
     urls = [str(shards.directory / shard.name) for shard in shards.shards]
-    samples = list(WebDataset(urls, shardshuffle=False).decode("pil"))
+    decoded: Any = WebDataset(urls, shardshuffle=False).decode("pil")
+    samples = list(decoded)
     assert len(samples) == 53
     assert {sample["cls"] for sample in samples} == {0, 1, 2}
     assert all(sample["jpg"].size == (48, 40) for sample in samples)
