@@ -74,9 +74,9 @@ def dense_linear(x: Tensor, bias: Tensor | None, pair: Pair, form: Form) -> Tens
 
 
 def compiler_loses_fold() -> bool:
-    """Whether a graph is traced by a torch whose compiler gives the pair of a folded weight gradients of zero.
+    """Whether the graph is traced by a torch whose compiler gives A and B of a folded weight gradients of zero.
 
-    Those of torch 2.11 are zero, those of 2.15 are right; the versions between were not tried.
+    Torch 2.11 does so, and 2.15 does not; the versions between were not tried.
     """
     return _LOSES_FOLD and torch.compiler.is_compiling()
 

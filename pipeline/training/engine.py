@@ -1,7 +1,4 @@
-"""DeepSpeed behind a few functions: start the process group, wrap a model, read and write its full state.
-
-Only this module imports deepspeed, and only here its JSON is generated from the config.
-"""
+"""The only module that imports deepspeed: start the process group, wrap a model, read and write its full state."""
 
 from __future__ import annotations
 
@@ -27,8 +24,7 @@ from pipeline.training.device import on_host, portions
 # Parameters up to this size stay whole under ZeRO-3: gathering the A and B of every block would cost hundreds of small
 # collectives per step and save only a few megabytes.
 PERSISTENT_ELEMENTS = 100_000
-# Elements that ZeRO-3 keeps gathered at a time, two layers of ViT-bigG/14. DeepSpeed's own limit of 1e9 is more than
-# ViT-L/14 has: every rank would hold the whole model from its forward to its backward.
+# Elements that ZeRO-3 keeps gathered, two layers of ViT-bigG/14. With DeepSpeed's 1e9 a rank would hold a ViT-L/14.
 LIVE_ELEMENTS = 100_000_000
 # Gradients are reduced in about this many buckets, so that communication starts during the backward. DeepSpeed
 # allocates whole buckets: its default of 500 million elements takes 2 GB.

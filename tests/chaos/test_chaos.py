@@ -68,7 +68,7 @@ def test_a_command_that_cannot_go_on_is_found(tmp_path: Path, monkeypatch: pytes
     """It refuses what its own killed attempt has left."""
     text = "import os, time; os.mkdir(BOX + '/d'); time.sleep(0.3); open(BOX + '/out', 'w').write('x')"
     tally = found(text, tmp_path, monkeypatch)
-    assert any("does not end well any more: exit code 1" in fault for fault in tally.faults)
+    assert any("does not end well any more: exit codes [1, 1" in fault for fault in tally.faults)
 
 
 def test_a_process_that_is_left_over_is_found_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,10 +82,10 @@ def test_a_process_that_is_left_over_is_found_and_ended(tmp_path: Path, monkeypa
 
 def test_what_is_half_written_is_found_after_the_blow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (
-        "import os, time; open(BOX + '/half', 'w'); time.sleep(0.5); os.remove(BOX + '/half');"
+        "import os, time; open(BOX + '/half', 'w'); time.sleep(1.5); os.remove(BOX + '/half');"
         "open(BOX + '/out', 'w').write('x')"
     )
-    monkeypatch.setattr(random.Random, "uniform", lambda self, low, high: 0.3)
+    monkeypatch.setattr(random.Random, "uniform", lambda self, low, high: 1.0)
     assert any("kill: half" in fault for fault in found(text, tmp_path, monkeypatch).faults)
 
 

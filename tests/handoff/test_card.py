@@ -6,13 +6,12 @@ import base64
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from http_servers import serving
+from http_servers import QuietHandler, serving
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -96,7 +95,7 @@ def test_a_version_carries_its_card(
     assert torch.equal(registered.texts(["a shoe"]), own.texts(["a shoe"]))
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(QuietHandler):
     """As much of the hub as an upload of small files needs; `commits` gets the files of each commit."""
 
     commits: list[dict[str, bytes]]
