@@ -42,8 +42,8 @@ def start_process_group(
     """Join the process group (nccl on cards, gloo on CPU) and return a gloo group for control messages.
 
     Args:
-        timeout: timeout of every collective.
-        store: the store where the ranks met; None: a world of one, or a group made by the launcher (Ray).
+        timeout: of every collective.
+        store: where the ranks met; None: a world of one, or a process group that is there already.
     """
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     if world.device.type == "cuda":

@@ -33,7 +33,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is not threading.main_thread():
-            return self  # Ray Train trains in a separate thread, and only the main thread gets signals
+            return self  # only the main thread gets signals
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._note)
         return self

@@ -1,7 +1,6 @@
-"""Trials on Ray: a Tune trial is a TorchTrainer whose workers call the same `train` as `selora train`.
+"""Trials on Ray: a Tune trial starts its ranks (cluster/ranks.py), which call the same `train` as `selora train`.
 
-Only this module and cluster/connect.py import ray, and only inside functions, because its settings must be in the
-environment before it is imported.
+Ray is imported only inside functions, here and in cluster/: its settings must be in the environment before.
 
 The state of a trial is in its run directory (checkpoints, journal, trial.json) on a disk that all nodes share, not in
 Ray: any worker, node or driver may die, and the next `train` on the directory continues.
@@ -9,8 +8,6 @@ Ray: any worker, node or driver may die, and the next `train` on the directory c
 
 from __future__ import annotations
 
-import math
-import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import ConfigError
 from pipeline.runs.run import steps_done
 from pipeline.runs.sweep import OVER, TrialState, read_state, trial_dir, write_state
+from pipeline.tracking.journal import JOURNAL, Record, decode, read
+from pipeline.tuning.cluster.ranks import RanksFailed, Size, run_alone, run_ranks
 from pipeline.tuning.cluster.ray_errors import reason_behind
 from pipeline.tuning.grid import Asha, Resources
 from pipeline.tuning.trial import (
@@ -31,12 +29,12 @@ from pipeline.tuning.trial import (
     evaluation_stage,
     failure_of,
     train_stage,
-    trial_config,
 )
 
 # A trial's own process only waits for its workers and needs no core, but Tune requires some share.
 _TRIAL_SHARE = {"memory": float(2**20)}
 _TEARDOWN_SECONDS = 5.0
+_LOSS = "train/loss"
 
 
 @dataclass(frozen=True)
@@ -46,9 +44,8 @@ class TrialJob:
     sweep_dir: Path
     workdir: Path
     resources: Resources
-    on_gpu: bool
-    halving: bool = False  # whether trials report their loss, so that the halving may stop them
-    spared: tuple[str, ...] = ()  # trials that it may not stop
+    halving: bool = False  # whether the loss of a trial is reported, so that the halving may stop it
+    spared: tuple[str, ...] = ()  # trials that it may not
 
     def watches(self, name: str) -> bool:
         """Whether the loss of a trial is reported."""
@@ -220,80 +217,45 @@ def _note_failure(run_dir: Path, job: TrialJob, error: BaseException) -> TrialSt
 
 
 def _fit(name: str, job: TrialJob) -> None:
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    resources = job.resources
-    each = {"CPU": resources.cpus_per_worker}
-    if resources.gpus_per_worker:
-        each["GPU"] = resources.gpus_per_worker
-    callbacks: list[Any] = []
-    if job.watches(name):
-        from ray.tune.integration.ray_train import TuneReportCallback
-
-        callbacks.append(TuneReportCallback())
-    TorchTrainer(
-        partial(_work, name=name, job=job),
-        torch_config=TorchConfig(
-            backend="nccl" if job.on_gpu else "gloo",
-            timeout_s=math.ceil(trial_config(job.sweep_dir, name).train.timeout_s),
-        ),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=resources.workers, use_gpu=bool(resources.gpus_per_worker), resources_per_worker=each
-        ),
-        run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=str(job.sweep_dir / "ray" / "train"),
-            failure_config=ray.train.FailureConfig(max_failures=resources.retries),
-            callbacks=callbacks,
-        ),
-    ).fit()
+    """Train on all ranks; after a lost process they begin again from the last checkpoint, `retries` times."""
+    run_dir, watch, size = trial_dir(job.sweep_dir, name), StopWatch(job.sweep_dir), job.resources
+    losses = _Losses(run_dir) if job.watches(name) else None
+    each = Size(size.workers, size.cpus_per_worker, size.gpus_per_worker)
+    for left in reversed(range(size.retries + 1)):
+        try:
+            run_ranks(
+                train_stage,
+                (job.sweep_dir, name),
+                each,
+                job.workdir,
+                tick=losses.report if losses is not None else lambda: None,
+                stopped=watch.stop_requested,
+            )
+            return
+        except RanksFailed:
+            if not left or failure_of(run_dir) is not None or watch.stop_requested():
+                raise
 
 
-def _work(name: str, job: TrialJob) -> None:
-    """A training worker. Ray has set the launcher's variables and created the process group."""
-    _stand_in(job.workdir)
-    watch = (_Reporting if job.watches(name) else StopWatch)(job.sweep_dir, name)
-    train_stage(job.sweep_dir, name, watch)
+class _Losses:
+    """Reports the losses that a trial's journal gains, by which trials are compared while they train."""
 
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / JOURNAL
+        self._end = self._path.stat().st_size if self._path.is_file() else 0
 
-class _Reporting(StopWatch):
-    """Also reports the training loss by selora's step, for the comparison of trials during training."""
+    def report(self) -> None:
+        from ray import tune
 
-    def recorded(self, step: int, values: Mapping[str, float]) -> None:
-        import ray.train
-
-        super().recorded(step, values)
-        ray.train.report({"step": step, "loss": values["train/loss"]})
+        for record in read(self._path, self._end) if self._path.is_file() else ():
+            self._end = record.end
+            if isinstance(record, Record) and record.kind == "metrics" and _LOSS in record.data["values"]:
+                tune.report({"step": record.data["step"], "loss": decode(record.data["values"][_LOSS])})
 
 
 def _evaluate(name: str, job: TrialJob) -> None:
-    import ray
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    remote = ray.remote(
-        num_cpus=job.resources.eval_cpus,
-        num_gpus=job.eval_gpus,
-        max_retries=job.resources.retries,
-        # Otherwise it would have to fit into the small share of the trial's own process.
-        scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),  # type: ignore[arg-type]
-    )
-    ray.get(remote(_evaluate_here).remote(name, job))
-
-
-def _evaluate_here(name: str, job: TrialJob) -> None:
-    _stand_in(job.workdir)
-    evaluation_stage(job.sweep_dir, name)
-
-
-def _stand_in(workdir: Path) -> None:
-    """Resolve relative paths of a config against the directory in which the command was started."""
-    try:
-        os.chdir(workdir)
-    except OSError as error:
-        raise ConfigError(
-            f"{workdir}: {error.strerror} on {os.uname().nodename}; start the sweep in a directory that all nodes share"
-        ) from None
+    size = Size(1, job.resources.eval_cpus, job.eval_gpus)
+    run_alone(evaluation_stage, (job.sweep_dir, name), size, job.workdir, job.resources.retries)
 
 
 def _reason(run_dir: Path, error: BaseException) -> str:

@@ -207,17 +207,22 @@ def two_nodes(tmp_path: Path) -> Iterator[tuple[str, dict[str, str], list[psutil
                 each.kill()
 
 
+def is_rank(process: psutil.Process) -> bool:
+    """Whether a process was forked from a server of ranks."""
+    above = process.parent()
+    return above is not None and all(
+        "multiprocessing.forkserver" in " ".join(each.cmdline()) for each in (process, above)
+    )
+
+
 def test_a_trial_of_two_workers_is_spread_over_two_nodes(command, make_config, make_grid, by_hand, two_nodes) -> None:
     address, variables, raylets = two_nodes
     grid = "grid: {rank: [2], lam: [0.3]}\nresources: {workers: 2, cpus_per_worker: 0.8, eval_cpus: 1}\n"
     common = ("train.steps=60", "train.checkpoint_every=20")
     sweep = command(make_config(*common), grid, "--address", address, **variables).start()
     sweep.until(lambda: max(sweep.losses(NAMES[0]), default=0) >= 5, "step 5")
-    workers = [
-        [each.pid for each in node.children(recursive=True) if "RayTrainWorker" in " ".join(each.cmdline())]
-        for node in raylets
-    ]
-    assert [len(pids) for pids in workers] == [1, 1], workers
+    ranks = [[each.pid for each in node.children(recursive=True) if is_rank(each)] for node in raylets]
+    assert [len(pids) for pids in ranks] == [1, 1], ranks
     assert sweep.wait() == 0, sweep.text()
     assert "2 nodes" in sweep.text()
     hand = command(make_config("name=hand", *common), grid)

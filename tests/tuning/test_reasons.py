@@ -5,16 +5,22 @@ from __future__ import annotations
 import pytest
 
 from pipeline.config import ConfigError
+from pipeline.tuning.cluster.forked import Died, Failed
+from pipeline.tuning.cluster.ranks import RanksFailed
 from pipeline.tuning.cluster.ray_errors import reason_behind
 
 RESET = "[gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:10648: Connection reset by peer. This is typically"
 KILLED = (
-    "A worker health check failed.\nWorker info: Worker(\n  actor=Actor(RayTrainWorker, 44482be9),\n)\n"
-    "The actor died unexpectedly before finishing this task.\n\tpid: 5521\n"
-    "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker "
+    "The worker died unexpectedly while executing this task. Check python-core-worker-*.log files for more\n"
+    "information. The worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker "
     "unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) the process was "
     "killed by the OOM killer due to high memory usage, (2) ray stop --force was called."
 )
+ENDED = (
+    "its process was killed, or it ran out of memory "
+    "(Worker unexpectedly exits with a connection error code 2. End of file)"
+)
+SIGNAL = "its process was killed, or it ran out of memory (signal 9)"
 LOW = (
     "Task was killed due to the node running low on memory.\nMemory on the node (IP: 127.0.0.1, ID: 1) where the task "
     "was running was 22.9GB / 23.5GB (0.97), which exceeds the memory usage threshold of 0.95."
@@ -33,23 +39,13 @@ class Wrapper(Exception):
     ("error", "line"),
     [
         (
-            Wrapper(
-                "Training failed due to worker errors:\n[Rank 0 Error Snippet]:\nTraceback",
-                worker_failures={0: RuntimeError(RESET), 1: Wrapper(KILLED, health_check_failure=Exception(KILLED))},
-            ),
-            "rank 1: its process was killed, or it ran out of memory "
-            "(Worker unexpectedly exits with a connection error code 2. End of file)",
+            RanksFailed({0: Failed(f"RuntimeError: {RESET}"), 1: Wrapper("ray::_rank() (pid=7)", cause=Died(SIGNAL))}),
+            f"rank 1: {SIGNAL}",
         ),
+        (RanksFailed({0: Failed(f"RuntimeError: {RESET}"), 1: Exception(KILLED)}), f"rank 1: {ENDED}"),
+        (RanksFailed({0: Failed(f"RuntimeError: {RESET}")}), f"rank 0: RuntimeError: {RESET}"),
         (
-            Wrapper("Training failed due to worker errors:", worker_failures={0: RuntimeError(RESET)}),
-            f"rank 0: RuntimeError: {RESET}",
-        ),
-        (
-            Wrapper("Training failed due to controller error:\n", controller_failure=TimeoutError("no answer in 30 s")),
-            "TimeoutError: no answer in 30 s",
-        ),
-        (
-            Wrapper("ray::_evaluate_here() (pid=7)\n  File", cause=ConfigError("eval/own: there is no such folder")),
+            Wrapper("ray::_rank() (pid=7)\n  File", cause=ConfigError("eval/own: there is no such folder")),
             "eval/own: there is no such folder",
         ),
         (Exception(LOW), "out of memory: Ray ended a process, the node was running low on memory"),

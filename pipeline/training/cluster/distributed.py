@@ -34,7 +34,7 @@ class Launcher:
     local_size: tuple[str, ...]
 
 
-# torchrun, deepspeed and Ray Train set the same variables; the others are read if these are missing.
+# torchrun, deepspeed and the ranks of a sweep have the same variables; the others are read where these are missing.
 _COMMON = Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
 _DIRECT = (
     Launcher("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ("SLURM_STEP_TASKS_PER_NODE",)),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -19,15 +18,12 @@ from pipeline.tuning.grid import Resources
 from pipeline.tuning.plan import Capacity, Node
 
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[3])
-_OBJECT_STORE_BYTES = 100 * 2**20  # bytes; only configs pass through it
-_CHANCES = 4  # attempts to start a local cluster
-# For the driver and the trials' processes: no usage report over the network, no repeated output, our own paths.
+_OBJECT_STORE_BYTES = 100 * 2**20  # only configs pass through it
+_CHANCES = 4  # to start a local cluster
+# Of the driver and of the trials' processes: no usage report over the network, our own paths.
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "RAY_worker_register_timeout_seconds": "300",
     "RAY_agent_register_timeout_ms": "300000",
     "RAY_worker_niceness": "0",  # as in `selora train`; with Ray's 15 any other process would starve a trial
@@ -57,9 +53,7 @@ def cluster(address: str | None, resources: Resources) -> Iterator[Capacity]:
     if address is None:
         # As Ray does on macOS and Windows: a cluster of one machine uses only the loopback.
         settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-        # This machine is not preemptible; the watcher would be another process at every start of workers.
-        settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
-        # An evaluation's process is kept for the next one, because its imports take as long as a small benchmark.
+        # The processes that keep the servers of forked ranks wait for the next trial.
         settings["RAY_idle_worker_killing_time_threshold_ms"] = "3600000"
     with short_sockets(os.environ) if address is None else nullcontext(), _environment(settings):
         import ray
@@ -104,32 +98,20 @@ def _init_settings(address: str | None, resources: Resources) -> dict[str, Any]:
         SHIPPED_VARIABLE: "by the sweep",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": _QUIET["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"],
     }
-    if not resources.gpus_per_worker:
+    if resources.gpus_per_worker:
+        environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else an import that looks for cards leaves none to a fork
+    else:
         environment["DS_ACCELERATOR"] = "cpu"
     shared = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": "error"}
-    # A process frees the workers of stopped trials through the dashboard; without an address it would use that of the
-    # machine's newest cluster, which may belong to another user.
     if address is not None:
-        environment["RAY_ADDRESS"] = address
         return {"address": address, **shared}
-    port = _free_port()
-    environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
     return {
         "address": "local",
         "num_cpus": len(os.sched_getaffinity(0)),
         "object_store_memory": _OBJECT_STORE_BYTES,
-        # The dashboard finds and frees the workers of stopped trials; without it they would block the next ones.
-        "include_dashboard": True,
-        "dashboard_host": "127.0.0.1",
-        "dashboard_port": port,
+        "include_dashboard": False,
         **shared,
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def capacity() -> Capacity:

@@ -11,10 +11,11 @@ import socket
 import traceback
 
 from pipeline.config import ConfigError
+from pipeline.tuning.cluster.forked import Died, Failed
+from pipeline.tuning.cluster.ranks import RanksFailed
 from pipeline.tuning.trial import final_reason
 
 _SECONDS = 10.0
-_WRAPPED = ("controller_failure", "health_check_failure", "cause")
 _LOST_A_PEER = re.compile(r"connection (reset|closed|refused)|broken pipe|nccl|gloo|peer", re.IGNORECASE)
 _LOW_MEMORY = re.compile(r"running low on memory[^.]*", re.IGNORECASE)
 _EXIT_DETAIL = re.compile(r"Worker exit detail: (.*?)(?: Some common causes| There are some potential|$)", re.DOTALL)
@@ -50,22 +51,19 @@ def token_fault(error: BaseException) -> str | None:
 def reason_behind(error: BaseException) -> str:
     """The reason behind an error of Ray or of selora."""
     cause, rank = _cause(error, None)
-    text = final_reason(cause) or _of_a_dead_process(str(cause)) or _plain(cause)
+    text = str(cause) if isinstance(cause, Died | Failed) else None
+    text = text or final_reason(cause) or _of_a_dead_process(str(cause)) or _plain(cause)
     text = text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
     return text if rank is None else f"rank {rank}: {text}"
 
 
 def _cause(error: BaseException, rank: int | None) -> tuple[BaseException, int | None]:
-    """(the error inside all wrappers, its rank); of several ranks, one that did not merely lose another."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        number, first = min(failures.items(), key=lambda pair: (_lost_a_peer(pair[1]), pair[0]))
+    """(the error inside all wrappers, its rank); with several ranks, one that did not merely lose another."""
+    if isinstance(error, RanksFailed):
+        number, first = min(error.failures.items(), key=lambda pair: (_lost_a_peer(pair[1]), pair[0]))
         return _cause(first, number)
-    for name in _WRAPPED:
-        inner = getattr(error, name, None)
-        if isinstance(inner, BaseException):
-            return _cause(inner, rank)
-    return error, rank
+    inner = getattr(error, "cause", None)
+    return _cause(inner, rank) if isinstance(inner, BaseException) else (error, rank)
 
 
 def _lost_a_peer(error: BaseException) -> bool:
