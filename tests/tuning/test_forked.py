@@ -10,6 +10,7 @@ import threading
 import time
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -24,7 +25,7 @@ PRELOADED = "wave"  # a module of the standard library that nothing else imports
 @pytest.fixture(autouse=True)
 def light_server(monkeypatch: pytest.MonkeyPatch):
     """A server of this test's own that has imported next to nothing, in place of the session's."""
-    own = forkserver.ForkServer()
+    own: Any = forkserver.ForkServer()
     for name in ("ensure_running", "connect_to_new_process", "set_forkserver_preload"):
         monkeypatch.setattr(forkserver, name, getattr(own, name))
     monkeypatch.setattr(forked, "PRELOAD", (PRELOADED, "pipeline.tuning.cluster.forked", __name__))
@@ -84,7 +85,7 @@ def killed(tmp_path: Path, of_server: bool) -> tuple[BaseException, int]:
     return caught[0], int(file.read_text())
 
 
-def test_a_killed_process_leaves_the_server_alive(tmp_path: Path, light_server: forkserver.ForkServer) -> None:
+def test_a_killed_process_leaves_the_server_alive(tmp_path: Path, light_server: Any) -> None:
     run_forked(note, (tmp_path / "before",), {})
     error, _ = killed(tmp_path, of_server=False)
     assert isinstance(error, Died)

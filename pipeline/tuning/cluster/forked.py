@@ -52,7 +52,7 @@ def run_forked(function: Callable[..., object], arguments: tuple[Any, ...], envi
         Failed: the function raised.
     """
     for method in ("forkserver", "spawn"):
-        context = multiprocessing.get_context(method)
+        context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
             context.set_forkserver_preload(list(PRELOAD))
         receiver, sender = context.Pipe(duplex=False)

@@ -67,6 +67,7 @@ def run_ranks(
         RanksFailed: processes failed; those that were left are ended.
     """
     import ray
+    from ray.exceptions import RayError
     from ray.util.placement_group import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -85,7 +86,7 @@ def run_ranks(
                 return
         try:
             places = ray.get([on(bundle, _place).remote() for bundle in range(size.workers)])
-        except ray.exceptions.RayError as error:
+        except RayError as error:
             raise RanksFailed({0: error}) from error
         bundles = in_rank_order(places)
         variables = variables_of([places[bundle] for bundle in bundles])
@@ -110,7 +111,7 @@ def run_alone(
         num_gpus=size.gpus,
         max_calls=0,
         max_retries=retries,
-        retry_exceptions=[Died],
+        retry_exceptions=[Died],  # type: ignore[arg-type]
         # Else it would have to fit into the small share of the trial's own process.
         scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),  # type: ignore[arg-type]
     )
