@@ -19,8 +19,8 @@ from typing import Any
 from pipeline.runs.run import steps_done
 from pipeline.runs.sweep import OVER, TrialState, read_state, trial_dir, write_state
 from pipeline.tracking.journal import JOURNAL, Record, decode, read
-from pipeline.tuning.cluster.ranks import RanksFailed, Size, run_alone, run_ranks
-from pipeline.tuning.cluster.ray_errors import reason_behind
+from pipeline.tuning.cluster.ranks import Size, run_alone, run_ranks
+from pipeline.tuning.cluster.ray_errors import RanksFailed, reason_behind
 from pipeline.tuning.grid import Asha, Resources
 from pipeline.tuning.trial import (
     StopWatch,

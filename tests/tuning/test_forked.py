@@ -16,8 +16,9 @@ import psutil
 import pytest
 
 from pipeline.tuning.cluster import forked
-from pipeline.tuning.cluster.forked import Died, Failed, run_forked
-from pipeline.tuning.cluster.ranks import Place, in_rank_order, variables_of
+from pipeline.tuning.cluster.forked import run_forked
+from pipeline.tuning.cluster.ranks import Slot, in_rank_order, variables_of
+from pipeline.tuning.cluster.ray_errors import Died, Failed
 
 PRELOADED = "wave"  # a module of the standard library that nothing else imports
 
@@ -144,9 +145,9 @@ def test_where_the_server_touched_a_card_it_starts_afresh(tmp_path: Path, monkey
 
 def test_ranks_of_a_node_follow_each_other_and_share_its_cards() -> None:
     places = [
-        Place("a", "10.0.0.1", 4000, ("1",)),
-        Place("b", "10.0.0.2", 5000, ("0",)),
-        Place("a", "10.0.0.1", 4001, ("0",)),
+        Slot("a", "10.0.0.1", 4000, ("1",)),
+        Slot("b", "10.0.0.2", 5000, ("0",)),
+        Slot("a", "10.0.0.1", 4001, ("0",)),
     ]
     assert in_rank_order(places) == [0, 2, 1]
     found = variables_of([places[position] for position in (0, 2, 1)])
@@ -159,5 +160,5 @@ def test_ranks_of_a_node_follow_each_other_and_share_its_cards() -> None:
         ("10.0.0.1", "4000", "3")
     }
     assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == ["0,1", "0,1", "0"]
-    alone = variables_of([Place("a", "10.0.0.1", 4000, ())])
+    alone = variables_of([Slot("a", "10.0.0.1", 4000, ())])
     assert "CUDA_VISIBLE_DEVICES" not in alone[0]

@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.config import ConfigError
-from pipeline.tuning.cluster.forked import Died, Failed
-from pipeline.tuning.cluster.ranks import RanksFailed
-from pipeline.tuning.cluster.ray_errors import reason_behind
+from pipeline.tuning.cluster.ray_errors import Died, Failed, RanksFailed, reason_behind
 
 RESET = "[gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:10648: Connection reset by peer. This is typically"
 KILLED = (

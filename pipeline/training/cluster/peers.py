@@ -35,7 +35,7 @@ class PeerLost(Ended):
 def meet(world: World, timeout: timedelta, env: Mapping[str, str] | None = None) -> dist.Store | None:
     """Wait until all ranks are at the store of MASTER_ADDR:MASTER_PORT, and return it.
 
-    None where nobody has to be waited for: a world of one, or a process group that is there already.
+    None if there is nothing to wait for: a world of one, or a process group that exists already.
 
     Raises PeerLost after `timeout`: on rank 0 with the ranks that did not arrive, on the others with the host that
     could not be reached.

@@ -17,6 +17,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from pipeline.tuning.cluster.ray_errors import Died, Failed, reason_behind
+
 # All that a training or an evaluation imports, also late.
 PRELOAD = (
     "pipeline.tuning.trial",
@@ -29,14 +31,6 @@ PRELOAD = (
 )
 _CARD_IN_USE = 77  # exit code of a forked process that could not use a card
 _LOOK_SECONDS = 1.0
-
-
-class Died(Exception):
-    """The process was killed, or it ran out of memory."""
-
-
-class Failed(Exception):
-    """The function raised; the message is the error in a line or two."""
 
 
 def run_forked(function: Callable[..., object], arguments: tuple[Any, ...], environment: Mapping[str, str]) -> None:
@@ -76,7 +70,7 @@ def run_forked(function: Callable[..., object], arguments: tuple[Any, ...], envi
 
 
 def _received(receiver: Connection) -> str | None:
-    """What a process sent before its end; None where it ended first."""
+    """What a process sent before its end; None if it ended first."""
     try:
         return receiver.recv()
     except EOFError:
@@ -104,8 +98,6 @@ def _enter(
     try:
         function(*arguments)
     except Exception as error:  # noqa: BLE001 - whatever it is, the one who waits is reason_behind
-        from pipeline.tuning.cluster.ray_errors import reason_behind
-
         sender.send(reason_behind(error))
         sys.exit(1)
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
-from pipeline.tuning.cluster.forked import Died, run_forked
+from pipeline.tuning.cluster.forked import run_forked
+from pipeline.tuning.cluster.ray_errors import Died, RanksFailed
 
 _LOOK_SECONDS = 1.0
 _TEARDOWN_SECONDS = 10.0
@@ -26,25 +27,13 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Place:
+class Slot:
     """Where a process of Ray is: its node, the node's address, a port that is free there, and the cards it may use."""
 
     node: str
     address: str
     port: int
     cards: tuple[str, ...]
-
-
-class RanksFailed(Exception):
-    """Training processes ended with an error.
-
-    Args:
-        failures: {rank: error} of each of them.
-    """
-
-    def __init__(self, failures: Mapping[int, BaseException]) -> None:
-        super().__init__(failures)
-        self.failures = dict(failures)
 
 
 def run_ranks(
@@ -85,11 +74,11 @@ def run_ranks(
             if stopped():
                 return
         try:
-            places = ray.get([on(bundle, _place).remote() for bundle in range(size.workers)])
+            slots = ray.get([on(bundle, _slot).remote() for bundle in range(size.workers)])
         except RayError as error:
             raise RanksFailed({0: error}) from error
-        bundles = in_rank_order(places)
-        variables = variables_of([places[bundle] for bundle in bundles])
+        bundles = in_rank_order(slots)
+        variables = variables_of([slots[bundle] for bundle in bundles])
         tasks = {
             on(bundle, _rank).remote(function, arguments, variables[rank], folder): rank
             for rank, bundle in enumerate(bundles)
@@ -118,29 +107,29 @@ def run_alone(
     ray.get(remote(_rank).remote(function, arguments, {}, folder))
 
 
-def in_rank_order(places: Sequence[Place]) -> list[int]:
-    """Positions in `places` so that those of one node follow each other, the first node first."""
-    nodes = list(dict.fromkeys(place.node for place in places))
-    return sorted(range(len(places)), key=lambda position: (nodes.index(places[position].node), position))
+def in_rank_order(slots: Sequence[Slot]) -> list[int]:
+    """Positions in `slots` so that those of one node follow each other, the first node first."""
+    nodes = list(dict.fromkeys(slot.node for slot in slots))
+    return sorted(range(len(slots)), key=lambda position: (nodes.index(slots[position].node), position))
 
 
-def variables_of(places: Sequence[Place]) -> list[dict[str, str]]:
-    """What torchrun would set for each rank; `places` are in rank order.
+def variables_of(slots: Sequence[Slot]) -> list[dict[str, str]]:
+    """What torchrun would set for each rank; `slots` are in rank order.
 
     All ranks of a node see the cards of all of them, because NCCL looks for its neighbours' cards.
     """
-    found, first = [], places[0]
-    for rank, place in enumerate(places):
-        here = [number for number, other in enumerate(places) if other.node == place.node]
+    found, first = [], slots[0]
+    for rank, slot in enumerate(slots):
+        here = [number for number, other in enumerate(slots) if other.node == slot.node]
         variables = {
             "RANK": rank,
-            "WORLD_SIZE": len(places),
+            "WORLD_SIZE": len(slots),
             "LOCAL_RANK": here.index(rank),
             "LOCAL_WORLD_SIZE": len(here),
             "MASTER_ADDR": first.address,
             "MASTER_PORT": first.port,
         }
-        cards = sorted({card for number in here for card in places[number].cards})
+        cards = sorted({card for number in here for card in slots[number].cards})
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(cards)} if cards else {}
         found.append({name: str(value) for name, value in variables.items()} | visible)
     return found
@@ -179,7 +168,7 @@ def _failures(tasks: Mapping[Any, int], done: Sequence[Any]) -> dict[int, BaseEx
     return found
 
 
-def _place() -> Place:
+def _slot() -> Slot:
     import ray
 
     context = ray.get_runtime_context()
@@ -187,7 +176,7 @@ def _place() -> Place:
         probe.bind(("", 0))
         port = int(probe.getsockname()[1])
     cards = tuple(map(str, context.get_accelerator_ids().get("GPU", ())))
-    return Place(context.get_node_id(), ray.util.get_node_ip_address(), port, cards)
+    return Slot(context.get_node_id(), ray.util.get_node_ip_address(), port, cards)
 
 
 def _rank(

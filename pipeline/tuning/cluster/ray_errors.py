@@ -9,10 +9,9 @@ import os
 import re
 import socket
 import traceback
+from collections.abc import Mapping
 
 from pipeline.config import ConfigError
-from pipeline.tuning.cluster.forked import Died, Failed
-from pipeline.tuning.cluster.ranks import RanksFailed
 from pipeline.tuning.trial import final_reason
 
 _SECONDS = 10.0
@@ -20,6 +19,26 @@ _LOST_A_PEER = re.compile(r"connection (reset|closed|refused)|broken pipe|nccl|g
 _LOW_MEMORY = re.compile(r"running low on memory[^.]*", re.IGNORECASE)
 _EXIT_DETAIL = re.compile(r"Worker exit detail: (.*?)(?: Some common causes| There are some potential|$)", re.DOTALL)
 _LONGEST = 300
+
+
+class Died(Exception):
+    """The process was killed, or it ran out of memory."""
+
+
+class Failed(Exception):
+    """The function raised; the message is the error in a line or two."""
+
+
+class RanksFailed(Exception):
+    """Training processes ended with an error.
+
+    Args:
+        failures: {rank: error} of each of them.
+    """
+
+    def __init__(self, failures: Mapping[int, BaseException]) -> None:
+        super().__init__(failures)
+        self.failures = dict(failures)
 
 
 def check_reachable(address: str) -> None:
