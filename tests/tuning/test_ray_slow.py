@@ -18,6 +18,8 @@ import pytest
 from ports import free_port
 from sweep_by_hand import lay_out
 
+from pipeline.tuning.cluster.forked import PRELOAD
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 RESOURCES = "resources: {workers: 2, cpus_per_worker: 0.5, eval_cpus: 0.5%s}\n"
@@ -208,11 +210,9 @@ def two_nodes(tmp_path: Path) -> Iterator[tuple[str, dict[str, str], list[psutil
 
 
 def is_rank(process: psutil.Process) -> bool:
-    """Whether a process was forked from a server of ranks."""
+    """Whether a process was forked from a server of ranks; Ray's dashboard forks from a server of its own."""
     above = process.parent()
-    return above is not None and all(
-        "multiprocessing.forkserver" in " ".join(each.cmdline()) for each in (process, above)
-    )
+    return above is not None and all(PRELOAD[0] in " ".join(each.cmdline()) for each in (process, above))
 
 
 def test_a_trial_of_two_workers_is_spread_over_two_nodes(command, make_config, make_grid, by_hand, two_nodes) -> None:
