@@ -1,8 +1,7 @@
 """python tests/benchmarks/partitions.py [--ranks 2] [--stages 2 3]: memory of each rank while it trains a large base.
 
-Prints the most anonymous memory of each rank, over what it had before the model, beside the size of the base. Under
-ZeRO-3 the ranks other than 0 never hold the whole base. The base has random weights and 32-pixel images, so that
-weights are nearly all of its memory.
+Prints the peak memory of each rank, beyond what it used before the model was built, next to the size of the base. The
+base has random weights and 32-pixel images, so nearly all of its memory is weights.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ BASE = {
 
 
 class Peak(threading.Thread):
-    """The most anonymous memory (RssAnon) of this process, looked at 50 times a second."""
+    """Peak anonymous memory (RssAnon) of this process, sampled 50 times a second."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -47,7 +46,7 @@ def _anonymous() -> int:
 
 def measure(folder: Path, settings: list[str]) -> None:
     """One rank."""
-    import deepspeed  # noqa: F401 - what is imported is no memory of the model
+    import deepspeed  # noqa: F401 - imports do not count as memory of the model
 
     from pipeline.config import load_config
     from pipeline.demo.assets import FINETUNE, asset

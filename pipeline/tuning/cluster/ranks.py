@@ -53,7 +53,7 @@ def run_ranks(
         stopped: whether waiting for room on the cluster should end; then nothing is started.
 
     Raises:
-        RanksFailed: processes failed; those that were left are ended.
+        RanksFailed: some processes failed; the others have been ended.
     """
     import ray
     from ray.exceptions import RayError
@@ -65,7 +65,7 @@ def run_ranks(
 
     def on(bundle: int, task: Callable[..., Any]) -> Any:
         strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
-        # Without max_calls a process with a card ends after a call, and its server with it.
+        # Ray ends a process that uses a card after one call by default, and the server of ranks with it.
         wrapped = ray.remote(num_cpus=size.cpus, num_gpus=size.gpus, max_calls=0, max_retries=0)(task)
         return wrapped.options(scheduling_strategy=strategy)
 
@@ -91,7 +91,7 @@ def run_ranks(
 def run_alone(
     function: Callable[..., object], arguments: tuple[Any, ...], size: Size, folder: Path, retries: int
 ) -> None:
-    """Call a function of a module in a process of its own somewhere on the cluster; begin again when it was killed."""
+    """Call a function of a module in a separate process on the cluster, and again if the process is killed."""
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -101,7 +101,7 @@ def run_alone(
         max_calls=0,
         max_retries=retries,
         retry_exceptions=[Died],  # type: ignore[arg-type]
-        # Else it would have to fit into the small share of the trial's own process.
+        # Otherwise it would have to fit into the small share of the trial's own process.
         scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=None),  # type: ignore[arg-type]
     )
     ray.get(remote(_rank).remote(function, arguments, {}, folder))
