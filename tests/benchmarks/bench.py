@@ -21,12 +21,11 @@ import gpu_rows
 import kernels
 import loader_rows
 import rows
-import trial_cost
 from measure import Line, Ratio, prepare
 from page import figure, markdown, shown
 
 # Rounds of a row, by what one costs: all CPU rows together take a quarter of an hour on an idle core.
-ROUNDS = rows.ROUNDS | {9: 9, 10: 9, 12: 7, 13: 9, 15: 1, 16: 2}
+ROUNDS = rows.ROUNDS | {9: 9, 10: 9, 12: 7, 13: 9, 15: 1}
 
 
 def main() -> int:
@@ -36,7 +35,7 @@ def main() -> int:
     parser.add_argument("--images", type=Path, help="JPEGs in class folders, or an archive of them")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"))
     arguments = parser.parse_args()
-    table = rows.ROWS | loader_rows.rows(arguments.images) | gpu_rows.ROWS | {15: kernels.launches, 16: trial_cost.row}
+    table = rows.ROWS | loader_rows.rows(arguments.images) | gpu_rows.ROWS | {15: kernels.launches}
     left_out = dict.fromkeys(gpu_rows.ROWS, gpu_rows.why_not())
     left_out = {row: why for row, why in left_out.items() if why is not None}
     wanted = sorted(table.keys() - left_out) if arguments.rows is None else arguments.rows

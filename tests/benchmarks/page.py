@@ -31,7 +31,6 @@ TITLES = {
     13: "Inference of ViT-B/16 in bf16 on a GPU",
     14: "Training step with reference samples",
     15: "Kernels that an eager training step of ViT-B/16 launches on a GPU, counted on shapes",
-    16: "What a trial of a sweep costs",
 }
 # Okabe and Ito's colours, which all eyes tell apart; the marks differ in form, too.
 MET, MISSED, LIMIT = "#0072B2", "#D55E00", "#555555"
