@@ -39,6 +39,12 @@ class Family:
 
 # Architectures that keep their own depth and width.
 OWN = {"img_size": None, "patch_size": None, "embed_dim": None, "depth": None, "num_heads": None}
+VITAMIN: Any = {
+    "note": "a convolutional stem, and an MLP of its own (GeGluMlp)",
+    "toy": OWN,
+    "refused": "no fc1 in the layers of its image tower",
+    "slow": True,
+}
 
 TIMM = [
     Family("ViT, also of MAE, MoCo, DINO", "vit_base_patch16_224"),
@@ -96,6 +102,7 @@ TIMM = [
         refused=PARTS.format("RelPosAttention"),
     ),
     Family("SAM", "samvit_base_patch16", "relative positions in windows", refused=PARTS.format("Attention")),
+    Family("ViTamin", "vitamin_small_224", **VITAMIN),
     *(
         Family(name, example, "not a plain transformer", toy=OWN, refused="model:", slow=True)
         for name, example in (
@@ -111,7 +118,6 @@ TIMM = [
             ("Swin v2", "swinv2_tiny_window8_256"),
             ("TNT", "tnt_s_patch16_224"),
             ("Twins", "twins_svt_small"),
-            ("ViTamin", "vitamin_small_224"),
             ("VOLO", "volo_d1_224"),
             ("XCiT", "xcit_nano_12_p16_224"),
             ("convolutional networks", "resnet18"),
@@ -168,13 +174,13 @@ OPEN_CLIP = [
     Family("NLLB with SigLIP", "nllb-clip-base-siglip", "text model of Hugging Face; sigmoid loss"),
     Family("CoCa", "coca_ViT-B-32", "its caption decoder has a loss of its own", refused="CoCa"),
     Family("relative positions", "vit_relpos_medium_patch16_cls_224", refused=PARTS.format("RelPosAttention")),
+    Family("ViTamin", "ViTamin-S", **VITAMIN),
     *(
         Family(name, example, "not a plain transformer", toy=OWN, refused=NOT_PLAIN, slow=True)
         for name, example in (
             ("ResNet", "RN50"),
             ("ConvNeXt", "convnext_tiny"),
             ("Swin", "swin_base_patch4_window7_224"),
-            ("ViTamin", "ViTamin-S"),
             ("MobileCLIP S", "MobileCLIP-S1"),
         )
     ),
