@@ -58,6 +58,8 @@ class Batches(Generic[Made]):
         self._options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin}
         if workers:
             use_short_sockets()
+            if (start_method or multiprocessing.get_start_method()) == "forkserver":
+                multiprocessing.set_forkserver_preload(["pipeline.data.worker_server"])
             self._options |= {"prefetch_factor": prefetch, "multiprocessing_context": start_method}
 
     def __len__(self) -> int:

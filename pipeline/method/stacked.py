@@ -7,7 +7,7 @@ with its own factors are batched. Each value equals that of the block computed a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -57,9 +57,9 @@ def project(x: Tensor, linears: Sequence[nn.Module]) -> list[Tensor]:
     if way is None:
         return [linear(x) for linear in linears]
     first = blocks[0]
-    magnitudes = [magnitude for block in blocks if (magnitude := block.scale_parameter()) is not None]
-    scores: list[Tensor] = [block.gate.score for block in blocks if block.gate is not None]
-    biases = [bias for block in blocks if (bias := block.bias) is not None]
+    magnitudes = _present(block.scale_parameter() for block in blocks)
+    scores = _present(None if block.gate is None else block.gate.score for block in blocks)
+    biases = _present(block.bias for block in blocks)
     stack = Stack(
         torch.stack([block.base.weight for block in blocks]),
         torch.stack([block.lowrank.lora_A for block in blocks]),
@@ -88,6 +88,11 @@ def _way(x: Tensor, blocks: Sequence[Block]) -> Way | None:
     tokens, dora = x.numel() // inputs, first.scale_parameter() is not None
     way = cheapest(Work(tokens, inputs, outputs, first.lowrank.rank, dora, x.requires_grad, None), x.device.type)
     return None if way == "two_path" else way
+
+
+def _present(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    """Those that are not None. With a walrus in a comprehension, the compiler would break the graph (Python 3.11)."""
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def _form(block: Block) -> tuple[object, ...]:

@@ -124,6 +124,14 @@ def steps_done(run_dir: Path) -> int:
     return latest_step(run_dir) or 0
 
 
+def readable_steps(run_dir: Path) -> int:
+    """The same for the record of a failure, which may be that the checkpoints cannot be read: 0 then."""
+    try:
+        return steps_done(run_dir)
+    except (ConfigError, OSError):
+        return 0
+
+
 def point_to(run_dir: Path, step: int) -> None:
     """Make a complete checkpoint the newest."""
     replace_text(run_dir / CHECKPOINTS / LATEST, checkpoint_dir(run_dir, step).name + "\n")

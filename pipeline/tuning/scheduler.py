@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.runs.run import steps_done
+from pipeline.runs.run import readable_steps, steps_done
 from pipeline.runs.sweep import OVER, TrialState, read_state, trial_dir, write_state
 from pipeline.tracking.journal import JOURNAL, Record, decode, read
 from pipeline.tuning.cluster.ranks import Size, run_alone, run_ranks
@@ -210,7 +210,7 @@ def _note_failure(run_dir: Path, job: TrialJob, error: BaseException) -> TrialSt
     """Whether a failure belongs to the trial; the end of the whole cluster would also end this process."""
     if failure_of(run_dir) is None:
         time.sleep(_TEARDOWN_SECONDS)
-    step = steps_done(run_dir)
+    step = readable_steps(run_dir)
     if StopWatch(job.sweep_dir).stop_requested():
         return write_state(run_dir, status="waiting", step=step)
     return write_state(run_dir, status="failed", step=step, error=_reason(run_dir, error))

@@ -22,7 +22,7 @@ from typing import Any
 from pipeline.config import Config, ConfigError
 from pipeline.data.storage.folders import STORE_PASSWORD
 from pipeline.passwords import password_in
-from pipeline.runs.run import steps_done
+from pipeline.runs.run import readable_steps
 from pipeline.runs.sweep import OVER, STOP_FILE, TrialState, finished_of, read_state, trial_dir, write_state
 from pipeline.tuning.grid import Grid, Resources
 from pipeline.tuning.layout import (
@@ -265,7 +265,7 @@ def _record_ends(sweep_dir: Path, trials: Sequence[Trial], lost: dict[str, str],
         run_dir = trial_dir(sweep_dir, trial.name)
         if read_state(run_dir).status not in ("training", "evaluating"):
             continue
-        step = steps_done(run_dir)
+        step = readable_steps(run_dir)
         if interrupted:
             write_state(run_dir, status="waiting", step=step)
         elif trial.name in lost:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import Config, ConfigError, flatten, load_config
 from pipeline.files import replace_text
 from pipeline.runs.results import EVAL
-from pipeline.runs.run import CONFIG_FILE, is_run, steps_done, write_gates
+from pipeline.runs.run import CONFIG_FILE, is_run, readable_steps, steps_done, write_gates
 from pipeline.runs.sweep import (
     ALARM_FILE,
     BASELINES,
@@ -216,7 +216,8 @@ def run_trial(sweep_dir: Path, name: str) -> TrialState:
             evaluation_stage(sweep_dir, name)
             state = write_state(run_dir, status="finished")
     except Exception as error:  # noqa: BLE001 - any failure is recorded in the trial's state
-        state = write_state(run_dir, status="failed", step=steps_done(run_dir), error=final_reason(error) or str(error))
+        reason = final_reason(error) or str(error)
+        state = write_state(run_dir, status="failed", step=readable_steps(run_dir), error=reason)
     return state
 
 

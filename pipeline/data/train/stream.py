@@ -179,6 +179,8 @@ class RankSteps:
 class _MakeBatch:
     """Makes a Batch from the positions of one rank and step; see `train_loader` for the options."""
 
+    _reading: Sequence[ReadAhead] = ()  # also of one that a dying trainer did not send to its worker whole
+
     def __init__(
         self,
         dataset: TrainDataset,
@@ -193,7 +195,7 @@ class _MakeBatch:
         self.dataset, self.plan, self.tokenizer, self.reference = dataset, plan, tokenizer, reference
         self._find_cut = find_cut
         self._ahead, self._sharing = ahead, sharing
-        self._reading: list[ReadAhead] = []
+        self._reading = []
         self._next, self._retries = -1, 0
 
     def __call__(self, positions: Sequence[int]) -> Batch:

@@ -31,6 +31,8 @@ PARENT_TAG = "mlflow.parentRunId"
 MAX_METRICS, MAX_PAIRS = 1000, 100  # per log_batch call
 _MAX_NAME, _MAX_PARAM, _MAX_TAG = 250, 6000, 8000
 _CREATE_WAIT_SECONDS = 120.0  # a new SQLite store first runs all of MLflow's migrations
+# An error of the database is raised as well, so its traceback in the log says nothing more.
+LOG_LEVELS = {"mlflow": logging.ERROR, "alembic": logging.ERROR, "mlflow.store.db.utils": logging.CRITICAL}
 _REPLACE = "move it away and fill a new one by `selora track sync RUN --full`"
 # Text in the first line of an error, and the message for it.
 _SIGNS = {
@@ -174,8 +176,8 @@ class MlflowStore:
         """Connect, and create store and experiment if they are missing; for SQLite one process at a time."""
         from mlflow import MlflowClient
 
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        for name, level in LOG_LEVELS.items():
+            logging.getLogger(name).setLevel(level)
         file = sqlite_path(self.uri)
         if file is None:
             client = MlflowClient(self.uri, registry_uri=self.uri)

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save
 from torch import Tensor
 
+from pipeline.tracking.mlflow.store import LOG_LEVELS
+
 if TYPE_CHECKING:
     import pandas as pd
     from mlflow.models import ModelSignature
@@ -168,15 +170,14 @@ def _drop_paths(model: Path) -> None:
 def quiet() -> Iterator[None]:
     """Run MLflow without its progress bars and messages, and with unpickling forbidden."""
     before = {name: os.environ.get(name) for name in MODEL_ENVIRONMENT}
-    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
-    levels = [logger.level for logger in loggers]
+    levels = {name: logging.getLogger(name).level for name in LOG_LEVELS}
     os.environ.update(MODEL_ENVIRONMENT)
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    for name, level in LOG_LEVELS.items():
+        logging.getLogger(name).setLevel(level)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
