@@ -68,7 +68,7 @@ def latest_step(run_dir: Path) -> int | None:
     pointer = run_dir / CHECKPOINTS / LATEST
     try:
         name = pointer.read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     number = name.removeprefix("step-")
     if not number.isdigit():
