@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.config import ConfigError
@@ -126,6 +128,56 @@ def test_no_worker_outlives_a_trainer_that_was_killed(tmp_path: Path, method: st
     while (left := [pid for pid in pids if os.path.exists(f"/proc/{pid}")]) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left
+
+
+CUT_SHORT = """
+import sys, time
+from pathlib import Path
+from pipeline.data.batches import Batches
+
+class Work:
+    def __init__(self):
+        self.parts = Arrived(), bytes(10**7)
+    def __call__(self, positions):
+        return 0
+
+class Arrived:
+    def __getstate__(self):
+        return {"place": sys.argv[1]}
+    def __setstate__(self, state):  # in the worker, while the trainer still sends the rest
+        Path(state["place"]).touch()
+        time.sleep(2)
+
+if __name__ == "__main__":
+    next(iter(Batches(Work(), [[1]], workers=1, start_method="forkserver")))
+"""
+
+
+def test_a_worker_whose_trainer_dies_while_sending_its_work_ends_quietly(tmp_path: Path) -> None:
+    script, place, log = tmp_path / "trainer.py", tmp_path / "arrived", tmp_path / "log"
+    script.write_text(CUT_SHORT)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "SELORA_TEST_CUT": str(tmp_path)}
+    with log.open("w") as file:
+        trainer = subprocess.Popen([sys.executable, script, place], stdout=file, stderr=file, env=environment)
+    deadline = time.monotonic() + 60
+    while not place.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert place.exists(), log.read_text()
+    trainer.kill()
+    trainer.wait()
+    while _started_with("SELORA_TEST_CUT", str(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _started_with("SELORA_TEST_CUT", str(tmp_path))
+    assert "Traceback" not in log.read_text()
+
+
+def _started_with(name: str, value: str) -> list[int]:
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(name) == value:
+                found.append(process.pid)
+    return found
 
 
 def double(positions: Sequence[int]) -> list[int]:

@@ -88,7 +88,7 @@ def test_a_sweep_survives_the_loss_of_a_node(
         with_workers = [
             name
             for name in three_hosts.names
-            if any("multiprocessing.forkserver" in line for line in three_hosts.processes(name).values())
+            if any(line.startswith("ray::_rank") for line in three_hosts.processes(name).values())
         ]
         assert len(with_workers) == 2, [three_hosts.processes(name) for name in three_hosts.names]
         three_hosts.power_off(with_workers[-1])

@@ -77,6 +77,24 @@ def test_an_asked_for_stop_ends_no_training_that_has_not_begun(make_config, make
     assert not (trial_dir(sweep_dir, NAME) / "checkpoints").exists()
 
 
+def test_a_trial_without_readable_checkpoints_fails(make_config, make_grid, by_hand, tmp_path) -> None:
+    """A damaged pointer, and a file in the place of the directory: the reason has the path."""
+    config, grid = make_config(), make_grid("grid: {rank: [2, 4]}")
+    trials = lay_out(config, grid)
+    sweep_dir = tmp_path / "runs" / "sweep"
+    first, second = (trial_dir(sweep_dir, trial.name) / "checkpoints" for trial in trials)
+    first.mkdir(parents=True)
+    (first / "latest").write_text("nonsense\n")
+    second.parent.mkdir(parents=True, exist_ok=True)
+    second.write_text("not a directory")
+    for trial, place in zip(trials, (first, second), strict=True):
+        by_hand(sweep_dir, trial.name, world=1)
+        state = read_state(trial_dir(sweep_dir, trial.name))
+        assert (state.status, state.step) == ("failed", 0)
+        assert state.error is not None
+        assert str(place) in state.error
+
+
 def test_running_out_of_memory_is_a_reason() -> None:
     """Memory that runs out is a reason and a lost peer is none."""
     assert final_reason(MemoryError()) == "out of memory: MemoryError"
