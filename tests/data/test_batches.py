@@ -153,7 +153,7 @@ if __name__ == "__main__":
 """
 
 
-def test_a_worker_whose_trainer_dies_while_sending_its_work_ends_quietly(tmp_path: Path) -> None:
+def test_a_worker_that_never_got_its_work_ends_quietly(tmp_path: Path) -> None:
     script, place, log = tmp_path / "trainer.py", tmp_path / "arrived", tmp_path / "log"
     script.write_text(CUT_SHORT)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "SELORA_TEST_CUT": str(tmp_path)}
