@@ -14,7 +14,8 @@ import pipeline.data.train.stream  # noqa: F401 - loaded once here instead of in
 
 
 def _end_quietly(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if not issubclass(kind, EOFError | UnpicklingError | ConnectionError):
+    cut_off = issubclass(kind, EOFError) or (issubclass(kind, UnpicklingError) and "truncated" in str(error))
+    if not cut_off:
         sys.__excepthook__(kind, error, trace)
 
 

@@ -52,14 +52,12 @@ SETTINGS = {
 
 
 class Best(NamedTuple):
-    """The best trial of a finished sweep, and how many trials had to be started again."""
+    """The best trial of a finished sweep at the floor."""
 
-    name: str
     id: float
     kept: float
     alpha: float
-    trials: int
-    seconds: float
+    name: str
 
 
 def command(out: Path, kind: str, seed: int) -> list[str]:
@@ -82,7 +80,7 @@ def command(out: Path, kind: str, seed: int) -> list[str]:
 
 
 def sweep(out: Path, kind: str, seed: int, kills: int) -> None:
-    """Run one sweep to its end; its driver is killed so often on the way, each time after two more finished trials."""
+    """Run one sweep to its end; its driver is killed so often on the way, each time after three more trials."""
     sweep_dir, log = out / f"{kind}-s{seed}", out / f"{kind}-s{seed}.log"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     for number in range(1, kills + 2):
@@ -95,36 +93,32 @@ def sweep(out: Path, kind: str, seed: int, kills: int) -> None:
         driver.wait()
 
 
-def finished(sweep_dir: Path) -> dict[str, str]:
-    """{name of a finished trial: when it ended}."""
+def finished(sweep_dir: Path) -> list[str]:
+    """Names of the finished trials."""
     if not (sweep_dir / "sweep.json").exists():
-        return {}
-    states = {each["name"]: read_state(trial_dir(sweep_dir, each["name"])) for each in read_sweep(sweep_dir)["trials"]}
-    return {name: state.updated for name, state in states.items() if state.status == "finished"}
+        return []
+    names = [each["name"] for each in read_sweep(sweep_dir)["trials"]]
+    return [name for name in names if read_state(trial_dir(sweep_dir, name)).status == "finished"]
 
 
 def best(sweep_dir: Path) -> Best | None:
     """The best trial; None for a sweep that is not finished."""
-    names, found = finished(sweep_dir), []
-    for name in names:
+    found = []
+    for name in finished(sweep_dir):
         at = floors_of(read_floors(trial_dir(sweep_dir, name) / EVAL))[FLOOR]
-        found.append((at.id, at.kept, at.alpha, name))
-    if len(found) < TRIALS:
-        return None
-    accuracy, kept, alpha, name = max(found)
-    return Best(name, accuracy, kept, alpha, len(names), 0.0)
+        found.append(Best(at.id, at.kept, at.alpha, name))
+    return max(found) if len(found) >= TRIALS else None
 
 
 def table(out: Path, seeds: list[int]) -> str:
     """One row a seed and kind."""
-    head = "| seed | search | trials | best id at 95 % | its share kept | α | trial |"
-    lines = [head, "|" + "---|" * 7]
+    head = "| seed | search | best id at 95 % | its share kept | α | trial |"
+    lines = [head, "|" + "---|" * 6]
     for seed in seeds:
         for kind in SWEEPS:
             if (one := best(out / f"{kind}-s{seed}")) is not None:
                 lines.append(
-                    f"| {seed} | {kind} | {one.trials} | {100 * one.id:.1f} | {100 * one.kept:.1f} "
-                    f"| {one.alpha:g} | {one.name} |"
+                    f"| {seed} | {kind} | {100 * one.id:.1f} | {100 * one.kept:.1f} | {one.alpha:g} | {one.name} |"
                 )
     return "\n".join(lines)
 
