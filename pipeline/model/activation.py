@@ -30,12 +30,13 @@ class QuickGELU(nn.Module):
     """x sigmoid(1.702 x), the activation of OpenAI's CLIP (GELU's sigmoid form, arXiv 1606.08415, section 2).
 
     With the formula written out, autograd would keep x, 1.702 x and the sigmoid; this module keeps x and recomputes the
-    rest.
+    rest. A compiler does so by itself, and torch 2.11's loses the gradient of a Function that returns a tensor which it
+    has changed in place.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """(...) -> (...), in the dtype of x."""
-        if not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return x * torch.sigmoid(SLOPE * x)
         out = _QuickGELU.apply(x)
         assert isinstance(out, Tensor)

@@ -155,7 +155,7 @@ def _linears(layer: nn.Module, linears: Linears) -> dict[str, tuple[nn.Module, s
     return found
 
 
-def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
+def compile_layers(model: nn.Module, backend: str = "inductor", mode: str | None = None) -> None:
     """torch.compile the forward of every residual layer, in place: one graph serves all layers of a tower.
 
     Only the forward is compiled, so that hooks of the layer stay outside the graph: those of ZeRO-3 gather its
@@ -165,7 +165,7 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     torch._dynamo.config.recompile_limit = 64
     for tower in towers_of(model):
         for layer in layers(model, tower):
-            layer.forward = torch.compile(layer.forward, backend=backend, dynamic=False)
+            layer.forward = torch.compile(layer.forward, backend=backend, mode=mode, dynamic=False)
 
 
 def inside_layers(name: str) -> bool:

@@ -26,8 +26,7 @@ from pipeline.training.device import on_host, portions
 PERSISTENT_ELEMENTS = 100_000
 # Elements that ZeRO-3 keeps gathered, two layers of ViT-bigG/14. With DeepSpeed's 1e9 a rank would hold a ViT-L/14.
 LIVE_ELEMENTS = 100_000_000
-# Gradients are reduced in about this many buckets, so that communication starts during the backward. DeepSpeed
-# allocates whole buckets: its default of 500 million elements takes 2 GB.
+# Gradients are reduced in about this many buckets, during the backward. DeepSpeed's default bucket takes 2 GB.
 BUCKETS = 4
 # State that an optimizer keeps for each parameter.
 _MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
@@ -41,9 +40,7 @@ def start_process_group(
 ) -> dist.ProcessGroup:
     """Join the process group (nccl on cards, gloo on CPU) and return a gloo group for control messages.
 
-    Args:
-        timeout: of every collective.
-        store: where the ranks met; None: a world of one, or a process group that is there already.
+    store: where the ranks met; None: a world of one, or a process group that is there already.
     """
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     if world.device.type == "cuda":
@@ -89,8 +86,9 @@ def deepspeed_config(config: Config, world: World, trained: int) -> dict[str, An
         "overlap_comm": world.world_size > 1,
     }
     if stage in (1, 2):
-        # The norm costs a kernel for each tensor and a wait for the device; only clipping reads it.
-        zero["compute_grad_norm"] = clip > 0
+        zero["compute_grad_norm"] = (
+            clip > 0
+        )  # a kernel for each tensor and a wait for the device; only clipping reads it
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = PERSISTENT_ELEMENTS
         zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = LIVE_ELEMENTS
@@ -138,7 +136,11 @@ def build_engine(
         with card_as_local_rank(world.device):
             if config.train.zero_stage == 3:  # initialize itself would first move the whole model to each device
                 deepspeed.zero.Init(module=model, config_dict_or_path=settings)
+                for buffer in model.buffers():  # Init moves parameters only
+                    buffer.data = buffer.data.to(world.device)
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    if world.world_size == 1 and config.train.zero_stage == 0:
+        engine.enable_backward_allreduce = False  # it would copy every gradient twice, to sum it over one rank
     return engine
 
 
@@ -171,10 +173,7 @@ def _without_mlflow() -> Iterator[None]:
 
 
 def _import_muon_uncompiled() -> None:
-    """Import an unused optimizer without compiling it; otherwise DeepSpeed would load torch's compiler for its kernels.
-
-    That takes more than half of the CPU time of a rank's start.
-    """
+    """Import an unused optimizer without torch's compiler, which takes more than half of the CPU time of a start."""
     from deepspeed.runtime import compiler
 
     compiling = compiler.compile

@@ -32,7 +32,10 @@ MFU_WANTED, OVER_PEFT = 0.35, {"lora": 1.4, "dora": 2.0}
 
 
 class Variant(NamedTuple):
-    """One way to train: whose blocks, of what rank, in what precision, compiled, with whole or short texts."""
+    """One way to train: whose blocks, of what rank, in what precision, compiled, with whole or short texts.
+
+    graphs: compiled into CUDA graphs, which `selora train` does not do.
+    """
 
     kind: Literal["lora", "dora", "full"] = "lora"
     peft: bool = False
@@ -40,6 +43,7 @@ class Variant(NamedTuple):
     compiled: bool = False
     precision: Literal["bf16", "fp32"] = "bf16"
     whole_texts: bool = False
+    graphs: bool = False
 
 
 class Steps:
@@ -79,7 +83,7 @@ class Steps:
 
         net = self.model(variant)
         if variant.compiled:
-            compile_layers(net)
+            compile_layers(net, mode="reduce-overhead" if variant.graphs else None)
         penalty = PenaltySettings("l1", "mean", 1.0, 0.1, 0)
         made = Objective(
             net,
@@ -105,6 +109,7 @@ class Steps:
         optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=self.device.type == "cuda")
 
         def step() -> None:
+            torch.compiler.cudagraph_mark_step_begin()
             objective(images, tokens, 0)["total"].backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -181,6 +186,7 @@ def compiled(setting: Setting) -> None:
         "PEFT DoRA r16, eager": Variant("dora", peft=True),
         "full": Variant("full", compiled=True),
         "selora LoRA r16, eager": Variant(),
+        "selora LoRA r16, CUDA graphs": Variant(compiled=True, graphs=True),
     }
     if setting.tiny:
         variants = dict(list(variants.items())[:1])
@@ -318,11 +324,12 @@ def engine(setting: Setting) -> None:
     steps, rows, batch = Steps(setting), [], setting.size.middle
     world = read_world({})
     start_process_group(world)
+    compiled = not setting.tiny  # as a run on a card is
     for stage in (1, 0):
         if not setting.has(40, f"engine, ZeRO {stage}"):
             continue
         changes = ["model.precision=bf16", f"train.zero_stage={stage}", f"train.global_batch_size={batch}"]
-        objective, inputs = steps.objective(Variant()), steps.inputs(batch)
+        objective, inputs = steps.objective(Variant(compiled=compiled)), steps.inputs(batch)
         groups = parameter_groups(trainable(objective.model), inside_layers, Rates(1e-6, 1e-6, 1e-6), 0.1)
         plain = setting.timed(steps.step(objective, *inputs))
         wrapped = build_engine(objective, groups, load_config(config(setting), changes), world)

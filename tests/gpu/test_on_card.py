@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.config import Config, override
 from pipeline.evaluation.measures.knn import Nearest
 from pipeline.method.adapter import attach_adapter, blocks
 from pipeline.model.activation import QuickGELU
+from pipeline.training.cluster.distributed import read_world
 from pipeline.training.device import on_device
+from pipeline.training.engine import build_engine, start_process_group
 from pipeline.training.loop import Inputs
 
 pytestmark = pytest.mark.gpu
@@ -53,6 +56,20 @@ def test_a_step_waits_for_nothing_and_is_that_of_a_cpu(kind: str, score: float) 
         if expected.grad is not None:
             assert got.grad is not None
             torch.testing.assert_close(got.grad.cpu(), expected.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_buffers_follow_the_parameters_to_the_card(stage: int) -> None:
+    """DeepSpeed moves them with the model, except under ZeRO-3."""
+    world = read_world({})
+    start_process_group(world)
+    net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    groups = [{"params": list(net.parameters()), "names": [], "peak_lr": 0.1, "lr": 0.1, "weight_decay": 0.0}]
+    settings = {"train.zero_stage": stage, "train.global_batch_size": 4, "data.streams": 2}
+    engine = build_engine(net, groups, override(Config.model_validate({"data": {"train": "shards"}}), settings), world)
+    engine.backward(engine(torch.randn(4, 8, device="cuda")).square().sum())
+    engine.step()
+    assert all(buffer.is_cuda for buffer in net.buffers())
 
 
 def test_batches_arrive_whole_from_the_side_stream() -> None:

@@ -93,6 +93,7 @@ class Run:
     def start(self) -> None:
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+        env["OMP_NUM_THREADS"] = "1"  # many run side by side
         command = [sys.executable, "-m", "pipeline", "train", str(self.setting.work / "config.yaml")]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -156,7 +157,7 @@ class Run:
 
 def _plans(setting: Setting) -> dict[str, tuple[str, ...]]:
     """Name -> options of each run. On a CPU two of them: each takes a core for a minute."""
-    micro = max(1, setting.size.train_batch // 4)
+    micro = max(1, setting.size.train_batch // 2)
     plans = {
         "fp32": ("train.compile=false",),
         **{f"bf16-z{stage}": (BF16, "train.compile=false", f"train.zero_stage={stage}") for stage in range(4)},

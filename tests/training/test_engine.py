@@ -27,6 +27,7 @@ from pipeline.training.engine import (
     restore_moments,
     start_process_group,
 )
+from pipeline.training.settings import zero_stage
 
 
 def config(**changes: Any) -> Config:
@@ -78,6 +79,24 @@ def test_the_engine_neither_times_nor_norms_nor_hoards(one_rank: Any, stage: int
     assert engine.skipped_steps == 0
 
 
+def test_one_rank_alone_sums_no_gradients_over_ranks(one_rank: Any) -> None:
+    engine, model = engine_of(one_rank, zero_stage=0)
+    engine.backward(engine(torch.ones(4, 32)).square().mean())
+    reference = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 8))
+    reference.load_state_dict(model.state_dict())
+    reference(torch.ones(4, 32)).square().mean().backward()
+    assert not engine.enable_backward_allreduce
+    for own, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        assert own.grad is not None
+        assert torch.equal(own.grad, expected.grad)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(("stage", "alone"), [(0, 0), (1, 0), (2, 0), (3, 3)])
+def test_one_rank_alone_has_nobody_to_share_its_state_with(stage: int, alone: int) -> None:
+    assert zero_stage(config(zero_stage=stage), world_size=1) == alone
+    assert zero_stage(config(zero_stage=stage), world_size=2) == stage
+
+
 def test_a_rank_starts_without_the_compiler(fork_server: Any) -> None:
     """DeepSpeed would load it for the kernels of an optimizer that is not used: most of the CPU time of a start."""
     rank = fork_server.Process(target=gradient_rank.start_alone)
@@ -112,6 +131,8 @@ def test_several_ranks_reduce_while_the_backward_goes_on() -> None:
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_a_fused_optimizer_goes_on_from_its_moments(one_rank: Any, stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The optimizer of a GPU, which torch has for a CPU as well: resumed, it takes the step of one that went on."""
+    import deepspeed  # before the patch, because it derives from AdamW
+
     fused = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **options: fused(groups, **{**options, "fused": True}))
     monkeypatch.setattr("pipeline.training.engine._MOMENTS", {fused: ("exp_avg", "exp_avg_sq")})
@@ -122,8 +143,6 @@ def test_a_fused_optimizer_goes_on_from_its_moments(one_rank: Any, stage: int, m
         engine.step()
 
     def values(model: nn.Module) -> list[torch.Tensor]:
-        import deepspeed
-
         with deepspeed.zero.GatheredParameters(list(model.parameters())):
             return [parameter.detach().clone() for parameter in model.parameters()]
 
