@@ -181,7 +181,9 @@ class Train(Section):
     grad_clip: Result[float | None] = Field(
         default=None, gt=0, description="clip the gradient to this norm; null: no clipping"
     )
-    zero_stage: Speed[int] = Field(default=1, ge=0, le=3, description="DeepSpeed ZeRO stage")
+    zero_stage: Speed[int] = Field(
+        default=1, ge=0, le=3, description="DeepSpeed ZeRO stage; one rank runs 1 and 2 as 0"
+    )
     log_every: Record[int] = Field(default=10, ge=1, description="steps between log records of losses and speed")
     gates_every: Record[int] = Field(default=50, ge=1, description="steps between log records of every gate")
     checkpoint_every: Record[int] = Field(
@@ -191,6 +193,13 @@ class Train(Section):
     timeout_s: Speed[float] = Field(
         default=1800.0, gt=0, description="seconds that ranks wait for each other, at the start and in collectives"
     )
+
+    def stage(self, ranks: int) -> int:
+        """The ZeRO stage in effect: 1 and 2 share gradients and moments among ranks, so one rank alone has stage 0.
+
+        DeepSpeed's work on each gradient would remain (docs/gpu.md). Stage 3 also frees layers that are not in use.
+        """
+        return 0 if ranks == 1 and self.zero_stage < 3 else self.zero_stage
 
 
 class Keep(Section):

@@ -35,7 +35,7 @@ def planned(configs: Sequence[Config], ranks: int) -> str:
         return ""
     return describe(
         shape.with_captions(),
-        stage=config.train.zero_stage,
+        stage=config.train.stage(ranks),
         ranks=ranks,
         global_batch=config.train.global_batch_size,
         reference=config.keep.batch_size if config.keep.weight else 0,

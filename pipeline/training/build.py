@@ -55,7 +55,7 @@ from pipeline.training.model import (
 from pipeline.training.monitor import Monitor, Sink, TrainingFailed
 from pipeline.training.optim import Rates, lr_factor, parameter_groups
 from pipeline.training.reference import encoding
-from pipeline.training.settings import compiles, zero_stage
+from pipeline.training.settings import compiles
 
 MOST_PAIRS = 2048  # pairs on which the initial logit bias is computed
 
@@ -147,7 +147,7 @@ def _engine(job: TrainingJob, model: Model, groups: list[dict[str, Any]]) -> Any
     if why and job.world.device.type == "cuda":
         say(job.world, f"train.compile=auto: {'compiled' if compiled else 'eager'}, {why}")
     objective = objective_of(job.config, model, compiled)
-    train = job.config.train.model_copy(update={"zero_stage": zero_stage(job.config, job.world.world_size)})
+    train = job.config.train.model_copy(update={"zero_stage": job.config.train.stage(job.world.world_size)})
     config = job.config.model_copy(update={"train": train})
     return build_engine(objective, groups, config, job.world, layer_classes(model) if compiled else [])
 

@@ -26,7 +26,8 @@ from pipeline.training.device import on_host, portions
 PERSISTENT_ELEMENTS = 100_000
 # Elements that ZeRO-3 keeps gathered, two layers of ViT-bigG/14. With DeepSpeed's 1e9 a rank would hold a ViT-L/14.
 LIVE_ELEMENTS = 100_000_000
-# Gradients are reduced in about this many buckets, during the backward. DeepSpeed's default bucket takes 2 GB.
+# Gradients are reduced in about this many buckets, so that communication starts during the backward. DeepSpeed
+# allocates whole buckets: its default of 500 million elements takes 2 GB.
 BUCKETS = 4
 # State that an optimizer keeps for each parameter.
 _MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
@@ -40,7 +41,7 @@ def start_process_group(
 ) -> dist.ProcessGroup:
     """Join the process group (nccl on cards, gloo on CPU) and return a gloo group for control messages.
 
-    store: where the ranks met; None: a world of one, or a process group that is there already.
+    timeout: of every collective. store: where the ranks met; None: a world of one, or a group that is there already.
     """
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     if world.device.type == "cuda":
@@ -86,9 +87,8 @@ def deepspeed_config(config: Config, world: World, trained: int) -> dict[str, An
         "overlap_comm": world.world_size > 1,
     }
     if stage in (1, 2):
-        zero["compute_grad_norm"] = (
-            clip > 0
-        )  # a kernel for each tensor and a wait for the device; only clipping reads it
+        # The norm costs a kernel for each tensor and a wait for the device; only clipping reads it.
+        zero["compute_grad_norm"] = clip > 0
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = PERSISTENT_ELEMENTS
         zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = LIVE_ELEMENTS

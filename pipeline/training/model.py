@@ -260,7 +260,7 @@ def checkpoint_state(
         **({} if budget is None else {"budget": budget.state()}),
         "written_by": {
             "world_size": world.world_size,
-            "zero_stage": config.train.zero_stage,
+            "zero_stage": config.train.stage(world.world_size),
             "torch": torch.__version__,
         },
     }

@@ -41,16 +41,6 @@ def total_steps(config: Config, samples: int) -> int:
     return config.train.steps or math.ceil(config.train.epochs * samples / config.train.global_batch_size)
 
 
-def zero_stage(config: Config, world_size: int) -> int:
-    """The ZeRO stage that a run has: 1 and 2 share gradients and moments among ranks, so one rank alone has stage 0.
-
-    DeepSpeed's work on each gradient would remain: on an H200 a step of ViT-B/16 at 256 images took 162 ms under stage
-    1 and 130 under stage 0 (docs/gpu.md). Stage 3 stays, because a rank frees the layers that it does not need.
-    """
-    stage = config.train.zero_stage
-    return 0 if world_size == 1 and stage < 3 else stage
-
-
 def compiles(config: Config, world_size: int, device: str) -> tuple[bool, str]:
     """Whether the layers of this run are compiled and, if `train.compile` leaves it open, the reason in words.
 

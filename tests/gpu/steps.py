@@ -325,7 +325,7 @@ def engine(setting: Setting) -> None:
     world = read_world({})
     start_process_group(world)
     compiled = not setting.tiny  # as a run on a card is
-    for stage in (1, 0):
+    for stage in (0, 1, 2):
         if not setting.has(40, f"engine, ZeRO {stage}"):
             continue
         changes = ["model.precision=bf16", f"train.zero_stage={stage}", f"train.global_batch_size={batch}"]

@@ -27,7 +27,6 @@ from pipeline.training.engine import (
     restore_moments,
     start_process_group,
 )
-from pipeline.training.settings import zero_stage
 
 
 def config(**changes: Any) -> Config:
@@ -93,8 +92,8 @@ def test_one_rank_alone_sums_no_gradients_over_ranks(one_rank: Any) -> None:
 
 @pytest.mark.parametrize(("stage", "alone"), [(0, 0), (1, 0), (2, 0), (3, 3)])
 def test_one_rank_alone_has_nobody_to_share_its_state_with(stage: int, alone: int) -> None:
-    assert zero_stage(config(zero_stage=stage), world_size=1) == alone
-    assert zero_stage(config(zero_stage=stage), world_size=2) == stage
+    train = config(zero_stage=stage).train
+    assert (train.stage(ranks=1), train.stage(ranks=2)) == (alone, stage)
 
 
 def test_a_rank_starts_without_the_compiler(fork_server: Any) -> None:
