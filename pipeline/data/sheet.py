@@ -20,9 +20,9 @@ MOST, OF_A_CLASS, CAPTIONED, SIZE = 400, 4, 60, 224
 _STYLE = """
 :root{color-scheme:light dark}
 body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem}
-h1{font-size:1.35rem;overflow-wrap:anywhere}h2{font-size:1rem;margin:1.6rem 0 .5rem}
-.row{display:flex;flex-wrap:wrap;gap:.8rem}
-figure{margin:0;width:11rem}img,.bad{width:11rem;height:11rem;border-radius:.3rem;display:block}
+h1,h2{overflow-wrap:anywhere}h1{font-size:1.35rem}h2{font-size:1rem;margin:1.6rem 0 .5rem}
+.row{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(10rem,46%),1fr));gap:.8rem}
+figure{margin:0;max-width:12rem}img,.bad{width:100%;aspect-ratio:1;border-radius:.3rem;display:block}
 .bad{background:#b3261e22;padding:.6rem;box-sizing:border-box;overflow:auto}
 figcaption{font-size:.8rem;overflow-wrap:anywhere}small{opacity:.65}
 """
@@ -65,8 +65,9 @@ def write_page(file: Path, title: str, text: str, sections: Iterable[tuple[str, 
     """
     rows = (f'<h2>{escape(name)}</h2><div class="row">{"".join(figures)}</div>' for name, figures in sections)
     page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
-        f"<h1>{escape(title)}</h1><p>{escape(text)}</p>{''.join(rows)}</html>\n"
+        f'<!doctype html><html lang="en"><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
+        f"<style>{_STYLE}</style><h1>{escape(title)}</h1><p>{escape(text)}</p>{''.join(rows)}</html>\n"
     )
     try:
         file.write_text(page, encoding="utf-8", errors="backslashreplace")

@@ -21,7 +21,7 @@ from pipeline.tracking.tracker import Tracker
 from pipeline.training.build import TrainingJob, build_training, start_logit_bias
 from pipeline.training.checkpoint import Checkpoint, latest_checkpoint
 from pipeline.training.cluster.cards import hidden_cards, own_cards
-from pipeline.training.cluster.distributed import World, keep_heap, label_logs, read_world, share_threads
+from pipeline.training.cluster.distributed import World, label_logs, read_world, set_heap, share_threads
 from pipeline.training.cluster.lease import Lease, held
 from pipeline.training.cluster.peers import meet, watched_peers
 from pipeline.training.directory import claim, leave_mark, say, tracked
@@ -85,7 +85,7 @@ def train(config: Config, watch: Watch | None = None, label: str | None = None) 
     """
     world = read_world(device=config.train.device)
     share_threads(world)
-    keep_heap(world)
+    set_heap(world, keep=config.train.stage(world.world_size) < 3)
     label_logs(world, label or config.name)
     run_dir = Path(config.out).absolute() / config.name
     with held(run_dir, world.is_main) as lease:

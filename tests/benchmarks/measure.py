@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.training.cluster.distributed import keep_heap, read_world
+from pipeline.training.cluster.distributed import read_world, set_heap
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def spread(values: list[float]) -> Ratio:
 
 def prepare() -> None:
     torch.set_num_threads(1)
-    keep_heap(read_world())
+    set_heap(read_world(), keep=True)
 
 
 def cpu_seconds(call: Callable[[], object]) -> float:

@@ -1,4 +1,4 @@
-"""python tests/benchmarks/partitions.py [--ranks 2] [--stages 2 3]: memory of each rank while it trains a large base.
+"""python tests/benchmarks/partitions.py [--ranks 2] [--layers 8] [--stages 2 3]: each rank's memory with a large base.
 
 Prints the peak memory of each rank, beyond what it used before the model was built, next to the size of the base. The
 base has random weights and 32-pixel images, so nearly all of its memory is weights.
@@ -18,8 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BASE = {
     "embed_dim": 256,
-    "vision_cfg": {"image_size": 32, "layers": 8, "width": 1024, "head_width": 64, "patch_size": 16},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 8},
+    "vision_cfg": {"image_size": 32, "width": 1024, "head_width": 64, "patch_size": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 1024, "heads": 16},
 }
 
 
@@ -82,14 +82,15 @@ def run(folder: Path, ranks: int, stage: int) -> list[int]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
-def write_base(folder: Path) -> int:
-    """A base on the disk as safetensors; returns its bytes."""
+def write_base(folder: Path, layers: int) -> int:
+    """A base with so many layers in each tower on the disk as safetensors; returns its bytes."""
     import open_clip
     import torch
     from safetensors.torch import save_file
 
     folder.mkdir()
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": BASE, "preprocess_cfg": {}}))
+    config = {key: value | {"layers": layers} if isinstance(value, dict) else value for key, value in BASE.items()}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     torch.manual_seed(0)
     state = open_clip.create_model(f"local-dir:{folder}", load_weights=False).state_dict()
     weights = {name: value.contiguous() for name, value in state.items()}
@@ -101,6 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=8, help="of each tower, 100 MB for one of both")
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3])
     parser.add_argument("settings", nargs="*", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -113,7 +115,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         unpack(folder, "clothing_train.tar.gz")
-        size = write_base(folder / "base")
+        size = write_base(folder / "base", arguments.layers)
         print(f"base of {size / 1e9:.2f} GB, a rank's share of it {size / arguments.ranks / 1e9:.2f} GB")
         for stage in arguments.stages:
             found = " ".join(f"{each / 1e9:.2f}" for each in run(folder, arguments.ranks, stage))

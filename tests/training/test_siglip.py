@@ -91,5 +91,9 @@ def test_a_clip_gets_a_bias_that_fits_its_first_batch(launch: Any, tmp_path: Pat
     assert torch.equal(stock.logit_bias, bias.squeeze())
     with pytest.raises(ConfigError, match="has no init_logit_bias"):
         export(run.directory, "hf", tmp_path / "hf")
+    graphs = export(run.directory, "onnx", tmp_path / "onnx")
+    assert graphs.difference is not None and graphs.difference < 1e-3
+    with pytest.raises(ConfigError, match="logit_bias"):
+        export(run.directory, "peft", tmp_path / "peft")
     again = launch("train.loss=sigmoid", "train.steps=3", "train.warmup_steps=0", world=1)
     assert again.wait() == [0], again.text()

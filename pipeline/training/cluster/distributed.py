@@ -19,8 +19,9 @@ from pipeline.training.cluster.cards import Device, choose_device
 
 TIMEOUT = timedelta(minutes=30)
 _LOG_HANDLER = "selora-rank"
-# glibc's malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX.
-_HEAP_SETTINGS = {-1: 2**31 - 1, -2: 64 * 2**20, -4: 0}
+# glibc's malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_MAX to keep freed memory, M_MMAP_THRESHOLD to return it.
+_KEEP_HEAP = {-1: 2**31 - 1, -2: 64 * 2**20, -4: 0}
+_RETURN_HEAP = {-3: 2**20}
 
 
 @dataclass(frozen=True)
@@ -131,17 +132,19 @@ def share_threads(world: World) -> None:
     torch.set_num_threads(threads)
 
 
-def keep_heap(world: World) -> None:
-    """On a CPU, keep freed memory in the process: glibc returns big buffers to the kernel after every operation.
+def set_heap(world: World, *, keep: bool) -> None:
+    """On a CPU, say what becomes of freed memory: glibc's malloc returns it, or not, by a threshold that moves.
 
-    Each following operation then pays for new pages. On 2 cores a small CLIP trains twice as fast with this.
+    keep: the process keeps all of it. Otherwise each operation pays for new pages; on 2 cores a small CLIP trains twice
+    as fast with this. If False, buffers of a megabyte or more return to the kernel at once: under ZeRO-3 the layers
+    that are gathered and freed otherwise leave holes in the heap, three times the memory of a rank's partition.
     """
     if world.device.type != "cpu" or not sys.platform.startswith("linux"):
         return
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):  # musl
         return
-    for parameter, value in _HEAP_SETTINGS.items():
+    for parameter, value in (_KEEP_HEAP if keep else _RETURN_HEAP).items():
         libc.mallopt(parameter, value)
 
 
