@@ -28,7 +28,7 @@ from pipeline.runs.sweep import (
     write_sweep,
 )
 from pipeline.tuning.grid import Grid
-from pipeline.tuning.search import ATTEMPTS, Tried, check_ranges, option, propose, value_of
+from pipeline.tuning.search import ATTEMPTS, Tried, configs_at_ends, option, propose, value_of
 from pipeline.tuning.trials import Expansion, GridPoint, Trial, expand, keep_names, points_of, proposed_points
 
 if TYPE_CHECKING:
@@ -281,7 +281,7 @@ def check_drift(trials: Sequence[Trial], max_drift: float | None) -> None:
 
 def check_search(config: Config, grid: Grid, trials: Sequence[Trial]) -> None:
     """Raise ConfigError if a range contains invalid values of its option, or excludes one of the first trials."""
-    check_ranges(config, grid.ranges)
+    configs_at_ends(config, grid.ranges)
     for first, *_ in _searched(trials):
         for key, each in grid.ranges.items():
             if not each.holds(value := option(first.config, key)):

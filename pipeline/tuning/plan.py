@@ -216,22 +216,28 @@ def checkpoint_bytes(trials: Sequence[Trial], parameters: Mapping[str, int]) -> 
     return sum(count * _BYTES_PER_PARAMETER[train.optimizer] * (train.keep_last + 1) for count, train in settings)
 
 
-def trained_parameters(trials: Sequence[Trial]) -> dict[str, int]:
+def trained_parameters(trials: Sequence[Trial], also: Sequence[Config] = ()) -> dict[str, int]:
     """{trial: number of trained parameters}. Builds each base model once, with random weights if it is named.
 
     A ViT's classifier does not count, because its size depends on the shards.
+
+    Raises:
+        ConfigError: the model has no such blocks, or too few; also for a config of `also`.
     """
     from pipeline.model.load import load_model
     from pipeline.model.vit import untagged
 
     bases: dict[str, Model] = {}
-    found = {}
-    for trial in trials:
-        name = trial.config.model.name
+
+    def count(config: Config) -> int:
+        name = config.model.name
         if name not in bases:
             bases[name] = load_model(untagged(name))
-        found[trial.name] = _count(bases[name], trial.config)
-    return found
+        return _count(bases[name], config)
+
+    for config in also:
+        count(config)
+    return {trial.name: count(trial.config) for trial in trials}
 
 
 def _count(model: Model, config: Config) -> int:

@@ -143,17 +143,18 @@ def option(config: Config, key: str) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def check_ranges(config: Config, ranges: Mapping[str, Range]) -> None:
-    """Raise ConfigError if an end of a range is not a valid value of its option."""
-    faults = []
+def configs_at_ends(config: Config, ranges: Mapping[str, Range]) -> list[Config]:
+    """The config at both ends of each range; ConfigError if one is not a valid value of its option."""
+    found, faults = [], []
     for key, each in ranges.items():
         for value in each.ends:
             try:
-                override(config, {key: value})
+                found.append(override(config, {key: value}))
             except ConfigError as error:
                 faults += [f"ranges.{key}: {line}" for line in str(error).splitlines()]
     if faults:
         raise ConfigError("\n".join(dict.fromkeys(faults)))
+    return found
 
 
 def value_of(sweep_dir: Path, names: Sequence[str], floor: float) -> tuple[float | None, bool]:

@@ -48,6 +48,7 @@ from pipeline.tuning.plan import (
     make_plan,
     trained_parameters,
 )
+from pipeline.tuning.search import configs_at_ends
 from pipeline.tuning.trials import Trial
 
 _GRACE_SECONDS = 120.0
@@ -116,7 +117,7 @@ def plan_sweep(
     plan = _plan(sweep_dir, trials, totals, grid, _look(address, grid.resources), seconds_per_step, proposals)
     training = [one for one in trials if not one.soup_of]
     drift = None if grid.floor is None else learned_drift(sweep_dir, trials, grid.floor)
-    disk = checkpoint_bytes(training, trained_parameters(training))
+    disk = checkpoint_bytes(training, trained_parameters(training, configs_at_ends(config, grid.ranges)))
     return replace(plan, disk_bytes=disk, drift=drift, absent=tuple(missing))
 
 

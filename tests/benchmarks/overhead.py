@@ -1,13 +1,18 @@
-"""python tests/benchmarks/overhead.py SWEEP_DIR: the cost of a sweep's trials beyond training and evaluation.
+"""The cost of a sweep's trials beyond training and evaluation.
 
-For a sweep with `resources: {concurrent: 1}` and `train.log_every=1`, whose trials followed each other. Everything is
-read from the journals and the result files of the trials, so nothing has to run again. Elapsed seconds, as median and
-range over all trials but the first, which also pays for what later ones find warm.
+    python tests/benchmarks/overhead.py --out build/overhead  # run a sweep of 5 short trials of the demo first
+    python tests/benchmarks/overhead.py --sweep SWEEP_DIR     # a sweep that is there
+
+A sweep needs `resources: {concurrent: 1}` and `train.log_every=1`. Everything is read from the journals and the result
+files of its trials. Elapsed seconds, as median and range over all trials but the first, which also pays for what later
+ones find warm.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import subprocess
 import sys
 from datetime import datetime
 from itertools import pairwise
@@ -16,6 +21,9 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # the checkout, where it is not installed
 
+import yaml
+
+from pipeline.demo.assets import FINETUNE, MODEL, asset, unpack
 from pipeline.runs.sweep import read_state, trial_dirs
 from pipeline.tracking.journal import JOURNAL, Record, read
 
@@ -30,6 +38,7 @@ PARTS = {
     "evaluation": "over the images, of the trial and where needed of the untouched model",
 }
 USEFUL = ("training", "evaluation")
+RANKS = [4, 8, 16, 32, 64]
 
 
 def parts_of(before: Path, trial: Path) -> dict[str, float]:
@@ -57,7 +66,34 @@ def parts_of(before: Path, trial: Path) -> dict[str, float]:
     }
 
 
-def main(sweep_dir: Path) -> int:
+def run(out: Path) -> Path:
+    """A sweep over ranks with one trial after the other, each of 10 steps and two datasets; returns its directory."""
+    data, grid = unpack(out / "data"), out / "grid.yaml"
+    resources = {"workers": 1, "cpus_per_worker": 1, "eval_cpus": 1, "concurrent": 1}
+    grid.write_text(yaml.safe_dump({"grid": {"rank": RANKS}, "resources": resources}), encoding="utf-8")
+    options = {
+        "out": out,
+        "name": "overhead",
+        "model.name": f"local-dir:{asset(MODEL)}",
+        "data.train": data / "clothing_train",
+        "train.steps": 10,
+        "train.log_every": 1,
+        "train.global_batch_size": 64,
+        "eval.benchmark": data / "benchmark.yaml",
+        "eval.datasets": "[clothing, grocery]",
+    }
+    command = [sys.executable, "-m", "pipeline", "sweep", str(asset(FINETUNE)), str(grid)]
+    subprocess.run([*command, *(f"{key}={value}" for key, value in options.items())], check=True)
+    return out / "overhead"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    wanted = parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--out", type=Path, help="run a sweep into this folder")
+    wanted.add_argument("--sweep", type=Path, help="look at this sweep")
+    asked = parser.parse_args()
+    sweep_dir = asked.sweep or run(asked.out.absolute())
     finished = [each for each in trial_dirs(sweep_dir) if read_state(each).status == "finished"]
     finished.sort(key=lambda each: read_state(each).updated)
     found = [parts_of(before, trial) for before, trial in pairwise(finished)]
@@ -77,4 +113,4 @@ def _line(name: str, values: list[float], what: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main())

@@ -17,6 +17,7 @@ from pipeline.tuning.plan import (
     make_plan,
     trained_parameters,
 )
+from pipeline.tuning.search import configs_at_ends
 from pipeline.tuning.sweep import _Room
 from pipeline.tuning.trials import expand
 
@@ -123,3 +124,7 @@ def test_more_blocks_than_the_model_has_are_refused(make_config, make_grid) -> N
     trials = expand(make_config("gate.lam=0"), make_grid("grid: {gate.budget: [24, 25]}"))
     with pytest.raises(ConfigError, match=r"budget25: gate.budget=25: must be between 1 and the 24 gated blocks$"):
         trained_parameters(trials)
+    search = make_grid("search: {trials: 4}\nranges: {gate.budget: {integers: [1, 25]}}\nfloor: 0.9")
+    ends = configs_at_ends(make_config("gate.lam=0"), search.ranges)
+    with pytest.raises(ConfigError, match=r"gate.budget=25: must be between 1 and the 24 gated blocks$"):
+        trained_parameters([], ends)
