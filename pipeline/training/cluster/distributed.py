@@ -21,7 +21,7 @@ TIMEOUT = timedelta(minutes=30)
 _LOG_HANDLER = "selora-rank"
 # glibc's malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_MAX to keep freed memory, M_MMAP_THRESHOLD to return it.
 _KEEP_HEAP = {-1: 2**31 - 1, -2: 64 * 2**20, -4: 0}
-_RETURN_HEAP = {-3: 2**20}
+_RETURN_HEAP = {-3: 2**17}
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ def set_heap(world: World, *, keep: bool) -> None:
     """On a CPU, say what becomes of freed memory: glibc's malloc returns it, or not, by a threshold that moves.
 
     keep: the process keeps all of it. Otherwise each operation pays for new pages; on 2 cores a small CLIP trains twice
-    as fast with this. If False, buffers of a megabyte or more return to the kernel at once: under ZeRO-3 the layers
-    that are gathered and freed otherwise leave holes in the heap, three times the memory of a rank's partition.
+    as fast with this. If False, buffers from 128 kB on return to the kernel at once, as glibc begins and then no longer
+    does: under ZeRO-3 the layers that are gathered and freed otherwise leave holes, five times a rank's partition.
     """
     if world.device.type != "cpu" or not sys.platform.startswith("linux"):
         return
