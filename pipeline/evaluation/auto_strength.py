@@ -5,19 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError, Promote
 from pipeline.evaluation.datasets.benchmark import Benchmark
-from pipeline.evaluation.datasets.dataset import Settings
+from pipeline.evaluation.datasets.dataset import OpenSets, Settings
 from pipeline.evaluation.measures.ranks import Ranks
 from pipeline.evaluation.run import EvalJob, Outcome, Say, evaluate_jobs
 from pipeline.evaluation.strength import AUTO, STRENGTHS, job_at, strength_name
 from pipeline.evaluation.summary import Summary
 from pipeline.model.between import Between
-from pipeline.model.restore import find_run, load_base, load_run
+from pipeline.model.restore import Both, find_run, load_both
 from pipeline.runs.results import EVAL, reported_at, write_floors
 from pipeline.selection.floor import Floor, strongest
 from pipeline.selection.frontier import FLOORS
@@ -79,14 +79,15 @@ class Strengths:
         *,
         baselines: str | Path,
         say: Say | None = None,
+        both: Both | None = None,
     ) -> None:
         self._choosing, self._reporting = choosing_table(benchmark), benchmark.part("reporting")
-        self._settings, self._say = settings, say
+        self._settings, self._say = replace(settings, opened=settings.opened or OpenSets()), say
         self._source = find_run(run_dir)
         self._baselines = Path(baselines) / self._source.base_digest[:16]
         self._folder = Path(out_dir) / STRENGTHS / AUTO / "choosing"
-        self._base = load_base(self._source)
-        self._between = Between.of(self._base, load_run(run_dir))
+        self._base, tuned = both or load_both(self._source)
+        self._between = Between.of(self._base, tuned)
         self._untouched: dict[str, Summary] = {}
         self._on_choosing: dict[float, Summary] = {}
 
@@ -167,18 +168,20 @@ def evaluate_floors(
     *,
     baselines: str | Path,
     say: Say | None = None,
+    both: Both | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run at a floor and at the report's floors, each at its own strength; results go to RUN/eval.
 
     Args:
         floor: share kept that decides between the trials of a sweep.
+        both: the models of the run, the second of which is changed; None: read them.
 
     Returns:
         The content of floors.json: for each floor the strength, chosen on the choosing part, with id and kept on the
         other images.
     """
     out_dir = Path(run_dir) / EVAL
-    strengths = Strengths(run_dir, benchmark, out_dir, settings, baselines=baselines, say=say)
+    strengths = Strengths(run_dir, benchmark, out_dir, settings, baselines=baselines, say=say, both=both)
     entries, digest = {}, ""
     for each in sorted({floor, *FLOORS}, reverse=True):
         chosen = strengths.largest(Floor.of(Promote(min_kept=each)))

@@ -19,7 +19,7 @@ from pipeline.evaluation.summary import Summary, summarise
 from pipeline.files import replace_json
 from pipeline.method.adapter import blocks
 from pipeline.model.load import Model
-from pipeline.model.restore import find_run, load_base, load_run
+from pipeline.model.restore import Both, find_run, load_both
 from pipeline.model.vit import Vit
 from pipeline.runs.results import write_summary
 
@@ -133,14 +133,18 @@ def evaluate_run(
     datasets: Sequence[str] | None = None,
     say: Say | None = None,
     step: int | None = None,
+    both: Both | None = None,
 ) -> Outcome:
     """Evaluate a run's merged model and, in the same pass over the images, its untouched base.
 
     The base's results are kept in BASELINES/<digest> for all runs with the same base and are not computed again.
+
+    both: its two models; None: read them.
     """
     source = find_run(run_dir, step)
-    untouched = EvalJob(load_base(source), Path(baselines) / source.base_digest[:16], "untouched model")
-    tuned = EvalJob(dataclasses.replace(load_run(run_dir, step), pretrained=source.label), Path(out_dir))
+    both = both or load_both(source)
+    untouched = EvalJob(both.untouched, Path(baselines) / source.base_digest[:16], "untouched model")
+    tuned = EvalJob(dataclasses.replace(both.tuned, pretrained=source.label), Path(out_dir))
     base, own = evaluate_jobs([untouched, tuned], benchmark, settings, datasets=datasets, say=say)
     return own.outcome(benchmark, base.outcome(benchmark, None).summary)
 
@@ -186,7 +190,8 @@ def _has_files(jobs: Sequence[EvalJob], row: Row) -> bool:
 
 def _read_row(evaluations: Sequence[Evaluation], row: Row, ranks: Ranks) -> Dataset:
     """Open the row's dataset and take over the results that are finished."""
-    dataset = ranks.together(lambda: open_dataset(row))
+    opened = evaluations[0].settings.opened
+    dataset = ranks.together(lambda: open_dataset(row, opened))
     found = ranks.from_first(lambda: [each.finished(dataset) for each in evaluations])
     for each, result in zip(evaluations, found, strict=True):
         if result is not None:

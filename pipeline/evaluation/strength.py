@@ -21,7 +21,7 @@ from pipeline.evaluation.summary import Summary
 from pipeline.files import replace_json
 from pipeline.model.between import Between
 from pipeline.model.load import Model
-from pipeline.model.restore import RunSource, find_run, load_base, load_run
+from pipeline.model.restore import RunSource, find_run, load_both
 from pipeline.runs.results import STRENGTH_FILE
 
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(11))
@@ -57,7 +57,7 @@ def evaluate_strength(
         raise ConfigError(f"strength: {list(alphas)} should be numbers from 0 (untouched) to 1 (fine-tuned)")
     started = time.perf_counter()
     source, out = find_run(run_dir), Path(out_dir)
-    between = Between.of(load_base(source), load_run(run_dir))
+    between = Between.of(*load_both(source))
     also = (Path(baselines) / source.base_digest[:16], out)
     levels = sorted(set(alphas))
     summaries: list[Summary] = []
@@ -113,12 +113,12 @@ def evaluate_at(
         facts: entries for the summary's `strength`, in addition to α.
     """
     source = find_run(run_dir)
-    base = load_base(source)
+    base, tuned = load_both(source)
     [own] = evaluate_jobs(
         [EvalJob(base, baselines, "untouched model")], benchmark, settings, datasets=datasets, say=say
     )
     untouched = own.outcome(benchmark, None).summary
-    job = job_at(Between.of(base, load_run(run_dir)).at(alpha), source, alpha, folder, also)
+    job = job_at(Between.of(base, tuned).at(alpha), source, alpha, folder, also)
     [own] = evaluate_jobs([job], benchmark, settings, datasets=datasets, say=say)
     return own.outcome(benchmark, untouched, {"strength": {"alpha": alpha, **(facts or {})}})
 

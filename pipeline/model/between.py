@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.method.adapter import blocks
 from pipeline.method.linear import LoRALinear
 from pipeline.model.load import Model
-from pipeline.model.restore import find_run, load_base, load_run
+from pipeline.model.restore import find_run, load_both, load_run
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,7 @@ class Between:
 
 def load_at(run_dir: str | Path, alpha: float, step: int | None = None) -> Model:
     """The merged model of a run at a strength in [0, 1]; see `load_run`."""
-    tuned = load_run(run_dir, step)
-    return tuned if alpha == 1 else Between.of(load_base(find_run(run_dir, step)), tuned).at(alpha)
+    return load_run(run_dir, step) if alpha == 1 else Between.of(*load_both(find_run(run_dir, step))).at(alpha)
 
 
 @torch.no_grad()

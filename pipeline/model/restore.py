@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -151,21 +152,44 @@ def check_base(model: Model, digest: str, checkpoint: Path) -> None:
         )
 
 
+class Both(NamedTuple):
+    """The untouched model of a run, and the fine-tuned one, merged."""
+
+    untouched: Model
+    tuned: Model
+
+
+def load_both(source: RunSource) -> Both:
+    """`load_base` and `load_run`, with the base read once."""
+    untouched = load_base(source)
+    return Both(untouched, _merged(load_adapted(source, untouched)))
+
+
 def load_run(run_dir: str | Path, step: int | None = None) -> Model:
     """The fine-tuned model of a run, merged into plain linears, in fp32 on the CPU and in eval mode.
 
     `digest` stays that of the base. The checkpoint must hold exactly the parameters that the run trains: missing or
     unknown names, wrong shapes and another base are ConfigErrors that name them.
     """
-    model = load_adapted(find_run(run_dir, step))
+    return _merged(load_adapted(find_run(run_dir, step)))
+
+
+def _merged(model: Model) -> Model:
     merge_adapter(model.model)
     model.model.requires_grad_(False).eval()
     return model
 
 
-def load_adapted(source: RunSource) -> Model:
-    """Like `load_run`, with the blocks not merged into their linears."""
-    model = _start(source, tuple(source.state["model"].get("classes") or ()) or None)
+def load_adapted(source: RunSource, base: Model | None = None) -> Model:
+    """Like `load_run`, with the blocks not merged into their linears.
+
+    base: its untouched model, which is copied; None: read it.
+    """
+    classes = tuple(source.state["model"].get("classes") or ()) or None
+    if base is None or classes:  # the classifier is part of the model that is built
+        model = _start(source, classes)
+    else:
+        model = replace(base, model=copy.deepcopy(base.model))
     if isinstance(model, Clip) and source.state["model"].get("added_bias") is not None:
         model = with_logit_bias(model, source.state["model"]["added_bias"])
     adapter = source.state["adapter"]

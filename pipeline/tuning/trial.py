@@ -109,10 +109,10 @@ def evaluation_stage(sweep_dir: Path, name: str) -> Mapping[str, Any] | None:
     from pipeline.data.storage.cache import Cache
     from pipeline.evaluation.auto_strength import evaluate_floors
     from pipeline.evaluation.datasets.benchmark import load_benchmark
-    from pipeline.evaluation.datasets.dataset import Settings, batch_and_workers
+    from pipeline.evaluation.datasets.dataset import OpenSets, Settings, batch_and_workers
     from pipeline.evaluation.record import track_floors, track_results
     from pipeline.evaluation.run import evaluate_run
-    from pipeline.model.restore import find_run
+    from pipeline.model.restore import find_run, load_both
     from pipeline.tracking.locks import Busy, ProcessLock
 
     config, run_dir = trial_config(sweep_dir, name), trial_dir(sweep_dir, name)
@@ -128,18 +128,21 @@ def evaluation_stage(sweep_dir: Path, name: str) -> Mapping[str, Any] | None:
         precision=config.eval.precision,
         preprocessing=config.eval.preprocessing,
         cache=Cache.named(config.eval.cache),
+        opened=OpenSets(),
     )
     benchmark = load_benchmark(config.eval.benchmark, config.eval.root).choose(config.eval.datasets)
     baselines = sweep_dir / BASELINES
     with _log(run_dir):
         baselines.mkdir(parents=True, exist_ok=True)
+        source = find_run(run_dir)
+        both = load_both(source)
         with suppress(Busy), ProcessLock(baselines / ".lock", _BASELINE_WAIT_SECONDS):
-            _evaluate_base(run_dir, benchmark, settings, baselines)
-        found = evaluate_run(run_dir, benchmark, run_dir / EVAL, settings, baselines=baselines, say=_say)
-        step = find_run(run_dir).step
+            _evaluate_base(source, both.untouched, benchmark, settings, baselines)
+        found = evaluate_run(run_dir, benchmark, run_dir / EVAL, settings, baselines=baselines, say=_say, both=both)
+        step = source.step
         track_results(run_dir, config, step, found.results, found.summary)
         if (floor := floor_of(sweep_dir)) is not None:
-            at = evaluate_floors(run_dir, benchmark, settings, floor, baselines=baselines, say=_say)
+            at = evaluate_floors(run_dir, benchmark, settings, floor, baselines=baselines, say=_say, both=both)
             track_floors(run_dir, config, step, at)
     return found.summary
 
@@ -171,15 +174,13 @@ def make_soup(sweep_dir: Path, name: str) -> None:
         tracker.params({**trained, "soup": True, "soup.of": " ".join(finished)})
 
 
-def _evaluate_base(run_dir: Path, benchmark: Any, settings: Any, baselines: Path) -> None:
+def _evaluate_base(source: Any, untouched: Any, benchmark: Any, settings: Any, baselines: Path) -> None:
     from pipeline.evaluation.run import evaluate
-    from pipeline.model.restore import find_run, load_base
 
-    source = find_run(run_dir)
     folder = baselines / source.base_digest[:16]
     if all((folder / f"{row.key}.json").is_file() for row in benchmark.rows):
         return
-    evaluate(load_base(source), benchmark, folder, settings, say=lambda line: _say(f"untouched model: {line}"))
+    evaluate(untouched, benchmark, folder, settings, say=lambda line: _say(f"untouched model: {line}"))
 
 
 def begin(run_dir: Path) -> TrialState:

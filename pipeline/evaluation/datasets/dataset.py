@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -35,6 +36,19 @@ def batch_and_workers(device: torch.device, batch_size: int | None, workers: int
     return batch_size or images, workers
 
 
+class OpenSets:
+    """Evaluation sets that stay open, so that evaluations which follow each other scan each of them once."""
+
+    def __init__(self) -> None:
+        self._sets: dict[tuple[str | Path, str], EvalSet] = {}
+
+    def open(self, location: str | Path, split: str) -> EvalSet:
+        """The set as it was when it was first asked for; ConfigError as `open_eval_set`."""
+        if (location, split) not in self._sets:
+            self._sets[location, split] = open_eval_set(location, split=split)
+        return self._sets[location, split]
+
+
 @dataclass(frozen=True)
 class Settings:
     """How an evaluation runs; only `precision`, `preprocessing` and `limit` may change a result."""
@@ -48,6 +62,8 @@ class Settings:
     limit: int | None = None
     # Place of decoded images for the next model; None: not kept.
     cache: Cache | None = None
+    # None: sets are opened again for each evaluation.
+    opened: OpenSets | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -92,9 +108,13 @@ class Dataset:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def open_dataset(row: Row) -> Dataset:
-    """Open the directory of a row; ConfigError if it lacks something that the row requires."""
-    data = open_eval_set(row.path, split=row.split)
+def open_dataset(row: Row, opened: OpenSets | None = None) -> Dataset:
+    """Open the directory of a row; ConfigError if it lacks something that the row requires.
+
+    opened: takes the set from these, and leaves it there.
+    """
+    opened = opened or OpenSets()
+    data = opened.open(row.path, row.split)
     if (data.kind == "retrieval") != row.is_retrieval:
         raise ConfigError(f"{row.key}: group {row.group!r}, but {row.path} holds a {data.kind} dataset")
     if faults := count_faults(row, data):
@@ -102,7 +122,7 @@ def open_dataset(row: Row) -> Dataset:
     if row.is_retrieval:
         return Dataset(row, data, (), ())
     if row.bank is not None:
-        return _with_bank(row, data, row.bank)
+        return _with_bank(row, data, row.bank, opened)
     classnames, templates = _names(row, data), row.templates or data.templates or ()
     for name, value in (("classnames", classnames), ("templates", templates)):
         if not value:
@@ -123,9 +143,9 @@ def open_dataset(row: Row) -> Dataset:
     return dataset
 
 
-def _with_bank(row: Row, data: EvalSet, split: str) -> Dataset:
+def _with_bank(row: Row, data: EvalSet, split: str, opened: OpenSets) -> Dataset:
     try:
-        bank = open_eval_set(row.path, split=split)
+        bank = opened.open(row.path, split)
     except ConfigError as error:
         raise ConfigError(f"{row.key}: its bank: {error}") from error
     if row.bank_images is not None and len(bank) != row.bank_images:

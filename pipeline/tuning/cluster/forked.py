@@ -26,6 +26,7 @@ PRELOAD = (
     "pipeline.evaluation.auto_strength",
     "pipeline.evaluation.record",
     "deepspeed",
+    "open_clip",
     "webdataset",
     "torch.utils.cpp_extension",  # of DeepSpeed, when it builds an engine
 )
