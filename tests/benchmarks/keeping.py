@@ -38,23 +38,24 @@ FLOORS = (0.99, 0.95, 0.90)
 METHODS = {
     "full": {"adapter.kind": "full", "train.lr": "3e-4"},
     "lora16": {"adapter.rank": "16", "gate.enabled": "false"},
-    "lora16-fast": {"adapter.rank": "16", "gate.enabled": "false", "train.lr": "2e-3"},
     "lora64": {"adapter.rank": "64", "gate.enabled": "false"},
     "lora64-fast": {"adapter.rank": "64", "gate.enabled": "false", "train.lr": "2e-3"},
     "gated64": {"adapter.rank": "64", "gate.lam": "0.3"},
     "lora64-class": {"adapter.rank": "64", "gate.enabled": "false", "train.lr": "2e-3", "train.positives": "class"},
-    "gated64-fast": {"adapter.rank": "64", "gate.lam": "0.3", "train.lr": "2e-3"},
 }
-# An exact number of the 144 blocks, and what it is compared with: that many blocks at random, a λ that ends with about
-# as many, and LoRA of a rank with as many parameters (rank 16 for 34 blocks, above).
-for _count, _lam, _rank in ((12, "1", 5), (34, "0.3", 16), (72, "0.1", 32)):
+# An exact number of the 144 blocks, and what it is compared with: as many blocks at random, a λ that ends with about
+# as many, and LoRA on all blocks of a rank with about as many parameters.
+for _count, _gated, _lam, _rank in (
+    (12, "gated64-l1-fast", "1", 5),
+    (34, "gated64-fast", "0.3", 16),
+    (72, "gated64-l0.1-fast", "0.1", 32),
+):
     METHODS |= {
         f"budget{_count}-fast": {"adapter.rank": "64", "gate.lam": "0", "gate.budget": str(_count), "train.lr": "2e-3"},
         f"random{_count}-fast": {"adapter.rank": "64", "adapter.random_k": str(_count), "train.lr": "2e-3"},
-        f"gated64-l{_lam}-fast": {"adapter.rank": "64", "gate.lam": _lam, "train.lr": "2e-3"},
+        _gated: {"adapter.rank": "64", "gate.lam": _lam, "train.lr": "2e-3"},
         f"lora{_rank}-fast": {"adapter.rank": str(_rank), "gate.enabled": "false", "train.lr": "2e-3"},
     }
-del METHODS["gated64-l0.3-fast"]  # "gated64-fast"
 KEPT = {"keep.weight": "3", "keep.batch_size": "16", "keep.texts": "general"}
 REFERENCES: dict[str, dict[str, str]] = {
     "none": {"keep.weight": "0", "keep.texts": "null", "keep.images": "null"},
