@@ -45,6 +45,7 @@ bench: env
 	$(BIN)/python tests/benchmarks/bench.py --out build/benchmarks
 	$(BIN)/python tests/benchmarks/scaling.py | tee build/benchmarks/scaling.md
 	$(BIN)/python tests/benchmarks/settling.py --out build/benchmarks
+	$(BIN)/python tests/benchmarks/overhead.py --out build/benchmarks/overhead | tee build/benchmarks/overhead.md
 
 # make first-light FIRST_LIGHT=--tiny
 first-light: env

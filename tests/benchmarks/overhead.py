@@ -83,7 +83,7 @@ def run(out: Path) -> Path:
         "eval.datasets": "[clothing, grocery]",
     }
     command = [sys.executable, "-m", "pipeline", "sweep", str(asset(FINETUNE)), str(grid)]
-    subprocess.run([*command, *(f"{key}={value}" for key, value in options.items())], check=True)
+    subprocess.run([*command, *(f"{key}={value}" for key, value in options.items())], check=True, stdout=sys.stderr)
     return out / "overhead"
 
 
