@@ -43,7 +43,7 @@ class OpenSets:
         self._sets: dict[tuple[str | Path, str], EvalSet] = {}
 
     def open(self, location: str | Path, split: str) -> EvalSet:
-        """The set as it was when it was first asked for; ConfigError as `open_eval_set`."""
+        """The set, as it was at the first call; ConfigError as `open_eval_set`."""
         if (location, split) not in self._sets:
             self._sets[location, split] = open_eval_set(location, split=split)
         return self._sets[location, split]
