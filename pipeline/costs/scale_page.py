@@ -54,6 +54,9 @@ _MEASURED = """## Measured and not measured
 - One rank with two workers on two cores, shards of 64 MB from a web server held to about 7 MB/s, 256 steps of 0.3 s:
   after its first batch the rank waited 54 s for shards with `data.read_ahead=0`, up to 19 s at a time, and 1 s with
   1 or 2. The wait for the first batch, 19 to 24 s, stays.
+- Two ranks on two cores, a base of 2.63 GB (`python tests/benchmarks/partitions.py --layers 24`): under ZeRO 3 at most
+  2.8 GB on rank 0, which reads the base for both, and 2.6 GB on rank 1, of which 1.3 are its share and most of the rest
+  layers that are gathered for a moment; under ZeRO 2, 3.6 GB on each. The more ranks, the smaller the share.
 - An H200 computed for 86 ms in an eager step of LoRA r16 at 256 images and for 64 ms in a compiled one; half of the
   table's times at 512 images are 73 and 61. The steps took 136 and 94 ms, and longer under DeepSpeed, because the host
   launches kernels more slowly than the card computes them (docs/gpu.md). Efficiencies on this page leave that out.
