@@ -42,7 +42,7 @@ class OpenSets:
     def __init__(self) -> None:
         self._sets: dict[tuple[str | Path, str], EvalSet] = {}
 
-    def open(self, location: str | Path, split: str) -> EvalSet:
+    def take(self, location: str | Path, split: str) -> EvalSet:
         """The set, as it was at the first call; ConfigError as `open_eval_set`."""
         if (location, split) not in self._sets:
             self._sets[location, split] = open_eval_set(location, split=split)
@@ -114,7 +114,7 @@ def open_dataset(row: Row, opened: OpenSets | None = None) -> Dataset:
     opened: takes the set from these, and leaves it there.
     """
     opened = opened or OpenSets()
-    data = opened.open(row.path, row.split)
+    data = opened.take(row.path, row.split)
     if (data.kind == "retrieval") != row.is_retrieval:
         raise ConfigError(f"{row.key}: group {row.group!r}, but {row.path} holds a {data.kind} dataset")
     if faults := count_faults(row, data):
@@ -145,7 +145,7 @@ def open_dataset(row: Row, opened: OpenSets | None = None) -> Dataset:
 
 def _with_bank(row: Row, data: EvalSet, split: str, opened: OpenSets) -> Dataset:
     try:
-        bank = opened.open(row.path, split)
+        bank = opened.take(row.path, split)
     except ConfigError as error:
         raise ConfigError(f"{row.key}: its bank: {error}") from error
     if row.bank_images is not None and len(bank) != row.bank_images:
