@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # the checkout, wh
 import yaml
 
 from pipeline.demo.assets import FINETUNE, MODEL, asset, unpack
-from pipeline.runs.sweep import read_state, trial_dirs
+from pipeline.runs.sweep import is_sweep, read_state, trial_dirs
 from pipeline.tracking.journal import JOURNAL, Record, read
 
 # part -> what it is; the two that are not overhead come last
@@ -93,6 +93,8 @@ def main() -> int:
     wanted.add_argument("--out", type=Path, help="run a sweep into this folder")
     wanted.add_argument("--sweep", type=Path, help="look at this sweep")
     asked = parser.parse_args()
+    if asked.sweep and not is_sweep(asked.sweep):
+        parser.error(f"--sweep {asked.sweep}: no sweep is there")
     sweep_dir = asked.sweep or run(asked.out.absolute())
     finished = [each for each in trial_dirs(sweep_dir) if read_state(each).status == "finished"]
     finished.sort(key=lambda each: read_state(each).updated)
