@@ -22,8 +22,8 @@ from pipeline.method.linear import Block
 WARM = 0.15
 # Share of the run, at its end, in which the set of active blocks is fixed, because the open blocks need time to learn.
 FIXED = 0.5
-# Decay of the running mean of the usefulness, per step.
-DECAY = 0.9
+# Share of the run that the running mean of the usefulness covers, because the value of a single step is mostly noise.
+MEMORY = 1 / 3
 # A closed block replaces an open one only if it is more useful by this share of the mean size of all usefulness.
 MARGIN = 0.1
 
@@ -48,6 +48,11 @@ class BudgetSchedule:
     total: int
     budget: int
     steps: int
+
+    @property
+    def decay(self) -> float:
+        """Decay of the running mean of the usefulness, per step."""
+        return 1 - 1 / max(1.0, MEMORY * self.steps)
 
     @property
     def start(self) -> int:
@@ -129,7 +134,7 @@ class BlockBudget:
             return {}
         gradient = torch.stack([self._gradients[name].flatten()[0].float() for name in self._gates])
         latest = -mean_over_ranks(gradient)
-        self._usefulness = latest if self._usefulness is None else DECAY * self._usefulness + (1 - DECAY) * latest
+        self._usefulness = latest if self._usefulness is None else latest.lerp(self._usefulness, self.schedule.decay)
         if not self.schedule.decides(done):
             return {}
         return self._choose(done, dict(zip(self._gates, self._usefulness.tolist(), strict=True)))

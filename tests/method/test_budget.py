@@ -56,6 +56,11 @@ def test_the_schedule_falls_from_all_to_budget(blocks_: int, budget: int, steps:
     assert all(count == budget for count in counts[schedule.end :])
 
 
+def test_the_mean_of_the_usefulness_covers_a_third_of_any_run() -> None:
+    assert BudgetSchedule(144, 34, 3000).decay == pytest.approx(1 - 1 / 1000)
+    assert BudgetSchedule(144, 34, 2).decay == 0  # so short a run takes the last step's value
+
+
 def test_usefulness_is_minus_the_gradient_of_the_indicator() -> None:
     """Against autograd through an explicit factor on the block's output, in fp64."""
     net = adapted()
