@@ -68,8 +68,8 @@ REFERENCES: dict[str, dict[str, str]] = {
 WORLDS = {
     "clothes": {"clothing": "id", "fashion": "shift", "grocery": "zero-shot", "emoji": "zero-shot",
                 "clipart": "zero-shot", "emoji_names": "retrieval"},
-    "cartoons": {"emoji_new": "id", "clothing": "zero-shot", "fashion": "zero-shot", "grocery": "zero-shot",
-                 "clipart": "zero-shot"},
+    "emoji": {"emoji_new": "id", "clothing": "zero-shot", "fashion": "zero-shot", "grocery": "zero-shot",
+              "clipart": "zero-shot"},
 }  # fmt: skip
 
 
@@ -87,15 +87,15 @@ class Case(NamedTuple):
 
 
 def prepare(out: Path, foreign: Path | None) -> None:
-    """Unpack the demo's data, and make the cartoons' two sets, the benchmarks and the foreign reference images."""
+    """Unpack the demo's data, and make the two sets of emoji, the benchmarks and the foreign reference images."""
     data = unpack(out / "data")
     for world, groups in WORLDS.items():
         rows = [{"key": key, "group": group, "path": key} for key, group in groups.items()]
         content = {"name": world, "root": str(data / "eval"), "datasets": rows}
         (data / f"{world}.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     if not (data / "eval" / "emoji_new").exists():
-        folders = _cartoons(data)
-        pack(folders / "train", data / "cartoons_train", samples_per_shard=512)
+        folders = _new_emoji(data)
+        pack(folders / "train", data / "emoji_new_train", samples_per_shard=512)
         pack_eval(
             folders / "test",
             data / "eval" / "emoji_new",
@@ -105,9 +105,9 @@ def prepare(out: Path, foreign: Path | None) -> None:
         pack(_crops(foreign, data / "foreign_images"), data / "foreign", samples_per_shard=512)
 
 
-def _cartoons(data: Path) -> Path:
+def _new_emoji(data: Path) -> Path:
     """Emoji in a drawing style that the pretraining did not see, two of three for training and the third as test."""
-    emoji, folder = open_eval_set(data / "eval" / "emoji"), data / "cartoons_images"
+    emoji, folder = open_eval_set(data / "eval" / "emoji"), data / "emoji_new_images"
     seen: Counter[int] = Counter()
     for (tar, number), label in zip(emoji.places, emoji.labels, strict=True):
         seen[label] += 1
@@ -136,7 +136,7 @@ def _crops(photos: Path, folder: Path, number: int = 2048) -> Path:
 
 def run(out: Path, case: Case, steps: int) -> None:
     """Train and evaluate one case in this process."""
-    train = {"clothes": "clothing_train", "cartoons": "cartoons_train"}[case.world]
+    train = {"clothes": "clothing_train", "emoji": "emoji_new_train"}[case.world]
     options = {"seed": case.seed, "train.steps": steps, "model.name": f"local-dir:{asset(MODEL)}"}
     fine_tune(out, case.world, case.name, train, options | METHODS[case.method] | REFERENCES[case.reference])
 
@@ -254,7 +254,7 @@ SHOWN = {"none": "no reference", "texts": "texts", "foreign": "foreign images, t
 
 def figure(out: Path, worlds: list[str], seeds: list[int], file: Path, method: str = "lora64-fast") -> None:
     """Draw each reference's curve from the untouched model (strength 0) to the fine-tuned one: means over the seeds."""
-    titles = {"clothes": "photos of clothes", "cartoons": "emoji in a new style"}
+    titles = {"clothes": "photos of clothes", "emoji": "emoji in a new style"}
     drawing, axes = panels("Learned against kept, by reference data", len(worlds), narrow=False, height=3.6)
     for world, one in zip(worlds, axes, strict=True):
         for number, (reference, label) in enumerate(SHOWN.items()):
