@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from pipeline.cli.options import FAILED, INTERRUPTED, OK, add_command, count
+from pipeline.cli.options import FAILED, INTERRUPTED, OK, add_command, count, seconds
 
 
 def add(commands: Any) -> None:
@@ -47,7 +47,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--retry-failed", action="store_true", help="also rerun trials that failed")
     parser.add_argument(
         "--seconds-per-step",
-        type=float,
+        type=seconds,
         metavar="S",
         help="speed to assume in the plan (default: as measured on this machine)",
     )

@@ -16,6 +16,7 @@ from pipeline.config.tree import (
     load_config_with_origin,
     override,
     to_yaml,
+    whole_options,
 )
 
 __all__ = [
@@ -44,4 +45,5 @@ __all__ = [
     "load_config_with_origin",
     "override",
     "to_yaml",
+    "whole_options",
 ]

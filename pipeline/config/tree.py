@@ -11,9 +11,10 @@ import json
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from pipeline.config.effects import Effect, Place, Result, effects_of
 from pipeline.config.errors import ConfigError, Raw, at, did_you_mean, faults_of
@@ -253,15 +254,21 @@ def affects_result(key: str) -> bool:
 
 def describe() -> dict[str, str]:
     """{dotted key: one-line description} of every option, in the order of the tree."""
-    return dict(_describe(Config, ""))
+    return {key: field.description or "" for key, field in _options(Config, "")}
 
 
-def _describe(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
+def whole_options() -> frozenset[str]:
+    """Dotted keys of the options whose values are whole numbers."""
+    kinds = {key: {field.annotation, *get_args(field.annotation)} for key, field in _options(Config, "")}
+    return frozenset(key for key, types in kinds.items() if int in types and float not in types)
+
+
+def _options(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _describe(field.annotation, f"{prefix}{name}.")
+            yield from _options(field.annotation, f"{prefix}{name}.")
         else:
-            yield prefix + name, field.description or ""
+            yield prefix + name, field
 
 
 def _leaves(config: Config) -> dict[str, Any]:

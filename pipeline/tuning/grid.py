@@ -24,6 +24,7 @@ Write a list of lists for an option whose value is itself a list.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError
 
-from pipeline.config import ConfigError, Section, describe
+from pipeline.config import ConfigError, Section, describe, whole_options
 from pipeline.config.errors import Raw, did_you_mean
 from pipeline.config.yaml_file import read_chain, read_overrides
 from pipeline.tuning.names import value_text
@@ -117,11 +118,7 @@ def load_grid(path: str | Path, overrides: Sequence[str] = ()) -> Grid:
     changes, wrong = read_overrides(list(overrides))
     raw = read_chain(path) | changes
     faults: list[str] = wrong
-    axes = {
-        _dotted(key.removeprefix("grid."), one, faults): _values(key, one, faults)
-        for key, one in raw.items()
-        if key.startswith("grid.")
-    }
+    axes = _axes("grid", {key[5:]: one for key, one in raw.items() if key.startswith("grid.")}, faults)
     faults += [
         f"{key}: unknown, a grid file has {', '.join(SECTIONS)} ({raw[key].origin})"
         for key in sorted(raw)
@@ -159,6 +156,17 @@ def _dotted(key: str, one: Raw, faults: list[str]) -> str:
     return dotted
 
 
+def _axes(where: str, entries: Mapping[str, Raw], faults: list[str]) -> dict[str, list[Any]]:
+    """{option: values} of a product; an option under two of its names is a fault."""
+    found: dict[str, list[Any]] = {}
+    for key, one in entries.items():
+        dotted = _dotted(key, one, faults)
+        if dotted in found:
+            faults.append(f"{where}.{key}: {dotted} is given twice ({one.origin})")
+        found[dotted] = _values(f"{where}.{key}", one, faults)
+    return found
+
+
 def _values(key: str, one: Raw, faults: list[str]) -> list[Any]:
     if not isinstance(one.value, list) or not one.value:
         faults.append(f"{key}: should be a list of values, got {one.value!r} ({one.origin})")
@@ -182,12 +190,26 @@ def _baselines(one: Raw | None, faults: list[str]) -> tuple[Baseline, ...]:
             continue
         unknown = sorted(set(entry) - {"name", "label", "changes"})
         faults += [f"{where}.{key}: unknown, a baseline has name, label and changes ({one.origin})" for key in unknown]
-        changes = {}
-        for key, value in _flat(entry["changes"]).items():
-            raw = Raw(value if isinstance(value, list) else [value], one.origin)
-            changes[_dotted(key, raw, faults)] = _values(f"{where}.{key}", raw, faults)
+        wrong = (_text_fault(key, entry.get(key)) for key in ("name", "label"))
+        faults += [f"{where}.{text} ({one.origin})" for text in wrong if text is not None]
+        lists = {
+            key: Raw(value if isinstance(value, list) else [value], one.origin)
+            for key, value in _flat(entry["changes"]).items()
+        }
+        changes = _axes(where, lists, faults)
         found.append(Baseline(entry.get("name"), entry.get("label"), changes))
     return tuple(found)
+
+
+def _text_fault(key: str, value: Any) -> str | None:
+    """The fault of a baseline's name or label, if any; a name is the begin of a directory's name."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        return f'{key}: should be text, as in {key}: "{value_text(value)}"; got {value!r}'
+    if key == "name" and not re.match(r"[A-Za-z0-9_]", value):
+        return f"name: should begin with a letter from a to z, a digit or _, got {value!r}"
+    return None
 
 
 def _ranges(raw: Mapping[str, Raw], faults: list[str]) -> dict[str, Range]:
@@ -200,7 +222,7 @@ def _ranges(raw: Mapping[str, Raw], faults: list[str]) -> dict[str, Range]:
         if not name:
             faults.append(f"{key}: should be as in ranges: {{train.lr: {{log: [1e-5, 1e-3]}}}} ({one.origin})")
             continue
-        each = Range(kind, values)
+        each = Range(kind, values, ALIASES.get(name, name) in whole_options())
         if (fault := each.fault()) is not None:
             faults.append(f"ranges.{name}: {fault} ({one.origin})")
         elif (dotted := _dotted(name, one, faults)) in found:
@@ -222,7 +244,7 @@ def _search_faults(
     for key, each in ranges.items():
         outside = [value for value in axes.get(key, ()) if not each.holds(value)]
         if outside:
-            faults.append(f"grid.{key}: {value_text(outside[0])} is outside ranges.{key} {list(each.values)}")
+            faults.append(f"grid.{key}: {value_text(outside[0])} is outside ranges.{key}: {each}")
     if "seed" in ranges:
         faults.append("ranges.seed: a seed is not searched for; give seeds: [0, 1, 2]")
     return faults

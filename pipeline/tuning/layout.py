@@ -28,7 +28,8 @@ from pipeline.runs.sweep import (
     write_sweep,
 )
 from pipeline.tuning.grid import Grid
-from pipeline.tuning.search import ATTEMPTS, Tried, configs_at_ends, option, propose, value_of
+from pipeline.tuning.plan import trained_parameters
+from pipeline.tuning.search import ATTEMPTS, Tried, check_draws, configs_at_ends, option, propose, value_of
 from pipeline.tuning.trials import Expansion, GridPoint, Trial, expand, keep_names, points_of, proposed_points
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def prepare(config: Config, grid: Grid) -> tuple[list[Trial], dict[str, int]]:
     check_floor(config, trials, grid.floor)
     check_search(config, grid, trials)
     check_drift(trials, grid.max_drift)
+    check_budgets(trials, configs_at_ends(config, grid.ranges))
     steps = steps_of(trials)
     for one in {(one.config.keep, one.config.eval): one for one in trials}.values():
         check_overlap(one.config)
@@ -107,13 +109,17 @@ def absent(trials: Sequence[Trial]) -> list[str]:
     return lines
 
 
-def check_floor(config: Config, trials: Sequence[Trial], floor: float | None) -> None:
-    """Raise ConfigError if the benchmarks of the trials cannot measure id and kept at a floor."""
+def check_floor(config: Config, trials: Sequence[Trial], floor: float | None, *, tables: bool = True) -> None:
+    """Raise ConfigError if the benchmarks of the trials cannot measure id and kept at a floor.
+
+    Args:
+        tables: whether to read the benchmarks; without, only that there is one.
+    """
     if floor is None:
         return
     if any(one.eval.benchmark is None for one in (config, *(trial.config for trial in trials))):
         raise ConfigError(f"floor: {floor:g} needs results of each trial; set eval.benchmark")
-    for table in _benchmarks(trials):
+    for table in _benchmarks(trials) if tables else ():
         if not any(row.group != "id" and row.in_mean for row in table.rows):
             raise ConfigError(
                 f"floor: {floor:g} is a share kept on groups other than id, and benchmark {table.name} has none; add a "
@@ -213,7 +219,7 @@ class Proposals:
         self._config, self._grid, self._trials, self._totals, self._place = config, grid, trials, totals, place
         self._dir, self._exhausted = sweep_directory(config), False
         self._expansion = Expansion(config, grid)
-        for point in (*points_of(grid), *proposed_points(grid, _stored_trials(self._dir))):
+        for point in (*points_of(grid), *proposed_points(_stored_trials(self._dir))):
             self._expansion.add(point)
 
     @property
@@ -230,7 +236,9 @@ class Proposals:
         new = self._new_trials()
         if not new:
             self._exhausted = True
-            sys.stderr.write("search: every configuration in the ranges has been tried\n")
+            fault = next(iter(self._expansion.faults), None)
+            why = "has tried every configuration in the ranges" if fault is None else f"finds no valid one: {fault}"
+            sys.stderr.write(f"the search {why}\n")
             return []
         known = [
             {"id": one.id, "name": one.name, "changes": one.changes, "baseline": one.baseline} for one in self._trials
@@ -255,17 +263,19 @@ class Proposals:
         for attempt in range(ATTEMPTS):
             seed = stable_hash("search", self._config.seed, len(tried), attempt) % 2**32
             changes = propose(self._grid.ranges, tried, search, seed)
-            new = self._expansion.add(GridPoint(changes, list(self._grid.ranges), proposed=True))
             self._expansion.faults.clear()
-            if new:
+            if new := self._expansion.add(GridPoint(changes, list(changes), proposed=True)):
                 return new
         return []
 
     def _tried(self) -> list[Tried]:
+        """What is known in the ranges; earlier proposals may lie outside, if a range has been changed since."""
         assert self._grid.floor is not None  # a search has a floor
         found = []
         for seeds in _searched(self._trials):
             point = {key: option(seeds[0].config, key) for key in self._grid.ranges}
+            if not all(each.holds(point[key]) for key, each in self._grid.ranges.items()):
+                continue
             found.append(Tried(point, *value_of(self._dir, [one.name for one in seeds], self._grid.floor)))
         return found
 
@@ -279,15 +289,26 @@ def check_drift(trials: Sequence[Trial], max_drift: float | None) -> None:
         )
 
 
+def check_budgets(trials: Sequence[Trial], ends: Sequence[Config]) -> None:
+    """Raise ConfigError if a budget of a trial, or at the end of a range, does not fit the blocks of its model."""
+    budgeted = [one for one in trials if one.config.gated and one.config.gate.budgeted]
+    also = [one for one in ends if one.gated and one.gate.budgeted]
+    if budgeted or also:
+        trained_parameters(budgeted, also)
+
+
 def check_search(config: Config, grid: Grid, trials: Sequence[Trial]) -> None:
-    """Raise ConfigError if a range contains invalid values of its option, or excludes one of the first trials."""
+    """Raise ConfigError if the ranges contain invalid values of options, or exclude one of the grid's trials."""
+    if grid.search is None:
+        return
     configs_at_ends(config, grid.ranges)
-    for first, *_ in _searched(trials):
+    check_draws(config, grid.ranges)
+    for first, *_ in _searched([one for one in trials if not one.proposed]):
         for key, each in grid.ranges.items():
             if not each.holds(value := option(first.config, key)):
                 raise ConfigError(
-                    f"grid: the first trial {first.name} has {key}={value}, outside ranges.{key} "
-                    f"{list(each.values)}; name {key} in the grid, or widen the range"
+                    f"grid: the first trial {first.name} has {key}={value}, outside ranges.{key}: {each}; name {key} "
+                    "in the grid, or widen the range"
                 )
 
 
@@ -306,6 +327,13 @@ def _lacks_floor(run_dir: Path, trial: Trial, floor: float | None) -> bool:
         return False
     found = read_floors(run_dir / EVAL)
     return found is None or found["floor"] != floor
+
+
+def renew_soups(sweep_dir: Path, trials: Sequence[Trial]) -> None:
+    """Let soups wait again whose seeds have changed since they were made."""
+    for one in trials:
+        if one.soup_of and _is_stale(sweep_dir, one):
+            write_state(trial_dir(sweep_dir, one.name), status="waiting", error=None)
 
 
 def _is_stale(sweep_dir: Path, trial: Trial) -> bool:

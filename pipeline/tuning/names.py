@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from pipeline.config import Config
 
 # Options that are already in the first part of a name.
 _SAID = ("adapter.kind", "adapter.rank", "adapter.random_k", "gate.enabled", "gate.lam", "seed")
+_LONGEST = 150  # characters of a name; file systems allow 255, and seeds and suffixes follow
 _KINDS = {"full": "full", "none": "rest only", "lora": "LoRA", "dora": "DoRA"}
 
 
@@ -29,7 +31,8 @@ def name_of(
         front = {"adapter.rank": f"r{adapter.rank}", "adapter.kind": adapter.kind}
         parts = [given, *(front.get(key, _short(key, changes[key])) for key in varied if key != "seed")]
     parts += [f"seed{config.seed}"] if seeds or "seed" in varied else []
-    return re.sub(r"[^A-Za-z0-9._+=,@-]", "-", "_".join(parts))
+    name = re.sub(r"[^A-Za-z0-9._+=,@-]", "-", "_".join(parts))
+    return name if len(name) <= _LONGEST else f"{name[:_LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def label_of(

@@ -107,7 +107,7 @@ def make_plan(
     to_come: int = 0,
     each: int = 0,
 ) -> Plan:
-    """The plan of the remaining work.
+    """The plan of the remaining work, whether or not it fits the cluster (`room_faults`).
 
     Args:
         trials: all trials of the sweep.
@@ -116,10 +116,9 @@ def make_plan(
         each: steps of each of these.
 
     Raises:
-        ConfigError: a trial does not fit the cluster; the message has its needs and the cluster's resources.
+        ConfigError: the workers of a trial cannot share its batch or its streams.
     """
-    faults = fitting_faults(trials, resources, capacity)
-    if faults:
+    if faults := sharing_faults(trials, resources):
         raise ConfigError("\n".join(faults))
     return Plan(
         trials=len(trials) + to_come,
@@ -140,23 +139,29 @@ def concurrency(resources: Resources, capacity: Capacity, trials: int) -> int:
     return max(1, min(fit, trials, resources.concurrent or trials))
 
 
-def fitting_faults(trials: Sequence[Trial], resources: Resources, capacity: Capacity) -> list[str]:
-    """Why the sweep's trials cannot run on this cluster; empty if they can."""
+def room_faults(resources: Resources, capacity: Capacity) -> list[str]:
+    """Why no trial fits this cluster, with its needs and the cluster's resources; empty if one does."""
     faults = []
     fit = capacity.processes(resources.cpus_per_worker, resources.gpus_per_worker)
     if fit < resources.workers:
         faults.append(
-            f"resources: a trial needs {resources.workers} workers with {_size(resources)} each, "
+            f"resources: a trial needs {_number(resources.workers, 'worker')} with {_size(resources)} each, "
             f"and {fit} fit this cluster: {capacity}"
         )
     evaluation = resources.gpus_per_worker if resources.eval_gpus is None else resources.eval_gpus
     if not capacity.processes(resources.eval_cpus, evaluation):
         faults.append(
-            f"resources.eval_cpus, eval_gpus: an evaluation needs {resources.eval_cpus:g} CPUs and {evaluation:g} GPUs "
-            f"on one node, and no node has them: {capacity}"
+            f"resources.eval_cpus, eval_gpus: an evaluation needs {_number(resources.eval_cpus, 'CPU')} and "
+            f"{_number(evaluation, 'GPU')} on one node, and no node has them: {capacity}"
         )
     if faults:
         faults.append("lower them in section resources of the grid file, or name a larger cluster with --address")
+    return faults
+
+
+def sharing_faults(trials: Sequence[Trial], resources: Resources) -> list[str]:
+    """Why the workers of a trial cannot share its work evenly."""
+    faults = []
     for trial in trials:
         batch, streams = trial.config.train.global_batch_size, trial.config.data.streams
         for key, value in (("train.global_batch_size", batch), ("data.streams", streams)):
@@ -206,8 +211,12 @@ def _fit(node: Node, cpus: float, gpus: float) -> int:
 
 
 def _size(resources: Resources) -> str:
-    gpus = f" and {resources.gpus_per_worker:g} GPUs" if resources.gpus_per_worker else ""
-    return f"{resources.cpus_per_worker:g} CPU{'s' if resources.cpus_per_worker != 1 else ''}{gpus}"
+    gpus = f" and {_number(resources.gpus_per_worker, 'GPU')}" if resources.gpus_per_worker else ""
+    return _number(resources.cpus_per_worker, "CPU") + gpus
+
+
+def _number(count: float, noun: str) -> str:
+    return f"{count:g} {noun}{'' if count == 1 else 's'}"
 
 
 def checkpoint_bytes(trials: Sequence[Trial], parameters: Mapping[str, int]) -> int:
@@ -217,12 +226,12 @@ def checkpoint_bytes(trials: Sequence[Trial], parameters: Mapping[str, int]) -> 
 
 
 def trained_parameters(trials: Sequence[Trial], also: Sequence[Config] = ()) -> dict[str, int]:
-    """{trial: number of trained parameters}. Builds each base model once, with random weights if it is named.
+    """{trial: number of trained parameters}. Builds each base model once, a CLIP without values.
 
     A ViT's classifier does not count, because its size depends on the shards.
 
     Raises:
-        ConfigError: the model has no such blocks, or too few; also for a config of `also`.
+        ConfigError: the model has no such blocks, or a budget does not fit them; also for a config of `also`.
     """
     from pipeline.model.load import load_model
     from pipeline.model.vit import untagged
@@ -232,7 +241,7 @@ def trained_parameters(trials: Sequence[Trial], also: Sequence[Config] = ()) -> 
     def count(config: Config) -> int:
         name = config.model.name
         if name not in bases:
-            bases[name] = load_model(untagged(name))
+            bases[name] = load_model(untagged(name), hollow=True)
         return _count(bases[name], config)
 
     for config in also:
@@ -255,13 +264,26 @@ def _count(model: Model, config: Config) -> int:
         names = chosen_targets(config, list(targets))
     except ValueError as error:
         raise ConfigError(f"{config.name}: adapter.{error}") from error
-    if config.gate.budget is not None and config.gate.budget > len(names):
-        raise ConfigError(
-            f"{config.name}: gate.budget={config.gate.budget:g}: must be between 1 and the {len(names)} gated blocks"
-        )
+    sizes = []
     for name in names:
         module, attribute = targets[name]
         linear = getattr(module, attribute)
-        total += adapter.rank * (linear.in_features + linear.out_features) + config.gated
-        total += linear.out_features if adapter.kind == "dora" else 0
-    return total
+        size = adapter.rank * (linear.in_features + linear.out_features) + config.gated
+        sizes.append(size + (linear.out_features if adapter.kind == "dora" else 0))
+    _check_budget(config, sizes)
+    return total + sum(sizes)
+
+
+def _check_budget(config: Config, sizes: Sequence[int]) -> None:
+    """Raise ConfigError if a budget exceeds the gated blocks, whose parameters are `sizes`, or pays for none."""
+    gate = config.gate
+    if not config.gated:
+        return
+    if gate.budget is not None and gate.budget > len(sizes):
+        limits, name, value = f"1 and the {len(sizes)} gated blocks", "budget", gate.budget
+    elif gate.budget_parameters is not None and not min(sizes) <= gate.budget_parameters <= sum(sizes):
+        limits, value = f"{min(sizes)} and the {sum(sizes)} parameters of all gated blocks", gate.budget_parameters
+        name = "budget_parameters"
+    else:
+        return
+    raise ConfigError(f"{config.name}: gate.{name}={value:g}: must be between {limits}")

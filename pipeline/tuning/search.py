@@ -34,10 +34,24 @@ class Search(Section):
 
 @dataclass(frozen=True)
 class Range:
-    """The range of an option: between two numbers on a linear or log scale, or one of several values."""
+    """The range of an option: between two numbers on a linear or log scale, or one of several values.
+
+    Attributes:
+        whole: whether the option takes whole numbers only.
+    """
 
     kind: str
     values: tuple[Any, ...]
+    whole: bool = False
+
+    def __str__(self) -> str:
+        kind = f"{self.kind} of whole numbers" if self._in_steps and self.kind != "integers" else self.kind
+        return f"{kind} {list(self.values)}"
+
+    @property
+    def _in_steps(self) -> bool:
+        """Whether it consists of whole numbers between two ends."""
+        return self.kind == "integers" or (self.whole and self.kind != "choices")
 
     def fault(self) -> str | None:
         """The fault of the range, if any."""
@@ -46,10 +60,10 @@ class Range:
         if self.kind == "choices":
             texts = [repr(value) for value in self.values]
             return None if len(texts) > 1 and len(set(texts)) == len(texts) else "choices: needs two different values"
-        kinds = int if self.kind == "integers" else (int, float)
+        kinds = int if self._in_steps else (int, float)
         numbers = [each for each in self.values if isinstance(each, kinds) and not isinstance(each, bool)]
         if len(self.values) != 2 or len(numbers) != 2:
-            what = "whole numbers" if self.kind == "integers" else "numbers"
+            what = "whole numbers" if self._in_steps else "numbers"
             return f"{self.kind}: needs two {what}, [low, high], got {list(self.values)}"
         if not numbers[0] < numbers[1]:
             return f"{self.kind}: is empty, {numbers[0]} is not below {numbers[1]}"
@@ -59,7 +73,9 @@ class Range:
         """Whether a value is in the range."""
         if self.kind == "choices":
             return value in self.values
-        return isinstance(value, int | float) and self.values[0] <= value <= self.values[1]
+        if not isinstance(value, int | float) or not self.values[0] <= value <= self.values[1]:
+            return False
+        return value == int(value) or not self._in_steps
 
     @property
     def ends(self) -> tuple[Any, ...]:
@@ -72,19 +88,21 @@ class Range:
 
         if self.kind == "choices":
             return CategoricalDistribution(tuple(range(len(self.values))))
-        if self.kind == "integers":
-            return IntDistribution(*self.values)
+        if self._in_steps:
+            return IntDistribution(*self.values, log=self.kind == "log")
         return FloatDistribution(float(self.values[0]), float(self.values[1]), log=self.kind == "log")
 
     def encode(self, value: Any) -> Any:
         """A value in Optuna's form."""
-        return self.values.index(value) if self.kind == "choices" else value
+        if self.kind == "choices":
+            return self.values.index(value)
+        return int(value) if self._in_steps else value
 
     def decode(self, drawn: Any) -> Any:
         """A value for the config, with few digits."""
         if self.kind == "choices":
             return self.values[drawn]
-        if self.kind == "integers":
+        if self._in_steps:
             return int(drawn)
         low, high = self.values
         return min(max(float(f"{drawn:.{_DIGITS}g}"), float(low)), float(high))
@@ -155,6 +173,19 @@ def configs_at_ends(config: Config, ranges: Mapping[str, Range]) -> list[Config]
     if faults:
         raise ConfigError("\n".join(dict.fromkeys(faults)))
     return found
+
+
+def check_draws(config: Config, ranges: Mapping[str, Range]) -> None:
+    """Raise ConfigError if no draw from the ranges is valid: options that exclude each other, each valid alone."""
+    fault = ""
+    for seed in range(ATTEMPTS):
+        changes = propose(ranges, (), Search(trials=1, sampler="random"), seed)
+        try:
+            override(config, changes)
+            return
+        except ConfigError as error:
+            fault = str(error).splitlines()[0]
+    raise ConfigError(f"ranges: none of {ATTEMPTS} draws is valid; the last: {fault}")
 
 
 def value_of(sweep_dir: Path, names: Sequence[str], floor: float) -> tuple[float | None, bool]:

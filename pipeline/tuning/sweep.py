@@ -1,7 +1,7 @@
 """`selora sweep`: expand and check the grid, claim the directory, run the remaining trials, report how each ended.
 
-The same call continues a sweep, because the state of each trial is in its directory. Neither Ray nor torch is imported
-before the trials start.
+The same call continues a sweep, because the state of each trial is in its directory. Ray is not imported before the
+trials start, and torch only if a budget must fit the blocks of the model.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ from pipeline.tuning.grid import Grid, Resources
 from pipeline.tuning.layout import (
     Proposals,
     absent,
+    check_drift,
     check_floor,
     check_search,
     known_trials,
     prepare,
     refuse_changes,
+    renew_soups,
     steps_of,
     sweep_directory,
     write_layout,
@@ -44,8 +46,8 @@ from pipeline.tuning.plan import (
     Speed,
     checkpoint_bytes,
     describe_plan,
-    fitting_faults,
     make_plan,
+    room_faults,
     trained_parameters,
 )
 from pipeline.tuning.search import configs_at_ends
@@ -104,9 +106,9 @@ def plan_sweep(
     _hand_down_passwords(config)
     trials = known_trials(config, grid)
     missing = absent(trials)
-    if not missing:
-        check_floor(config, trials, grid.floor)
+    check_floor(config, trials, grid.floor, tables=not missing)
     check_search(config, grid, trials)
+    check_drift(trials, grid.max_drift)
     try:
         totals = steps_of(trials, samples)
     except ConfigError as error:
@@ -114,7 +116,9 @@ def plan_sweep(
     sweep_dir = sweep_directory(config)
     refuse_changes(sweep_dir, trials)
     proposals = Proposals(config, grid, trials, totals, lambda _: None).left
-    plan = _plan(sweep_dir, trials, totals, grid, _look(address, grid.resources), seconds_per_step, proposals)
+    capacity = _look(address, grid.resources)
+    plan = _plan(sweep_dir, trials, totals, grid, capacity, seconds_per_step, proposals)
+    missing += room_faults(grid.resources, capacity)
     training = [one for one in trials if not one.soup_of]
     drift = None if grid.floor is None else learned_drift(sweep_dir, trials, grid.floor)
     disk = checkpoint_bytes(training, trained_parameters(training, configs_at_ends(config, grid.ranges)))
@@ -147,6 +151,9 @@ def sweep(
     sweep_dir = sweep_directory(config)
     refuse_changes(sweep_dir, trials)
     with SweepRuns(sweep_dir, config, grid, trials) as record:
+        if len(known_trials(config, grid)) > len(trials):  # another command has proposed some and ended since
+            trials, totals = prepare(config, grid)
+            record.place(trials)
         write_layout(sweep_dir, config, grid, trials, totals, retry_failed=retry_failed)
         proposals = Proposals(config, grid, trials, totals, record.place)
         if _left(sweep_dir, trials) or proposals.left:
@@ -217,6 +224,8 @@ def _run(
 
     with stop, cluster(address, grid.resources) as capacity:
         stop.listen()  # Ray has replaced it by its own handler
+        if faults := room_faults(grid.resources, capacity):
+            raise ConfigError("\n".join(faults))
         plan = _plan(sweep_dir, trials, totals, grid, capacity, seconds_per_step, proposals.left)
         sys.stderr.write(describe_plan(plan) + "\n")
         spared = tuple(trial.name for trial in trials if trial.baseline)
@@ -229,6 +238,7 @@ def _run(
             training = [trial.name for trial in _left(sweep_dir, trials) if not trial.soup_of]
             if training or proposals.left:
                 lost |= run(training, asha=grid.asha, more=None if grid.search is None else proposals.next)
+            renew_soups(sweep_dir, trials)
             if soups := _ready_soups(sweep_dir, [trial for trial in _left(sweep_dir, trials) if trial.soup_of]):
                 lost |= run(soups, asha=None)
         del machines
@@ -298,7 +308,7 @@ class _Room:
             nodes = self._look()
         except Exception:  # noqa: BLE001 - a head that does not answer is Ray's to report, and may be back
             return
-        faults = fitting_faults((), self._resources, nodes)
+        faults = room_faults(self._resources, nodes)
         if faults and not self._lacks:
             sys.stderr.write(
                 f"{faults[0]}; trials wait for a node with room. Ctrl-C ends the sweep, and the same command "

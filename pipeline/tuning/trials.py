@@ -60,7 +60,8 @@ class Expansion:
         self.trials: list[Trial] = []
         self.faults: dict[str, None] = {}
         self._config, self._grid = config, grid
-        self._seen: dict[Config, str] = {}
+        self._seen: set[Config] = set()
+        self._owners: dict[str, str] = {}
         self._place = str(Path(config.out).absolute() / config.name / "trials")
         self._seed_in_names = len(grid.axes.get("seed", ())) > 1
 
@@ -81,24 +82,25 @@ class Expansion:
             same = _effective(made)
             if same in self._seen:
                 return None
-            name, label = self._names(made, changes, point, seed)
-            self._seen[same] = name
+            self._seen.add(same)
+            configuration, label = self._names(made, point)
+            numbered = seed is not None and len(self._grid.seeds) > 1
+            name = f"{configuration}_seed{seed}" if numbered else configuration
+            label = f"{label} seed {seed}" if numbered else label
             placed = override(made, {"name": name, "out": self._place})
         except ConfigError as error:
             self.faults |= dict.fromkeys(f"{point_text(changes)}: {line}" for line in str(error).splitlines())
             return None
-        configuration = name if seed is None else _SEED.sub("", name)
         baseline = point.baseline is not None
         return Trial("", name, label, changes, placed, baseline, configuration, proposed=point.proposed)
 
-    def _names(self, made: Config, changes: dict[str, Any], point: GridPoint, seed: int | None) -> tuple[str, str]:
-        seeds = self._seed_in_names or len(self._grid.seeds) > 1
-        given = point.baseline
-        name = name_of(made, changes, point.varied, seeds=seeds, given=given.name if given else None)
-        if name in self._seen.values():
-            named = {key: value for key, value in changes.items() if seed is None or key != "seed"}
-            name = f"{name}_{hashlib.sha256(_canonical(named).encode()).hexdigest()[:4]}"
-        return name, label_of(made, changes, point.varied, seeds=seeds, given=given.label if given else None)
+    def _names(self, made: Config, point: GridPoint) -> tuple[str, str]:
+        """Name and label of a configuration, without the grid's `seeds`."""
+        given, seeds, which = point.baseline, self._seed_in_names, _canonical(point.changes)
+        name = name_of(made, point.changes, point.varied, seeds=seeds, given=given.name if given else None)
+        if self._owners.setdefault(name, which) != which:
+            name = f"{name}_{hashlib.sha256(which.encode()).hexdigest()[:4]}"
+        return name, label_of(made, point.changes, point.varied, seeds=seeds, given=given.label if given else None)
 
 
 def expand(config: Config, grid: Grid, stored: Sequence[Mapping[str, Any]] = ()) -> list[Trial]:
@@ -115,7 +117,7 @@ def expand(config: Config, grid: Grid, stored: Sequence[Mapping[str, Any]] = ())
     if number > MAX_TRIALS:
         raise ConfigError(f"grid: {number} trials, at most {MAX_TRIALS}; give fewer values, or make several sweeps")
     expansion = Expansion(config, grid)
-    for point in (*points_of(grid), *proposed_points(grid, stored)):
+    for point in (*points_of(grid), *proposed_points(stored)):
         expansion.add(point)
     if expansion.faults:
         raise ConfigError("\n".join(expansion.faults))
@@ -131,13 +133,13 @@ def points_of(grid: Grid) -> Iterator[GridPoint]:
             yield GridPoint(changes, _varied(each.changes), each)
 
 
-def proposed_points(grid: Grid, stored: Sequence[Mapping[str, Any]]) -> list[GridPoint]:
+def proposed_points(stored: Sequence[Mapping[str, Any]]) -> list[GridPoint]:
     """The configurations that a sampler proposed in earlier calls, each once, in the order of the proposals."""
     found: dict[str, GridPoint] = {}
     for entry in stored:
         if entry.get("proposed"):
             changes = {key: value for key, value in entry["changes"].items() if key != "seed"}
-            found.setdefault(_canonical(changes), GridPoint(changes, list(grid.ranges), proposed=True))
+            found.setdefault(_canonical(changes), GridPoint(changes, list(changes), proposed=True))
     return list(found.values())
 
 

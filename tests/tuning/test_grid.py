@@ -110,6 +110,29 @@ def test_a_repeated_key_of_the_grid_is_an_error(make_grid) -> None:
         make_grid("grid:\n  rank: [2]\n  rank: [4]\n")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("grid: {rank: [2, 4], adapter.rank: [8]}", "grid.adapter.rank: adapter.rank is given twice"),
+        ("baselines: [{changes: {lam: 1, gate.lam: 2}}]", "baselines.1..gate.lam: gate.lam is given twice"),
+        ("baselines: [{name: 2024, changes: {kind: full}}]", 'name: should be text, as in name: "2024"; got 2024'),
+        ("baselines: [{label: false, changes: {kind: full}}]", 'label: should be text, as in label: "false"; got'),
+        ("baselines: [{name: .., changes: {kind: full}}]", "name: should begin with a letter from a to z, a digit or"),
+    ],
+)
+def test_a_mistake_in_a_name_is_a_single_line(make_grid, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        make_grid(text)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_long_values_have_names_that_a_directory_can_have(make_config, make_grid) -> None:
+    long = "a photo of " * 30
+    made = names(make_config(), make_grid(f"grid: {{data.templates: [['{long} {{c}}'], ['{long} the {{c}}']]}}"))
+    assert len(set(made)) == 2
+    assert all(len(name) < 200 for name in made)
+
+
 def test_every_point_is_checked_before_anything_starts(make_config, make_grid) -> None:
     grid = make_grid("grid: {rank: [2, 0], lam: [0.3, -1]}\nbaselines: [{changes: {gate.init: 0.01}}]")
     with pytest.raises(ConfigError) as caught:

@@ -113,6 +113,50 @@ def test_the_search_goes_on_from_the_directories(
     assert all(5 <= totals[one.name] <= 9 for one in again[1:])
 
 
+@pytest.mark.parametrize("kind", ["log", "linear", "integers"])
+def test_whole_numbers_are_drawn_for_an_option_that_needs_them(make_config, make_grid, kind: str) -> None:
+    """Also on a log scale, and a point of the grid that is not whole is outside."""
+    grid = make_grid(f"search: {{trials: 6}}\nranges: {{rank: {{{kind}: [2, 64]}}}}\nfloor: 0.9\ngrid: {{rank: [2]}}")
+    trials = lay_out(make_config(), grid)
+    search = Proposals(make_config(), grid, trials, {trials[0].name: 12}, lambda _: None)
+    while search.left:
+        assert search.next()
+    ranks = [one.config.adapter.rank for one in trials]
+    assert len(set(ranks)) == 6
+    assert all(2 <= rank <= 64 for rank in ranks)
+    with pytest.raises(ConfigError, match=r"grid.gate.lam: 0.5 is outside ranges.gate.lam: integers \[0, 3\]"):
+        make_grid("search: {trials: 4}\nranges: {lam: {integers: [0, 3]}}\nfloor: 0.9\ngrid: {lam: [0.5]}")
+
+
+def test_ranges_that_exclude_each_other_are_refused(make_config, make_grid) -> None:
+    """A budget and a lambda are valid alone and never together."""
+    ranges = "ranges: {gate.budget: {integers: [2, 9]}, lam: {linear: [0, 3]}}"
+    with pytest.raises(ConfigError, match="ranges: none of 50 draws is valid; the last: .*gate.budget"):
+        plan_sweep(
+            make_config("gate.lam=0"),
+            make_grid(f"search: {{trials: 4}}\n{ranges}\nfloor: 0.9\ngrid: {{gate.budget: [3], lam: [0]}}"),
+        )
+
+
+def test_ranges_may_change_between_two_calls(make_config, make_grid, tmp_path: Path) -> None:
+    """Earlier proposals stay trials of the sweep; the sampler learns from those in the new ranges."""
+    config, grid = make_config(), make_grid(GRID)
+    trials = lay_out(config, grid)
+    search = Proposals(config, grid, trials, {one.name: 7 for one in trials}, lambda _: None)
+    names = [trials[0].name, *search.next()]
+    for changed in (
+        GRID.replace("9]}}", "9]}, train.weight_decay: {linear: [0.0, 0.2]}}"),
+        GRID.replace("train.lr: {log: [1e-5, 1e-2]}, ", "").replace("[5, 9]", "[7, 8]"),
+    ):
+        grid = make_grid(changed)
+        trials = lay_out(config, grid)
+        assert [one.name for one in trials] == names
+        search = Proposals(config, grid, trials, {one.name: 7 for one in trials}, lambda _: None)
+        names += search.next()
+    assert len(names) == 4
+    assert trials[-1].config.train.steps in (7, 8)
+
+
 def test_a_sweep_that_is_stopped_proposes_nothing(make_config, make_grid, tmp_path: Path) -> None:
     config, grid = make_config(), make_grid(GRID)
     trials = lay_out(config, grid)
@@ -147,3 +191,28 @@ def test_a_plan_needs_no_data_where_steps_are_known(make_config, make_grid, tmp_
     with pytest.raises(ConfigError, match="a plan without the shards needs --samples N, or train.steps"):
         plan_sweep(epochs, grid)
     assert plan_sweep(epochs, grid, samples=160).steps == 2 * 3 * 10
+
+
+def test_a_plan_does_not_need_the_machines_of_the_sweep(make_config, make_grid) -> None:
+    plan = plan_sweep(make_config(), make_grid("grid: {rank: [2, 4]}\nresources: {cpus_per_worker: 999}"))
+    assert plan.steps == 24
+    assert any("a trial needs 1 worker with 999 CPUs each, and 0 fit" in line for line in plan.absent)
+
+
+def test_a_plan_refuses_what_the_sweep_refuses(make_config, make_grid, tmp_path: Path) -> None:
+    gone = f"data.train={tmp_path}/nowhere"
+    with pytest.raises(ConfigError, match="floor: 0.9 needs results of each trial; set eval.benchmark"):
+        plan_sweep(make_config(gone, "eval.benchmark=null"), make_grid("grid: {rank: [2]}\nfloor: 0.9"))
+    with pytest.raises(ConfigError, match=r"max_drift: 0.2 is measured on reference data, and no trial has any"):
+        plan_sweep(make_config(gone), make_grid("grid: {rank: [2]}\nmax_drift: 0.2"))
+
+
+def test_a_sweep_refuses_budgets_that_the_model_cannot_have(make_config, make_grid) -> None:
+    config = make_config("gate.lam=0")
+    with pytest.raises(ConfigError, match=r"gate.budget=1000: must be between 1 and the 24 gated blocks$"):
+        lay_out(config, make_grid("grid: {gate.budget: [4, 1000]}"))
+    ranges = "ranges: {gate.budget: {integers: [2, 900]}}"
+    with pytest.raises(ConfigError, match=r"gate.budget=900: must be between 1 and the 24 gated blocks$"):
+        lay_out(config, make_grid(f"search: {{trials: 4}}\n{ranges}\nfloor: 0.9\ngrid: {{gate.budget: [4]}}"))
+    with pytest.raises(ConfigError, match=r"gate.budget_parameters=1: must be between \d+ and the \d+ parameters"):
+        lay_out(config, make_grid("grid: {gate.budget_parameters: [1]}"))

@@ -12,10 +12,10 @@ from sweep_by_hand import lay_out
 
 from pipeline.config import ConfigError
 from pipeline.runs.results import read_floors, read_summary, reported_at, write_floors
-from pipeline.runs.sweep import read_soup, read_state, read_sweep, trial_dir, write_state
+from pipeline.runs.sweep import read_soup, read_state, read_sweep, trial_dir, write_soup, write_state
 from pipeline.selection.frontier import floors_of
 from pipeline.selection.standings import standings
-from pipeline.tuning.layout import write_trial
+from pipeline.tuning.layout import renew_soups, write_trial
 from pipeline.tuning.progress import describe
 from pipeline.tuning.trials import expand
 
@@ -76,6 +76,31 @@ def test_a_sweep_of_one_seed_continues_with_three(make_config, make_grid, tmp_pa
     assert [each["configuration"] for each in entries[:3]] == [first.name] * 3
     soup = read_soup(trial_dir(tmp_path / "runs" / "sweep", more[3].name))
     assert soup is not None and soup.of == [one.name for one in more[:3]]
+
+
+def test_a_name_that_looks_like_a_seed_keeps_configurations_apart(make_config, make_grid) -> None:
+    baselines = "baselines: [{name: flyp_seed1, changes: {kind: full}}, {name: flyp_seed2, changes: {kind: none}}]"
+    trials = expand(make_config(), make_grid(f"{baselines}\nseeds: [0, 1]\nsoup: true"))
+    soups = [one for one in trials if one.soup_of]
+    assert [one.name for one in soups] == ["flyp_seed1_soup", "flyp_seed2_soup"]
+    assert [one.configuration for one in trials if not one.soup_of] == ["flyp_seed1"] * 2 + ["flyp_seed2"] * 2
+    assert len({one.name for one in trials}) == 6
+
+
+def test_a_soup_is_made_again_when_another_seed_has_finished(
+    make_config, make_grid, tmp_path: Path, write_trial_results: Callable[..., None]
+) -> None:
+    *seeds, soup = trials = lay_out(make_config(), make_grid("grid: {rank: [2]}\nseeds: [0, 1, 2]\nsoup: true"))
+    sweep_dir = tmp_path / "runs" / "sweep"
+    for one in (*seeds[:2], soup):
+        write_trial_results(trial_dir(sweep_dir, one.name), 0.4)
+    write_soup(trial_dir(sweep_dir, soup.name), soup.soup_of, [one.name for one in seeds[:2]])
+    renew_soups(sweep_dir, trials)
+    assert read_state(trial_dir(sweep_dir, soup.name)).status == "finished"
+    write_trial_results(trial_dir(sweep_dir, seeds[2].name), 0.5)
+    renew_soups(sweep_dir, trials)
+    assert read_state(trial_dir(sweep_dir, soup.name)).status == "waiting"
+    assert read_state(trial_dir(sweep_dir, seeds[2].name)).status == "finished"
 
 
 def test_a_lost_seed_does_not_lose_its_configuration(
