@@ -27,6 +27,7 @@ from pipeline.runs.sweep import (
     write_state,
     write_sweep,
 )
+from pipeline.selection.frontier import floors_of
 from pipeline.tuning.grid import Grid
 from pipeline.tuning.plan import trained_parameters
 from pipeline.tuning.search import ATTEMPTS, Tried, check_draws, configs_at_ends, option, propose, value_of
@@ -269,7 +270,7 @@ class Proposals:
         return []
 
     def _tried(self) -> list[Tried]:
-        """What is known in the ranges; earlier proposals may lie outside, if a range has been changed since."""
+        """What is known in the ranges; earlier proposals may be outside, if a range has been changed since."""
         assert self._grid.floor is not None  # a search has a floor
         found = []
         for seeds in _searched(self._trials):
@@ -326,7 +327,7 @@ def _lacks_floor(run_dir: Path, trial: Trial, floor: float | None) -> bool:
     if floor is None or trial.config.eval.benchmark is None:
         return False
     found = read_floors(run_dir / EVAL)
-    return found is None or found["floor"] != floor
+    return found is None or found["floor"] != floor or floor not in floors_of(found)
 
 
 def renew_soups(sweep_dir: Path, trials: Sequence[Trial]) -> None:

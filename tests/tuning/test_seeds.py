@@ -78,7 +78,7 @@ def test_a_sweep_of_one_seed_continues_with_three(make_config, make_grid, tmp_pa
     assert soup is not None and soup.of == [one.name for one in more[:3]]
 
 
-def test_a_name_that_looks_like_a_seed_keeps_configurations_apart(make_config, make_grid) -> None:
+def test_names_that_look_like_seeds_stay_apart(make_config, make_grid) -> None:
     baselines = "baselines: [{name: flyp_seed1, changes: {kind: full}}, {name: flyp_seed2, changes: {kind: none}}]"
     trials = expand(make_config(), make_grid(f"{baselines}\nseeds: [0, 1]\nsoup: true"))
     soups = [one for one in trials if one.soup_of]
@@ -133,10 +133,11 @@ def test_a_floor_that_is_new_is_evaluated_by_finished_trials(make_config, make_g
     assert json.loads((run_dir / "trial.json").read_text())["status"] == state.status == "finished"
     write_trial(sweep_dir, trial, 12, replace(grid, floor=0.95))
     assert json.loads((run_dir / "trial.json").read_text())["status"] == "waiting"
-    write_state(run_dir, status="finished")
-    write_floors(run_dir / "eval", {"floor": 0.95, "floors": {}})
-    write_trial(sweep_dir, trial, 12, replace(grid, floor=0.95))
-    assert json.loads((run_dir / "trial.json").read_text())["status"] == "finished"
+    for key, status in (("0.9", "waiting"), ("0.95", "finished")):
+        write_state(run_dir, status="finished")
+        write_floors(run_dir / "eval", {"floor": 0.95, "floors": {key: {"alpha": 1, "id": 0.4, "kept": 0.96}}})
+        write_trial(sweep_dir, trial, 12, replace(grid, floor=0.95))
+        assert json.loads((run_dir / "trial.json").read_text())["status"] == status
 
 
 def test_seeds_and_their_soup_are_evaluated_at_the_floor(
