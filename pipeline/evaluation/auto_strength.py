@@ -187,7 +187,7 @@ def evaluate_floors(
         chosen = strengths.largest(Floor.of(Promote(min_kept=each)))
         summary = strengths.reported(chosen.alpha, Path(run_dir) / reported_at(chosen.alpha), {}).summary
         kept, digest = summary["kept"], chosen.choosing_digest
-        entries[f"{each:g}"] = {
+        entries[repr(each)] = {  # every digit: readers look the floor up by its exact value
             "alpha": chosen.alpha,
             "id": summary["groups"]["id"]["mean"],
             "kept": None if kept is None else kept["mean"],

@@ -10,12 +10,14 @@ import pytest
 
 from pipeline.config import ConfigError, Promote
 from pipeline.data.eval.wds_layout import open_eval_set
-from pipeline.evaluation.auto_strength import evaluate_auto
+from pipeline.evaluation.auto_strength import evaluate_auto, evaluate_floors
 from pipeline.evaluation.command import EvalRequest, evaluate_command
 from pipeline.evaluation.datasets.benchmark import load_benchmark
 from pipeline.evaluation.datasets.dataset import Settings, open_dataset
 from pipeline.evaluation.datasets.parts import CHOOSING_MOST, of_part
+from pipeline.runs.results import read_floors
 from pipeline.selection.floor import Floor
+from pipeline.selection.frontier import FLOORS, floors_of
 
 SETTINGS = Settings(batch_size=16, workers=0)
 OTHERS = ("moved", "few", "pairs")
@@ -86,6 +88,14 @@ def test_what_is_there_is_not_evaluated_again(run: Path, tmp_path: Path, benchma
     again, _ = evaluate_auto(run, table, run / "eval", SETTINGS, floor, **place)
     assert again == first
     assert said and all("skipped" in line for line in said)
+
+
+def test_a_floor_of_many_digits_is_found_again(run: Path, tmp_path: Path, benchmark_file: Path) -> None:
+    table, floor = load_benchmark(benchmark_file), 0.5000001
+    written = evaluate_floors(run, table, SETTINGS, floor, baselines=tmp_path / "baselines")
+    found = floors_of(read_floors(run / "eval"))
+    assert list(found) == [*FLOORS, floor]
+    assert found[floor].alpha == written["floors"]["0.5000001"]["alpha"]
 
 
 def test_the_command_takes_one_strength_for_a_model(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

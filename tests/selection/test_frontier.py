@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.selection.frontier import AtStrength, curve_of, id_at
+from pipeline.selection.frontier import AtStrength, curve_of, floors_of, id_at
 
 CURVE = [AtStrength(0, 0.3, 1.0), AtStrength(0.5, 0.4, 0.98), AtStrength(1, 0.5, 0.88)]
 
@@ -38,3 +38,9 @@ def test_a_curve_of_the_version_before_has_kept_by_dataset() -> None:
     without = written()
     del without["groups"]["0.0"]
     assert curve_of(without, datasets) == []
+
+
+@pytest.mark.parametrize(("key", "floor"), [("0.97", 0.97), ("1", 1.0), ("1.0", 1.0), ("0.9666667", 0.9666667)])
+def test_a_floor_is_found_by_its_value(key: str, floor: float) -> None:
+    """Files of earlier versions have the key "1" of a floor of 1.0."""
+    assert floors_of({"floors": {key: {"alpha": 0.5, "id": 0.4, "kept": None}}}) == {floor: AtStrength(0.5, 0.4, 0.0)}

@@ -52,7 +52,7 @@ def test_a_floor_that_no_trial_keeps_is_told_in_a_line(
     lay_out(config, make_grid(GRID % 1.0))
     by_hand(sweep_dir, NAME, world=1)
     floors = read_floors(sweep_dir / "trials" / NAME / "eval")
-    assert floors is not None and floors["floors"]["1"]["alpha"] == 0
+    assert floors is not None and floors["floors"]["1.0"]["alpha"] == 0
     assert main(["promote", str(sweep_dir), "--name", "own", "--uri", store]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert f"{sweep_dir}: no trial keeps 1 at any strength above 0" in line
