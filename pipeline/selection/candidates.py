@@ -74,7 +74,8 @@ class Taken:
 def take(candidates: Sequence[Candidate]) -> Taken:
     """The model to take from a sweep.
 
-    Configurations whose nearest seed may not enter the registry count only if there are no others.
+    Configurations whose nearest seed may not enter the registry count only if there are no others. Of equally near
+    seeds, as two always are, one that may is preferred.
 
     Raises:
         ValueError: there is no candidate.
@@ -87,10 +88,7 @@ def take(candidates: Sequence[Candidate]) -> Taken:
     value = values_of(candidates)
     spread = SeedSpread.of([[value[one.name] for one in seeds] for seeds in members.values()])
     estimates = {name: spread.estimate([value[one.name] for one in seeds]) for name, seeds in members.items()}
-    nearest = {
-        name: min(seeds, key=lambda one, name=name: (round(abs(value[one.name] - estimates[name].mean), 9), one.name))
-        for name, seeds in members.items()
-    }
+    nearest = {name: _nearest(seeds, value, estimates[name].mean) for name, seeds in members.items()}
     in_question = [name for name, one in nearest.items() if one.allowed] or list(nearest)
 
     def rank(name: str) -> tuple[float, ...]:
@@ -101,6 +99,10 @@ def take(candidates: Sequence[Candidate]) -> Taken:
     equal = [name for name in in_question if name == best or spread.same(estimates[name], estimates[best])]
     taken = min(equal, key=lambda name: (nearest[name].cost or math.inf, rank(name), name)) if len(equal) > 1 else best
     return Taken(nearest[taken].name, taken, best, estimates, tuple(name for name in equal if name != taken))
+
+
+def _nearest(seeds: Sequence[Candidate], value: Mapping[str, float], middle: float) -> Candidate:
+    return min(seeds, key=lambda one: (round(abs(value[one.name] - middle), 9), not one.allowed, one.name))
 
 
 def values_of(candidates: Sequence[Candidate]) -> dict[str, float]:

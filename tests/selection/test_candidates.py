@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import mean, stdev
 
 import pytest
@@ -66,3 +67,11 @@ def test_the_unregistrable_is_taken_only_where_all_are() -> None:
     wild, mild = models("wild", 0.6, 0.61, allowed=False), models("mild", 0.4, 0.41)
     assert take([*wild, *mild]).configuration == "mild"
     assert take(wild).configuration == "wild"
+
+
+@pytest.mark.parametrize("unfit", [0, 1])
+def test_of_two_seeds_the_one_that_may_be_promoted_is_taken(unfit: int) -> None:
+    """Both are equally near to their mean, so the order of their names must not decide."""
+    pair = models("good", 0.6, 0.62)
+    pair[unfit] = replace(pair[unfit], allowed=False)
+    assert take([*pair, *models("poor", 0.4, 0.41)]).name == f"good_seed{1 - unfit}"
