@@ -97,12 +97,16 @@ def take(candidates: Sequence[Candidate]) -> Taken:
 
     best = min(in_question, key=lambda name: (rank(name), name))
     equal = [name for name in in_question if name == best or spread.same(estimates[name], estimates[best])]
-    taken = min(equal, key=lambda name: (nearest[name].cost or math.inf, rank(name), name)) if len(equal) > 1 else best
+    taken = min(equal, key=lambda name: (_cost(nearest[name]), rank(name), name)) if len(equal) > 1 else best
     return Taken(nearest[taken].name, taken, best, estimates, tuple(name for name in equal if name != taken))
 
 
 def _nearest(seeds: Sequence[Candidate], value: Mapping[str, float], middle: float) -> Candidate:
     return min(seeds, key=lambda one: (round(abs(value[one.name] - middle), 9), not one.allowed, one.name))
+
+
+def _cost(one: Candidate) -> float:
+    return math.inf if one.cost is None else one.cost  # 0 if all of its gates are closed
 
 
 def values_of(candidates: Sequence[Candidate]) -> dict[str, float]:

@@ -52,6 +52,13 @@ def test_of_equal_configurations_the_cheaper_one_is_taken() -> None:
     assert take([*close, *models("best", 0.60, 0.61, 0.62, cost=9999)]).configuration == "best"
 
 
+def test_no_parameters_cost_least_and_an_unknown_number_most() -> None:
+    values = (0.42, 0.44, 0.43)
+    closed, small, unknown = (models(f"cost_{cost}", *values, cost=cost) for cost in (0, 100, None))
+    assert take([*unknown, *small, *closed]).configuration == "cost_0"
+    assert take([*unknown, *small]).configuration == "cost_100"
+
+
 def test_without_several_seeds_the_largest_value_is_taken() -> None:
     taken = take([*models("dear", 0.42, cost=900), *models("cheap", 0.41, cost=1)])
     assert (taken.configuration, taken.equal, taken.estimates["dear"].half) == ("dear", (), None)
