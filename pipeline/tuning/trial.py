@@ -6,6 +6,7 @@ has finished, with 130 if it was stopped and can continue, and with 1 if it fail
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -57,7 +58,9 @@ class StopWatch:
     def recorded(self, step: int, values: Mapping[str, float]) -> None:
         """Compare the drift with its limit; all ranks see the same values and stop at one step, rank 0 writes why."""
         drift = largest_drift(values)
-        if self._limit is None or self._run_dir is None or drift is None or drift <= self._limit or self._alarmed:
+        if self._limit is None or self._run_dir is None or drift is None or self._alarmed:
+            return
+        if not self._limit < drift < math.inf:  # nan and inf are of a run that diverges; its next step reports that
             return
         self._alarmed = True
         if os.environ.get("RANK", "0") == "0":

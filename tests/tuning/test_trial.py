@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from sweep_by_hand import lay_out
 
 from pipeline.config import ConfigError
-from pipeline.runs.sweep import TrialState, read_state, read_sweep, trial_dir, write_state
+from pipeline.runs.sweep import TrialState, read_alarm, read_state, read_sweep, trial_dir, write_state, write_sweep
 from pipeline.tuning.progress import describe, last_values, line_of, measured_speed, rows
 from pipeline.tuning.sweep import plan_sweep
-from pipeline.tuning.trial import after_training, begin, final_reason, train_stage
+from pipeline.tuning.trial import StopWatch, after_training, begin, final_reason, train_stage
 
 ONE = "grid: {rank: [2], lam: [0.3]}"
 NAME = "gated_lora_r2_lam0.3"
@@ -159,6 +160,20 @@ def test_a_trial_that_drifts_too_far_is_stopped_and_says_so(make_config, make_gr
     assert read_state(run_dir).status == "waiting"
     by_hand(sweep_dir, trial.name, world=1)
     assert (read_state(run_dir).status, read_state(run_dir).step) == ("finished", 12)
+
+
+@pytest.mark.parametrize("drift", [math.nan, math.inf])
+def test_a_drift_that_is_not_finite_raises_no_alarm(make_config, tmp_path, drift: float) -> None:
+    """The next step reports that the run diverges; the alarm is a file, and JSON has no such number."""
+    write_sweep(tmp_path, make_config(), {}, [], max_drift=0.2)
+    trial_dir(tmp_path, NAME).mkdir(parents=True)
+    watch = StopWatch(tmp_path, NAME)
+    watch.recorded(3, {"keep/drift_image": drift})
+    assert not watch.stop_requested()
+    watch.recorded(4, {"keep/drift_image": 0.3})
+    alarm = read_alarm(trial_dir(tmp_path, NAME))
+    assert watch.stop_requested() and alarm is not None
+    assert (alarm["step"], alarm["drift"], alarm["limit"]) == (4, 0.3, 0.2)
 
 
 def test_a_limit_on_drift_without_reference_data_is_a_mistake(make_config, make_grid) -> None:
