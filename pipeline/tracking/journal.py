@@ -192,6 +192,15 @@ def read(path: Path, offset: int = 0) -> Iterator[Record | Corrupt]:
             yield record if record is not None else Corrupt(path, _line_number(path, offset), offset)
 
 
+def tail(path: Path, size: int) -> Iterator[Record]:
+    """The records in the last `size` bytes of a journal, without lines that are cut or cannot be read."""
+    with path.open("rb") as file:
+        start = max(0, file.seek(0, os.SEEK_END) - size)
+        file.seek(start)
+        start += len(file.readline()) if start else 0  # a line that begins before these bytes
+    return (record for record in read(path, start) if isinstance(record, Record))
+
+
 def decode(value: float | str) -> float:
     """A value of a metrics record as a number; nan and the infinities are kept as strings, since JSON has none."""
     return float(value)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +18,7 @@ from pipeline.selection.drift import largest_drift, learned_limit
 from pipeline.selection.frontier import FLOORS, floors_of
 from pipeline.selection.ranking import point_of
 from pipeline.selection.standings import standings
-from pipeline.tracking.journal import JOURNAL
+from pipeline.tracking.journal import JOURNAL, decode, tail
 from pipeline.tuning.plan import Speed
 from pipeline.tuning.trials import Trial
 
@@ -181,24 +180,12 @@ def learned_drift(sweep_dir: Path, trials: Sequence[Trial], floor: float) -> flo
 def last_values(run_dir: Path) -> tuple[int, dict[str, float]]:
     """(newest step of training, latest value of each metric) from the end of a run's journal."""
     step, values = 0, {}
-    for record in _tail(run_dir / JOURNAL):
-        if record.get("kind") == "metrics" and "train/loss" in record["values"]:
-            step = record["step"]
-            values |= {name: float(value) for name, value in record["values"].items()}
+    path = run_dir / JOURNAL
+    for record in tail(path, _TAIL_BYTES) if path.is_file() else ():
+        if record.kind == "metrics" and "train/loss" in record.data["values"]:
+            step = record.data["step"]
+            values |= {name: decode(value) for name, value in record.data["values"].items()}
     return step, values
-
-
-def _tail(path: Path) -> Iterator[dict]:
-    try:
-        with path.open("rb") as file:
-            start = max(0, file.seek(0, 2) - _TAIL_BYTES)
-            file.seek(start)
-            lines = file.read().split(b"\n")
-    except FileNotFoundError:
-        return
-    # The first line may be cut by the seek, the last one is empty or being written.
-    for line in lines[1 if start else 0 : -1]:
-        yield json.loads(line)
 
 
 def _row(run_dir: Path, trial: Trial, floor: float | None) -> TrialProgress:

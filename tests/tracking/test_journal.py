@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import ConfigError
-from pipeline.tracking.journal import JOURNAL, Corrupt, Journal, Record, decode, lock_path, read
+from pipeline.tracking.journal import JOURNAL, Corrupt, Journal, Record, decode, lock_path, read, tail
 from pipeline.tracking.locks import is_held
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -110,6 +110,18 @@ def test_corrupt_line_in_the_middle_is_named_and_the_rest_read(
     with caplog.at_level(logging.WARNING):
         open_journal().close()
     assert "line 2" in caplog.text
+
+
+@pytest.mark.parametrize("cut", [0, 1, 20])
+def test_the_tail_has_the_whole_lines_of_the_last_bytes(open_journal: Callable[[], Journal], cut: int) -> None:
+    journal = open_journal()
+    for step in range(4):
+        journal.metrics(step, {"loss": step})
+    journal.close()
+    *_, third, fourth = lines = journal.path.read_bytes().splitlines(keepends=True)
+    size = len(third) + len(fourth) + cut
+    assert [record.data["step"] for record in tail(journal.path, size)] == ([2, 3] if cut else [3])
+    assert len(list(tail(journal.path, sum(map(len, lines))))) == len(lines)
 
 
 def test_killed_writer_leaves_whole_lines_and_no_lock(tmp_path: Path, python: Start) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 from sweep_by_hand import lay_out
@@ -129,10 +130,23 @@ def test_missing_data_is_an_error_before_anything_is_written(make_config, make_g
     assert not (tmp_path / "runs").exists()
 
 
+def record_of(step: int) -> dict[str, Any]:
+    return {"seq": step, "time_ms": 0, "kind": "metrics", "step": step, "values": {"train/loss": step}}
+
+
+@pytest.mark.parametrize(
+    "broken", ["\0" * 80, '{"seq":2,"time_ms":0,"kind":"metr', "17"], ids=["zeros", "torn", "no record"]
+)
+def test_an_unreadable_line_does_not_stop_the_table(tmp_path, broken: str) -> None:
+    first, last = (json.dumps(record_of(step)) for step in (1, 3))
+    (tmp_path / "journal.jsonl").write_text(f"{first}\n{broken}\n{last}\n")
+    assert last_values(tmp_path) == (3, {"train/loss": 3.0})
+
+
 def test_a_torn_journal_and_a_missing_one_do_not_stop_the_table(tmp_path) -> None:
     assert read_state(tmp_path) == TrialState()
     assert last_values(tmp_path) == (0, {})
-    lines = [json.dumps({"kind": "metrics", "step": step, "values": {"train/loss": step}}) for step in (1, 2)]
+    lines = [json.dumps(record_of(step)) for step in (1, 2)]
     (tmp_path / "journal.jsonl").write_text("\n".join(lines) + '\n{"kind":"metr')
     assert last_values(tmp_path) == (2, {"train/loss": 2.0})
     write_state(tmp_path, status="failed", error="why")
