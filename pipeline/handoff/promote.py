@@ -21,6 +21,7 @@ from pipeline.handoff.source import TrainedModel, read_source
 from pipeline.handoff.strength import run_at_strength
 from pipeline.passwords import redact
 from pipeline.runs.results import EVAL, read_floors, read_summary, reported_at
+from pipeline.runs.sweep import floor_of
 from pipeline.selection.frontier import floors_of
 from pipeline.selection.kept import kept_of
 from pipeline.selection.rule import Clause, check
@@ -127,9 +128,10 @@ def _as_evaluated(target: Path, run_dir: Path) -> tuple[TrainedModel, Summary, l
     if alpha is None:
         source = read_source(run_dir)
         return source, results_of(source), []
-    source, floors = read_source(run_dir, strength=alpha), read_floors(run_dir / EVAL)
-    assert floors is not None  # the source of the strength
-    floor, at = floors["floor"], floors_of(floors)[floors["floor"]]
+    source, floor, floors = read_source(run_dir, strength=alpha), floor_of(target), read_floors(run_dir / EVAL)
+    assert floor is not None  # both are the source of the strength
+    assert floors is not None
+    at = floors_of(floors)[floor]
     facts = {"alpha": alpha, "floor": f"kept >= {floor:g}", "choosing_digest": floors["choosing_digest"]}
     remarks = f"strength {alpha:g} keeps {floor:.2%} on the images it was chosen on, and {at.kept:.2%} on the others"
     return source, {**results_of(source, run_dir / reported_at(alpha)), "strength": facts}, [remarks]

@@ -31,7 +31,7 @@ from pipeline.runs.sweep import (
     read_sweep,
     trial_dir,
 )
-from pipeline.selection.frontier import floors_of
+from pipeline.selection.frontier import AtStrength, floors_of
 from pipeline.selection.standings import configuration_of
 from pipeline.tracking.journal import JOURNAL, Record, decode, lock_path, read
 from pipeline.tracking.locks import is_held
@@ -54,18 +54,18 @@ def collect(directory: Path) -> Collection:
 
 def _sweep(directory: Path) -> Collection:
     content = read_sweep(directory)
-    runs = [_trial(directory, entry, content["base_config"]) for entry in content["trials"]]
+    runs = [_trial(directory, entry, content) for entry in content["trials"]]
     attended = is_held(lock_path(directory / JOURNAL))
     return Collection(content["name"], str(directory), runs, attended, content.get("floor"))
 
 
-def _trial(directory: Path, entry: Mapping[str, Any], base: Flat) -> Run:
+def _trial(directory: Path, entry: Mapping[str, Any], sweep: Mapping[str, Any]) -> Run:
     """A trial, even one that has not started or died before it wrote anything; its settings are in sweep.json."""
     folder = trial_dir(directory, entry["name"])
-    config = {**base, **entry["changes"], **({"soup": True} if entry.get("soup_of") else {})}
+    config = {**sweep["base_config"], **entry["changes"], **({"soup": True} if entry.get("soup_of") else {})}
     state = read_state(folder) if (folder / TRIAL_FILE).is_file() else None
     common = {"label": entry["label"], "baseline": entry["baseline"], "baselines": directory / BASELINES}
-    common["configuration"] = configuration_of(entry)
+    common |= {"configuration": configuration_of(entry), "floor": sweep.get("floor")}
     if is_run(folder):
         return _run(folder, state=state, config=config, **common)
     state = state or TrialState()
@@ -81,9 +81,10 @@ def _run(
     config: Flat | None = None,
     baselines: Path | None = None,
     configuration: str | None = None,
+    floor: float | None = None,
 ) -> Run:
     config = flatten(load_config(directory / CONFIG_FILE)) if config is None else config
-    results, best, floors = directory / EVAL, _best(directory / EVAL), read_floors(directory / EVAL)
+    results, best, floors = directory / EVAL, _best(directory / EVAL), floors_of(read_floors(directory / EVAL))
     summary = _summary(results)
     if summary is None and best is not None:
         results, summary = results / "checkpoints" / str(best.step), best.summary
@@ -106,16 +107,15 @@ def _run(
         strength=_json(directory / EVAL / STRENGTH_FILE) if (directory / EVAL / STRENGTH_FILE).is_file() else None,
         best=best,
         configuration=configuration,
-        floors=floors_of(floors),
-        at_floor=_at_floor(directory, floors),
+        floors=floors,
+        at_floor=None if floor is None else _at_floor(directory, floors.get(floor)),
         cost=acting_parameters(directory),
         budget=read_budget(directory) if step is None else None,
     )
 
 
-def _at_floor(directory: Path, floors: Mapping[str, Any] | None) -> Summary | None:
-    """The results of a trial at the floor of its sweep; None without a floor, and at strength 0."""
-    at = floors_of(floors).get(floors["floor"]) if floors is not None else None
+def _at_floor(directory: Path, at: AtStrength | None) -> Summary | None:
+    """The results of a trial at the strength that keeps a floor; None if it was not evaluated, and at strength 0."""
     return None if at is None or at.alpha == 0 else _summary(directory / reported_at(at.alpha))
 
 

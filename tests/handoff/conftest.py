@@ -182,11 +182,11 @@ def pixels_of() -> Callable[[bytes, Model], Tensor]:
 
 @pytest.fixture(scope="session")
 def write_sweep_of() -> Callable[..., None]:
-    """write(sweep_dir, *names): a sweep.json with trials of these names."""
+    """write(sweep_dir, *names, floor=None): a sweep.json with trials of these names."""
 
-    def write(sweep_dir: Path, *names: str) -> None:
+    def write(sweep_dir: Path, *names: str, floor: float | None = None) -> None:
         base = Config.model_validate({"name": sweep_dir.name, "data": {"train": "unset"}})
         entry = {"id": "0000-0", "label": "", "changes": {}, "baseline": False}
-        write_sweep(sweep_dir, base, {}, [entry | {"name": name} for name in names])
+        write_sweep(sweep_dir, base, {}, [entry | {"name": name} for name in names], floor)
 
     return write

@@ -17,6 +17,7 @@ from pipeline.handoff.predict import predict_files
 from pipeline.handoff.promote import promote, results_of, rollback
 from pipeline.handoff.source import read_source
 from pipeline.model.restore import load_run
+from pipeline.runs.results import reported_at, write_floors
 from pipeline.tracking.mlflow.registry import Registry
 from pipeline.tracking.tracker import open_tracker
 
@@ -150,6 +151,21 @@ def test_a_worse_trial_does_not_become_champion(runs: tuple[Path, Path], store: 
     later = promote(worse, "chosen", Promote(champion="if_better"), uri=store)
     assert later.aliases == ("challenger",)
     assert "version 1 stays champion, id is" in str(later)
+
+
+def test_after_a_change_of_the_floor_the_sweep_decides(
+    runs: tuple[Path, Path], store: str, tmp_path: Path, write_sweep_of: Callable[..., None]
+) -> None:
+    """The trial was evaluated at 0.97 when the sweep, interrupted since, changed to 0.95."""
+    trial = tmp_path / "trials" / "second"
+    shutil.copytree(runs[1], trial)
+    write_sweep_of(tmp_path, "second", floor=0.95)
+    shutil.copytree(trial / "eval", trial / reported_at(1.0))
+    floors = {"0.97": {"alpha": 0.5, "id": 0.3, "kept": 0.98}, "0.95": {"alpha": 1.0, "id": 0.4, "kept": 0.96}}
+    write_floors(trial / "eval", {"floor": 0.97, "choosing_digest": "c", "floors": floors})
+    done = promote(tmp_path, "changed", Promote(), uri=store)
+    assert "strength 1 keeps 95.00% on the images it was chosen on, and 96.00% on the others" in done.notes
+    assert Registry(store, "changed").tags("1")["selora.floor"] == "kept >= 0.95"
 
 
 def test_a_folder_that_is_neither_run_nor_sweep_is_refused(tmp_path: Path, store: str) -> None:

@@ -72,6 +72,16 @@ def test_the_model_is_chosen_at_the_floor(search: Path, monkeypatch: pytest.Monk
     assert "95 % t-interval of the mean over seeds" in html
 
 
+def test_after_a_change_of_the_floor_the_sweep_decides(search: Path) -> None:
+    """A trial was evaluated at 0.95 before the sweep changed to 0.97, at which it has results as well."""
+    run = search / "trials" / "mild_seed0"
+    at = {"alpha": 0.4, "id": 0.45, "kept": 0.97}
+    write_floors(run / "eval", {"floor": 0.95, "floors": {"0.97": at, "0.95": {**at, "alpha": 1.0}}})
+    found = next(one for one in collect(search).runs if one.name == run.name)
+    assert found.at_floor is not None
+    assert found.at_floor["groups"]["id"]["mean"] == 0.45
+
+
 def test_drift_is_drawn_against_kept_with_the_limit_it_teaches(search: Path) -> None:
     """No trial keeps 97 % unweakened; at 80 % the mild ones do."""
     collection = collect(search)
