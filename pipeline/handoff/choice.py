@@ -26,22 +26,41 @@ def chosen_run(target: Path, rule: Promote | None = None) -> tuple[Path, str]:
     raise ConfigError(f"{target} is neither a run (no {CONFIG_FILE}) nor a sweep (no {SWEEP_FILE})")
 
 
-def strength_at_floor(target: Path, run_dir: Path) -> float | None:
+def strength_at_floor(target: Path, run_dir: Path, rule: Promote | None = None) -> float | None:
     """The strength at which a sweep with a floor has chosen a trial; None for a run, and without a floor.
 
+    Args:
+        rule: the promotion rule of the choice (default: the rule in each trial's config).
+
     Raises:
-        ConfigError: no strength above 0 keeps the floor, so there is no model to export or register.
+        ConfigError: the trial keeps the floor at strength 0 alone, so there is no model to export or register.
     """
     floor = floor_of(target) if is_sweep(target) else None
     if floor is None:
         return None
     alpha = floors_of(read_floors(run_dir / EVAL))[floor].alpha
     if alpha == 0:
-        raise ConfigError(
-            f"{target}: no trial keeps {floor:g} at any strength above 0, so the untouched model is the best there is; "
+        raise ConfigError(_untouched(target, run_dir, floor, rule))
+    return alpha
+
+
+def _untouched(sweep: Path, run_dir: Path, floor: float, rule: Promote | None) -> str:
+    """Why the choice fell on a trial at strength 0, and what to do."""
+    candidates = candidates_of(sweep, rule)
+    above = [one for one in candidates if one.at_floor is not None and one.at_floor.alpha > 0]
+    if not above:
+        return (
+            f"{sweep}: no trial keeps {floor:g} at any strength above 0, so the untouched model is the best there is; "
             "lower the floor, or train with reference data (section keep)"
         )
-    return alpha
+    clauses = (rule or load_config(run_dir / CONFIG_FILE).promote).model_dump(exclude_none=True, exclude={"champion"})
+    named = ", ".join(f"promote.{key}={value}" for key, value in clauses.items())
+    return (
+        f"{sweep}: the chosen trial {run_dir.name} keeps {floor:g} at strength 0 alone, the untouched model; the "
+        f"promotion rule ({named or 'without clauses'}) holds for {sum(one.allowed for one in above)} of {len(above)} "
+        "trials that keep it at a strength above 0: relax the rule, lower the floor, or name the directory of another "
+        "trial with its --strength"
+    )
 
 
 def rule_of(target: Path, changes: Sequence[str] = ()) -> Promote:

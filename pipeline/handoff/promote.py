@@ -90,7 +90,7 @@ def promote(
     registry = Registry(uri, name, config.tracking.experiment)
     notes = [*([chosen] if chosen else []), *_other_registry(uri)]
     if strength is None:
-        source, summary, remarks = _as_evaluated(Path(target), run_dir)
+        source, summary, remarks = _as_evaluated(Path(target), run_dir, rule)
         notes += remarks
     else:
         found, outcome = run_at_strength(run_dir, strength, rule, config)
@@ -122,9 +122,9 @@ def promote(
     return Promotion(name, uri, run_dir, clauses, version, new, aliases, before, notes)
 
 
-def _as_evaluated(target: Path, run_dir: Path) -> tuple[TrainedModel, Summary, list[str]]:
+def _as_evaluated(target: Path, run_dir: Path, rule: Promote) -> tuple[TrainedModel, Summary, list[str]]:
     """The model, its results and notes; for a sweep with a floor, at the strength that the sweep has chosen."""
-    alpha = strength_at_floor(target, run_dir)
+    alpha = strength_at_floor(target, run_dir, rule)
     if alpha is None:
         source = read_source(run_dir)
         return source, results_of(source), []
