@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from pipeline.passwords import redact
+
+# Error type of pydantic -> message that replaces its own, which is about Python's types and patterns.
+_WORDS = {
+    "missing": "is missing",
+    "tuple_type": "should be a list{of}, as in {key}=[{example}]",
+    "too_short": "should not be empty",
+    "too_long": "should have {max_length} entries",
+    "string_too_short": "should not be empty",
+    # `name` has the only pattern.
+    "string_pattern_mismatch": "should begin with a letter, digit or _ and have only a-z, A-Z, 0-9 and . _ + = , @ -",
+}
 
 
 class ConfigError(Exception):
@@ -33,15 +46,15 @@ class Raw(NamedTuple):
     origin: str
 
 
-def faults_of(error: ValidationError, known: Mapping[str, str], raw: Mapping[str, Raw]) -> list[tuple[str, str]]:
+def faults_of(error: ValidationError, known: Mapping[str, FieldInfo], raw: Mapping[str, Raw]) -> list[tuple[str, str]]:
     """(dotted key, or "" for a rule between options; message) of every fault that pydantic found.
 
-    known: {dotted key: description} of every option; raw: the values as they were written.
+    known: {dotted key: field} of every option; raw: the values as they were written.
     """
     return [_fault(detail, known, raw) for detail in error.errors(include_url=False) if not _other_branch(detail)]
 
 
-def _fault(detail: ErrorDetails, known: Mapping[str, str], raw: Mapping[str, Raw]) -> tuple[str, str]:
+def _fault(detail: ErrorDetails, known: Mapping[str, FieldInfo], raw: Mapping[str, Raw]) -> tuple[str, str]:
     """(dotted key or "", message) of one fault that pydantic found."""
     parts = [str(part) for part in detail["loc"]]
     if not parts:
@@ -49,12 +62,33 @@ def _fault(detail: ErrorDetails, known: Mapping[str, str], raw: Mapping[str, Raw
     depth = next((size for size in (2, 1) if ".".join(parts[:size]) in known), len(parts))
     key = ".".join(parts[:depth])
     if detail["type"] == "missing" and len(parts) == depth:
-        return key, f"{key}: is required, and not given ({known[key]})"
-    message = str(detail["msg"]).replace("Input should", "should", 1)
+        return key, f"{key}: is required, and not given ({known[key].description})"
+    message, given = _words(detail, key, known.get(key)), detail["input"]
     place = "".join(f"[{part}]" for part in parts[depth:] if part.isdigit())
-    hint = "; put it in quotes" if detail["type"] == "string_type" and detail["input"] is not None else ""
+    hint = "; put it in quotes" if detail["type"] == "string_type" and given is not None else ""
     origin = raw[key].origin if key in raw else ""
-    return key, f"{key}{place}: {message}, got {detail['input']!r}{hint}{at(origin)}"
+    shown = list(given) if isinstance(given, tuple) else given
+    return key, f"{key}{place}: {message}, got {shown!r}{hint}{at(origin)}"
+
+
+def _words(detail: ErrorDetails, key: str, field: FieldInfo | None) -> str:
+    """What is wrong with a value, in the terms of the config; an option that is a list is shown as it is written."""
+    if detail["type"] not in _WORDS:
+        return str(detail["msg"]).replace("Input should", "should", 1)
+    choices = _choices(field.annotation) if field is not None else ()
+    default = field.default if field is not None and isinstance(field.default, tuple) else (detail["input"],)
+    return _WORDS[detail["type"]].format(
+        key=key,
+        of=f" of {', '.join(choices)}" if choices else "",
+        example=",".join(map(str, choices[:2] or default)),
+        **detail.get("ctx", {}),
+    )
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    """The allowed values in a type such as `tuple[Literal["image", "text"], ...]`; none if any is allowed."""
+    inner = get_args(annotation)
+    return inner if get_origin(annotation) is Literal else tuple(chain.from_iterable(map(_choices, inner)))
 
 
 def _other_branch(detail: ErrorDetails) -> bool:

@@ -264,6 +264,7 @@ def whole_options() -> frozenset[str]:
 
 
 def _options(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
+    """(dotted key, field) of every option in a section and in the sections inside it."""
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _options(field.annotation, f"{prefix}{name}.")
@@ -309,7 +310,7 @@ def _validate(values: dict[str, Any], raw: Mapping[str, Raw]) -> tuple[Config | 
     try:
         return Config.model_validate(_nest(values)), []
     except ValidationError as error:
-        found = faults_of(error, describe(), raw)
+        found = faults_of(error, dict(_options(Config, "")), raw)
     wrong = {key for key, _ in found if key}
     if wrong:  # conflicts among the valid values are reported in the same message
         found += _conflicts_without(values, wrong)
