@@ -163,7 +163,6 @@ def _add_pack(commands: Any) -> None:
         metavar="I/N",
         help="with imagenet-train: only part I of N, for N parallel jobs; the last to finish writes the index",
     )
-    parser.set_defaults(default_of=parser.get_default)
 
 
 def _add_checks(parser: argparse.ArgumentParser) -> None:

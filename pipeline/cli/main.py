@@ -17,7 +17,8 @@ from collections.abc import Sequence
 
 from pipeline.cli import cost, data, demo, doctor, handoff, report, runs, sweep, vectors
 from pipeline.cli.options import FAILED, INTERRUPTED, OK, USER_MISTAKE
-from pipeline.config import ConfigError, Ended
+from pipeline.config import ConfigError, Ended, describe
+from pipeline.config.errors import did_you_mean
 from pipeline.faults import lost_worker, one_line
 from pipeline.sockets import reach_loopback
 
@@ -109,14 +110,28 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Accept key=value after an option; argparse closes a list of positionals at the first option."""
-    parser = build_parser()
-    arguments, left = parser.parse_known_args(argv)
+    arguments, left = build_parser().parse_known_args(argv)
     late = [argument for argument in left if re.match(r"[a-z][a-z_.]*=", argument)]
     if len(late) < len(left) or (late and not hasattr(arguments, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(left)}")
+        arguments.parser.error(_unknown(arguments, left, argv))
     if late:
         arguments.overrides = [*arguments.overrides, *late]
     return arguments
+
+
+def _unknown(arguments: argparse.Namespace, left: Sequence[str], argv: Sequence[str]) -> str:
+    """The message about arguments that the chosen command does not have, with the one most likely meant."""
+    flag = next((each for each in left if each.startswith("--")), "")
+    name, _, value = flag.partition("=")
+    key = name.removeprefix("--")
+    configured = list(describe()) if hasattr(arguments, "overrides") else []
+    if key in configured:
+        following = argv[argv.index(flag) + 1 :]
+        value = value or (following[0] if following else "VALUE")
+        return f"{name}: options of the config are written without dashes, as in {key}={value}"
+    own = [text for action in arguments.parser._actions for text in action.option_strings]
+    meant = did_you_mean(name, own) or did_you_mean(key, configured) if flag else ""
+    return f"unrecognized arguments: {' '.join(left)}{meant}"
 
 
 def _without_local_rank(argv: Sequence[str]) -> list[str]:

@@ -25,7 +25,7 @@ def add_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(run=run, text_only=text_only)
+    parser.set_defaults(run=run, text_only=text_only, parser=parser)
     return parser
 
 

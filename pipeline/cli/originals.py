@@ -35,7 +35,7 @@ def pack_dataset(arguments: argparse.Namespace) -> int:
     """Convert one dataset. Options that have no effect on it are refused."""
     whole, training = arguments.dataset == TRAIN, arguments.split == "train"
     useless = _FOR_OWN_IMAGES + (("split",) if whole else ("part",) if training else _FOR_TRAINING)
-    given = [name for name in useless if getattr(arguments, name) != arguments.default_of(name)]
+    given = [name for name in useless if getattr(arguments, name) != arguments.parser.get_default(name)]
     if given:
         listed = ", ".join("--" + name.replace("_", "-") for name in given)
         raise ConfigError(f"--dataset {arguments.dataset}: cannot be combined with {listed}")

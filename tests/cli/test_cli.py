@@ -65,6 +65,35 @@ def test_unknown_or_abbreviated_option_is_refused(capsys):
     assert "--forc" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ["config", CONFIG, "--adapter.rank", "64"],
+            "options of the config are written without dashes, as in adapter.rank=64",
+        ),
+        (
+            ["config", CONFIG, "--adapter.rank=64"],
+            "options of the config are written without dashes, as in adapter.rank=64",
+        ),
+        (
+            ["config", CONFIG, "--adapter.rank"],
+            "options of the config are written without dashes, as in adapter.rank=VALUE",
+        ),
+        (["config", CONFIG, "--rank", "64"], "unrecognized arguments: --rank 64, did you mean adapter.rank?"),
+        (["inspect", "photos", "--foramt", "csv"], "unrecognized arguments: --foramt csv, did you mean --format?"),
+        (["evaluate", "runs/a", "--adapter.rank", "64"], "unrecognized arguments: --adapter.rank 64"),
+    ],
+)
+def test_an_unknown_option_is_refused_with_the_way_out_and_the_usage_of_its_command(arguments, told, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"usage: selora {arguments[0]} ")
+    assert told in printed.splitlines()[-1]
+
+
 def test_only_what_is_missing_is_asked_for(capsys):
     with pytest.raises(SystemExit):
         main(["config"])
