@@ -84,7 +84,7 @@ def run_inspect(arguments: argparse.Namespace) -> int:
     found = inspect(arguments.source, _source_options(arguments))
     print(found)
     if arguments.report is not None and arguments.model is None:
-        _write_report(arguments.report, found.source, found.source.account())
+        _write_report(arguments.report, found.source, found.account)
     return _look(arguments, found.source)
 
 
@@ -175,7 +175,7 @@ def _add_checks(parser: argparse.ArgumentParser) -> None:
         type=share,
         default=0.01,
         metavar="SHARE",
-        help="fail when a larger share of the images is unreadable (default: 0.01)",
+        help="fail when a larger share of the images is unreadable or missing (default: 0.01)",
     )
     parser.add_argument("--workers", type=count, default=4, metavar="N", help="decoding threads (default: 4)")
     _add_report(parser)

@@ -33,7 +33,7 @@ from pipeline.data.shards.index import (
     write_tar,
 )
 from pipeline.data.shards.members import caption_lines, caption_member
-from pipeline.data.sources.account import Account
+from pipeline.data.sources.account import MAX_UNREADABLE, Account
 from pipeline.data.sources.formats import read_source
 from pipeline.data.sources.readable import usable_samples
 from pipeline.data.sources.sample import Sample, Source, SourceOptions
@@ -129,7 +129,7 @@ def pack_eval(
     templates: str | Sequence[str] = "openai",
     split: str = "test",
     force: bool = False,
-    max_unreadable: float = 0.01,
+    max_unreadable: float = MAX_UNREADABLE,
     max_pixels: int = MAX_PIXELS,
     workers: int = 4,
 ) -> PackEvalReport:

@@ -9,6 +9,7 @@ from pipeline.config import ConfigError
 from pipeline.data.images import MAX_PIXELS
 from pipeline.data.shards.index import INDEX_NAME, PackReport, Shard, described, load_index, sha256_of, write_index
 from pipeline.data.shards.tar_source import read_members, read_tars, tar_files
+from pipeline.data.sources.account import MAX_UNREADABLE
 from pipeline.data.sources.readable import usable_samples
 from pipeline.data.sources.sample import Source, SourceOptions
 from pipeline.data.storage.tar import TarIndex
@@ -26,7 +27,7 @@ def index_tars(
     options: SourceOptions = SourceOptions(),  # noqa: B008 - frozen
     force: bool = False,
     decoded: bool = True,
-    max_unreadable: float = 0.01,
+    max_unreadable: float = MAX_UNREADABLE,
     max_pixels: int = MAX_PIXELS,
     workers: int = 4,
 ) -> PackReport:

@@ -18,7 +18,7 @@ from pipeline.data.images import MAX_PIXELS, stored_extension
 from pipeline.data.order import seeded_permutation, stable_hash
 from pipeline.data.shards.members import caption_member
 from pipeline.data.shards.tar_source import holds_tars, is_pattern
-from pipeline.data.sources.account import Account
+from pipeline.data.sources.account import MAX_UNREADABLE, Account
 from pipeline.data.sources.formats import read_source
 from pipeline.data.sources.readable import usable_samples
 from pipeline.data.sources.sample import Sample, Source, SourceOptions
@@ -177,7 +177,7 @@ def pack(
     seed: int = 0,
     force: bool = False,
     check: Literal["decode", "none"] = "decode",
-    max_unreadable: float = 0.01,
+    max_unreadable: float = MAX_UNREADABLE,
     max_pixels: int = MAX_PIXELS,
     workers: int = 4,
 ) -> PackReport:

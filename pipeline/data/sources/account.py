@@ -9,6 +9,8 @@ from typing import Any
 
 # Names in a line of the summary; the report has all of them.
 SHOWN = 5
+# Largest share of the images that may be left out, unless --max-unreadable says otherwise.
+MAX_UNREADABLE = 0.01
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,12 @@ class Account:
         return dict(Counter(each.reason for each in self.left_out).most_common())
 
     def __str__(self) -> str:
-        """The sum in one line, followed by a line for each reason and kind."""
+        return self.text()
+
+    def text(self, packed: str = "packed") -> str:
+        """The sum in one line, followed by a line for each reason and kind; before packing, samples are "to pack"."""
         lines = [
-            f"{self.seen} seen = {self.packed} packed + {len(self.left_out)} left out + "
+            f"{self.seen} seen = {self.packed} {packed} + {len(self.left_out)} left out + "
             f"{sum(self.ignored.values())} ignored"
         ]
         for reason, count in self.reasons.items():

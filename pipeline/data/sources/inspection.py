@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from PIL import Image
 
 from pipeline.config import ConfigError
+from pipeline.data.sources.account import MAX_UNREADABLE, Account, LeftOut
 from pipeline.data.sources.classes import shown_mapping
 from pipeline.data.sources.formats import read_source
 from pipeline.data.sources.sample import Sample, Source, SourceOptions, few
@@ -20,10 +22,14 @@ from pipeline.data.sources.sample import Sample, Source, SourceOptions, few
 
 @dataclass(frozen=True)
 class Inspection:
-    """Result of inspect. As text: counts, classes, five samples, and the next command and config lines."""
+    """Result of inspect. As text: counts, classes, five samples, and the next command and config lines.
+
+    ``account`` leaves out what the reader left out, and those of the five that are unreadable; pack decodes all.
+    """
 
     source: Source
     samples: list[str]
+    account: Account
     command: str
     config: str
 
@@ -42,9 +48,17 @@ class Inspection:
             lines.append(f"  {sum(own)} captions, {min(own)} to {max(own)} per image")
         lines += ["samples:", *(f"  {sample}" for sample in self.samples)]
         lines += ["next:", f"  {self.command}", "config:", *(f"  {line}" for line in self.config.splitlines())]
-        lines += [f"note: {note}" for note in found.notes]
-        lines.append(str(found.account()))
+        lines += [f"note: {note}" for note in (*found.notes, *self._doubts())]
+        lines.append(self.account.text("to pack"))
         return "\n".join(lines)
+
+    def _doubts(self) -> Iterator[str]:
+        bad = len(self.account.left_out) - len(self.source.left_out)
+        if bad:
+            yield (
+                f"{bad} of the {len(self.samples)} images that were opened cannot be read; pack decodes every image "
+                f"and fails if more than --max-unreadable (default: {MAX_UNREADABLE:g}) are unreadable or missing"
+            )
 
 
 def inspect(source: str | Path, options: SourceOptions = SourceOptions()) -> Inspection:  # noqa: B008 - frozen
@@ -58,10 +72,13 @@ def inspect(source: str | Path, options: SourceOptions = SourceOptions()) -> Ins
         names = [str(each) for each in found.left_out]
         raise ConfigError(f"{found.path}: none of its {len(names)} images can be used: {few(names, 5)}")
     step = max(1, len(found.samples) // 5)
-    samples = [_describe(sample, found.classes) for sample in found.samples[::step][:5]]
+    looks = [(sample, _look(sample)) for sample in found.samples[::step][:5]]
+    bad = [LeftOut(sample.name, "unreadable image") for sample, look in looks if look is None]
+    account = found.account(bad)
     shards = f"shards/{re.sub(r'[^A-Za-z0-9_-]+', '-', found.path.resolve().stem)}"
     given = {each.name: value for each in fields(options) if (value := getattr(options, each.name)) != each.default}
     flags = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given.items()]
+    flags += _allowance(account, len(bad) / len(looks))
     command = " ".join(["selora pack", shlex.quote(str(source)), *flags, shlex.quote(shards)])
     lines = ["data:", f"  train: {shards}"]
     if any(not sample.captions for sample in found.samples):
@@ -69,16 +86,28 @@ def inspect(source: str | Path, options: SourceOptions = SourceOptions()) -> Ins
     if len(found.samples) < 5120:
         batch = max(8, 2 ** ((len(found.samples) // 10).bit_length() - 1))
         lines += [f"  streams: {min(64, batch)}", "train:", f"  global_batch_size: {batch}  # of few images"]
-    return Inspection(found, samples, command, "\n".join(lines))
+    samples = [_describe(sample, look, found.classes) for sample, look in looks]
+    return Inspection(found, samples, account, command, "\n".join(lines))
 
 
-def _describe(sample: Sample, classes: Sequence[str] | None) -> str:
+def _allowance(account: Account, bad_share: float) -> list[str]:
+    """The flag without which pack would refuse the source, as far as is known; ``bad_share``: of the opened images."""
+    share = max(len(account.left_out) / (account.packed + len(account.left_out)), bad_share)
+    return [f"--max-unreadable {math.ceil(100 * share) / 100:g}"] if MAX_UNREADABLE < share < 1 else []
+
+
+def _look(sample: Sample) -> str | None:
+    """Format, size and mode of an image, None if it cannot be decoded."""
     try:
         with Image.open(io.BytesIO(sample.image.read_bytes())) as image:
-            look = f"{image.format} {image.width} x {image.height} {image.mode}"
+            image.load()
+            return f"{image.format} {image.width} x {image.height} {image.mode}"
     except (OSError, SyntaxError, ValueError):
-        look = "unreadable"
-    parts = [sample.name, look]
+        return None
+
+
+def _describe(sample: Sample, look: str | None, classes: Sequence[str] | None) -> str:
+    parts = [sample.name, look or "unreadable"]
     if sample.cls is not None and classes is not None:
         parts.append(f"class {sample.cls} {classes[sample.cls]!r}")
     if sample.captions:

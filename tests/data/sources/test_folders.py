@@ -11,10 +11,11 @@ import pytest
 from PIL import Image, features
 from requirements import lacking
 
-from pipeline.cli import main
+from pipeline.cli import build_parser, main
 from pipeline.config import ConfigError
 from pipeline.data.shards.index import load_index, open_shard, pack
 from pipeline.data.shards.verify import verify
+from pipeline.data.sources.account import MAX_UNREADABLE
 from pipeline.data.sources.formats import read_source
 from pipeline.data.sources.inspection import inspect
 from pipeline.data.sources.sample import Source, SourceOptions
@@ -134,8 +135,11 @@ def test_files_that_are_not_looked_at_are_counted_by_kind(shop: Path, photo: Pho
         "not read: 2 .heic, 1 .jp2, 1 .zip; unpack archives and convert images to jpg, png or webp to pack them",
         "3 images next to the class folders have no class: loose0.jpg, loose1.jpg, loose2.jpg",
     ]
-    for text in (str(inspect(shop)), str(pack(shop, tmp_path / "shards").account)):
-        assert "17 seen = 8 packed + 0 left out + 9 ignored\n" in text
+    packed = str(pack(shop, tmp_path / "shards").account)
+    assert "17 seen = 8 packed + 0 left out + 9 ignored\n" in packed
+    seen = str(inspect(shop))
+    assert "17 seen = 8 to pack + 0 left out + 9 ignored\n" in seen
+    for text in (seen, packed):
         assert "  2 ignored: .heic files" in text
 
 
@@ -234,6 +238,27 @@ def test_a_folder_with_a_list_is_not_told_to_be_thrown_away(shop: Path) -> None:
     (shop / "annotations/captions_val.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"shop/annotations: no image, but annotations/captions_val.json; if that f"):
         read_source(shop)
+
+
+def test_what_inspect_finds_unreadable_is_left_out_and_allowed_in_the_next_command(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torn = (shop / "pan/7.jpg").read_bytes()
+    (shop / "pan/8.jpg").write_bytes(torn[: len(torn) // 2])
+    (shop / "pan/9.jpg").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", "shop", "--report", "report.json"]) == 0
+    text = capsys.readouterr().out
+    assert "pan/8.jpg | unreadable | class 1 'pan'\n" in text
+    assert "note: 1 of the 5 images that were opened cannot be read; pack decodes every image" in text
+    assert "10 seen = 9 to pack + 1 left out + 0 ignored\n  1 left out, unreadable image: pan/8.jpg" in text
+    assert json.loads(Path("report.json").read_text())["left_out"] == {"unreadable image": 1}
+    assert "  selora pack shop --max-unreadable 0.2 shards/shop\n" in text
+    assert main(["pack", "shop", "--max-unreadable", "0.2", "shards/shop"]) == 0
+
+
+def test_the_limit_of_the_command_is_that_of_the_functions() -> None:
+    assert build_parser().parse_args(["pack", "a", "b"]).max_unreadable == MAX_UNREADABLE
 
 
 def test_the_report_names_what_the_summary_counts(

@@ -218,10 +218,9 @@ def test_inspect_shows_counts_samples_and_the_next_command(class_folders: Path, 
     table = pictures / "my list.csv"
     table.write_text("where,caption\nimages/a.jpg,a hat\nimages/x.jpg,a cap\n")
     seen = inspect(table, SourceOptions(image_column="where"))
-    assert seen.command == f"selora pack --image-column where '{table}' shards/my-list" or (
-        seen.command == f"selora pack '{table}' --image-column where shards/my-list"
-    )
-    assert "1 left out, no such file: images/x.jpg" in str(seen)
+    assert seen.command == f"selora pack '{table}' --image-column where --max-unreadable 0.5 shards/my-list"
+    assert "2 seen = 1 to pack + 1 left out + 0 ignored\n  1 left out, no such file: images/x.jpg" in str(seen)
+    assert "were opened cannot be read" not in str(seen)
     assert "templates" not in seen.config
 
 
