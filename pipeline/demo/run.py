@@ -8,6 +8,7 @@ Every stage runs the code of a user command, which is printed with it. A second 
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -41,7 +42,7 @@ def demo(out: Path, seed: int = 0) -> Path:
     config, grid = demo_config(out, seed), load_grid(asset(GRID))
     # Two small trainings in parallel need one thread per worker, or they wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    outcome = _stage("sweep", "selora sweep CONFIG GRID", lambda: sweep(config, grid, retry_failed=True))
+    outcome = _stage("sweep", sweep_command(out, seed), lambda: sweep(config, grid, retry_failed=True))
     if not outcome.complete:
         raise KeyboardInterrupt
     print(table(read_rows(outcome.directory)) + "\n")
@@ -63,7 +64,18 @@ def demo(out: Path, seed: int = 0) -> Path:
 
 
 def demo_config(out: Path, seed: int) -> Config:
-    """The config of all trials; the seed is part of the sweep's name."""
+    """The config of all trials."""
+    return load_config(asset(FINETUNE), _changes(out, seed))
+
+
+def sweep_command(out: Path, seed: int) -> str:
+    """The command that runs the demo's sweep."""
+    files = str(asset(FINETUNE)), str(asset(GRID))
+    return shlex.join(["selora", "sweep", *files, *_changes(out, seed), "--retry-failed"])
+
+
+def _changes(out: Path, seed: int) -> list[str]:
+    """What the demo changes in its config, as on the command line; the seed is part of the sweep's name."""
     changes = {
         "name": "clothes" if seed == 0 else f"clothes_seed{seed}",
         "out": out,
@@ -75,7 +87,7 @@ def demo_config(out: Path, seed: int) -> Config:
         "tracking.experiment": NAME,
         "tracking.uri": sqlite_uri(out / "mlflow.db"),
     }
-    return load_config(asset(FINETUNE), [f"{key}={value}" for key, value in changes.items()])
+    return [f"{key}={value}" for key, value in changes.items()]
 
 
 def read_rows(sweep_dir: Path) -> list[MethodResult]:

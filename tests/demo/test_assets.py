@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import tarfile
 from pathlib import Path
 from typing import BinaryIO, cast
 
 import pytest
 
+from pipeline.cli import build_parser
+from pipeline.config import load_config
 from pipeline.data.eval.wds_layout import open_eval_set
 from pipeline.data.shards.index import load_index
 from pipeline.data.shards.verify import verify
 from pipeline.demo.assets import ARCHIVES, BENCHMARK, GRID, MODEL, asset, unpack
 from pipeline.demo.recipe import CLOTHING, Picture, archive, captions
-from pipeline.demo.run import demo_config
+from pipeline.demo.run import demo_config, sweep_command
 from pipeline.demo.show import MethodResult, table
 from pipeline.evaluation.datasets.benchmark import load_benchmark
 from pipeline.model.clip import load_clip
@@ -121,3 +124,10 @@ def test_the_table_shows_every_trial_with_its_gain() -> None:
     assert "12/144 (8%)" in text
     assert "+10.0" in text
     assert text.splitlines()[-1].split()[-3:] == ["70.0", "emoji", "50.0"]
+
+
+def test_the_printed_command_is_the_sweep_of_the_demo(tmp_path: Path) -> None:
+    _, *words = shlex.split(sweep_command(tmp_path / "my out", seed=3))
+    arguments = build_parser().parse_args(words)
+    assert load_config(arguments.config, arguments.overrides) == demo_config(tmp_path / "my out", seed=3)
+    assert (arguments.command, arguments.grid, arguments.retry_failed) == ("sweep", str(asset(GRID)), True)
