@@ -176,8 +176,8 @@ class Monitor:
             self._told_cut = True
             example = f", as in {self._first_cut}" if self._first_cut else ""
             tqdm.write(
-                f"warning: {cut} captions so far have more tokens than the model reads, and their ends are cut "
-                f"off{example}; data/cut_captions counts them",
+                f"warning: captions with more tokens than the model reads, whose ends are cut off: {cut} so far"
+                f"{example}; data/cut_captions counts them",
                 file=sys.stderr,
             )
         return {"data/retries": float(retries)} | ({"data/cut_captions": float(cut)} if cut else {})

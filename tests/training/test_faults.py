@@ -143,7 +143,7 @@ def test_corrupt_images_below_the_share_are_replaced_and_counted(launch, three_p
     assert counts[-1]["data/bad_samples"] == 3
     # The tiny model reads eight tokens, and one of the two sentences has more.
     assert 0 < counts[0]["data/cut_captions"] < counts[-1]["data/cut_captions"] <= counts[-1]["train/samples_seen"]
-    assert run.text().count("captions so far have more tokens than the model reads") == 1
+    assert run.text().count("captions with more tokens than the model reads, whose ends are cut off: ") == 1
     assert len(set(re.findall(r"bad sample, another one is taken: (\S+\.tar/class_\S+): ", run.text()))) == 3
 
 
