@@ -273,7 +273,10 @@ def _weight_file(name: str, pretrained: str | None) -> str | None:
     if file.is_file():
         return str(file)
     if path.is_dir() or name.startswith(SCHEMAS):
-        raise ConfigError(f"model.pretrained={pretrained!r}: with model.name={name!r}, {file} must be a weight file")
+        raise ConfigError(
+            f"model.pretrained={pretrained!r}: with model.name={name!r}, {file} must be a weight file; "
+            "model.pretrained=null takes the weights that come with the name"
+        )
     return None
 
 

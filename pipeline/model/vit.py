@@ -174,7 +174,10 @@ def _weights(name: str, pretrained: str | None) -> dict[str, Any]:
     """The source of the weights, as arguments of timm's `create_model`."""
     if pretrained is not None:
         if not Path(pretrained).is_file():
-            raise ConfigError(f"model.pretrained={pretrained!r}: with a timm: model it must be a weight file")
+            raise ConfigError(
+                f"model.pretrained={pretrained!r}: with a timm: model it must be a weight file; "
+                "model.pretrained=null takes the weights that come with the name"
+            )
         return {"pretrained": True, "pretrained_cfg_overlay": {"source": "", "file": pretrained}}
     if name.startswith("local-dir:"):
         folder = Path(name.removeprefix("local-dir:"))

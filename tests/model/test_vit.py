@@ -109,7 +109,11 @@ def test_a_weight_file_of_dinos_own_layout_is_loaded(vit_dir: Callable[..., Path
     [
         ("timm:vit_smal_patch16_224", None, r"model.name='timm:vit_smal.*near: vit_small_patch16_224"),
         ("timm:local-dir:/nowhere", None, "no config.json in that directory"),
-        ("timm:vit_tiny_patch16_224", "openai", "with a timm: model it must be a weight file"),
+        (
+            "timm:vit_tiny_patch16_224",
+            "openai",
+            "with a timm: model it must be a weight file; model.pretrained=null takes",
+        ),
         ("timm:resnet18", None, "its image tower is not a plain transformer"),
         ("timm:beit_base_patch16_224", None, "attention of type Attention has no split form here"),
     ],
