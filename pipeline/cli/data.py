@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.cli.options import FAILED, OK, add_command, count, part, share
 from pipeline.config import ConfigError
+from pipeline.config.templates import TEMPLATES
 
 if TYPE_CHECKING:
     from pipeline.data.eval.wds_layout import PackEvalReport
@@ -127,7 +128,7 @@ def _add_pack(commands: Any) -> None:
         run_pack,
         "write images as WebDataset shards with an index.json",
         "selora pack photos/ shards/train",
-        "selora pack photos_test/ eval_sets/photos --eval --templates simple",
+        "selora pack photos_test/ eval_sets/wds_photos --eval",
         "selora pack --dataset objectnet originals/objectnet-1.0 eval_sets/wds_objectnet",
         "selora pack --dataset imagenet-train originals/ILSVRC shards/imagenet --workers 32",
         "selora pack --dataset cifar100 --split train originals/cifar shards/cifar100",
@@ -142,7 +143,11 @@ def _add_pack(commands: Any) -> None:
         "--eval", action="store_true", help="write an evaluation set for a benchmark instead of training shards"
     )
     parser.add_argument(
-        "--templates", default="openai", metavar="NAME", help="with --eval: caption templates (openai, simple)"
+        "--templates",
+        default="openai",
+        choices=sorted(TEMPLATES),
+        help="with --eval: set of caption templates (default: openai, the 80 sentences of CLIP's authors, with which "
+        "configs/own_data.yaml trains)",
     )
     parser.add_argument(
         "--dataset",
