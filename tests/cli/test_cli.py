@@ -86,7 +86,7 @@ def test_unknown_or_abbreviated_option_is_refused(capsys):
         (["pack", "a", "b", "--eval", "--templates", "photo"], "(choose from 'cifar', 'dtd', 'name', 'openai',"),
     ],
 )
-def test_an_unknown_option_is_refused_with_the_way_out_and_the_usage_of_its_command(arguments, told, capsys):
+def test_an_unknown_option_gets_the_usage_of_its_command(arguments, told, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2

@@ -240,7 +240,7 @@ def test_a_folder_with_a_list_is_not_told_to_be_thrown_away(shop: Path) -> None:
         read_source(shop)
 
 
-def test_what_inspect_finds_unreadable_is_left_out_and_allowed_in_the_next_command(
+def test_unreadable_images_that_inspect_opens_are_left_out(
     shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torn = (shop / "pan/7.jpg").read_bytes()
