@@ -1,4 +1,4 @@
-"""Each command of the page "Your data", on the layout that its authors describe."""
+"""Each command of the page "Your own images", on the layout that its authors describe."""
 
 from __future__ import annotations
 
