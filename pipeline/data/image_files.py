@@ -39,6 +39,10 @@ MAX_RATIO = 400
 Image.MAX_IMAGE_PIXELS = None
 
 
+# Exceptions of Pillow's plugins for damaged files; any other is a bug and should be seen.
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, OverflowError)
+
+
 class BadImageError(Exception):
     """This image cannot be used; the message says why, and the caller knows its name."""
 

@@ -25,6 +25,7 @@ from torchvision.transforms.v2 import functional as annotated_functional
 
 from pipeline.config import ConfigError
 from pipeline.data.image_files import (
+    DAMAGED,
     IMAGE_EXTENSIONS,
     MAX_PIXELS,
     STORED_EXTENSIONS,
@@ -87,8 +88,7 @@ def decode(
             rgb = image.convert("RGB") if as_stored else _to_rgb(image)
     except UnidentifiedImageError as error:
         raise BadImageError("not an image" if data else "no bytes") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, OverflowError) as error:
-        # Exceptions of Pillow's plugins for damaged files; any other is a bug and should be seen.
+    except DAMAGED as error:
         raise BadImageError(
             f"cannot be decoded ({str(error).partition(chr(10))[0] or type(error).__name__})"
         ) from error

@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from pipeline.config import ConfigError
+from pipeline.data.image_files import DAMAGED, BadImageError, check_size
 from pipeline.data.sources.account import MAX_UNREADABLE, Account, LeftOut
 from pipeline.data.sources.classes import shown_mapping
 from pipeline.data.sources.formats import read_source
@@ -100,9 +101,10 @@ def _look(sample: Sample) -> str | None:
     """Format, size and mode of an image, None if it cannot be decoded."""
     try:
         with Image.open(io.BytesIO(sample.image.read_bytes())) as image:
+            check_size(image.width, image.height)
             image.load()
             return f"{image.format} {image.width} x {image.height} {image.mode}"
-    except (OSError, SyntaxError, ValueError):
+    except (*DAMAGED, BadImageError):
         return None
 
 
