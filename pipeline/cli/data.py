@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.cli.options import FAILED, OK, add_command, count, part, share
+from pipeline.cli.options import FAILED, OK, add_command, count, encoding, part, share
 from pipeline.config import ConfigError
 from pipeline.config.templates import TEMPLATES
 
@@ -361,6 +361,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--encoding",
+        type=encoding,
         metavar="NAME",
         help="encoding of text files that are not UTF-8, as in cp1252, utf-16-le, shift_jis",
     )

@@ -62,6 +62,14 @@ def seconds(text: str) -> float:
     return value
 
 
+def encoding(text: str) -> str:
+    try:
+        "".encode(text)
+    except LookupError:
+        raise argparse.ArgumentTypeError(f"should be an encoding of text, as in cp1252, got {text!r}") from None
+    return text
+
+
 def part(text: str) -> tuple[int, int]:
     """ "3/8" as (3, 8)."""
     found = re.fullmatch(r"([1-9][0-9]*)/([1-9][0-9]*)", text)

@@ -49,7 +49,7 @@ def add(commands: Any) -> None:
         "--seconds-per-step",
         type=seconds,
         metavar="S",
-        help="speed to assume in the plan (default: as measured on this machine)",
+        help="speed to assume for the hours of the plan (default: as measured on this machine)",
     )
 
 

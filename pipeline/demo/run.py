@@ -58,7 +58,7 @@ def demo(out: Path, seed: int = 0) -> Path:
     print(f"{promoted}\n")
     if promoted.version is None:
         raise ConfigError(f"{outcome.directory}: the promotion rule in {asset(FINETUNE)} does not hold")
-    _ask(out, promoted.uri)
+    _predict(out, promoted.uri)
     print(f"report: {page}\ntracked: mlflow ui --backend-store-uri {promoted.uri}")
     return page
 
@@ -138,12 +138,12 @@ def _gates(run_dir: Path) -> Mapping[str, Any]:
     return find_run(run_dir).state["gate_map"] or {}
 
 
-def _ask(out: Path, uri: str) -> None:
+def _predict(out: Path, uri: str) -> None:
     """Classify photos of the test set in a separate process with the champion from the registry."""
-    photos = [os.path.relpath(photo, out) for photo in _photos(out)]
+    photos = [os.path.relpath(photo) for photo in _photos(out)]
     command = ["predict", f"models:/{NAME}@champion", *photos, "--uri", uri]
-    print(f"== prediction: selora {' '.join(command)}", file=sys.stderr)
-    subprocess.run([sys.executable, "-m", "pipeline", *command], cwd=out, env=_environment(), check=True)
+    print(f"== prediction: selora {shlex.join(command)}", file=sys.stderr)
+    subprocess.run([sys.executable, "-m", "pipeline", *command], env=_environment(), check=True)
 
 
 def _photos(out: Path) -> list[Path]:

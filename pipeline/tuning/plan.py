@@ -195,7 +195,7 @@ def describe_plan(plan: Plan) -> str:
 def _time_text(plan: Plan) -> str:
     seconds = plan.training_seconds
     if seconds is None or plan.speed is None:
-        return "not known: no run here has measured a step yet; give --seconds-per-step"
+        return "not known: no run here has measured a step yet"
     wall = seconds / plan.concurrent
     hours = f"{plan.gpu_hours:.3g} GPU-hours" if plan.resources.gpus_per_worker else f"{plan.cpu_hours:.3g} CPU-hours"
     speed = f"{plan.speed.seconds_per_step:.3g} s a step, {plan.speed.source}"

@@ -101,6 +101,20 @@ def test_only_what_is_missing_is_asked_for(capsys):
     assert capsys.readouterr().err.endswith("the following arguments are required: CONFIG\n")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["pack", "a", "b", "--encoding", "foo"], "--encoding: should be an encoding of text, as in cp1252, got 'foo'"),
+        (["sweep", "a", "b", "--seconds-per-step", "-5"], "should be a number of seconds above 0, got '-5'"),
+    ],
+)
+def test_a_wrong_value_of_a_flag_ends_with_usage(arguments, told, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert told in capsys.readouterr().err
+
+
 def test_all_datasets_are_listed_without_naming_files(capsys):
     from pipeline.data.originals.table import ORIGINALS
 

@@ -78,6 +78,12 @@ def test_a_corrupt_database_is_told_at_once(
     assert file.read_bytes() == found
 
 
+def test_a_model_of_another_store_is_told(store: str) -> None:
+    MlflowStore(store, "selora").find_runs("none")
+    with pytest.raises(ConfigError, match=r"models:/m@champion: cannot be loaded .*--uri gives the address of another"):
+        load_registered("models:/m@champion", store)
+
+
 def test_a_locked_database_names_what_to_do(store: str, journal_only: Callable[..., Path], monkeypatch) -> None:
     """Another program holds the lock, the journal keeps all, and the next sync delivers it."""
     MlflowStore(store, "selora").find_runs("none")

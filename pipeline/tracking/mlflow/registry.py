@@ -29,6 +29,7 @@ CHAMPIONS_TAG = "selora.champions"
 PREVIOUS_TAG = "selora.previous_champion"
 REGISTRY_VARIABLE = "MLFLOW_REGISTRY_URI"
 _KEPT_CHAMPIONS = 50
+_ELSEWHERE = "; --uri gives the address of another store"
 # The upload of a whole CLIP takes longer than that of a metric.
 PATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "600", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
 
@@ -196,7 +197,7 @@ class Registry:
 def load_registered(model_uri: str, uri: str) -> Any:
     """Load a model by models:/NAME@champion, models:/NAME/3, runs:/… or a directory, as `mlflow.pyfunc.load_model`."""
     with (
-        as_config_errors(uri, f"{model_uri}: cannot be loaded from "),
+        as_config_errors(uri, f"{model_uri}: cannot be loaded from ", _ELSEWHERE),
         client_environment(PATIENT),
         _default_store(uri),
     ):
@@ -209,7 +210,7 @@ def registered_files(model_uri: str, uri: str, folder: Path) -> Path:
     import mlflow
 
     with (
-        as_config_errors(uri, f"{model_uri}: cannot be loaded from "),
+        as_config_errors(uri, f"{model_uri}: cannot be loaded from ", _ELSEWHERE),
         client_environment(PATIENT),
         _default_store(uri),
         quiet(),

@@ -210,12 +210,13 @@ class MlflowStore:
 
 
 @contextmanager
-def as_config_errors(uri: str, what: str = "") -> Iterator[None]:
+def as_config_errors(uri: str, what: str = "", advice: str = "") -> Iterator[None]:
     """Raise errors of MLflow and of its drivers as ConfigErrors: a wrong address, a store that is away or damaged.
 
     Args:
         uri: the store's address.
         what: start of the message.
+        advice: its end.
 
     Raises:
         ConfigError: instead of these errors.
@@ -226,7 +227,7 @@ def as_config_errors(uri: str, what: str = "") -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
-        raise ConfigError(f"{what}{redact(uri)}: {reason_of(error, uri)}") from error
+        raise ConfigError(f"{what}{redact(uri)}: {reason_of(error, uri)}{advice}") from error
 
 
 @contextmanager
