@@ -60,6 +60,9 @@ def _add_inspect(commands: Any) -> None:
         "--pretrained", metavar="TAG", help="with --with: open_clip tag or weights file of a plain model"
     )
     parser.add_argument(
+        "--uri", help="with --with: store of models:/ (default: MLFLOW_TRACKING_URI, or runs/mlflow.db)"
+    )
+    parser.add_argument(
         "--duplicate",
         type=share,
         metavar="COSINE",
@@ -79,20 +82,21 @@ def run_inspect(arguments: argparse.Namespace) -> int:
     if packed and (arguments.sheet is not None or arguments.model is not None):
         from pipeline.data.shards.foreign import read_shards
 
-        return _look(arguments, read_shards(arguments.source))
+        source = read_shards(arguments.source)
+        return _look(arguments, source, source.account())
     from pipeline.data.sources.inspection import inspect
 
     found = inspect(arguments.source, _source_options(arguments))
     print(found)
     if arguments.report is not None and arguments.model is None:
         _write_report(arguments.report, found.source, found.account)
-    return _look(arguments, found.source)
+    return _look(arguments, found.source, found.account)
 
 
-def _look(arguments: argparse.Namespace, source: Source) -> int:
+def _look(arguments: argparse.Namespace, source: Source, account: Account) -> int:
     """Write the sheet of a source, or of a model's findings in it."""
     if arguments.model is not None:
-        return _look_over(arguments, source)
+        return _look_over(arguments, source, account)
     if arguments.sheet is not None:
         from pipeline.data.sheet import write_sheet
 
@@ -100,12 +104,12 @@ def _look(arguments: argparse.Namespace, source: Source) -> int:
     return OK
 
 
-def _look_over(arguments: argparse.Namespace, source: Source) -> int:
+def _look_over(arguments: argparse.Namespace, source: Source, account: Account) -> int:
     from pipeline.vectors.embedder import load_embedder
     from pipeline.vectors.look import look_over
     from pipeline.vectors.review import DUPLICATE
 
-    embedder = load_embedder(arguments.model, pretrained=arguments.pretrained)
+    embedder = load_embedder(arguments.model, pretrained=arguments.pretrained, uri=arguments.uri)
     found = look_over(
         source,
         embedder,
@@ -117,7 +121,7 @@ def _look_over(arguments: argparse.Namespace, source: Source) -> int:
         found.write_page(arguments.sheet, f"{source.path.name}, reviewed with {arguments.model}")
         print(arguments.sheet)
     if arguments.report is not None:
-        _write_report(arguments.report, source, source.account(), found.as_json())
+        _write_report(arguments.report, source, account, found.as_json())
     return OK
 
 

@@ -127,7 +127,7 @@ def _unknown(arguments: argparse.Namespace, left: Sequence[str], argv: Sequence[
     configured = list(describe()) if hasattr(arguments, "overrides") else []
     if key in configured:
         following = argv[argv.index(flag) + 1 :]
-        value = value or (following[0] if following else "VALUE")
+        value = value or next((word for word in following[:1] if not word.startswith("-")), "VALUE")
         return f"{name}: options of the config are written without dashes, as in {key}={value}"
     own = [text for action in arguments.parser._actions for text in action.option_strings]
     meant = did_you_mean(name, own) or did_you_mean(key, configured) if flag else ""

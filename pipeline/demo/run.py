@@ -49,17 +49,21 @@ def demo(out: Path, seed: int = 0) -> Path:
     if outcome.failed:
         reasons = (f"{name}: {outcome.trials[name].error}" for name in outcome.failed)
         raise ConfigError("\n".join([*reasons, "the same command repeats the failed trials"]))
-    page = _stage("report", f"selora report {outcome.directory}", lambda: report_sweep(outcome.directory, config))
+    page = _stage(
+        "report",
+        shlex.join(["selora", "report", str(outcome.directory)]),
+        lambda: report_sweep(outcome.directory, config),
+    )
     promoted = _stage(
         "promotion",
-        f"selora promote {outcome.directory} --name {NAME} --champion",
+        shlex.join(["selora", "promote", str(outcome.directory), "--name", NAME, "--champion"]),
         lambda: promote(outcome.directory, NAME, champion=True),
     )
     print(f"{promoted}\n")
     if promoted.version is None:
         raise ConfigError(f"{outcome.directory}: the promotion rule in {asset(FINETUNE)} does not hold")
     _predict(out, promoted.uri)
-    print(f"report: {page}\ntracked: mlflow ui --backend-store-uri {promoted.uri}")
+    print(f"report: {page}\ntracked: mlflow ui --backend-store-uri {shlex.quote(promoted.uri)}")
     return page
 
 
@@ -143,7 +147,7 @@ def _predict(out: Path, uri: str) -> None:
     photos = [os.path.relpath(photo) for photo in _photos(out)]
     command = ["predict", f"models:/{NAME}@champion", *photos, "--uri", uri]
     print(f"== prediction: selora {shlex.join(command)}", file=sys.stderr)
-    subprocess.run([sys.executable, "-m", "pipeline", *command], env=_environment(), check=True)
+    subprocess.run([sys.executable, "-P", "-m", "pipeline", *command], env=_environment(), check=True)
 
 
 def _photos(out: Path) -> list[Path]:

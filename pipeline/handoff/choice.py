@@ -53,14 +53,14 @@ def _untouched(sweep: Path, run_dir: Path, floor: float, rule: Promote | None) -
             f"{sweep}: no trial keeps {floor:g} at any strength above 0, so the untouched model is the best there is; "
             "lower the floor, or train with reference data (section keep)"
         )
+    start = f"{sweep}: the chosen trial {run_dir.name} keeps {floor:g} at strength 0 alone, the untouched model; "
+    other = "promote another trial by its directory and --strength A"
+    if all(one.allowed for one in above):
+        return f"{start}it is the seed nearest to the mean of its configuration: lower the floor, or {other}"
     clauses = (rule or load_config(run_dir / CONFIG_FILE).promote).model_dump(exclude_none=True, exclude={"champion"})
     named = ", ".join(f"promote.{key}={value}" for key, value in clauses.items())
-    return (
-        f"{sweep}: the chosen trial {run_dir.name} keeps {floor:g} at strength 0 alone, the untouched model; the "
-        f"promotion rule ({named or 'without clauses'}) holds for {sum(one.allowed for one in above)} of {len(above)} "
-        "trials that keep it at a strength above 0: relax the rule, lower the floor, or name the directory of another "
-        "trial with its --strength"
-    )
+    holds = f"holds for {sum(one.allowed for one in above)} of {len(above)} trials that keep it at a strength above 0"
+    return f"{start}the promotion rule ({named}) {holds}: relax the rule, lower the floor, or {other}"
 
 
 def rule_of(target: Path, changes: Sequence[str] = ()) -> Promote:

@@ -202,7 +202,7 @@ def _baselines(one: Raw | None, faults: list[str]) -> tuple[Baseline, ...]:
 
 
 def _text_fault(key: str, value: Any) -> str | None:
-    """The fault of a baseline's name or label, if any; a name is the begin of a directory's name."""
+    """The fault of a baseline's name or label, if any; a name is the beginning of a directory's name."""
     if value is None:
         return None
     if not isinstance(value, str):

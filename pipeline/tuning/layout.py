@@ -275,10 +275,15 @@ class Proposals:
         found = []
         for seeds in _searched(self._trials):
             point = {key: option(seeds[0].config, key) for key in self._grid.ranges}
-            if not all(each.holds(point[key]) for key, each in self._grid.ranges.items()):
+            if not all(each.holds(point[key]) for key, each in self._grid.ranges.items()) or self._differs(seeds[0]):
                 continue
             found.append(Tried(point, *value_of(self._dir, [one.name for one in seeds], self._grid.floor)))
         return found
+
+    def _differs(self, trial: Trial) -> bool:
+        """Whether a proposal from earlier ranges differs from the config in an option that has no range any more."""
+        gone = trial.changes.keys() - self._grid.ranges.keys() - {"seed"}
+        return trial.proposed and any(option(trial.config, key) != option(self._config, key) for key in gone)
 
 
 def check_drift(trials: Sequence[Trial], max_drift: float | None) -> None:

@@ -11,7 +11,7 @@ from pipeline.config import Config
 
 # Options that are already in the first part of a name.
 _SAID = ("adapter.kind", "adapter.rank", "adapter.random_k", "gate.enabled", "gate.lam", "seed")
-_LONGEST = 150  # characters of a name; file systems allow 255, and seeds and suffixes follow
+_LONGEST = 230  # characters of a name; file systems allow 255, and seeds and suffixes follow
 _KINDS = {"full": "full", "none": "rest only", "lora": "LoRA", "dora": "DoRA"}
 
 

@@ -118,7 +118,11 @@ def plan_sweep(
     proposals = Proposals(config, grid, trials, totals, lambda _: None).left
     capacity = _look(address, grid.resources)
     plan = _plan(sweep_dir, trials, totals, grid, capacity, seconds_per_step, proposals)
-    missing += room_faults(grid.resources, capacity)
+    if faults := room_faults(grid.resources, capacity):
+        if address is not None or "RAY_ADDRESS" in os.environ:
+            raise ConfigError("\n".join(faults))
+        *rest, last, advice = faults
+        missing += [*rest, f"{last}; {advice}"]
     training = [one for one in trials if not one.soup_of]
     drift = None if grid.floor is None else learned_drift(sweep_dir, trials, grid.floor)
     disk = checkpoint_bytes(training, trained_parameters(training, configs_at_ends(config, grid.ranges)))
@@ -154,6 +158,7 @@ def sweep(
         if len(known_trials(config, grid)) > len(trials):  # another command has proposed some and ended since
             trials, totals = prepare(config, grid)
             record.place(trials)
+        refuse_changes(sweep_dir, trials)
         write_layout(sweep_dir, config, grid, trials, totals, retry_failed=retry_failed)
         proposals = Proposals(config, grid, trials, totals, record.place)
         if _left(sweep_dir, trials) or proposals.left:

@@ -1,4 +1,4 @@
-"""The cost of a sweep is counted before it starts, and a sweep that cannot fit is refused with numbers."""
+"""The cost of a sweep is counted before it starts; numbers tell which machines lack room for a trial."""
 
 from __future__ import annotations
 

@@ -12,8 +12,9 @@ from sweep_by_hand import lay_out
 from pipeline.config import ConfigError
 from pipeline.runs.sweep import read_sweep, trial_dir, write_state
 from pipeline.tuning.layout import Proposals
+from pipeline.tuning.mlflow_runs import SweepRuns
 from pipeline.tuning.search import Range, Search, Tried, propose
-from pipeline.tuning.sweep import plan_sweep
+from pipeline.tuning.sweep import plan_sweep, sweep
 
 RANGES = "ranges: {train.lr: {log: [1e-5, 1e-2]}, rank: {choices: [2, 4, 8]}, train.steps: {integers: [5, 9]}}\n"
 GRID = "grid: {rank: [2], train.steps: [7]}\nsearch: {trials: 4}\nfloor: 0.95\n" + RANGES
@@ -138,8 +139,15 @@ def test_ranges_that_exclude_each_other_are_refused(make_config, make_grid) -> N
         )
 
 
-def test_ranges_may_change_between_two_calls(make_config, make_grid, tmp_path: Path) -> None:
+def test_ranges_may_change_between_two_calls(make_config, make_grid, monkeypatch: pytest.MonkeyPatch) -> None:
     """Earlier proposals stay trials of the sweep; the sampler learns from those in the new ranges."""
+    known: list[int] = []
+
+    def watched(ranges, tried, *rest):
+        known.append(len(tried))
+        return propose(ranges, tried, *rest)
+
+    monkeypatch.setattr("pipeline.tuning.layout.propose", watched)
     config, grid = make_config(), make_grid(GRID)
     trials = lay_out(config, grid)
     search = Proposals(config, grid, trials, {one.name: 7 for one in trials}, lambda _: None)
@@ -154,6 +162,7 @@ def test_ranges_may_change_between_two_calls(make_config, make_grid, tmp_path: P
         search = Proposals(config, grid, trials, {one.name: 7 for one in trials}, lambda _: None)
         names += search.next()
     assert len(names) == 4
+    assert (known[0], known[-1]) == (1, 1)  # at last only the grid's point is comparable: it has the config's own rate
     assert trials[-1].config.train.steps in (7, 8)
 
 
@@ -179,6 +188,24 @@ def test_each_proposal_has_every_seed(make_config, make_grid) -> None:
 def test_the_plan_counts_what_is_still_to_be_proposed(make_config, make_grid) -> None:
     plan = plan_sweep(make_config(), make_grid(GRID + "baselines: [{changes: {kind: full}}]\n"))
     assert (plan.trials, plan.to_come, plan.steps) == (5, 3, 7 + 12 + 3 * 12)
+
+
+def test_proposals_of_another_command_are_kept(make_config, make_grid, tmp_path: Path, monkeypatch) -> None:
+    """They were made between this command's first look and its lock."""
+    config, grid, made = make_config(), make_grid(GRID), []
+    trials = lay_out(config, grid)
+
+    class Late(SweepRuns):
+        def __enter__(self) -> Late:
+            made.extend(Proposals(config, grid, list(trials), {one.name: 7 for one in trials}, lambda _: None).next())
+            return self
+
+    monkeypatch.setattr("pipeline.tuning.mlflow_runs.SweepRuns", Late)
+    monkeypatch.setattr("pipeline.tuning.sweep._run", lambda *_: None)
+    sweep(config, grid)
+    names = [each["name"] for each in read_sweep(tmp_path / "runs" / "sweep")["trials"]]
+    assert len(made) == 1
+    assert names == [trials[0].name, *made]
 
 
 def test_a_plan_needs_no_data_where_steps_are_known(make_config, make_grid, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def inspect(source: str | Path, options: SourceOptions = SourceOptions()) -> Ins
     shards = f"shards/{re.sub(r'[^A-Za-z0-9_-]+', '-', found.path.resolve().stem)}"
     given = {each.name: value for each in fields(options) if (value := getattr(options, each.name)) != each.default}
     flags = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given.items()]
-    flags += _allowance(account, len(bad) / len(looks))
+    flags += _allowance(found)
     command = " ".join(["selora pack", shlex.quote(str(source)), *flags, shlex.quote(shards)])
     lines = ["data:", f"  train: {shards}"]
     if any(not sample.captions for sample in found.samples):
@@ -91,9 +91,9 @@ def inspect(source: str | Path, options: SourceOptions = SourceOptions()) -> Ins
     return Inspection(found, samples, account, command, "\n".join(lines))
 
 
-def _allowance(account: Account, bad_share: float) -> list[str]:
-    """The flag without which pack would refuse the source, as far as is known; ``bad_share``: of the opened images."""
-    share = max(len(account.left_out) / (account.packed + len(account.left_out)), bad_share)
+def _allowance(source: Source) -> list[str]:
+    """The flag without which pack would refuse a source that lacks images."""
+    share = len(source.left_out) / (len(source.samples) + len(source.left_out))
     return [f"--max-unreadable {math.ceil(100 * share) / 100:g}"] if MAX_UNREADABLE < share < 1 else []
 
 

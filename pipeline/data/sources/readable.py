@@ -40,7 +40,7 @@ def usable_samples(
     account = data.account([bad[sample.key] for sample in data.samples if sample.key in bad])
     good = [sample for sample in data.samples if sample.key not in bad]
     total = account.packed + len(account.left_out)
-    if good and len(account.left_out) <= max_unreadable * total:
+    if good and len(account.left_out) / total <= max_unreadable:
         return good, account
     listed = "".join(f"\n  {line}" for line in account.left_out[:LISTED])
     more = f"\n  and {len(account.left_out) - LISTED} more" if len(account.left_out) > LISTED else ""

@@ -216,7 +216,7 @@ def as_config_errors(uri: str, what: str = "", advice: str = "") -> Iterator[Non
     Args:
         uri: the store's address.
         what: start of the message.
-        advice: its end.
+        advice: its end if the store lacks what was looked for.
 
     Raises:
         ConfigError: instead of these errors.
@@ -227,7 +227,8 @@ def as_config_errors(uri: str, what: str = "", advice: str = "") -> Iterator[Non
     try:
         yield
     except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
-        raise ConfigError(f"{what}{redact(uri)}: {reason_of(error, uri)}{advice}") from error
+        lacks = getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
+        raise ConfigError(f"{what}{redact(uri)}: {reason_of(error, uri)}{advice if lacks else ''}") from error
 
 
 @contextmanager

@@ -253,8 +253,20 @@ def test_unreadable_images_that_inspect_opens_are_left_out(
     assert "note: 1 of the 5 images that were opened cannot be read; pack decodes every image" in text
     assert "10 seen = 9 to pack + 1 left out + 0 ignored\n  1 left out, unreadable image: pan/8.jpg" in text
     assert json.loads(Path("report.json").read_text())["left_out"] == {"unreadable image": 1}
-    assert "  selora pack shop --max-unreadable 0.2 shards/shop\n" in text
+    assert "  selora pack shop shards/shop\n" in text  # one of five is too little evidence for a larger share
     assert main(["pack", "shop", "--max-unreadable", "0.2", "shards/shop"]) == 0
+
+
+def test_a_share_at_the_limit_is_accepted(shop: Path, tmp_path: Path) -> None:
+    """29 of 50, although 0.58 * 50 is less than 29 in floating point."""
+    image = (shop / "pan/7.jpg").read_bytes()
+    folder = tmp_path / "half" / "a"
+    folder.mkdir(parents=True)
+    for number in range(50):
+        (folder / f"{number}.jpg").write_bytes(image if number < 21 else b"")
+    assert pack(folder.parent, tmp_path / "shards", max_unreadable=0.58).index.samples == 21
+    with pytest.raises(ConfigError, match="29 of 50 images are unreadable or missing"):
+        pack(folder.parent, tmp_path / "others", max_unreadable=0.57)
 
 
 def test_the_limit_of_the_command_is_that_of_the_functions() -> None:
