@@ -32,7 +32,10 @@ def name_of(
         parts = [given, *(front.get(key, _short(key, changes[key])) for key in varied if key != "seed")]
     parts += [f"seed{config.seed}"] if seeds or "seed" in varied else []
     name = re.sub(r"[^A-Za-z0-9._+=,@-]", "-", "_".join(parts))
-    return name if len(name) <= _LONGEST else f"{name[:_LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    if len(name) <= _LONGEST:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+    return f"{name[: _LONGEST - len(digest) - 1]}-{digest}"
 
 
 def label_of(
